@@ -1,0 +1,210 @@
+"""COCO-format detection data, read through pycocotools."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from pycocotools.coco import COCO
+from torch.utils.data import Dataset
+from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
+
+from datasets.transforms import Area, eval_transform, train_transform
+from util.box_ops import xyxy_to_cxcywh
+from util.config import DataConfig
+from util.errors import UserError
+
+
+class CocoDetection(Dataset):
+    """(image, target) items of a folder of images and a COCO instances file.
+
+    Args:
+        images: folder of the images.
+        annotations: COCO JSON.
+        transform: maps (PIL image, {"boxes", "labels", "area", "iscrowd"}) to the same with a [3, H, W] float image.
+        num_classes: labels must lie in [0, num_classes).
+        seed: with the epoch and the index it decides the random choices of `transform`, whatever process makes them.
+        cache: keep the bytes of the files in memory.
+
+    A target has `boxes` [n, 4] cxcywh in [0, 1], `labels` [n] int64, `area` [n], `iscrowd` [n], `image_id` [1],
+    `orig_size` and `size` [2] (height, width). Crowds, and boxes without width or height, are left out.
+
+    Raises:
+        UserError: as the message says.
+    """
+
+    def __init__(
+        self, images: Path, annotations: Path, transform: Callable, *, num_classes: int, seed: int, cache: bool = False
+    ) -> None:
+        if not images.is_dir():
+            raise UserError(f"{images} does not exist; --coco_path must be a folder with train2017, val2017 and annotations")
+        self.images, self.annotations = images, annotations
+        self.coco = read_annotations(annotations)
+        self.image_ids = sorted(self.coco.imgs)
+        if not self.image_ids:
+            raise UserError(f"{annotations} has no images; check --coco_path")
+        _check_labels(self.coco, annotations, num_classes)
+        self.epoch = 0
+        self._transform, self._seed = transform, seed
+        self._cache: dict[str, bytes] | None = {} if cache else None
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        image_id = self.image_ids[index]
+        image = self._read(self.coco.imgs[image_id])
+        width, height = image.size
+        target = _target(self.coco.imgToAnns[image_id], height, width)
+        # a generator per item: the same augmentation for any number of processes and workers, and after a resume
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_item_seed(self._seed, self.epoch, index))
+            image, target = self._transform(image, target)
+        target = _normalized(target, *image.shape[-2:])
+        target["image_id"] = torch.tensor([image_id])
+        target["orig_size"] = torch.tensor([height, width])
+        return image.as_subclass(torch.Tensor), target
+
+    def file_of(self, image_id: int) -> Path:
+        """The path of an image."""
+        return self.images / self.coco.imgs[image_id]["file_name"]
+
+    def fill_cache(self) -> None:
+        """Read every file into memory now, so that worker processes share the bytes instead of reading them each."""
+        if self._cache is not None:
+            for info in self.coco.imgs.values():
+                self._cache[info["file_name"]] = self._bytes(info["file_name"])
+
+    def _read(self, info: dict[str, Any]) -> Image.Image:
+        name = info["file_name"]
+        content = self._bytes(name)
+        try:
+            # CMYK, palette and grayscale files become RGB
+            image = Image.open(io.BytesIO(content)).convert("RGB")
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise UserError(
+                f"{self.images / name} can't be decoded ({error}); replace the file or take image {info['id']} out of "
+                f"{self.annotations}"
+            ) from None
+        return image
+
+    def _bytes(self, name: str) -> bytes:
+        if self._cache is not None and name in self._cache:
+            return self._cache[name]
+        try:
+            return (self.images / name).read_bytes()
+        except OSError as error:
+            raise UserError(
+                f"{self.images / name} can't be read ({error.strerror}), but {self.annotations} lists it; "
+                "add the file or take it out of the annotations"
+            ) from None
+
+
+def build_coco(image_set: str, data: DataConfig, seed: int) -> CocoDetection:
+    """The "train" or "val" part of the published folder layout."""
+    root = Path(data.coco_path)
+    if not root.is_dir():
+        raise UserError(f"--coco_path {root} does not exist; it must be a folder with train2017, val2017 and annotations")
+    if image_set == "train":
+        transform = train_transform(data.train_sizes, data.max_size, data.crop_resize_sizes, data.crop_sizes, data.augmentation)
+    else:
+        transform = eval_transform(data.eval_size, data.max_size)
+    dataset = CocoDetection(
+        root / f"{image_set}2017", root / "annotations" / f"instances_{image_set}2017.json", transform,
+        num_classes=data.num_classes, seed=seed, cache=data.cache_mode,
+    )  # fmt: skip
+    dataset.fill_cache()
+    return dataset
+
+
+def read_annotations(path: Path) -> COCO:
+    """A COCO index of an instances file. Raises UserError if it is missing, not JSON, or not COCO's format."""
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} can't be read ({error.strerror}); --coco_path must hold it") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); it must be a COCO instances file") from None
+    _check_format(content, path)
+    coco = COCO()
+    coco.dataset = content
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
+        coco.createIndex()
+    return coco
+
+
+def _check_format(content: Any, path: Path) -> None:
+    wanted = {
+        "images": ("id", "file_name", "height", "width"),
+        "annotations": ("id", "image_id", "category_id", "bbox"),
+        "categories": ("id", "name"),
+    }
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not in COCO's instances format: it must be an object with {', '.join(wanted)}")
+    for name, keys in wanted.items():
+        entries = content.get(name)
+        if not isinstance(entries, list):
+            raise UserError(f"{path} is not in COCO's instances format: it has no list {name!r}")
+        for i, entry in enumerate(entries):
+            lacking = [key for key in keys if not isinstance(entry, dict) or key not in entry]
+            if lacking:
+                raise UserError(f"{path} is not in COCO's instances format: {name}[{i}] lacks {lacking[0]!r}")
+
+
+def _check_labels(coco: COCO, path: Path, num_classes: int) -> None:
+    # on a GPU such a label would end in a device-side assert without a name
+    used = {annotation["category_id"] for annotation in coco.anns.values()} | set(coco.cats)
+    wrong = sorted((label for label in used if not (isinstance(label, int) and 0 <= label < num_classes)), key=str)
+    if wrong:
+        whole = [label for label in used if isinstance(label, int)]
+        remedy = f"add --num_classes {max(whole) + 1}" if whole and min(whole) >= 0 else "make the ids whole and not negative"
+        raise UserError(f"{path} has category id {wrong[0]}, outside [0, --num_classes {num_classes}); {remedy}")
+
+
+def _target(annotations: list[dict[str, Any]], height: int, width: int) -> dict[str, Any]:
+    """Boxes clamped to the image, without crowds."""
+    kept = [annotation for annotation in annotations if not annotation.get("iscrowd", 0)]
+    boxes = torch.tensor([annotation["bbox"] for annotation in kept], dtype=torch.float32).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    boxes[:, 0::2].clamp_(0, width)
+    boxes[:, 1::2].clamp_(0, height)
+    target = {
+        "boxes": boxes,
+        "labels": torch.tensor([annotation["category_id"] for annotation in kept], dtype=torch.int64),
+        "area": torch.tensor([annotation.get("area", 0.0) for annotation in kept], dtype=torch.float32),
+        "iscrowd": torch.zeros(len(kept), dtype=torch.int64),
+    }
+    target = _without_empty(target)
+    target["area"] = Area(target["area"])
+    target["boxes"] = BoundingBoxes(target["boxes"], format=BoundingBoxFormat.XYXY, canvas_size=(height, width))
+    return target
+
+
+def _without_empty(target: dict[str, Any]) -> dict[str, Any]:
+    boxes = target["boxes"]
+    keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
+    return {name: values[keep] for name, values in target.items()}
+
+
+def _normalized(target: dict[str, Any], height: int, width: int) -> dict[str, Any]:
+    """Boxes of pixels to cxcywh in [0, 1], without those that a crop has emptied."""
+    target = {name: values.as_subclass(torch.Tensor) for name, values in target.items()}
+    target = _without_empty(target)
+    target["boxes"] = xyxy_to_cxcywh(target["boxes"]) / torch.tensor([width, height, width, height])
+    target["size"] = torch.tensor([height, width])
+    return target
+
+
+def _item_seed(seed: int, epoch: int, index: int) -> int:
+    """Well mixed, so that neighbouring items do not share their choices (splitmix64's finaliser)."""
+    x = (seed * 0x9E3779B97F4A7C15 + epoch * 0xBF58476D1CE4E5B9 + index * 0x94D049BB133111EB) & (2**64 - 1)
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & (2**64 - 1)
+    return (x ^ (x >> 31)) & (2**63 - 1)
+

@@ -1,0 +1,66 @@
+"""COCO's bounding-box figures, from detections that several processes made."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor
+
+FIGURES = (
+    "AP", "AP50", "AP75", "AP small", "AP medium", "AP large",
+    "AR 1", "AR 10", "AR 100", "AR small", "AR medium", "AR large",
+)  # fmt: skip
+
+
+def coco_results(image_ids: Sequence[int], detections: Sequence[dict[str, Tensor]]) -> list[dict[str, Any]]:
+    """Detections (host tensors; boxes x0, y0, x1, y1 in pixels) in COCO's results format (x, y, width, height)."""
+    results = []
+    for image_id, detection in zip(image_ids, detections, strict=True):
+        boxes = detection["boxes"].clone()
+        boxes[:, 2:] -= boxes[:, :2]
+        for box, label, score in zip(boxes.tolist(), detection["labels"].tolist(), detection["scores"].tolist(), strict=True):
+            results.append({"image_id": image_id, "category_id": label, "bbox": box, "score": score})
+    return results
+
+
+def evaluate_boxes(ground_truth: COCO, results: list[dict[str, Any]]) -> COCOeval:
+    """COCOeval after accumulate and summarize; `stats` holds the twelve FIGURES (-1 where nothing can be said).
+
+    The outcome does not depend on which process found a detection: results are put in order of their image.
+    """
+    known = [r for r in results if r["category_id"] in ground_truth.cats]
+    known.sort(key=lambda r: r["image_id"])  # stable: the order within an image stays
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = COCOeval(ground_truth, _detections(ground_truth, known), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation
+
+
+def precision_tables(evaluation: COCOeval) -> dict[str, Any]:
+    """What plots of precision and recall need, as plain tensors: precision [T, R, K, A, M], recall [T, K, A, M], scores."""
+    tables = {name: torch.from_numpy(np.ascontiguousarray(evaluation.eval[name])) for name in ("precision", "recall", "scores")}
+    return tables | {"category_ids": list(evaluation.params.catIds), "stats": evaluation.stats.tolist()}
+
+
+def figures_table(stats: Sequence[float]) -> str:
+    """The twelve figures in two lines."""
+    cells = [f"{name} {value * 100:.1f}" if value >= 0 else f"{name} -" for name, value in zip(FIGURES, stats, strict=True)]
+    return "  ".join(cells[:6]) + "\n" + "  ".join(cells[6:])
+
+
+def _detections(ground_truth: COCO, results: list[dict[str, Any]]) -> COCO:
+    if results:
+        return ground_truth.loadRes(results)
+    empty = COCO()  # loadRes can't take an empty list
+    empty.dataset = {**ground_truth.dataset, "annotations": []}
+    empty.createIndex()
+    return empty

@@ -1,0 +1,59 @@
+"""Which process takes which images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import Sampler
+
+from util.errors import UserError
+
+
+class TrainBatches(Sampler[list[int]]):
+    """Shuffled batches of an epoch, the same number for every process; leftovers wait for another epoch's order.
+
+    The order depends on seed and epoch alone. With one process and with several the first `batch_size x processes` indices
+    form the first step, and so on: process r takes the r-th part of them.
+
+    Raises:
+        UserError: there are fewer images than one step takes.
+    """
+
+    def __init__(self, num_images: int, batch_size: int, rank: int, world_size: int, seed: int) -> None:
+        step = batch_size * world_size
+        if num_images < step:
+            raise UserError(
+                f"{num_images} training images are fewer than the {step} of one step (--batch_size {batch_size} x {world_size} "
+                "processes); lower --batch_size or start fewer processes"
+            )
+        self.epoch = 0
+        self._num_images, self._batch_size, self._rank, self._seed = num_images, batch_size, rank, seed
+        self._step, self._num_steps = step, num_images // step
+
+    def __len__(self) -> int:
+        return self._num_steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self._num_images, generator=generator).tolist()
+        for start in range(self._rank * self._batch_size, self._num_steps * self._step, self._step):
+            yield order[start : start + self._batch_size]
+
+
+class EvalBatches(Sampler[list[int]]):
+    """Batches of neighbouring images, each image in exactly one batch of exactly one process.
+
+    Whole batches are dealt to the processes. As images are padded to the largest of their batch, this gives every image
+    the same neighbours, and so the same detections, however many processes there are.
+    """
+
+    def __init__(self, num_images: int, batch_size: int, rank: int, world_size: int) -> None:
+        starts = range(0, num_images, batch_size)[rank::world_size]
+        self._batches = [list(range(start, min(start + batch_size, num_images))) for start in starts]
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self._batches)

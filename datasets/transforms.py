@@ -1,0 +1,112 @@
+"""Image and box transforms of training and evaluation, on torchvision.transforms.v2."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import PIL.Image
+import torch
+import torchvision.transforms.v2.functional as F
+from torchvision.transforms import v2
+from torchvision.tv_tensors import Image, TVTensor
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which the backbones were trained on
+
+
+def train_transform(
+    sizes: Sequence[int], max_size: int, crop_resize_sizes: Sequence[int], crop_sizes: Sequence[int], augmentation: str
+) -> v2.Transform:
+    """Random flip; then a random scale, or with equal chance a random crop before it ("DETR", section 4).
+
+    Args:
+        sizes: shorter sides to choose from.
+        max_size: limit of the longer side.
+        crop_resize_sizes: shorter sides to choose from before the crop.
+        crop_sizes: smallest and largest side of the crop.
+        augmentation: "published"; "flip" leaves out the crop, "none" the flip too.
+    """
+    scale = RandomShorterSide(sizes, max_size)
+    if augmentation == "none":
+        return v2.Compose([scale, normalize()])
+    if augmentation == "flip":
+        return v2.Compose([v2.RandomHorizontalFlip(), scale, normalize()])
+    crop = v2.Compose([RandomShorterSide(crop_resize_sizes, None), RandomCrop(*crop_sizes), scale])
+    return v2.Compose([v2.RandomHorizontalFlip(), v2.RandomChoice([scale, crop]), normalize()])
+
+
+def eval_transform(size: int, max_size: int) -> v2.Transform:
+    """The shorter side to `size`, the longer at most about `max_size`."""
+    return v2.Compose([RandomShorterSide([size], max_size), normalize()])
+
+
+def normalize() -> v2.Transform:
+    """PIL image -> float32 [3, H, W], normalised."""
+    return v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+
+
+def resized(height: int, width: int, size: int, max_size: int | None) -> tuple[int, int]:
+    """(height, width) with the shorter side at `size`, or less where the longer would exceed `max_size`.
+
+    As published: the limited side is rounded and the other truncated, so the longer one may exceed `max_size` by a pixel or two.
+    """
+    shorter, longer = min(height, width), max(height, width)
+    if max_size is not None and longer / shorter * size > max_size:
+        size = round(max_size * shorter / longer)
+    if shorter == size:
+        return height, width
+    if width < height:
+        return max(int(size * height / width), 1), max(size, 1)
+    return max(size, 1), max(int(size * width / height), 1)
+
+
+class Area(TVTensor):
+    """[n] areas in pixels of the image beside them; resizing scales them, cropping leaves them, as published."""
+
+
+class RandomShorterSide(v2.Transform):
+    """Resize so that the shorter side is one of `sizes`, chosen anew for every image."""
+
+    def __init__(self, sizes: Sequence[int], max_size: int | None) -> None:
+        super().__init__()
+        self.sizes, self.max_size = tuple(sizes), max_size
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        height, width = _size(flat_inputs)
+        size = self.sizes[torch.randint(len(self.sizes), ()).item()]
+        new_height, new_width = resized(height, width, size, self.max_size)
+        return {"size": [new_height, new_width], "area_scale": new_height * new_width / (height * width)}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        if isinstance(inpt, Area):
+            return inpt * params["area_scale"]
+        return F.resize(inpt, params["size"], v2.InterpolationMode.BILINEAR, antialias=True)
+
+
+class RandomCrop(v2.Transform):
+    """Crop to sides drawn from `smallest` to `largest` (or to the image's side where that is less)."""
+
+    def __init__(self, smallest: int, largest: int) -> None:
+        super().__init__()
+        self.smallest, self.largest = smallest, largest
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        height, width = _size(flat_inputs)
+        crop_height, crop_width = self._side(height), self._side(width)
+        top = torch.randint(height - crop_height + 1, ()).item()
+        left = torch.randint(width - crop_width + 1, ()).item()
+        return {"top": top, "left": left, "height": crop_height, "width": crop_width}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return inpt if isinstance(inpt, Area) else F.crop(inpt, **params)
+
+    def _side(self, side: int) -> int:
+        low, high = min(self.smallest, side), min(self.largest, side)
+        return torch.randint(low, high + 1, ()).item()
+
+
+def _size(flat_inputs: list[Any]) -> tuple[int, int]:
+    """(height, width) of the image among the inputs."""
+    image = next(x for x in flat_inputs if isinstance(x, (PIL.Image.Image, Image)))
+    height, width = F.get_size(image)
+    return height, width

@@ -1,0 +1,138 @@
+"""The losses. Letters: N outputs (decoder layers) treated together, B images of all streams, Q queries, K classes, T targets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import sigmoid_focal_loss
+
+from models.matcher import HungarianMatcher, Targets
+from util.box_ops import cxcywh_to_xyxy, generalized_iou
+from util.distributed import average_number
+
+LOSSES = ("loss_ce", "loss_bbox", "loss_giou")
+
+
+class SetCriterion(nn.Module):
+    """Set prediction losses of DETR with focal classification ("Deformable DETR", appendix A.3).
+
+    Args:
+        matcher: pairs predictions with targets.
+        weights: factor of each of LOSSES, the same at every output.
+        num_aux_outputs: intermediate decoder layers with losses of their own (suffixes _0, _1, ...).
+        with_proposals: whether the encoder's output has losses too (suffix _enc), all its labels being 0.
+        focal_alpha: alpha of the focal loss; gamma is 2.
+
+    `weight_dict` maps every loss that trains to its factor.
+    """
+
+    def __init__(
+        self, matcher: HungarianMatcher, weights: dict[str, float], num_aux_outputs: int, with_proposals: bool,
+        focal_alpha: float = 0.25,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.matcher, self.focal_alpha = matcher, focal_alpha
+        suffixes = ["", *(f"_{i}" for i in range(num_aux_outputs)), *(["_enc"] if with_proposals else [])]
+        self.weight_dict = {name + suffix: weights[name] for suffix in suffixes for name in LOSSES}
+
+    def forward(self, outputs: dict[str, Any], targets: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Match and compute every loss.
+
+        Args:
+            outputs: the detector's. With two streams both halves are supervised by the same targets.
+            targets: per image `boxes` [n, 4] cxcywh in [0, 1] and `labels` [n] int64.
+
+        Returns:
+            scalars: those of weight_dict, to be weighted and summed; and for the log, without gradient, class_error (of the
+            last layer, in percent) and cardinality_error (of every output).
+        """
+        flat = Targets.from_list(targets, outputs["num_streams"])
+        groups = self._groups(outputs, flat)
+        num_boxes = self._num_boxes(flat)
+        matches = self.matcher([(group.logits, group.boxes, group.targets) for group in groups])
+        losses: dict[str, Tensor] = {}
+        for group, match in zip(groups, matches, strict=True):
+            for key, per_output in self._group_losses(group, *match, num_boxes).items():
+                named = zip(group.suffixes, per_output.unbind(), strict=True)
+                losses |= {key + suffix: value for suffix, value in named}
+        losses["class_error"] = _class_error(groups[0], *matches[0])
+        return losses
+
+    def total(self, losses: dict[str, Tensor]) -> Tensor:
+        """The weighted sum that is differentiated."""
+        return torch.stack([losses[name] * weight for name, weight in self.weight_dict.items()]).sum()
+
+    def _groups(self, outputs: dict[str, Any], targets: Targets) -> list[OutputGroup]:
+        """All decoder layers as one group, the last layer first; the proposals as another, for they are more."""
+        layers = [outputs, *outputs.get("aux_outputs", [])]
+        suffixes = ["", *(f"_{i}" for i in range(len(layers) - 1))]
+        groups = [OutputGroup.of(layers, suffixes, targets)]
+        if "enc_outputs" in outputs:
+            groups.append(OutputGroup.of([outputs["enc_outputs"]], ["_enc"], targets.of_one_class()))
+        return groups
+
+    def _num_boxes(self, targets: Targets) -> Tensor | float:
+        """What the losses are divided by: the average over processes in training; in evaluation processes may have
+        different numbers of batches and must not wait for each other."""
+        if not self.training:
+            return max(float(len(targets)), 1.0)
+        return average_number(len(targets), targets.boxes.device).clamp(min=1)
+
+    def _group_losses(
+        self, group: OutputGroup, query_NT: Tensor, target_NT: Tensor, num_boxes: Tensor | float
+    ) -> dict[str, Tensor]:
+        """Every loss of every output: name -> [N]."""
+        predicted, wanted = group.boxes.flatten(0, 2)[query_NT], group.targets.boxes[target_NT]
+        giou = generalized_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted))
+        return {
+            "loss_ce": self._class_loss(group, query_NT, target_NT) / num_boxes,
+            "loss_bbox": (predicted - wanted).abs().sum((1, 2)) / num_boxes,
+            "loss_giou": (1 - giou).sum(1) / num_boxes,
+            "cardinality_error": _cardinality_error(group),
+        }
+
+    def _class_loss(self, group: OutputGroup, query_NT: Tensor, target_NT: Tensor) -> Tensor:
+        """Focal loss (arXiv 1708.02002, eq. 5) summed over queries and classes: [N].
+
+        The published form, a mean over queries times their number, is the same.
+        """
+        is_class = torch.zeros_like(group.logits)
+        is_class.flatten(0, 2)[query_NT, group.targets.labels[target_NT]] = 1
+        loss = sigmoid_focal_loss(group.logits, is_class, alpha=self.focal_alpha, gamma=2)
+        return loss.sum((1, 2, 3))
+
+
+@dataclass(frozen=True)
+class OutputGroup:
+    """Outputs of one shape: logits [N, B, Q, K], boxes [N, B, Q, 4], a suffix for the names of each one's losses."""
+
+    logits: Tensor
+    boxes: Tensor
+    suffixes: Sequence[str]
+    targets: Targets
+
+    @staticmethod
+    def of(outputs: Sequence[dict[str, Tensor]], suffixes: Sequence[str], targets: Targets) -> OutputGroup:
+        logits = torch.stack([output["pred_logits"] for output in outputs])
+        boxes = torch.stack([output["pred_boxes"] for output in outputs])
+        return OutputGroup(logits, boxes, suffixes, targets)
+
+
+@torch.no_grad()
+def _class_error(group: OutputGroup, query_NT: Tensor, target_NT: Tensor) -> Tensor:
+    """Share of the matched queries of the group's first output whose best class is wrong, in percent."""
+    predicted = group.logits.flatten(0, 2)[query_NT[0]].argmax(-1)
+    correct = (predicted == group.targets.labels[target_NT[0]]).sum()
+    return 100 - 100 * correct / max(query_NT.shape[1], 1)
+
+
+@torch.no_grad()
+def _cardinality_error(group: OutputGroup) -> Tensor:
+    """Published statistic: how many queries' best class is not the last one, against the number of targets: [N]."""
+    last_class = group.logits.shape[-1] - 1
+    predicted_NB = (group.logits.argmax(-1) != last_class).sum(-1)
+    return (predicted_NB - group.targets.count).abs().float().mean(-1)

@@ -1,0 +1,100 @@
+"""The detector: backbone -> projection -> transformer -> heads. B images, C channels, Q queries, K classes, L levels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from models.backbone import Backbone, resize_mask
+from models.deformable_transformer import Decoded, DeformableTransformer
+from util.nested_tensor import NestedTensor
+
+
+class DeformableDETR(nn.Module):
+    """Deformable DETR (Zhu et al., arXiv 2010.04159).
+
+    Args:
+        backbone: gives the feature maps.
+        position: maps a padding mask [B, H, W] to a position encoding [B, C, H, W].
+        transformer: encoder and decoder.
+        class_heads, box_heads: one per decoder layer (the same module repeated without refinement), one more in two-stage.
+        num_feature_levels: L; levels beyond the backbone's maps come from strided convolutions.
+        num_queries: Q.
+        aux_loss: whether outputs of all decoder layers are given.
+        with_box_refine: iterative box refinement.
+    """
+
+    def __init__(
+        self, backbone: Backbone, position: nn.Module, transformer: DeformableTransformer, class_heads: nn.ModuleList,
+        box_heads: nn.ModuleList, *, num_feature_levels: int, num_queries: int, aux_loss: bool, with_box_refine: bool,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.transformer = transformer
+        self.class_embed = class_heads
+        self.bbox_embed = box_heads
+        if not transformer.two_stage:
+            self.query_embed = nn.Embedding(num_queries, 2 * transformer.d_model)
+        self.input_proj = build_projection(backbone.channels, transformer.d_model, num_feature_levels)
+        self.backbone = nn.Sequential(backbone, position)  # a container of the two, for their published names
+        self.aux_loss, self.with_box_refine = aux_loss, with_box_refine
+
+    def forward(self, images: NestedTensor | Sequence[Tensor]) -> dict[str, Any]:
+        """Detect.
+
+        Args:
+            images: normalised RGB, a NestedTensor or a list of [3, H, W] tensors.
+
+        Returns:
+            pred_logits: [B, Q, K]; pred_boxes: [B, Q, 4] cxcywh in [0, 1] of the unpadded image; aux_outputs: the same of
+            the earlier decoder layers; enc_outputs: the same of the proposals, [B, S, ...], in two-stage;
+            num_streams: 2 if B counts every image twice (plain, then mixed by BatchFormerV2), else 1.
+        """
+        if not isinstance(images, NestedTensor):
+            images = NestedTensor.from_images(images)
+        maps, masks = self._project(images)
+        positions = [self.backbone[1](mask).to(x.dtype) for x, mask in zip(maps, masks, strict=True)]
+        queries = None if self.transformer.two_stage else self.query_embed.weight
+        decoded = self.transformer(
+            maps, masks, positions, queries, self.class_embed, self.bbox_embed, self.with_box_refine
+        )
+        return self._outputs(decoded)
+
+    def _project(self, images: NestedTensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The L maps at the transformer's width, and their masks."""
+        features = self.backbone[0](images)
+        maps = [project(feature.tensors) for project, feature in zip(self.input_proj, features, strict=False)]
+        masks = [feature.mask for feature in features]
+        source = features[-1].tensors
+        for project in self.input_proj[len(features) :]:
+            source = project(source)
+            maps.append(source)
+            masks.append(resize_mask(images.mask, source.shape[-2:]))
+        return maps, masks
+
+    def _outputs(self, decoded: Decoded) -> dict[str, Any]:
+        layers = [
+            {"pred_logits": head(content), "pred_boxes": boxes}
+            for head, (content, boxes) in zip(self.class_embed, decoded.layers, strict=False)
+        ]
+        out: dict[str, Any] = {**layers[-1], "num_streams": decoded.num_streams}
+        if self.aux_loss:
+            out["aux_outputs"] = layers[:-1]
+        if decoded.proposals:
+            boxes = decoded.proposals.box_logits.sigmoid()
+            out["enc_outputs"] = {"pred_logits": decoded.proposals.logits, "pred_boxes": boxes}
+        return out
+
+
+def build_projection(channels: Sequence[int], hidden_dim: int, num_levels: int) -> nn.ModuleList:
+    """1x1 convolutions for the backbone's maps, 3x3 of stride 2 for the levels beyond, each with GroupNorm(32)."""
+    inputs = [*channels, channels[-1], *[hidden_dim] * num_levels][:num_levels]
+    projections = nn.ModuleList()
+    for level, width in enumerate(inputs):
+        kernel = {"kernel_size": 1} if level < len(channels) else {"kernel_size": 3, "stride": 2, "padding": 1}
+        convolution = nn.Conv2d(width, hidden_dim, **kernel)
+        nn.init.xavier_uniform_(convolution.weight)
+        nn.init.zeros_(convolution.bias)
+        projections.append(nn.Sequential(convolution, nn.GroupNorm(32, hidden_dim)))
+    return projections

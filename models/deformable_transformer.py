@@ -1,0 +1,161 @@
+"""From feature maps to decoded queries. Shape letters: B images, S tokens, L levels, Q queries, C channels, K classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from models.batchformer import BatchFormerV2
+from models.decoder import DeformableTransformerDecoder, DeformableTransformerDecoderLayer, Queries
+from models.encoder import DeformableTransformerEncoder, DeformableTransformerEncoderLayer, drop_path_rates
+from models.ops.modules import MSDeformAttn
+from models.position_encoding import sine_features
+from models.token_batch import TokenBatch, encoder_reference_points, pixel_centres, valid_extent, valid_ratio
+
+PROPOSAL_SIZE = 0.05  # side of a proposal on the finest level; it doubles with every level
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """The encoder's own detections: logits [B, S, K] and boxes before the sigmoid [B, S, 4]."""
+
+    logits: Tensor
+    box_logits: Tensor
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """layers: per decoder layer contents [B, Q, C] and boxes [B, Q, 4]; B counts the images of all streams."""
+
+    layers: list[tuple[Tensor, Tensor]]
+    proposals: Proposals | None
+    num_streams: int
+
+
+class DeformableTransformer(nn.Module):
+    """Encoder, queries or proposals, decoder ("Deformable DETR", sections 4.2 and 4.3).
+
+    Args:
+        d_model, nhead, num_encoder_layers, num_decoder_layers, dim_feedforward, dropout, drop_path,
+        num_feature_levels, enc_n_points, dec_n_points: the sizes.
+        batchformer_modules: the weights of BatchFormerV2, registered as `bf`; None without it.
+        batchformer: what acts after the encoder's layers with those weights.
+        two_stage: take the queries from the encoder's proposals.
+        num_proposals: how many of them.
+    """
+
+    def __init__(
+        self, *, d_model: int, nhead: int, num_encoder_layers: int, num_decoder_layers: int, dim_feedforward: int,
+        dropout: float, drop_path: float, num_feature_levels: int, enc_n_points: int, dec_n_points: int,
+        batchformer_modules: nn.Module | None, batchformer: BatchFormerV2 | None, two_stage: bool, num_proposals: int,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.d_model, self.two_stage, self.num_proposals = d_model, two_stage, num_proposals
+        sizes = {"n_levels": num_feature_levels, "n_heads": nhead}
+        self.bf = batchformer_modules
+        self.encoder = DeformableTransformerEncoder(
+            [
+                DeformableTransformerEncoderLayer(d_model, dim_feedforward, dropout, rate, n_points=enc_n_points, **sizes)
+                for rate in drop_path_rates(drop_path, num_encoder_layers)
+            ],
+            after_layer=batchformer or _unchanged,
+        )
+        self.decoder = DeformableTransformerDecoder([
+            DeformableTransformerDecoderLayer(d_model, dim_feedforward, dropout, rate, n_points=dec_n_points, **sizes)
+            for rate in drop_path_rates(drop_path, num_decoder_layers)
+        ])  # fmt: skip
+        self.level_embed = nn.Parameter(torch.empty(num_feature_levels, d_model))
+        if two_stage:
+            self.enc_output = nn.Linear(d_model, d_model)
+            self.enc_output_norm = nn.LayerNorm(d_model)
+            self.pos_trans = nn.Linear(2 * d_model, 2 * d_model)
+            self.pos_trans_norm = nn.LayerNorm(2 * d_model)
+        else:
+            self.reference_points = nn.Linear(d_model, 2)
+        self._reset_parameters()
+
+    def _reset_parameters(self) -> None:
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+        for module in self.modules():
+            if isinstance(module, MSDeformAttn):
+                module.reset_parameters()
+        if not self.two_stage:
+            nn.init.zeros_(self.reference_points.bias)
+        nn.init.normal_(self.level_embed)
+
+    def forward(
+        self, maps: list[Tensor], masks: list[Tensor], positions: list[Tensor], query_embed: Tensor | None,
+        class_heads: nn.ModuleList, box_heads: nn.ModuleList, with_box_refine: bool,
+    ) -> Decoded:  # fmt: skip
+        """Encode and decode.
+
+        Args:
+            maps, positions: per level [B, C, H, W]; masks: per level [B, H, W] bool, True on padding.
+            query_embed: [Q, 2C] learned positions and contents; None in two-stage.
+            class_heads, box_heads: the heads; the decoder uses the box heads, the proposals the last of each.
+            with_box_refine: refine the boxes from layer to layer.
+        """
+        memory = self.encoder(self._flatten(maps, masks, positions))
+        proposals = self._propose(memory, class_heads[-1], box_heads[-1]) if self.two_stage else None
+        queries = self._queries_of(proposals) if proposals else self._learned_queries(query_embed, len(memory.tokens))
+        return Decoded(self.decoder(queries, memory, box_heads, with_box_refine), proposals, memory.num_streams)
+
+    def _flatten(self, maps: list[Tensor], masks: list[Tensor], positions: list[Tensor]) -> TokenBatch:
+        shapes = tuple((x.shape[-2], x.shape[-1]) for x in maps)
+        ratios = torch.stack([valid_ratio(mask) for mask in masks], 1)
+        return TokenBatch(
+            tokens=torch.cat([_tokens(x) for x in maps], 1),
+            position=torch.cat([_tokens(x) + self.level_embed[level] for level, x in enumerate(positions)], 1),
+            padding_mask=torch.cat([mask.flatten(1) for mask in masks], 1),
+            valid_ratios=ratios,
+            reference_points=encoder_reference_points(shapes, ratios),
+            spatial_shapes=shapes,
+        )
+
+    def _learned_queries(self, query_embed: Tensor, batch: int) -> Queries:
+        position, content = query_embed.expand(batch, -1, -1).split(self.d_model, -1)
+        return Queries(content, position, self.reference_points(position).sigmoid())
+
+    def _propose(self, memory: TokenBatch, class_head: nn.Module, box_head: nn.Module) -> Proposals:
+        """A proposal from every token ("Deformable DETR", appendix A.4, two-stage)."""
+        anchors, invalid = _anchors(memory)
+        tokens = memory.tokens.masked_fill(invalid, 0.0)
+        tokens = self.enc_output_norm(self.enc_output(tokens))
+        # an infinite logit makes the box (1, 1, 1, 1) whatever the head says
+        box_logits = torch.logit(anchors).masked_fill(invalid, float("inf"))
+        return Proposals(class_head(tokens), box_head(tokens) + box_logits)
+
+    def _queries_of(self, proposals: Proposals) -> Queries:
+        """The proposals with the best logit of class 0 (their only class in the loss), without gradient."""
+        best = proposals.logits[..., 0].topk(self.num_proposals, dim=1).indices
+        box_logits = proposals.box_logits.gather(1, best[..., None].expand(-1, -1, 4)).detach()
+        boxes = box_logits.sigmoid()
+        # C / 2 features for each of the four coordinates
+        features = sine_features(boxes * 2 * torch.pi, self.d_model // 2).flatten(-2)
+        position, content = self.pos_trans_norm(self.pos_trans(features)).split(self.d_model, -1)
+        return Queries(content, position, boxes)
+
+
+def _anchors(memory: TokenBatch) -> tuple[Tensor, Tensor]:
+    """Every token's square around its pixel centre: boxes [B, S, 4] cxcywh, and [B, S, 1] True where it can't be used."""
+    padding = memory.padding_mask.split([h * w for h, w in memory.spatial_shapes], 1)
+    boxes = []
+    for level, (shape, mask) in enumerate(zip(memory.spatial_shapes, padding, strict=True)):
+        extent = valid_extent(mask.unflatten(1, shape))
+        centre = pixel_centres(shape, mask.device) / extent[:, None]
+        boxes.append(torch.cat([centre, torch.full_like(centre, PROPOSAL_SIZE * 2**level)], -1))
+    anchors = torch.cat(boxes, 1)
+    inside = ((anchors > 0.01) & (anchors < 0.99)).all(-1, keepdim=True)
+    return anchors, ~inside | memory.padding_mask[..., None]
+
+
+def _tokens(map_BCHW: Tensor) -> Tensor:
+    return map_BCHW.flatten(2).transpose(1, 2)
+
+
+def _unchanged(layer: int, batch: TokenBatch) -> TokenBatch:
+    return batch

@@ -1,0 +1,69 @@
+"""The deformable encoder. Shape letters: B images, S tokens of all levels, L levels, C channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
+
+from models.ops.modules import MSDeformAttn
+from models.token_batch import TokenBatch
+
+
+class DeformableTransformerEncoderLayer(nn.Module):
+    """Deformable self-attention and feed-forward, post-norm ("Deformable DETR", section 4.2)."""
+
+    def __init__(
+        self, d_model: int, d_ffn: int, dropout: float, drop_path: float, n_levels: int, n_heads: int, n_points: int
+    ) -> None:
+        super().__init__()
+        self.self_attn = MSDeformAttn(d_model, n_levels, n_heads, n_points)
+        self.dropout1 = nn.Dropout(dropout)
+        self.norm1 = nn.LayerNorm(d_model)
+        self.linear1 = nn.Linear(d_model, d_ffn)
+        self.dropout2 = nn.Dropout(dropout)
+        self.linear2 = nn.Linear(d_ffn, d_model)
+        self.dropout3 = nn.Dropout(dropout)
+        self.norm2 = nn.LayerNorm(d_model)
+        self.drop_path = StochasticDepth(drop_path, "row")
+
+    def forward(self, batch: TokenBatch) -> TokenBatch:
+        x = batch.tokens
+        attended = self.self_attn(
+            x + batch.position, batch.reference_points, x, batch.spatial_shapes, input_padding_mask=batch.padding_mask
+        )
+        x = self.norm1(x + self.drop_path(self.dropout1(attended)))
+        x = self.norm2(x + self.drop_path(self.dropout3(self._feed_forward(x))))
+        return batch.with_tokens(x)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        return self.linear2(self.dropout2(F.relu(self.linear1(x))))
+
+
+class DeformableTransformerEncoder(nn.Module):
+    """Layers over one batch of tokens, with room for something between them.
+
+    Args:
+        layers: the encoder layers.
+        after_layer: called as `batch = after_layer(i, batch)` after layer i; BatchFormerV2 comes in here.
+    """
+
+    def __init__(
+        self, layers: list[DeformableTransformerEncoderLayer], after_layer: Callable[[int, TokenBatch], TokenBatch]
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.after_layer = after_layer
+
+    def forward(self, batch: TokenBatch) -> TokenBatch:
+        for i, layer in enumerate(self.layers):
+            batch = layer(batch)
+            batch = self.after_layer(i, batch)
+        return batch
+
+
+def drop_path_rates(drop_path: float, num_layers: int) -> list[float]:
+    """Stochastic depth grows linearly from 0 in the first layer ("Deep networks with stochastic depth", eq. 4)."""
+    return [drop_path * i / max(num_layers - 1, 1) for i in range(num_layers)]

@@ -1,0 +1,109 @@
+"""Which prediction answers for which target. N outputs matched together, B images, Q queries, T targets of all images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from util.box_ops import cxcywh_to_xyxy, generalized_iou
+from util.transfer import to_device, to_host
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The targets of a batch, flat.
+
+    boxes: [T, 4] cxcywh; labels: [T]; image: [T], the index of each one's image; count: [B], the targets of every image;
+    counts: the same on the host.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    image: Tensor
+    count: Tensor
+    counts: tuple[int, ...]
+
+    @staticmethod
+    def from_list(targets: Sequence[dict[str, Tensor]], num_streams: int = 1) -> Targets:
+        """Flatten a list of targets; with two streams the list counts twice."""
+        targets = list(targets) * num_streams
+        counts = tuple(len(target["labels"]) for target in targets)
+        boxes = torch.cat([target["boxes"] for target in targets]).reshape(-1, 4)
+        count = torch.tensor(counts)
+        image = torch.arange(len(counts)).repeat_interleave(count)
+        labels = torch.cat([target["labels"] for target in targets])
+        return Targets(boxes, labels, to_device(image, boxes.device), to_device(count, boxes.device), counts)
+
+    def of_one_class(self) -> Targets:
+        """The same with every label 0, for proposals that know objects from background only."""
+        return replace(self, labels=torch.zeros_like(self.labels))
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+
+class HungarianMatcher:
+    """One-to-one matching of least cost ("Deformable DETR", appendix A.3; "DETR", eq. 1).
+
+    Args:
+        cost_class, cost_bbox, cost_giou: weights of the focal class cost, the L1 distance and the negated generalised IoU.
+        focal_alpha: alpha of the focal cost.
+    """
+
+    def __init__(self, cost_class: float, cost_bbox: float, cost_giou: float, focal_alpha: float = 0.25) -> None:
+        self.cost_class, self.cost_bbox, self.cost_giou, self.focal_alpha = cost_class, cost_bbox, cost_giou, focal_alpha
+
+    @torch.no_grad()
+    def __call__(self, groups: Sequence[tuple[Tensor, Tensor, Targets]]) -> list[tuple[Tensor, Tensor]]:
+        """Match several groups of outputs, with one transfer from the device and one back.
+
+        Args:
+            groups: logits [N, B, Q, K], boxes [N, B, Q, 4] and targets; e.g. all decoder layers, and the encoder's output.
+
+        Returns:
+            per group the matched queries as flat indices into [N, B, Q], and their targets in [0, T): both [N, T'] int64 on
+            the device, image after image. T' is T unless an image has more targets than queries.
+        """
+        costs = to_host(*(self._cost(*group) for group in groups))
+        matched = [
+            _assign(cost.numpy(), targets.counts)
+            for cost, (_, _, targets) in zip(costs, groups, strict=True)
+        ]  # fmt: skip
+        packed = to_device(torch.from_numpy(np.concatenate([pair.ravel() for pair in matched])), groups[0][0].device)
+        parts = packed.split([pair.size for pair in matched])
+        return [tuple(part.view(pair.shape).unbind()) for part, pair in zip(parts, matched, strict=True)]
+
+    def _cost(self, logits_NBQK: Tensor, boxes_NBQ4: Tensor, targets: Targets) -> Tensor:
+        """[N, T, Q]: each target against the queries of its own image only."""
+        cost_bbox = (boxes_NBQ4[:, targets.image] - targets.boxes[:, None]).abs().sum(-1)
+        corners = cxcywh_to_xyxy(boxes_NBQ4)[:, targets.image]
+        cost_giou = -generalized_iou(corners, cxcywh_to_xyxy(targets.boxes)[:, None])
+        cost_class = self._class_cost(logits_NBQK[:, targets.image, :, targets.labels].transpose(0, 1))
+        return self.cost_class * cost_class + self.cost_bbox * cost_bbox + self.cost_giou * cost_giou
+
+    def _class_cost(self, logits: Tensor) -> Tensor:
+        """Focal loss of calling it the target's class minus that of not doing so, gamma 2."""
+        probability = logits.sigmoid()
+        positive = self.focal_alpha * (1 - probability) ** 2 * -(probability + 1e-8).log()
+        negative = (1 - self.focal_alpha) * probability**2 * -(1 - probability + 1e-8).log()
+        return positive - negative
+
+
+def _assign(cost_NTQ: np.ndarray, counts: Sequence[int]) -> np.ndarray:
+    """Least-cost assignment per output and image: [2, N, T'], flat query indices in [N, B, Q] and target indices."""
+    num_outputs, _, num_queries = cost_NTQ.shape
+    # a network that gave NaN is stopped by the loss, with a diagnosis; here it must not stop the assignment
+    cost_NTQ = np.nan_to_num(cost_NTQ, nan=1e6, posinf=1e6, neginf=-1e6)
+    starts = np.cumsum([0, *counts])
+    pairs = [[np.empty((2, 0), np.int64)] for _ in range(num_outputs)]
+    for output in range(num_outputs):
+        for image, (start, count) in enumerate(zip(starts, counts, strict=False)):
+            query, target = linear_sum_assignment(cost_NTQ[output, start : start + count].T)
+            offset = (output * len(counts) + image) * num_queries
+            pairs[output].append(np.stack([offset + query, start + target]))
+    return np.stack([np.concatenate(columns, 1) for columns in pairs], 1)

@@ -1,0 +1,43 @@
+"""From the detector's outputs to boxes on the original images. B images, Q queries, K classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from util.box_ops import cxcywh_to_xyxy
+
+MAX_DETECTIONS = 100  # as COCO counts them
+
+
+class PostProcess(nn.Module):
+    """The best (query, class) pairs of every image as detections."""
+
+    @torch.no_grad()
+    def forward(self, outputs: dict[str, Any], target_sizes: Tensor) -> list[dict[str, Tensor]]:
+        """Detections of the plain stream.
+
+        Args:
+            outputs: the detector's, `pred_logits` [B, Q, K] and `pred_boxes` [B, Q, 4].
+            target_sizes: [B, 2] height and width of the images to put the boxes on, in pixels.
+
+        Returns:
+            per image `scores` [n], `labels` [n] and `boxes` [n, 4] x0, y0, x1, y1 in pixels, best first; n = min(100, Q * K).
+
+        Raises:
+            ValueError: the number of sizes is not that of the images.
+        """
+        logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
+        if target_sizes.shape != (len(logits), 2):
+            raise ValueError(f"target_sizes must be [{len(logits)}, 2] (height, width), got {list(target_sizes.shape)}")
+        num_classes = logits.shape[-1]
+        scores, best = logits.sigmoid().flatten(1).topk(min(MAX_DETECTIONS, logits[0].numel()), dim=1)
+        query, labels = best // num_classes, best % num_classes
+        height, width = target_sizes.unbind(1)
+        scale = torch.stack([width, height, width, height], 1).to(boxes.dtype)
+        corners = cxcywh_to_xyxy(boxes).gather(1, query[..., None].expand(-1, -1, 4)) * scale[:, None]
+        return [
+            {"scores": s, "labels": label, "boxes": box} for s, label, box in zip(scores, labels, corners, strict=True)
+        ]

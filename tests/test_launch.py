@@ -1,0 +1,430 @@
+"""The launch scripts: arguments and ranks arrive, a failure or a signal ends every process, mistakes cost one line."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+AWKWARD = ["--batch-size", "3", "two words", 'it\'s "quoted"', "", "$HOME", "*"]
+CONFIGS = {
+    "r50_deformable_detr": [],
+    "r50_deformable_detr_single_scale": ["--num_feature_levels", "1"],
+    "r50_deformable_detr_single_scale_dc5": ["--num_feature_levels", "1", "--dilation"],
+    "r50_deformable_detr_plus_iterative_bbox_refinement": ["--with_box_refine"],
+    "r50_deformable_detr_plus_iterative_bbox_refinement_plus_plus_two_stage": ["--with_box_refine", "--two_stage"],
+    "r101_deformable_detr": ["--backbone", "resnet101"],
+}
+# Writes what it was told to a file for each rank. REPORT names the folder.
+REPORT_COMMAND = f"""#!{sys.executable}
+import json, os, sys
+names = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT OMP_NUM_THREADS".split()
+report = dict((name, os.environ[name]) for name in names) | dict(arguments=sys.argv[1:])
+open(os.environ["REPORT"] + "/" + os.environ["RANK"], "w").write(json.dumps(report))
+"""
+# A shell with a child: both must end. The rank FAILS says why and fails.
+SLEEP_COMMAND = """#!/usr/bin/env bash
+sleep 300 &
+echo "$$ $!" >"$REPORT/$RANK.tmp" && mv "$REPORT/$RANK.tmp" "$REPORT/$RANK"
+until [[ -e $REPORT/0 && -e $REPORT/1 ]]; do sleep 0.1; done
+if [[ $RANK == "${FAILS:-none}" ]]; then
+  kill $!
+  echo "the data of rank $RANK is not there" >&2
+  exit 3
+fi
+wait
+"""
+
+
+def environment(tmp_path: Path, **variables: str) -> dict[str, str]:
+    """This process's environment without what launchers set, on the CPU, with `tmp_path`/bin first on PATH."""
+    launchers = ("SLURM", "SUBMITIT", "MASTER_", "GPUS_PER_NODE", "NODE_RANK", "RANK", "WORLD_SIZE", "LOCAL_", "OMP_")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
+    path = os.pathsep.join([str(tmp_path / "bin"), str(Path(sys.executable).parent), clean["PATH"]])
+    ours = {"PATH": path, "VIRTUAL_ENV": sys.prefix, "CUDA_VISIBLE_DEVICES": "", "REPORT": str(tmp_path)}
+    return clean | ours | variables
+
+
+def executable(path: Path, text: str) -> str:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return str(path)
+
+
+def start(command: list[str], env: dict[str, str], cwd: Path = ROOT) -> subprocess.Popen[str]:
+    return subprocess.Popen(command, env=env, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def finish(process: subprocess.Popen[str], seconds: float = 60) -> tuple[int, str]:
+    """Exit status and output. A process that does not end is terminated, with its own, and fails the test."""
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        process.communicate()
+        raise
+    return process.returncode, output
+
+
+def run(command: list[str], env: dict[str, str], cwd: Path = ROOT) -> tuple[int, str]:
+    return finish(start(command, env, cwd))
+
+
+def reports(tmp_path: Path, processes: int) -> list[dict]:
+    return [json.loads((tmp_path / str(rank)).read_text()) for rank in range(processes)]
+
+
+def sleepers(tmp_path: Path) -> list[int]:
+    """The process ids of both ranks of SLEEP_COMMAND and their children, once both have started."""
+    deadline = time.monotonic() + 60
+    while not all((tmp_path / rank).exists() for rank in "01"):
+        assert time.monotonic() < deadline, "the ranks did not start"
+        time.sleep(0.1)
+    return [int(pid) for rank in "01" for pid in (tmp_path / rank).read_text().split()]
+
+
+def all_end(pids: list[int], seconds: float = 10) -> bool:
+    """A zombie has ended: who reaps it is not the launcher's affair."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        listed = subprocess.run(["ps", "-o", "stat=", "-p", ",".join(map(str, pids))], capture_output=True, text=True)
+        if all(state.startswith("Z") for state in listed.stdout.split()):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def start_two_nodes(tmp_path: Path, command: str, **variables: str) -> list[subprocess.Popen[str]]:
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "GPUS_PER_NODE": "1"} | variables
+    return [
+        start(["./tools/run_dist_launch.sh", "2", command, *AWKWARD], environment(tmp_path, NODE_RANK=node, **meeting))
+        for node in "01"
+    ]
+
+
+# configs/ and tools/env.sh
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_passes_its_flags_and_the_users(tmp_path: Path, name: str) -> None:
+    executable(tmp_path / "bin/python", '#!/usr/bin/env bash\n[[ $1 == -c ]] || printf "%s\\n" "$$" "$@"\n')
+    process = start([f"./configs/{name}.sh", *AWKWARD], environment(tmp_path))
+    status, output = finish(process)
+    assert status == 0
+    pid, *arguments = output.split("\n")[:-1]
+    assert arguments == ["-u", "main.py", "--output_dir", f"exps/{name}", *CONFIGS[name], *AWKWARD]
+    assert int(pid) == process.pid, "python must take the place of the shell, or signals do not reach it"
+
+
+def test_every_config_is_listed_here() -> None:
+    assert {path.stem for path in (ROOT / "configs").glob("*.sh")} == set(CONFIGS)
+
+
+def test_outside_the_root_a_script_says_where_to_go(tmp_path: Path) -> None:
+    status, output = run([str(ROOT / "configs/r50_deformable_detr.sh")], environment(tmp_path), cwd=tmp_path)
+    assert status == 2
+    assert output == f"r50_deformable_detr.sh: run this from the project's root: cd {ROOT}\n"
+
+
+def test_without_torch_a_script_says_what_to_run(tmp_path: Path) -> None:
+    executable(tmp_path / "bin/python", "#!/usr/bin/env bash\nexit 1\n")
+    status, output = run(["./configs/r50_deformable_detr.sh"], environment(tmp_path))
+    assert status == 2
+    assert output.count("\n") == 1
+    assert "has no torch" in output
+    assert "quickstart.sh" in output
+
+
+@pytest.mark.parametrize("active", ["VIRTUAL_ENV", "CONDA_PREFIX", None])
+def test_dot_venv_serves_unless_another_environment_is_active(tmp_path: Path, active: str | None) -> None:
+    (tmp_path / "tools").mkdir()
+    shutil.copy(ROOT / "tools/env.sh", tmp_path / "tools")
+    executable(tmp_path / "bin/python", "")
+    (tmp_path / ".venv").mkdir()
+    own = executable(tmp_path / ".venv/bin/python", "")
+    variables = {"VIRTUAL_ENV": "", "CONDA_PREFIX": ""} | ({active: "/elsewhere"} if active else {})
+    script = "set -euo pipefail; source tools/env.sh; command -v python"
+    status, output = run(["bash", "-c", script], environment(tmp_path, **variables), cwd=tmp_path)
+    assert status == 0
+    assert output.strip() == (str(tmp_path / "bin/python") if active else own)
+
+
+# tools/run_dist_launch.sh
+
+
+def test_launch_gives_ranks_and_keeps_arguments(tmp_path: Path) -> None:
+    command = executable(tmp_path / "report command", REPORT_COMMAND)
+    status, output = run(["./tools/run_dist_launch.sh", "2", command, *AWKWARD], environment(tmp_path))
+    assert status == 0, output
+    first, second = reports(tmp_path, 2)
+    assert first["arguments"] == second["arguments"] == AWKWARD
+    assert (first["RANK"], first["LOCAL_RANK"]) == ("0", "0")
+    assert (second["RANK"], second["LOCAL_RANK"]) == ("1", "1")
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
+        assert first[name] == second[name] == value
+    assert first["MASTER_PORT"] == second["MASTER_PORT"]
+    assert int(first["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // 2)
+
+
+def test_launch_two_nodes_make_one_group(tmp_path: Path) -> None:
+    nodes = start_two_nodes(tmp_path, executable(tmp_path / "report", REPORT_COMMAND), OMP_NUM_THREADS="5")
+    for node in nodes:
+        status, output = finish(node)
+        assert status == 0, output
+    for rank, report in enumerate(reports(tmp_path, 2)):
+        assert report["arguments"] == AWKWARD
+        assert (report["RANK"], report["WORLD_SIZE"], report["LOCAL_RANK"]) == (str(rank), "2", "0")
+        assert report["OMP_NUM_THREADS"] == "5"
+
+
+def test_launch_a_failing_rank_ends_all_and_is_named(tmp_path: Path) -> None:
+    command = executable(tmp_path / "sleep", SLEEP_COMMAND)
+    status, output = run(["./tools/run_dist_launch.sh", "2", command], environment(tmp_path, FAILS="1"))
+    assert status == 3
+    assert "the data of rank 1 is not there" in output
+    assert output.splitlines()[-1].startswith("run_dist_launch.sh: rank 1 failed with exit status 3")
+    assert "Traceback" not in output
+    assert all_end(sleepers(tmp_path))
+
+
+@pytest.mark.parametrize("fails", ["0", "1"])
+def test_launch_a_failing_node_ends_the_other(tmp_path: Path, fails: str) -> None:
+    nodes = start_two_nodes(tmp_path, executable(tmp_path / "sleep", SLEEP_COMMAND), FAILS=fails)
+    results = [finish(node) for node in nodes]
+    failed, ended = results if fails == "0" else reversed(results)
+    assert failed[0] == 3
+    assert f"the data of rank {fails} is not there" in failed[1]
+    assert ended[0] == 128 + signal.SIGTERM
+    assert f"node {fails} failed" in ended[1]
+    assert all_end(sleepers(tmp_path))
+
+
+def test_launch_two_jobs_share_the_machine_and_a_signal_ends_its_own(tmp_path: Path) -> None:
+    # python, not a shell: a shell's children in the background ignore SIGINT
+    command = tmp_path / "sleep.py"
+    command.write_text(
+        "import os, time\n"
+        "path = os.environ['REPORT'] + '/' + os.environ['RANK']\n"
+        "open(path + '.tmp', 'w').write(str(os.getpid()))\n"
+        "os.rename(path + '.tmp', path)\n"
+        "time.sleep(300)\n"
+    )
+    jobs = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        folder = tmp_path / number.name
+        folder.mkdir()
+        env = environment(tmp_path, REPORT=str(folder))
+        jobs[number] = folder, start(["./tools/run_dist_launch.sh", "2", str(command)], env)
+    pids = {number: sleepers(folder) for number, (folder, _) in jobs.items()}
+    for number, (_, launcher) in jobs.items():
+        assert launcher.poll() is None
+        launcher.send_signal(number)
+        status, output = finish(launcher)
+        assert status == 128 + number
+        assert f"run_dist_launch.sh: ended by {number.name}" in output
+        assert all_end(pids[number])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "reason"),
+    [
+        ([], {}, "usage:"),
+        (["2"], {}, "usage:"),
+        (["two", "true"], {}, "positive integer, not 'two'"),
+        (["0", "true"], {}, "positive integer, not '0'"),
+        (["12", "true"], {}, "12 processes do not divide into nodes of 8"),
+        (["2", "true"], {"GPUS_PER_NODE": "8"}, "2 processes do not divide into nodes of 8"),
+        (["2", "true"], {"GPUS_PER_NODE": "0"}, "GPUS_PER_NODE must be a positive integer"),
+        (["2", "./configs/no_such.sh"], {}, "'./configs/no_such.sh' is not an executable command"),
+        (["16", "true"], {}, "set MASTER_ADDR"),
+        (["16", "true"], {"MASTER_ADDR": "127.0.0.1"}, "NODE_RANK"),
+        (["16", "true"], {"MASTER_ADDR": "127.0.0.1", "NODE_RANK": "2"}, "NODE_RANK must be from 0 to 1"),
+    ],
+)
+def test_launch_refuses_in_one_line(tmp_path: Path, arguments: list[str], variables: dict, reason: str) -> None:
+    status, output = run(["./tools/run_dist_launch.sh", *arguments], environment(tmp_path, **variables))
+    assert status == 2
+    assert output.count("\n") == 1
+    assert reason in output
+
+
+# tools/run_dist_slurm.sh
+
+# Stands for Slurm: notes its own flags and runs the command once for each task.
+SRUN = f"""#!{sys.executable}
+import os, subprocess, sys
+arguments = sys.argv[1:]
+first = arguments.index("bash")
+flags = arguments[:first]
+open(os.environ["REPORT"] + "/flags", "w").write("\\n".join(flags))
+options = dict(flag[2:].split("=", 1) for flag in flags if flag.startswith("--") and "=" in flag)
+tasks, on_node = int(options["ntasks"]), int(options["ntasks-per-node"])
+for task in range(tasks):
+    slurm = dict(PROCID=task, NTASKS=tasks, LOCALID=task % on_node, JOB_ID=41, STEP_ID=1, STEP_NODELIST="gpu[7-8]")
+    env = os.environ | dict(("SLURM_" + name, str(value)) for name, value in slurm.items())
+    subprocess.run(arguments[first:], env=env, check=True)
+"""
+SCONTROL = '#!/usr/bin/env bash\n[[ $* == "show hostnames gpu[7-8]" ]] && printf "gpu7\\ngpu8\\n"\n'
+
+
+def test_slurm_tasks_get_the_variables_of_torchrun(tmp_path: Path) -> None:
+    executable(tmp_path / "bin/srun", SRUN)
+    executable(tmp_path / "bin/scontrol", SCONTROL)
+    command = executable(tmp_path / "report", REPORT_COMMAND)
+    env = environment(tmp_path, GPUS_PER_NODE="2", CPUS_PER_TASK="3", SRUN_ARGS="--account=vision --exclusive")
+    status, output = run(["./tools/run_dist_slurm.sh", "main part", "my job", "4", command, *AWKWARD], env)
+    assert status == 0, output
+    assert (tmp_path / "flags").read_text().split("\n") == [
+        "-p", "main part", "--job-name=my job", "--gres=gpu:2", "--ntasks=4", "--ntasks-per-node=2",
+        "--cpus-per-task=3", "--kill-on-bad-exit=1", "--account=vision", "--exclusive",
+    ]  # fmt: skip
+    common = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "gpu7", "MASTER_PORT": "10042"}
+    common |= {"OMP_NUM_THREADS": "1", "arguments": AWKWARD}
+    for rank, report in enumerate(reports(tmp_path, 4)):
+        assert report == common | {"RANK": str(rank), "LOCAL_RANK": str(rank % 2)}
+
+
+def test_slurm_without_gpus_asks_for_none(tmp_path: Path) -> None:
+    executable(tmp_path / "bin/srun", SRUN)
+    executable(tmp_path / "bin/scontrol", SCONTROL)
+    command = tmp_path / "report.py"
+    command.write_text(REPORT_COMMAND)
+    env = environment(tmp_path, GRES="none")
+    status, output = run(["./tools/run_dist_slurm.sh", "main", "job", "2", str(command)], env)
+    assert status == 0, output
+    assert "--gres=none" in (tmp_path / "flags").read_text().split("\n")
+    assert [report["OMP_NUM_THREADS"] for report in reports(tmp_path, 2)] == ["4", "4"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["main", "job", "8"], "usage:"),
+        (["main", "job", "many", "true"], "positive integer, not 'many'"),
+        (["main", "job", "12", "true"], "12 processes do not divide into nodes of 8"),
+    ],
+)
+def test_slurm_refuses_in_one_line(tmp_path: Path, arguments: list[str], reason: str) -> None:
+    status, output = run(["./tools/run_dist_slurm.sh", *arguments], environment(tmp_path))
+    assert status == 2
+    assert output.count("\n") == 1
+    assert reason in output
+
+
+@pytest.mark.skipif(shutil.which("srun") is not None, reason="this machine has Slurm")
+def test_slurm_not_installed_is_said_in_one_line(tmp_path: Path) -> None:
+    status, output = run(["./tools/run_dist_slurm.sh", "main", "job", "8", "true"], environment(tmp_path))
+    assert status == 2
+    assert output.count("\n") == 1
+    assert "there is no srun here" in output
+
+
+# tools/run_with_submitit.py
+
+# Stands for main.py: notes what it was given; the first run of rank 0 saves a checkpoint and is preempted.
+PREEMPTED_MAIN = """
+import json, os, pathlib, signal, time
+
+def main(config):
+    flags = config.flags()
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS")
+    report = {name: os.environ[name] for name in names} | {"resume": flags["resume"], "bf": flags["bf"]}
+    output = pathlib.Path(flags["output_dir"])
+    with open(output / ("rank" + report["RANK"]), "a") as file:
+        file.write(json.dumps(report) + "\\n")
+    if report["RANK"] == "0" and not flags["resume"]:
+        (output / "checkpoint.pth").write_text("state")
+        os.kill(os.getpid(), signal.SIGUSR2)
+        time.sleep(60)
+"""
+FLAGS = ["--bf", "1", "--insert_idx", "0"]
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A project whose main.py is a stand-in; the script and the flags are the real ones."""
+    root = tmp_path / "project"
+    (root / "tools").mkdir(parents=True)
+    shutil.copy(ROOT / "tools/run_with_submitit.py", root / "tools")
+    shutil.copytree(ROOT / "util", root / "util", ignore=shutil.ignore_patterns("__pycache__"))
+    (root / "main.py").write_text(PREEMPTED_MAIN)
+    return root
+
+
+def submitit_command(*arguments: str) -> list[str]:
+    return [sys.executable, "tools/run_with_submitit.py", *arguments]
+
+
+def test_submitit_requeued_job_resumes_its_own_checkpoint(project: Path, tmp_path: Path) -> None:
+    own = ["--job_dir", "exps/x", "--cluster", "local", "--gpus-per-node", "0", "--tasks_per_node", "2"]
+    command = submitit_command(*own, "--cpus_per_task", "3", "--", *FLAGS)
+    status, output = run(command, environment(tmp_path), cwd=project)
+    assert status == 0, output
+    runs = [json.loads(line) for line in (project / "exps/x/rank0").read_text().splitlines()]
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "3", "bf": 1}
+    rank_0 = common | {"RANK": "0", "LOCAL_RANK": "0"}
+    assert runs == [rank_0 | {"resume": ""}, rank_0 | {"resume": str(project / "exps/x/checkpoint.pth")}]
+    other = json.loads((project / "exps/x/rank1").read_text().splitlines()[-1])
+    assert other == common | {"RANK": "1", "LOCAL_RANK": "1", "resume": runs[-1]["resume"]}
+
+
+def test_submitit_earlier_checkpoint_is_left_to_the_user(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("run_with_submitit", ROOT / "tools/run_with_submitit.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    saved = tmp_path / "checkpoint.pth"
+    saved.write_text("of an earlier run")
+    os.utime(saved, (1, 1))
+    training = script.Training(["--resume", "other.pth"], tmp_path, threads=1)
+    assert training.flags_now() == ["--resume", "other.pth", "--output_dir", str(tmp_path)]
+    saved.write_text("of this run")
+    requeued = training.checkpoint().function
+    assert requeued.flags_now() == [*training.flags, "--resume", str(saved)]
+
+
+def test_submitit_failure_of_a_local_job_is_shown(project: Path, tmp_path: Path) -> None:
+    (project / "main.py").write_text("def main(config):\n    raise OSError('the disk is full')\n")
+    own = ["--job_dir", "exps/x", "--cluster", "local", "--gpus_per_node", "0"]
+    status, output = run(submitit_command(*own, "--", *FLAGS), environment(tmp_path), cwd=project)
+    assert status != 0
+    assert "the disk is full" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ([], "--job_dir"),
+        (["--job_dir", "exps/x", "--nodes", "0"], "at least 1"),
+        (["--job_dir", "exps/x", "--batch_size", "2"], "--batch_size"),
+        (["--job_dir", "exps/x", "--", "--output-dir", "exps/y"], "--job_dir"),
+        (["--job_dir", "exps/x", "--", "--no_such_flag"], "--no_such_flag"),
+        (["--job_dir", "exps/x", "--cluster", "local", "--nodes", "2", "--", *FLAGS], "one node"),
+        pytest.param(
+            ["--job_dir", "exps/x", "--", *FLAGS],
+            "srun",
+            marks=pytest.mark.skipif(shutil.which("srun") is not None, reason="this machine has Slurm"),
+        ),
+    ],
+)
+def test_submitit_refuses_in_one_line(project: Path, tmp_path: Path, arguments: list[str], reason: str) -> None:
+    status, output = run(submitit_command(*arguments), environment(tmp_path), cwd=project)
+    assert status == 2
+    assert output.count("\n") == 1
+    assert reason in output

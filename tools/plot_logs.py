@@ -1,0 +1,57 @@
+"""Plot the curves of one or several runs: losses, average precision and learning rate over the epochs."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees only its own folder, not the project
+from util.errors import UserError, run_as_command
+from util.plot_utils import Row, plot_run, read_log
+
+EXAMPLE = """example:
+  python tools/plot_logs.py exps/baseline exps/batchformer --output curve.png
+"""
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the defaults and keeps the line breaks of the example."""
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE, formatter_class=_HelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", help="a run's output folder, which has log.txt, or such a file")
+    parser.add_argument("--output", type=Path, default=Path("curve.png"), help="picture to write: .png, .pdf or .svg")
+    return parser
+
+
+def read_runs(paths: Sequence[Path]) -> dict[str, list[Row]]:
+    """Rows by the name of the run. Raises OSError, or UserError for a log that is broken or has no row."""
+    names = [_run_name(path) for path in paths]
+    logs = {}
+    for path, name in zip(paths, names, strict=True):
+        rows = read_log(path / "log.txt" if path.is_dir() else path)
+        if not any("epoch" in row for row in rows):
+            raise UserError(f"{path} has no complete row with an epoch")
+        logs[name if names.count(name) == 1 else str(path)] = rows  # exps/a/run and exps/b/run stay two
+    return logs
+
+
+def _run_name(path: Path) -> str:
+    path = path.resolve()
+    return path.parent.name if path.name == "log.txt" else path.name if path.is_dir() else path.stem
+
+
+def main(argv: Sequence[str]) -> None:
+    args = get_parser().parse_args(argv)
+    try:
+        logs = read_runs(args.runs)
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        plot_run(logs, args.output)
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}") from error
+    print(f"{args.output}: {', '.join(f'{name} ({len(rows)} rows)' for name, rows in logs.items())}")
+
+
+if __name__ == "__main__":
+    run_as_command(lambda: main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""What every other layer stands on; imports nothing of the project outside itself."""

@@ -1,0 +1,420 @@
+"""Every flag of main.py: its name, its default, its meaning and what it may be combined with.
+
+A frozen dataclass per concern; argparse is derived from the fields. No torch here, so `--help` is immediate.
+
+    config = parse_config(["--bf", "1", "--insert_idx", "0"])
+    config.batchformer.insert_idx      # (0,)
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from util.errors import UserError
+
+RESNETS = (
+    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
+    "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2",
+)  # fmt: skip
+PUBLISHED_TRAIN_SIZES = tuple(range(480, 801, 32))
+LEARNED_POSITIONS = 50
+
+
+def flag(default: Any, help: str, *, choices: Sequence[Any] | None = None, repeat: bool = False) -> Any:
+    """A dataclass field that is a command-line flag. `repeat`: `--x 1 --x 2` besides `--x 1 2`."""
+    return field(default=default, metadata={"help": help, "choices": choices, "repeat": repeat})
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """optimiser"""
+
+    lr: float = flag(2e-4, "learning rate of the transformer and the heads")
+    lr_backbone_names: tuple[str, ...] = flag(("backbone.0",), "parameters whose name contains one of these take lr_backbone")
+    lr_backbone: float = flag(2e-5, "learning rate of the backbone; 0 freezes it")
+    lr_linear_proj_names: tuple[str, ...] = flag(
+        ("reference_points", "sampling_offsets"), "parameters whose name contains one of these take lr x lr_linear_proj_mult"
+    )
+    lr_linear_proj_mult: float = flag(0.1, "factor on lr for lr_linear_proj_names")
+    batch_size: int = flag(2, "images per process and step; BatchFormerV2 relates these images to each other")
+    accumulate_steps: int = flag(
+        1, "batches whose gradients are averaged before an optimiser step; does not enlarge BatchFormerV2's batch"
+    )
+    weight_decay: float = flag(1e-4, "weight decay of AdamW or SGD")
+    epochs: int = flag(50, "train up to this epoch")
+    lr_drop: int = flag(40, "divide the learning rates by 10 every so many epochs")
+    lr_drop_epochs: tuple[int, ...] = flag((), "divide them after these epochs instead")
+    clip_max_norm: float = flag(0.1, "clip the gradient's norm to this; 0 does not clip")
+    sgd: bool = flag(False, "SGD with momentum 0.9 instead of AdamW")
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """backbone"""
+
+    backbone: str = flag("resnet50", "a ResNet of torchvision", choices=RESNETS)
+    backbone_weights: str = flag("imagenet", "imagenet (ImageNet V1 of torchvision), none (random), or a state-dict file")
+    backbone_norm: str = flag(
+        "frozen_bn",
+        "frozen_bn (as published, needs trained weights), bn or gn (for a network that starts from random weights)",
+        choices=("frozen_bn", "bn", "gn"),
+    )
+    dilation: bool = flag(False, "DC5: dilation instead of the last stride")
+    position_embedding: str = flag("sine", "position encoding", choices=("sine", "learned"))
+    position_embedding_scale: float = flag(2 * math.pi, "scale of the sine position encoding")
+    num_feature_levels: int = flag(4, "1 (the last map of the backbone) or 3 and more (strides 8, 16, 32, then halved)")
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """transformer"""
+
+    enc_layers: int = flag(6, "encoder layers")
+    dec_layers: int = flag(6, "decoder layers")
+    dim_feedforward: int = flag(1024, "width of the feed-forward blocks")
+    hidden_dim: int = flag(256, "width of the tokens")
+    dropout: float = flag(0.1, "dropout of the transformer")
+    drop_path: float = flag(
+        0.0, "stochastic depth of the encoder's and decoder's residual branches: 0 in the first layer, this in the last"
+    )
+    nheads: int = flag(8, "attention heads")
+    num_queries: int = flag(300, "object queries")
+    dec_n_points: int = flag(4, "sampling points per head and level in the decoder")
+    enc_n_points: int = flag(4, "sampling points per head and level in the encoder")
+    with_box_refine: bool = flag(False, "iterative bounding box refinement")
+    two_stage: bool = flag(False, "queries from the encoder's proposals; needs with_box_refine")
+
+
+@dataclass(frozen=True)
+class SegmentationConfig:
+    """segmentation (not available yet)"""
+
+    masks: bool = flag(False, "train segmentation")
+    frozen_weights: str = flag("", "a trained detector under a segmentation head")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """matching and losses"""
+
+    no_aux_loss: bool = flag(False, "no losses at the intermediate decoder layers")
+    set_cost_class: float = flag(2.0, "class cost in the matching")
+    set_cost_bbox: float = flag(5.0, "L1 box cost in the matching")
+    set_cost_giou: float = flag(2.0, "generalised IoU cost in the matching")
+    mask_loss_coef: float = flag(1.0, "weight of the mask's focal loss (segmentation)")
+    dice_loss_coef: float = flag(1.0, "weight of the mask's dice loss (segmentation)")
+    cls_loss_coef: float = flag(2.0, "weight of the class loss")
+    bbox_loss_coef: float = flag(5.0, "weight of the L1 box loss")
+    giou_loss_coef: float = flag(2.0, "weight of the generalised IoU loss")
+    focal_alpha: float = flag(0.25, "alpha of the focal loss")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """data"""
+
+    dataset_file: str = flag("coco", "kind of data set: coco")
+    coco_path: str = flag("./data/coco", "folder with train2017, val2017 and annotations/instances_{train,val}2017.json")
+    coco_panoptic_path: str = flag("", "folder of COCO panoptic (segmentation)")
+    remove_difficult: bool = flag(False, "not used by COCO data")
+    num_classes: int = flag(91, "class logits; labels lie in [0, num_classes). COCO's raw category ids need 91")
+    cache_mode: bool = flag(False, "keep the image files in memory")
+    num_workers: int = flag(2, "loader processes per training process; 0 loads in the training process")
+    train_sizes: tuple[int, ...] = flag(PUBLISHED_TRAIN_SIZES, "shorter sides to train with, in pixels")
+    eval_size: int = flag(800, "shorter side in evaluation, in pixels")
+    max_size: int = flag(1333, "limit of the longer side, in pixels")
+    crop_resize_sizes: tuple[int, ...] = flag((400, 500, 600), "shorter sides before a random crop, in pixels")
+    crop_sizes: tuple[int, ...] = flag((384, 600), "smallest and largest side of the random crop, in pixels")
+    augmentation: str = flag(
+        "published",
+        "published (flip, scale, crop), flip (flip and scale) or none (scale only)",
+        choices=("published", "flip", "none"),
+    )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """run"""
+
+    output_dir: str = flag("", "where checkpoints and logs go; nothing is saved without it")
+    device: str = flag("", "cuda, cpu, cuda:1, mps; default: cuda where there is one, else cpu")
+    seed: int = flag(42, "seed of weights, data order and augmentation")
+    resume: str = flag("", "a checkpoint to go on from or to evaluate: a path or an https address")
+    start_epoch: int = flag(0, "first epoch, for a checkpoint that does not say")
+    eval: bool = flag(False, "evaluate only")
+    eval_every: int = flag(1, "evaluate after every so many epochs, and after the last")
+    save_predictions: bool = flag(False, "write the detections to <output_dir>/predictions.json (COCO results format)")
+    log_every: int = flag(10, "steps between log lines; only then are the losses read back from the device")
+
+
+@dataclass(frozen=True)
+class BatchFormerConfig:
+    """BatchFormerV2"""
+
+    bf: int = flag(0, "0 off, 1 two streams, 7 one stream", choices=(0, 1, 7))
+    share_bf: int = flag(1, "1: one module for all insertions; 0: one of its own for each", choices=(0, 1))
+    bt_num_layers: int = flag(1, "transformer layers in a module")
+    insert_idx: tuple[int, ...] = flag((), "encoder layer after which the module is inserted; repeatable", repeat=True)
+    eval_bf: bool = flag(False, "run the module in evaluation too, across the images of the evaluation batch")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All flags, by concern. Valid by construction: a combination that can't work raises UserError."""
+
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    transformer: TransformerConfig = field(default_factory=TransformerConfig)
+    segmentation: SegmentationConfig = field(default_factory=SegmentationConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    batchformer: BatchFormerConfig = field(default_factory=BatchFormerConfig)
+
+    def __post_init__(self) -> None:
+        for check in (_check_numbers, _check_unavailable, _check_architecture, _check_batchformer, _check_data, _check_run):
+            check(self)
+
+    def flags(self) -> dict[str, Any]:
+        """Flag name -> value, as plain data (lists for tuples), for logs and checkpoints."""
+        values = {f.name: getattr(getattr(self, g.name), f.name) for g, f in _all_flags()}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def parse_config(argv: Sequence[str] | None = None) -> Config:
+    """Flags (default: the command line's) to a Config. Raises UserError for what argparse or a check refuses."""
+    return config_from_args(add_config_flags(_Parser("main.py", description=_DESCRIPTION)).parse_args(argv))
+
+
+def parse_with_config(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, Config]:
+    """For programs with flags of their own beside main's: the namespace, and the Config of main's flags in it."""
+    args = add_config_flags(parser).parse_args(argv)
+    return args, config_from_args(args)
+
+
+def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """A parser that raises UserError instead of ending the process, and shows defaults in its help."""
+    return _Parser(prog, description=description)
+
+
+def add_config_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add every field of Config to `parser`, spelt with underscores and with dashes."""
+    for group in dataclasses.fields(Config):
+        section = parser.add_argument_group(_config_class(group).__doc__)
+        for item in dataclasses.fields(_config_class(group)):
+            _add_flag(section, item, _types(group)[item.name])
+    return parser
+
+
+def config_from_args(args: argparse.Namespace) -> Config:
+    """The Config of a namespace made by a parser that `add_config_flags` extended."""
+    groups = {}
+    for group in dataclasses.fields(Config):
+        cls = _config_class(group)
+        groups[group.name] = cls(**{f.name: _frozen(getattr(args, f.name)) for f in dataclasses.fields(cls)})
+    return Config(**groups)
+
+
+_DESCRIPTION = "Train and evaluate Deformable DETR with BatchFormerV2 on COCO-format data."
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, "", False, (), argparse.SUPPRESS):
+            return action.help
+        return super()._get_help_string(action)
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, prog: str, description: str) -> None:
+        # abbreviations would let a typing error train something else
+        super().__init__(prog, description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message} (python {self.prog} --help lists the flags)")
+
+
+class _Repeated(argparse.Action):
+    """`--x 1 --x 2` and `--x 1 2` alike; the default is dropped by the first."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        seen = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*([] if seen is self.default else seen), *values])
+
+
+def _add_flag(section: Any, item: dataclasses.Field, kind: Any) -> None:
+    names = list(dict.fromkeys([f"--{item.name}", f"--{item.name.replace('_', '-')}"]))
+    options: dict[str, Any] = {"dest": item.name, "default": item.default, "help": item.metadata["help"]}
+    if kind is bool:
+        section.add_argument(*names, action="store_true", **options)
+        return
+    if typing.get_origin(kind) is tuple:
+        options |= {"nargs": "*", "type": typing.get_args(kind)[0]}
+        options |= {"action": _Repeated, "nargs": "+"} if item.metadata["repeat"] else {}
+    else:
+        options |= {"type": kind, "choices": item.metadata["choices"]}
+    # one metavar for both spellings keeps the help readable
+    section.add_argument(*names, metavar=None if options.get("choices") else item.name.split("_")[-1].upper(), **options)
+
+
+def _config_class(group: dataclasses.Field) -> Any:
+    return group.default_factory
+
+
+def _types(group: dataclasses.Field) -> dict[str, Any]:
+    return typing.get_type_hints(_config_class(group))
+
+
+def _all_flags() -> list[tuple[dataclasses.Field, dataclasses.Field]]:
+    return [(g, f) for g in dataclasses.fields(Config) for f in dataclasses.fields(_config_class(g))]
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+_POSITIVE = (
+    "batch_size", "accumulate_steps", "epochs", "lr_drop", "enc_layers", "dec_layers", "dim_feedforward", "hidden_dim",
+    "nheads", "num_queries", "dec_n_points", "enc_n_points", "num_classes", "eval_size", "max_size", "num_feature_levels",
+    "log_every", "bt_num_layers", "eval_every", "position_embedding_scale",
+)  # fmt: skip
+_NOT_NEGATIVE = (
+    "lr", "lr_backbone", "lr_linear_proj_mult", "weight_decay", "clip_max_norm", "num_workers", "start_epoch", "seed",
+    "set_cost_class", "set_cost_bbox", "set_cost_giou", "cls_loss_coef", "bbox_loss_coef", "giou_loss_coef", "focal_alpha",
+)  # fmt: skip
+
+
+def _check_numbers(config: Config) -> None:
+    flags = config.flags()
+    for _, item in _all_flags():
+        choices = item.metadata["choices"]
+        value = flags[item.name]
+        _require(choices is None or value in choices, f"--{item.name} {value!r} must be one of {choices}")
+        _require(not isinstance(value, float) or math.isfinite(value), f"--{item.name} {value} must be a finite number")
+    for name in _POSITIVE:
+        _require(flags[name] > 0, f"--{name} {flags[name]} must be above 0")
+    for name in _NOT_NEGATIVE:
+        _require(flags[name] >= 0, f"--{name} {flags[name]} must not be negative")
+    for name in ("dropout", "drop_path"):
+        _require(0 <= flags[name] < 1, f"--{name} {flags[name]} must lie in [0, 1)")
+    drops = config.optim.lr_drop_epochs
+    _require(
+        all(e > 0 for e in drops) and list(drops) == sorted(set(drops)),
+        f"--lr_drop_epochs {_text(drops)} must be above 0 and increasing",
+    )
+    costs = (config.loss.set_cost_class, config.loss.set_cost_bbox, config.loss.set_cost_giou)
+    _require(any(costs), "--set_cost_class, --set_cost_bbox and --set_cost_giou can't all be 0: nothing is left to match by")
+
+
+def _check_unavailable(config: Config) -> None:
+    later = "is not available yet: this version trains boxes only; leave it out"
+    _require(not config.segmentation.masks, f"--masks {later}")
+    _require(not config.segmentation.frozen_weights, f"--frozen_weights {later}")
+    for name in ("mask_loss_coef", "dice_loss_coef"):
+        _require(getattr(config.loss, name) == getattr(LossConfig, name), f"--{name} belongs to --masks, which {later}")
+    _require(config.data.dataset_file != "coco_panoptic", f"--dataset_file coco_panoptic {later}")
+    _require(config.data.dataset_file == "coco", f"--dataset_file {config.data.dataset_file!r} is unknown; use coco")
+    _require(not config.data.coco_panoptic_path, f"--coco_panoptic_path {later}")
+    _require(not config.data.remove_difficult, "--remove_difficult has no meaning for COCO data; leave it out")
+
+
+def _check_architecture(config: Config) -> None:
+    backbone, transformer = config.backbone, config.transformer
+    dim, heads, levels = transformer.hidden_dim, transformer.nheads, backbone.num_feature_levels
+    _require(dim % heads == 0, f"--hidden_dim {dim} must be a multiple of --nheads {heads}")
+    _require(dim % 32 == 0, f"--hidden_dim {dim} must be a multiple of 32, the groups of the projection's GroupNorm")
+    _require(
+        levels != 2, "--num_feature_levels 2 can't be used: the backbone gives one map or three; take 1, 3 or more"
+    )
+    _require(
+        transformer.with_box_refine or not transformer.two_stage,
+        "--two_stage needs --with_box_refine: its proposals are boxes that the decoder refines; add --with_box_refine",
+    )
+    shallow = backbone.backbone in ("resnet18", "resnet34")
+    _require(
+        not (backbone.dilation and shallow),
+        f"--dilation can't be used with --backbone {backbone.backbone}: its blocks have no dilated form; use resnet50 or larger",
+    )
+    _require(bool(backbone.backbone_weights), "--backbone_weights is empty; use imagenet, none or a file")
+    _require(
+        backbone.backbone_norm != "gn" or backbone.backbone_weights != "imagenet",
+        "--backbone_norm gn can't use ImageNet weights, which belong to batch normalisation; add --backbone_weights none",
+    )
+
+
+def _check_batchformer(config: Config) -> None:
+    bf, layers = config.batchformer, config.transformer.enc_layers
+    if not bf.bf:
+        for name in ("insert_idx", "eval_bf", "bt_num_layers", "share_bf"):
+            given = getattr(bf, name) != getattr(BatchFormerConfig, name)
+            _require(not given, f"--{name} needs BatchFormerV2; add --bf 1 (two streams) or --bf 7 (one), or leave it out")
+        return
+    _require(
+        bool(bf.insert_idx),
+        f"--bf {bf.bf} needs --insert_idx: the encoder layer after which to insert, e.g. --insert_idx 0",
+    )
+    for index in bf.insert_idx:
+        _require(0 <= index < layers, f"--insert_idx {index} must lie in [0, {layers}), below --enc_layers {layers}")
+    _require(len(set(bf.insert_idx)) == len(bf.insert_idx), f"--insert_idx {_text(bf.insert_idx)} names a layer twice")
+
+
+def _check_data(config: Config) -> None:
+    data = config.data
+    for name in ("train_sizes", "crop_resize_sizes", "crop_sizes"):
+        sizes = getattr(data, name)
+        _require(bool(sizes) and min(sizes) > 0, f"--{name} {_text(sizes)} must be sizes in pixels above 0")
+    _require(
+        len(data.crop_sizes) == 2 and data.crop_sizes[0] <= data.crop_sizes[1],
+        f"--crop_sizes {_text(data.crop_sizes)} must be two numbers, the smallest and the largest side",
+    )
+    largest = max(data.eval_size, *data.train_sizes)
+    _require(data.max_size >= largest, f"--max_size {data.max_size} must be at least the largest shorter side, {largest}")
+
+
+def _check_run(config: Config) -> None:
+    run = config.run
+    _require(bool(run.resume) or not run.eval, "--eval needs --resume: the checkpoint to evaluate; add --resume <file>")
+    _require(
+        bool(run.output_dir) or not run.save_predictions, "--save_predictions needs --output_dir: the folder to write to"
+    )
+    _require(
+        run.eval or run.start_epoch < config.optim.epochs,
+        f"--start_epoch {run.start_epoch} must be below --epochs {config.optim.epochs}, else nothing is left to train",
+    )
+
+
+def check_trainable(config: Config) -> None:
+    """Refuse what a model may be built with but a run can't be made of (main.py calls it; notebooks need not).
+
+    Raises UserError.
+    """
+    backbone, data = config.backbone, config.data
+    from_random = backbone.backbone_weights == "none" and not config.run.resume
+    _require(
+        not (from_random and backbone.backbone_norm == "frozen_bn"),
+        "--backbone_weights none with --backbone_norm frozen_bn can't learn: the frozen statistics fit no random network; "
+        "add --backbone_norm gn (small batches) or bn",
+    )
+    stride = 8 if backbone.num_feature_levels > 1 else (16 if backbone.dilation else 32)
+    # the resize may exceed max_size by a pixel or two, which rounds up to another cell
+    longest = (LEARNED_POSITIONS - 1) * stride
+    _require(
+        backbone.position_embedding != "learned" or data.max_size <= longest,
+        f"--position_embedding learned knows {LEARNED_POSITIONS} x {LEARNED_POSITIONS} positions, which is images of up to "
+        f"{longest} pixels here; use sine, or --max_size {longest} with smaller --eval_size and --train_sizes",
+    )
+
+
+def _text(values: Sequence[Any]) -> str:
+    return " ".join(map(str, values))

@@ -1,0 +1,43 @@
+"""Images of different sizes in one tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class NestedTensor:
+    """A batch padded at the right and the bottom.
+
+    tensors: [B, 3, H, W], zero on padding; mask: [B, H, W] bool, True on padding.
+    """
+
+    tensors: Tensor
+    mask: Tensor
+
+    @staticmethod
+    def from_images(images: Sequence[Tensor]) -> NestedTensor:
+        """A list of [3, h, w] images, padded to the largest h and w among them."""
+        height, width = (max(image.shape[axis] for image in images) for axis in (-2, -1))
+        tensors = images[0].new_zeros(len(images), images[0].shape[0], height, width)
+        mask = torch.ones(len(images), height, width, dtype=torch.bool, device=tensors.device)
+        for image, row, row_mask in zip(images, tensors, mask, strict=True):
+            h, w = image.shape[-2:]
+            row[:, :h, :w].copy_(image)
+            row_mask[:h, :w] = False
+        return NestedTensor(tensors, mask)
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> NestedTensor:
+        return NestedTensor(
+            self.tensors.to(device, non_blocking=non_blocking), self.mask.to(device, non_blocking=non_blocking)
+        )
+
+    def pin_memory(self) -> NestedTensor:
+        return NestedTensor(self.tensors.pin_memory(), self.mask.pin_memory())
+
+    def __len__(self) -> int:
+        return len(self.tensors)
