@@ -39,9 +39,10 @@ MAX_WORKERS = 64
 S = 4  # samples per pixel side
 EMPTY_SHARE = 0.04  # of the images
 CROWD_SHARE = 0.03  # of the images
+PLAIN_SHARE = 0.25  # of the objects; the others get any texture, plain ones included
 RADIUS = (0.07, 0.31)  # of a shape, as a share of image_size
 MIN_RADIUS = 6.0  # pixels: a star of fewer is a blot
-MIN_VISIBLE = 0.55  # every object keeps at least this share of its pixels
+MIN_VISIBLE = 0.6  # every object keeps at least this share of its pixels
 MIN_PART = 4  # pixels of a part of an object that others cut off; smaller ones are not annotated
 PLACEMENT_ATTEMPTS = 20
 MIN_CONTRAST = 110.0  # distance in RGB, of at most 442, between an object and what it lies on
@@ -253,7 +254,7 @@ def _add_lines(rng: np.random.Generator, image: np.ndarray) -> None:
     """Thin straight and curved lines that are no class, in place."""
     height, width = image.shape[:2]
     t = np.linspace(0, 1, 24)[:, None]
-    for _ in range(rng.integers(1, 6)):
+    for _ in range(rng.integers(0, 5)):
         start, bend, end = rng.uniform(-0.1, 1.1, (3, 2)) * (width, height)
         if rng.random() < 0.5:
             bend = (start + end) / 2  # straight
@@ -345,7 +346,9 @@ def _fits(candidate: SceneObject, objects: list[SceneObject]) -> bool:
 def _add_object(rng: np.random.Generator, image: np.ndarray, objects: list[SceneObject], new: SceneObject) -> None:
     """Draws the object onto the image in place, takes what it hides from the earlier ones, and appends it to them."""
     name = CLASS_NAMES[new.category_id - 1]
-    textures = ("solid", "gradient") if new.is_crowd else tuple(TEXTURES)  # others would hide such tiny shapes
+    # The outline is easiest to see on plain shapes; on the tiny ones of a crowd a pattern would hide it.
+    plain = new.is_crowd or rng.random() < PLAIN_SHARE
+    textures = ("solid", "gradient") if plain else tuple(TEXTURES)
     paint = _random_paint(rng, image[new.mask].mean(axis=0), textures)
     for pose in new.poses:
         _paint_shape(rng, image, _sample_shape(name, pose), paint, pose.radius)

@@ -333,7 +333,11 @@ def _check_architecture(config: Config) -> None:
     backbone, transformer = config.backbone, config.transformer
     dim, heads, levels = transformer.hidden_dim, transformer.nheads, backbone.num_feature_levels
     _require(dim % heads == 0, f"--hidden_dim {dim} must be a multiple of --nheads {heads}")
-    _require(dim % 32 == 0, f"--hidden_dim {dim} must be a multiple of 32, the groups of the projection's GroupNorm")
+    # with one channel a group, GroupNorm can't normalise a map of one pixel
+    _require(
+        dim % 32 == 0 and dim >= 64,
+        f"--hidden_dim {dim} must be a multiple of 32, the groups of the projection's GroupNorm, and at least 64",
+    )
     _require(
         levels != 2, "--num_feature_levels 2 can't be used: the backbone gives one map or three; take 1, 3 or more"
     )

@@ -33,7 +33,8 @@ def ms_deform_attn(value: Tensor, spatial_shapes: Sequence, locations: Tensor, w
     Raises:
         ValueError: a shape, type or device does not fit; the message names the argument.
     """
-    _log_backend(value.device.type)
+    if not torch.compiler.is_compiling():
+        _log_backend(value.device.type)
     return torch.ops.deformable.ms_deform_attn(value, flat_shapes(spatial_shapes), locations, weights)
 
 

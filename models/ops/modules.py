@@ -88,7 +88,9 @@ class MSDeformAttn(nn.Module):
     def _locations(self, reference: Tensor, offsets: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
         """reference [B, Q, 1, L, 1, 2 or 4] and offsets [B, Q, M, L, P, 2] -> locations [B, Q, M, L, P, 2]."""
         if reference.shape[-1] == 2:  # offsets are in pixels of their level
-            return reference + offsets / _level_sizes(tuple(shapes), offsets.device, offsets.dtype)
+            # the compiler makes constants of its own and can't look into the cache
+            sizes = _level_sizes if torch.compiler.is_compiling() else _cached_level_sizes
+            return reference + offsets / sizes(tuple(shapes), offsets.device, offsets.dtype)
         if reference.shape[-1] == 4:  # offsets are in half boxes, divided among the points
             return reference[..., :2] + offsets * reference[..., 2:] * (0.5 / self.n_points)
         raise ValueError(f"reference_points must have 2 or 4 coordinates, got {reference.shape[-1]}")
@@ -98,7 +100,9 @@ def _pairs(flat: list[int]) -> list[tuple[int, int]]:
     return list(zip(flat[0::2], flat[1::2], strict=True))
 
 
-@lru_cache(maxsize=256)
 def _level_sizes(shapes: tuple[tuple[int, int], ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """[L, 1, 2] width, height of the levels; every layer of a batch asks for the same one."""
     return torch.tensor([[w, h] for h, w in shapes], dtype=dtype, device=device)[:, None]
+
+
+_cached_level_sizes = lru_cache(maxsize=256)(_level_sizes)

@@ -1,0 +1,59 @@
+"""Small data sets, models and runs of the program."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SMALL_IMAGES = (
+    "--train_sizes", "48", "64", "--eval_size", "64", "--max_size", "96", "--crop_resize_sizes", "56", "--crop_sizes", "32", "56",
+)  # fmt: skip
+SMALL_MODEL = (
+    "--backbone", "resnet18", "--backbone_weights", "none", "--backbone_norm", "gn", "--hidden_dim", "64", "--nheads", "4",
+    "--enc_layers", "2", "--dec_layers", "2", "--dim_feedforward", "64", "--num_queries", "12", "--num_classes", "4",
+)  # fmt: skip
+BATCHFORMER = ("--bf", "1", "--share_bf", "0", "--insert_idx", "0")
+
+
+def write_coco(
+    folder: Path, num_train: int, num_val: int | None = None, annotations: dict[int, list[dict]] | None = None, size: tuple = (64, 48)
+) -> None:  # fmt: skip
+    """A tiny data set of noise images (width, height), two boxes each unless `annotations` says otherwise by image index."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", num_train), ("val", num_val if num_val is not None else num_train)):
+        (folder / f"{split}2017").mkdir(parents=True, exist_ok=True)
+        content: dict[str, Any] = {
+            "images": [],
+            "annotations": [],
+            "categories": [{"id": i, "name": name} for i, name in enumerate(("one", "two", "three"), 1)],
+        }
+        for i in range(count):
+            name = f"{i:06}.png"
+            Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).save(folder / f"{split}2017" / name)
+            content["images"].append({"id": 10 + i, "file_name": name, "width": size[0], "height": size[1]})
+            default = [{"bbox": [4 + i, 5, 20, 16], "category_id": 1}, {"bbox": [20, 10 + i, 12, 18], "category_id": 1 + i % 3}]
+            for box in default if annotations is None else annotations.get(i, []):
+                area = box["bbox"][2] * box["bbox"][3]
+                entry = {"id": len(content["annotations"]) + 1, "image_id": 10 + i, "iscrowd": 0, "area": area, **box}
+                content["annotations"].append(entry)
+        (folder / "annotations").mkdir(exist_ok=True)
+        (folder / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
+
+
+def run_main(*flags: str, processes: int = 1, env: dict[str, str] | None = None, timeout: int = 300) -> subprocess.CompletedProcess:
+    """main.py as a user starts it: by itself, or under the launcher."""
+    command = [sys.executable, "main.py"] if processes == 1 else ["./tools/run_dist_launch.sh", str(processes), "main.py"]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "VIRTUAL_ENV": sys.prefix, **(env or {})}
+    return subprocess.run(
+        [*command, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
