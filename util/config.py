@@ -192,9 +192,15 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
     return config_from_args(add_config_flags(_Parser("main.py", description=_DESCRIPTION)).parse_args(argv))
 
 
-def parse_with_config(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, Config]:
-    """For programs with flags of their own beside main's: the namespace, and the Config of main's flags in it."""
-    args = add_config_flags(parser).parse_args(argv)
+def parse_with_config(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, **defaults: Any
+) -> tuple[argparse.Namespace, Config]:
+    """For programs with flags of their own beside main's: the namespace, and the Config of main's flags in it.
+
+    `defaults` are the program's own for some of main's flags.
+    """
+    add_config_flags(parser).set_defaults(**defaults)
+    args = parser.parse_args(argv)
     return args, config_from_args(args)
 
 

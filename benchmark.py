@@ -1,0 +1,159 @@
+"""Images a second of the detector, with main's flags, on any device.
+
+    python benchmark.py --num_iters 300 --warm_iters 5 --batch_size 1                     # an image of the data set
+    python benchmark.py --num_iters 20 --size 800 1333                                    # noise of a size, no data set
+    python benchmark.py train --num_iters 10 --size 320 320 --bf 1 --insert_idx 0         # a training step, against --bf 0
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from datasets import build_dataset
+from datasets.loader import collate
+from models import build_model
+from util.checkpoint import load_weights
+from util.config import BatchFormerConfig, Config, make_parser, parse_with_config
+from util.distributed import choose_device
+from util.errors import UserError, run_as_command
+from util.nested_tensor import NestedTensor
+from util.optim import build_optimizer, clip_gradients
+
+OBJECTS = 7  # an image of COCO has 7.3 on average
+
+
+def main() -> None:
+    args, config = _parse()
+    device = choose_device(config.run.device)
+    torch.manual_seed(config.run.seed)
+    images, targets = _batch(args, config, device)
+    height, width = images.tensors.shape[-2:]
+    print(f"{_device_name(device)}, torch {torch.__version__}; batch {len(images)} of {height} x {width}", flush=True)
+    measure = {"inference": _inference, "train": _train}[args.what]
+    measure(args, config, device, images, targets)
+
+
+def _inference(args: argparse.Namespace, config: Config, device: torch.device, images: NestedTensor, targets: list) -> None:
+    model = _model(config, device).eval()
+    with torch.no_grad():
+        (seconds,) = _time([lambda: model(images)], args, device)
+    _report("inference", len(images), seconds)
+
+
+def _train(args: argparse.Namespace, config: Config, device: torch.device, images: NestedTensor, targets: list) -> None:
+    """Forward, losses, backward, clipping and optimiser; with BatchFormerV2 side by side with the same without."""
+    plain = dataclasses.replace(config, batchformer=BatchFormerConfig())
+    steps = [_training_step(plain, device, images, targets)]
+    if config.batchformer.bf:
+        steps.append(_training_step(config, device, images, targets))
+    plain_seconds, *others = _time(steps, args, device)
+    _report("training step, --bf 0", len(images), plain_seconds)
+    for seconds in others:
+        _report(f"training step, --bf {config.batchformer.bf}", len(images), seconds)
+        ratio = statistics.median(seconds) / statistics.median(plain_seconds)
+        print(f"--bf {config.batchformer.bf} takes {ratio:.2f} times as long as --bf 0")
+
+
+def _training_step(config: Config, device: torch.device, images: NestedTensor, targets: list) -> Callable[[], None]:
+    model = _model(config, device).train()
+    _, criterion, _ = build_model(config)
+    optimizer = build_optimizer(model, config)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def step() -> None:
+        optimizer.zero_grad()
+        criterion.total(criterion(model(images), targets)).backward()
+        clip_gradients(parameters, config.optim.clip_max_norm)
+        optimizer.step()
+
+    return step
+
+
+def _time(functions: Sequence[Callable], args: argparse.Namespace, device: torch.device) -> list[list[float]]:
+    """Seconds of every call, the functions taking turns so that a slow moment of the machine strikes all."""
+    seconds: list[list[float]] = [[] for _ in functions]
+    for iteration in range(args.warm_iters + args.num_iters):
+        for function, times in zip(functions, seconds, strict=True):
+            _wait(device)
+            start = time.perf_counter()
+            function()
+            _wait(device)
+            if iteration >= args.warm_iters:
+                times.append(time.perf_counter() - start)
+    return seconds
+
+
+def _report(what: str, batch: int, seconds: list[float]) -> None:
+    middle = statistics.median(seconds)
+    print(
+        f"{what}: {batch / middle:.2f} images/s ({middle * 1000:.1f} ms a batch in the median of {len(seconds)}, "
+        f"{min(seconds) * 1000:.1f} to {max(seconds) * 1000:.1f})",
+        flush=True,
+    )
+
+
+def _model(config: Config, device: torch.device) -> torch.nn.Module:
+    model, _, _ = build_model(config)
+    if config.run.resume:
+        load_weights(model, config.run.resume)
+    return model.to(device)
+
+
+def _batch(args: argparse.Namespace, config: Config, device: torch.device) -> tuple[NestedTensor, list]:
+    """Images and targets: the first of the validation set, or noise of --size."""
+    count = config.optim.batch_size
+    if args.size:
+        items = [_noise(*args.size, config.data.num_classes) for _ in range(count)]
+    else:
+        dataset = _dataset(config)
+        items = [dataset[i % len(dataset)] for i in range(count)]
+    images, targets = collate(items)
+    return images.to(device), [{name: value.to(device) for name, value in target.items()} for target in targets]
+
+
+def _dataset(config: Config):
+    try:
+        return build_dataset("val", config)
+    except UserError as error:
+        raise UserError(f"{error}; or give --size <height> <width> to do without a data set") from None
+
+
+def _noise(height: int, width: int, num_classes: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    boxes = torch.cat([torch.rand(OBJECTS, 2) * 0.5 + 0.25, torch.rand(OBJECTS, 2) * 0.4 + 0.05], 1)
+    return torch.randn(3, height, width), {"boxes": boxes, "labels": torch.randint(num_classes, (OBJECTS,))}
+
+
+def _parse() -> tuple[argparse.Namespace, Config]:
+    parser = make_parser("benchmark.py", __doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    own = parser.add_argument_group("benchmark")
+    own.add_argument("what", nargs="?", default="inference", choices=("inference", "train"), help="what to time")
+    for name, default, text in (("num", 300, "timed iterations"), ("warm", 5, "iterations before that are not counted")):
+        own.add_argument(f"--{name}_iters", f"--{name}-iters", type=int, default=default, help=f"{text} ({default})")
+    own.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="noise of this size instead of the data set")
+    args, config = parse_with_config(parser, None, batch_size=1)
+    if args.num_iters < 1 or args.warm_iters < 0 or (args.size and min(args.size) < 1):
+        raise UserError("--num_iters and --size must be above 0, --warm_iters not negative")
+    # the time does not depend on the weights: don't download any
+    needs_none = config.backbone.backbone_weights == "imagenet"
+    backbone = dataclasses.replace(config.backbone, backbone_weights="none") if needs_none else config.backbone
+    return args, dataclasses.replace(config, backbone=backbone)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+
+
+if __name__ == "__main__":
+    run_as_command(main)
