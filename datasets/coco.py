@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from pycocotools.coco import COCO
@@ -85,8 +86,7 @@ class CocoDetection(Dataset):
         name = info["file_name"]
         content = self._bytes(name)
         try:
-            # CMYK, palette and grayscale files become RGB
-            image = Image.open(io.BytesIO(content)).convert("RGB")
+            image = _rgb(Image.open(io.BytesIO(content)))
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(
                 f"{self.images / name} can't be decoded ({error}); replace the file or take image {info['id']} out of "
@@ -165,6 +165,13 @@ def _check_labels(coco: COCO, path: Path, num_classes: int) -> None:
         whole = [label for label in used if isinstance(label, int)]
         remedy = f"add --num_classes {max(whole) + 1}" if whole and min(whole) >= 0 else "make the ids whole and not negative"
         raise UserError(f"{path} has category id {wrong[0]}, outside [0, --num_classes {num_classes}); {remedy}")
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Grayscale, palette, CMYK and transparent images as RGB; 16-bit ones are scaled, which Pillow would clip to white."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def _target(annotations: list[dict[str, Any]], height: int, width: int) -> dict[str, Any]:

@@ -34,10 +34,9 @@ class Targets:
         targets = list(targets) * num_streams
         counts = tuple(len(target["labels"]) for target in targets)
         boxes = torch.cat([target["boxes"] for target in targets]).reshape(-1, 4)
-        count = torch.tensor(counts)
-        image = torch.arange(len(counts)).repeat_interleave(count)
         labels = torch.cat([target["labels"] for target in targets])
-        return Targets(boxes, labels, to_device(image, boxes.device), to_device(count, boxes.device), counts)
+        image = torch.tensor([i for i, n in enumerate(counts) for _ in range(n)], dtype=torch.int64)
+        return Targets(boxes, labels, to_device(image, boxes.device), to_device(torch.tensor(counts), boxes.device), counts)
 
     def of_one_class(self) -> Targets:
         """The same with every label 0, for proposals that know objects from background only."""

@@ -25,7 +25,7 @@ BATCHFORMER = ("--bf", "1", "--share_bf", "0", "--insert_idx", "0")
 
 
 def write_coco(
-    folder: Path, num_train: int, num_val: int | None = None, annotations: dict[int, list[dict]] | None = None, size: tuple = (64, 48)
+    folder: Path, num_train: int, num_val: int | None = None, annotations: dict[int, list] | None = None, size: tuple = (64, 48)
 ) -> None:  # fmt: skip
     """A tiny data set of noise images (width, height), two boxes each unless `annotations` says otherwise by image index."""
     rng = np.random.default_rng(0)
@@ -49,11 +49,11 @@ def write_coco(
         (folder / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
 
 
-def run_main(*flags: str, processes: int = 1, env: dict[str, str] | None = None, timeout: int = 300) -> subprocess.CompletedProcess:
+def run_main(*flags: str, processes: int = 1, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
     """main.py as a user starts it: by itself, or under the launcher."""
     command = [sys.executable, "main.py"] if processes == 1 else ["./tools/run_dist_launch.sh", str(processes), "main.py"]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "VIRTUAL_ENV": sys.prefix, **(env or {})}
     return subprocess.run(
-        [*command, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        [*command, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
     )

@@ -102,7 +102,7 @@ def test_items_depend_on_seed_epoch_and_index_alone(tmp_path):
     torch.manual_seed(1)
     a = first[3][0]
     torch.manual_seed(2)
-    second[1], second[5]  # noqa: B018 - other items drawn before
+    assert len(second[1]) == len(second[5]) == 2, "other items, drawn before"
     assert torch.equal(a, second[3][0])
     second.epoch = 1
     assert any(first[i][0].shape != second[i][0].shape or not torch.equal(first[i][0], second[i][0]) for i in range(6))
@@ -132,7 +132,8 @@ def test_crowds_degenerate_boxes_and_empty_images(tmp_path):
 @pytest.mark.parametrize("mode", ["L", "CMYK", "P", "RGBA", "1", "LA", "I;16"])
 def test_every_colour_mode_becomes_rgb(tmp_path, mode):
     write_coco(tmp_path, num_train=1)
-    image = Image.fromarray(np.full((48, 64), 20000, np.uint16)) if mode == "I;16" else Image.new("L", (64, 48), 200).convert(mode)
+    gray = Image.new("L", (64, 48), 200)
+    image = Image.fromarray(np.full((48, 64), 200 * 257, np.uint16)) if mode == "I;16" else gray.convert(mode)
     suffix = "jpg" if mode == "CMYK" else "png"
     image.save(tmp_path / f"val2017/odd.{suffix}")
     path = tmp_path / "annotations/instances_val2017.json"
@@ -143,6 +144,7 @@ def test_every_colour_mode_becomes_rgb(tmp_path, mode):
     assert pixels.shape[0] == 3
     colour = pixels.mean((1, 2)) * torch.tensor(STD) + torch.tensor(MEAN)
     assert colour.max() - colour.min() < 0.02, "gray stays gray"
+    assert colour.mean().item() == pytest.approx(200 / 255, abs=0.02), "and as bright as it was"
 
 
 def test_cache_mode_reads_every_file_once(tmp_path):

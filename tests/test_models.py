@@ -43,7 +43,9 @@ def copy_weights(source, target):
     target.load_state_dict(source.state_dict(), strict=False)
 
 
-@pytest.mark.parametrize("bf", [BATCHFORMER, ("--bf", "1", "--insert_idx", "0", "1", "--bt_num_layers", "2"), ("--bf", "7", "--insert_idx", "1")])
+@pytest.mark.parametrize(
+    "bf", [BATCHFORMER, ("--bf", "1", "--insert_idx", "0", "1", "--bt_num_layers", "2"), ("--bf", "7", "--insert_idx", "1")]
+)
 @torch.no_grad()
 def test_evaluation_with_batchformer_is_bit_identical_to_without(bf, batch):
     with_bf, without = build(*bf)[0].eval(), build()[0].eval()
@@ -57,7 +59,8 @@ def test_evaluation_with_batchformer_is_bit_identical_to_without(bf, batch):
 @pytest.mark.parametrize("extra", [(), ("--with_box_refine", "--two_stage")])
 @pytest.mark.parametrize("insertions", [("0",), ("0", "1"), ("1", "0")])
 def test_plain_half_of_training_is_training_without_batchformer(insertions, extra, batch):
-    with_bf, without = build("--bf", "1", "--share_bf", "0", "--insert_idx", *insertions, *extra)[0].train(), build(*extra)[0].train()
+    with_bf = build("--bf", "1", "--share_bf", "0", "--insert_idx", *insertions, *extra)[0].train()
+    without = build(*extra)[0].train()
     copy_weights(with_bf, without)
     ours, plain = with_bf(batch[0]), without(batch[0])
     assert ours["num_streams"] == 2
@@ -135,8 +138,8 @@ def test_no_targets_and_more_targets_than_queries(flags):
 
 @pytest.mark.parametrize(
     ("name", "channels"),
-    [("resnet18", [128, 256, 512]), ("resnet34", [128, 256, 512]), ("resnet50", [512, 1024, 2048]), ("wide_resnet50_2", [512, 1024, 2048])],
-)  # fmt: skip
+    [("resnet18", [128, 256, 512]), ("resnet34", [128, 256, 512]), ("resnet50", [512, 1024, 2048])],
+)
 def test_channels_are_read_off_the_network(name, channels):
     with torch.device("meta"):
         model, _, _ = build_model(parse_config([*SMALL_MODEL, "--backbone", name]))

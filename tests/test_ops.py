@@ -62,7 +62,8 @@ def test_backward_equals_autograd_through_the_reference():
     leaves = [t.requires_grad_() for t in (value, locations, weights)]
     grad = torch.randn(2, 5, 12, dtype=torch.float64)
     wanted = torch.autograd.grad(reference.forward(value, shapes, locations, weights), leaves, grad)
-    for ours, theirs in zip(torch.autograd.grad(ms_deform_attn(value, shapes, locations, weights), leaves, grad), wanted, strict=True):
+    got = torch.autograd.grad(ms_deform_attn(value, shapes, locations, weights), leaves, grad)
+    for ours, theirs in zip(got, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
 
 

@@ -40,7 +40,8 @@ def check_forward(device: str, dtype: torch.dtype, bound: float) -> bool:
     error = (got.cpu().double() - wanted).abs()
     worst, relative = error.max().item(), (error / wanted.abs()).max().item()
     name = str(dtype).removeprefix("torch.")
-    return _say(worst < bound, f"forward equals the float64 reference, {device} {name}: max abs {worst:.2e}, max rel {relative:.2e}")
+    what = f"forward equals the float64 reference, {device} {name}: max abs {worst:.2e}, max rel {relative:.2e}"
+    return _say(worst < bound, what)
 
 
 def check_gradient(device: str, channels: int) -> bool:
