@@ -217,6 +217,17 @@ def test_a_shape_fills_its_box_to_a_share_of_its_own(name):
     assert 0.85 < np.hypot(patch.u, patch.v)[patch.inside].max() <= 1, "shapes fill the unit disc and lie in it"
 
 
+@pytest.mark.parametrize(("x", "y"), [(0.3, 20.0), (39.2, 20.0), (20.0, 0.3), (20.0, 39.2), (1.0, 38.0)])
+def test_the_frame_cuts_a_shape_and_does_not_move_it(x, y):
+    def object_at(shift, side):
+        pose = synthetic.Pose(x + shift, y + shift, radius=12.0, angle=0.4, stretch=0.9)
+        return synthetic._make_object(1 + synthetic.CLASS_NAMES.index("heart"), [pose], side, side, is_crowd=False)
+
+    cut, whole = object_at(0, 40), object_at(20, 80)
+    np.testing.assert_array_equal(cut.mask, whole.mask[20:60, 20:60])
+    assert cut.area == whole.area == np.count_nonzero(whole.mask) > np.count_nonzero(cut.mask) > 0
+
+
 def test_specks_that_others_cut_off_are_not_annotated():
     mask = np.zeros((20, 20), dtype=bool)
     mask[2:10, 2:10] = mask[15, 15] = True

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Style and the whole test suite: ./tools/test.sh [arguments of pytest]. Makes the environment first if need be.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source tools/env.sh
+source tools/setup.sh
+ruff check .
+python -m pytest "$@"
