@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ class CocoDetection(Dataset):
         target = _target(self.coco.imgToAnns[image_id], height, width)
         # a generator per item: the same augmentation for any number of processes and workers, and after a resume
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_item_seed(self._seed, self.epoch, index))
+            # torch.manual_seed would visit every device, too
+            torch.default_generator.manual_seed(_item_seed(self._seed, self.epoch, index))
             image, target = self._transform(image, target)
         target = _normalized(target, *image.shape[-2:])
         target["image_id"] = torch.tensor([image_id])
@@ -155,6 +157,18 @@ def _check_format(content: Any, path: Path) -> None:
             lacking = [key for key in keys if not isinstance(entry, dict) or key not in entry]
             if lacking:
                 raise UserError(f"{path} is not in COCO's instances format: {name}[{i}] lacks {lacking[0]!r}")
+    for annotation in content["annotations"]:
+        if not _is_box(annotation["bbox"]):
+            raise UserError(
+                f"{path}: annotation {annotation['id']} has bbox {annotation['bbox']!r}; it must be four finite numbers x, y, "
+                "width, height in pixels"
+            )
+
+
+def _is_box(value: Any) -> bool:
+    return (
+        isinstance(value, list) and len(value) == 4 and all(isinstance(x, (int, float)) and math.isfinite(x) for x in value)
+    )
 
 
 def _check_labels(coco: COCO, path: Path, num_classes: int) -> None:

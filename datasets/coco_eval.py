@@ -35,7 +35,7 @@ def evaluate_boxes(ground_truth: COCO, results: list[dict[str, Any]]) -> COCOeva
 
     The outcome does not depend on which process found a detection: results are put in order of their image.
     """
-    known = [r for r in results if r["category_id"] in ground_truth.cats]
+    known = [dict(r) for r in results if r["category_id"] in ground_truth.cats]  # loadRes adds entries to them
     known.sort(key=lambda r: r["image_id"])  # stable: the order within an image stays
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(ground_truth, _detections(ground_truth, known), "bbox")
@@ -48,7 +48,7 @@ def evaluate_boxes(ground_truth: COCO, results: list[dict[str, Any]]) -> COCOeva
 def precision_tables(evaluation: COCOeval) -> dict[str, Any]:
     """What plots of precision and recall need, as plain tensors: precision [T, R, K, A, M], recall [T, K, A, M], scores."""
     tables = {name: torch.from_numpy(np.ascontiguousarray(evaluation.eval[name])) for name in ("precision", "recall", "scores")}
-    return tables | {"category_ids": list(evaluation.params.catIds), "stats": evaluation.stats.tolist()}
+    return tables | {"category_ids": [int(i) for i in evaluation.params.catIds], "stats": evaluation.stats.tolist()}
 
 
 def figures_table(stats: Sequence[float]) -> str:

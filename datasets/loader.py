@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from util.errors import UserError
 from util.nested_tensor import NestedTensor
 
 Batch = tuple[NestedTensor, list[dict[str, Tensor]]]
@@ -17,7 +18,7 @@ Batch = tuple[NestedTensor, list[dict[str, Tensor]]]
 def build_loader(dataset: Dataset, batches: Sampler[list[int]], num_workers: int, device: torch.device) -> Prefetcher:
     """An iterable of (NestedTensor, targets) on `device`."""
     loader = DataLoader(
-        dataset,
+        ErrorsAsItems(dataset),
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=num_workers,
@@ -28,8 +29,24 @@ def build_loader(dataset: Dataset, batches: Sampler[list[int]], num_workers: int
     return Prefetcher(loader, device)
 
 
-def collate(items: list[tuple[Tensor, dict[str, Tensor]]]) -> Batch:
-    """Items of a data set to a batch, padded."""
+class ErrorsAsItems(Dataset):
+    """A data set that gives a UserError instead of raising it: raised in a worker, it would arrive as a traceback."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self._dataset[index]
+        except UserError as error:
+            return error
+
+
+def collate(items: list[Any]) -> Batch | UserError:
+    """(image, target) items to a batch, padded; or the first error among them."""
+    errors = [item for item in items if isinstance(item, UserError)]
+    if errors:
+        return errors[0]
     images, targets = zip(*items, strict=True)
     return NestedTensor.from_images(images), list(targets)
 
@@ -47,13 +64,13 @@ class Prefetcher:
         return self._overlapped() if self._device.type == "cuda" else self._plain()
 
     def _plain(self) -> Iterator[Batch]:
-        for images, targets in self._loader:
+        for images, targets in self._batches():
             yield images.to(self._device), _move(targets, self._device)
 
     def _overlapped(self) -> Iterator[Batch]:
         copies = torch.cuda.Stream(self._device)
         waiting: Batch | None = None
-        for images, targets in self._loader:
+        for images, targets in self._batches():
             with torch.cuda.stream(copies):
                 following = images.to(self._device, non_blocking=True), _move(targets, self._device)
             if waiting is not None:
@@ -61,6 +78,12 @@ class Prefetcher:
             waiting = following
         if waiting is not None:
             yield self._arrived(waiting, copies)
+
+    def _batches(self) -> Iterator[Batch]:
+        for batch in self._loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
 
     def _arrived(self, batch: Batch, copies: torch.cuda.Stream) -> Batch:
         """Make the device's main stream wait for the copy, and keep the memory until that stream is done with it."""

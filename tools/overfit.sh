@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Can the detector learn eight real images by heart, from random weights? A quick test of the whole path from files to
-# AP: ./tools/overfit.sh <folder in COCO's layout> [further flags of main.py]. About 25 minutes on two CPU cores.
+# AP: ./tools/overfit.sh <folder in COCO's layout> [further flags of main.py]. About ten minutes on two CPU cores.
 set -euo pipefail
+# shellcheck source=tools/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 [[ $# -ge 1 && -d $1 ]] || die "usage: ./tools/overfit.sh <folder with train2017 and annotations> [flags of main.py]"
 require_torch
@@ -12,5 +13,5 @@ exec python -u main.py --coco_path data/overfit8 --output_dir exps/overfit8 \
   --backbone resnet18 --backbone_weights none --backbone_norm gn --with_box_refine \
   --hidden_dim 128 --enc_layers 2 --dec_layers 3 --dim_feedforward 512 --num_queries 50 --dropout 0 \
   --augmentation none --train_sizes 224 --eval_size 224 --max_size 320 \
-  --batch_size 2 --lr 4e-4 --lr_backbone 4e-4 --lr_drop_epochs 240 --epochs 300 --eval_every 50 --num_workers 0 \
+  --batch_size 2 --lr 4e-4 --lr_backbone 4e-4 --lr_drop_epochs 100 --epochs 120 --eval_every 40 --num_workers 0 \
   --cache_mode "$@"

@@ -6,12 +6,14 @@
 #   ./tools/quickstart.sh --short   the same path in a minute, too short to learn anything
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=tools/env.sh
 source tools/env.sh
 case ${1:-} in
   "") name=synthetic images=2000 val_images=200 epochs=8 ;;
   --short) name=synthetic_short images=48 val_images=16 epochs=2 ;;
   *) sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 2 ;;
 esac
+# shellcheck source=tools/setup.sh
 source tools/setup.sh
 
 data=data/$name

@@ -2,7 +2,9 @@
 # Style and the whole test suite: ./tools/test.sh [arguments of pytest]. Makes the environment first if need be.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=tools/env.sh
 source tools/env.sh
+# shellcheck source=tools/setup.sh
 source tools/setup.sh
 ruff check .
 python -m pytest "$@"

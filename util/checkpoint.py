@@ -34,7 +34,9 @@ _ALIASES = (
     ("transformer.decoder.bbox_embed.", "bbox_embed."),
     ("transformer.encoder.bf.", "transformer.bf."),
 )
-_MEANINGLESS = ("total_params", "total_ops", "num_batches_tracked")
+_MEANINGLESS = ("total_params", "total_ops")  # a profiler's leftovers
+# a count of batch normalisation, which frozen statistics don't have and which changes nothing where it is lacking
+_OPTIONAL = "num_batches_tracked"
 # flags that change nothing of what is learned
 _MAY_DIFFER = (
     "resume", "output_dir", "eval", "device", "num_workers", "log_every", "start_epoch", "save_predictions", "coco_path",
@@ -114,12 +116,11 @@ def load_state(model: nn.Module, checkpoint: Mapping[str, Any], source: str) -> 
             )
     _check_tied(own, known, source)
     model.load_state_dict(known, strict=False)
-    ignorable = {name for name in own if name.endswith(_MEANINGLESS)}
     return LoadReport(
         source,
         loaded=tuple(known),
-        missing=tuple(name for name in own if name not in known and name not in ignorable),
-        unexpected=tuple(name for name in state if name not in own),
+        missing=tuple(name for name in own if name not in known and not name.endswith(_OPTIONAL)),
+        unexpected=tuple(name for name in state if name not in own and not name.endswith(_OPTIONAL)),
     )
 
 

@@ -389,7 +389,7 @@ def _check_data(config: Config) -> None:
         f"--crop_sizes {_text(data.crop_sizes)} must be two numbers, the smallest and the largest side",
     )
     largest = max(data.eval_size, *data.train_sizes)
-    _require(data.max_size >= largest, f"--max_size {data.max_size} must be at least the largest shorter side, {largest}")
+    _require(data.max_size >= largest, f"--max_size {data.max_size} must be at least the largest of --eval_size and --train_sizes, {largest}")
 
 
 def _check_run(config: Config) -> None:

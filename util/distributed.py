@@ -49,9 +49,18 @@ def process_group(device_flag: str) -> Iterator[torch.device]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield device
+    except RuntimeError as error:
+        if not _lost_a_process(error):
+            raise
+        raise UserError(f"process {rank()} lost another process, which ended first; that one's message says why") from None
     finally:
         # after an error the others may never arrive: leave without waiting for them
         dist.destroy_process_group()
+
+
+def _lost_a_process(error: RuntimeError) -> bool:
+    """Whether an exchange broke off because the other side is gone; gloo has no error type of its own."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
 def choose_device(flag: str) -> torch.device:

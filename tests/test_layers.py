@@ -1,0 +1,72 @@
+"""Imports point down only (docs/design.md)."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import ROOT
+
+PACKAGES = ("models", "datasets", "util", "engine", "main", "benchmark", "tools")
+# what each layer may import of the project
+ALLOWED = {
+    "util": {"util"},
+    "datasets": {"datasets", "util"},
+    "models": {"models", "util"},
+    "engine": {"models", "datasets", "util"},
+    "benchmark": {"engine", "models", "datasets", "util"},
+    "main": {"engine", "models", "datasets", "util"},
+    "tools": {"main", "engine", "models", "datasets", "util"},
+}
+FILES = [p for p in sorted(ROOT.rglob("*.py")) if p.relative_to(ROOT).parts[0].removesuffix(".py") in PACKAGES]
+# modules of losses and results, which never see the network
+LOSS_SIDE = ("matcher", "criterion", "postprocess")
+NETWORK = {"deformable_detr", "deformable_transformer", "encoder", "decoder", "backbone", "heads", "batchformer", "build", "ops"}
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of what a file imports, functions' own imports too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_down(path):
+    layer = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    used = {name.split(".")[0] for name in imports(path)} & set(PACKAGES)
+    assert used <= ALLOWED[layer]
+
+
+@pytest.mark.parametrize("name", LOSS_SIDE)
+def test_losses_never_import_the_network(name):
+    used = {full.split(".")[1] for full in imports(ROOT / "models" / f"{name}.py") if full.startswith("models.")}
+    assert not used & NETWORK
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "models" / "ops").rglob("*.py")), ids=lambda p: p.name)
+def test_the_operator_imports_torch_alone(path):
+    import sys
+
+    outside = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names)
+    assert outside <= {"torch", "models"}
+    assert all(name.startswith("models.ops") or name == "models" for name in imports(path) if name.startswith("models"))
+
+
+def test_the_test_sees_an_upward_import(tmp_path):
+    (tmp_path / "bad.py").write_text("def f():\n    from models.build import build_model\n")
+    assert "models.build" in imports(tmp_path / "bad.py")
+
+
+def test_batchformer_is_nowhere_else():
+    """Whether a batch has two streams is asked in one place; the loop and the losses only carry their number."""
+    for name in ("engine.py", "models/criterion.py", "models/encoder.py", "models/decoder.py", "models/deformable_detr.py"):
+        used = imports(ROOT / name)
+        assert not any("batchformer" in full for full in used), name

@@ -1,0 +1,115 @@
+"""The programs beside main.py, as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers import BATCHFORMER, ROOT, SMALL_IMAGES, SMALL_MODEL, write_coco
+
+
+def run(*command: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1", **env}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_operator_commands_word_for_word():
+    result = run("bash", "-c", "cd ./models/ops && sh ./make.sh && python test.py")
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("ms_deform_attn")
+    assert len(lines) >= 10
+    assert all(line.startswith("True ") for line in lines[1:])
+
+
+def test_operator_self_test_fails_when_the_operator_is_wrong(monkeypatch, capsys):
+    sys.path.insert(0, str(ROOT / "models/ops"))
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("ops_test", ROOT / "models/ops/test.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    right = module.ms_deform_attn
+    monkeypatch.setattr(module, "ms_deform_attn", lambda *args: right(*args) * (1 + 1e-3))
+    assert module.main() == 1
+    assert "False" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [("inference",), ("train", *BATCHFORMER), ()])
+def test_benchmark_with_a_size(flags):
+    result = run(
+        sys.executable, "benchmark.py", *flags, *SMALL_MODEL, "--num_iters", "2", "--warm_iters", "1", "--batch_size", "2",
+        "--size", "64", "80", "--device", "cpu",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "batch 2 of 64 x 80" in result.stdout
+    assert "images/s" in result.stdout
+    assert ("times as long as --bf 0" in result.stdout) == ("train" in flags)
+
+
+def test_benchmark_on_a_data_set_with_a_checkpoint(tmp_path):
+    from models import build_model
+    from util.config import parse_config
+
+    write_coco(tmp_path / "data", num_train=1)
+    torch.save({"model": build_model(parse_config([*SMALL_MODEL]))[0].state_dict()}, tmp_path / "w.pth")
+    flags = ("--num_iters", "1", "--warm_iters", "0", "--batch_size", "1", "--resume", str(tmp_path / "w.pth"), *SMALL_MODEL)
+    result = run(sys.executable, "benchmark.py", *flags, *SMALL_IMAGES, "--coco_path", str(tmp_path / "data"))
+    assert result.returncode == 0, result.stderr
+    assert "batch 1 of 64 x 85" in result.stdout
+    result = run(sys.executable, "benchmark.py", *flags, "--coco_path", str(tmp_path / "none"))
+    assert result.returncode == 2
+    assert "--size" in result.stderr
+
+
+def test_subset_holds_the_first_fitting_images(tmp_path):
+    boxes = {i: [{"bbox": [1, 1, 9, 9], "category_id": 1}] * n for i, n in enumerate((3, 0, 1, 2, 5))}
+    write_coco(tmp_path / "data", num_train=5, annotations=boxes)
+    command = (sys.executable, "tools/subset_coco.py", "--coco_path", str(tmp_path / "data"), "--output_dir", str(tmp_path / "out"))
+    result = run(*command, "--num_images", "2", "--max_objects", "2")
+    assert result.returncode == 0, result.stderr
+    for split in ("train2017", "val2017"):
+        content = json.loads((tmp_path / "out/annotations" / f"instances_{split}.json").read_text())
+        assert [image["id"] for image in content["images"]] == [12, 13]
+        assert len(content["annotations"]) == 3
+        assert sorted(p.name for p in (tmp_path / "out" / split).iterdir()) == ["000002.png", "000003.png"]
+    result = run(*command, "--num_images", "9")
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("tool", ["tools/overfit.sh", "tools/check_distributed.sh"])
+def test_checks_say_how_they_are_used(tool):
+    result = run(f"./{tool}")
+    assert result.returncode == 2
+    assert "usage" in result.stderr
+
+
+def test_overfit_command_on_real_images(tiny_coco, tmp_path):
+    """The documented command, two epochs of it."""
+    out = str(tmp_path / "out")
+    result = run("./tools/overfit.sh", str(tiny_coco), "--epochs", "2", "--lr_drop_epochs", "1", "--output_dir", out)
+    assert result.returncode == 0, result.stderr
+    assert "8 images with" in result.stdout
+    assert "AP50" in result.stdout
+
+
+def test_main_trains_on_real_images_with_published_transforms(tiny_coco, tmp_path):
+    """COCO's 91 ids, crops, two streams; small sizes and few layers."""
+    result = run(
+        sys.executable, "main.py", "--coco_path", str(tiny_coco), "--backbone", "resnet18", "--backbone_weights", "none",
+        "--backbone_norm", "gn", "--hidden_dim", "64", "--enc_layers", "1", "--dec_layers", "1", "--num_queries", "20",
+        "--train_sizes", "64", "96", "--eval_size", "64", "--max_size", "128", "--crop_resize_sizes", "96", "--crop_sizes", "48",
+        "96", *BATCHFORMER, "--epochs", "1", "--output_dir", str(tmp_path / "out"),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    line = json.loads((tmp_path / "out/log.txt").read_text())
+    assert len(line["test_coco_eval_bbox"]) == 12
+    assert line["train_loss"] > 0
