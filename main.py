@@ -70,7 +70,7 @@ def train(config: Config, device: torch.device) -> None:
     optimizer = build_optimizer(model, config)
     schedule = build_schedule(optimizer, config)
     wrapped = share_gradients(model, config, device)
-    start = restore_training(checkpoint, optimizer, schedule, config, rank()) if checkpoint else config.run.start_epoch
+    start = restore_training(checkpoint, optimizer, schedule, config, rank())
     if start >= config.optim.epochs:
         raise UserError(f"--resume {config.run.resume} has trained {start} epochs already; raise --epochs {config.optim.epochs}")
 

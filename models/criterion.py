@@ -50,7 +50,7 @@ class SetCriterion(nn.Module):
             scalars: those of weight_dict, to be weighted and summed; and for the log, without gradient, class_error (of the
             last layer, in percent) and cardinality_error (of every output).
         """
-        flat = Targets.from_list(targets, outputs["num_streams"])
+        flat = Targets.from_list(targets, outputs.get("num_streams", 1))
         groups = self._groups(outputs, flat)
         num_boxes = self._num_boxes(flat)
         matches = self.matcher([(group.logits, group.boxes, group.targets) for group in groups])

@@ -72,7 +72,8 @@ def test_benchmark_on_a_data_set_with_a_checkpoint(tmp_path):
 def test_subset_holds_the_first_fitting_images(tmp_path):
     boxes = {i: [{"bbox": [1, 1, 9, 9], "category_id": 1}] * n for i, n in enumerate((3, 0, 1, 2, 5))}
     write_coco(tmp_path / "data", num_train=5, annotations=boxes)
-    command = (sys.executable, "tools/subset_coco.py", "--coco_path", str(tmp_path / "data"), "--output_dir", str(tmp_path / "out"))
+    folders = ("--coco_path", str(tmp_path / "data"), "--output_dir", str(tmp_path / "out"))
+    command = (sys.executable, "tools/subset_coco.py", *folders)
     result = run(*command, "--num_images", "2", "--max_objects", "2")
     assert result.returncode == 0, result.stderr
     for split in ("train2017", "val2017"):

@@ -9,7 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=tools/env.sh
 source tools/env.sh
 case ${1:-} in
-  "") name=synthetic images=2000 val_images=200 epochs=8 ;;
+  "") name=synthetic images=2000 val_images=200 epochs=13 ;;
   --short) name=synthetic_short images=48 val_images=16 epochs=2 ;;
   *) sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 2 ;;
 esac
@@ -18,12 +18,12 @@ source tools/setup.sh
 
 data=data/$name
 run=exps/$name
-config=(./configs/synthetic.sh --coco_path "$data" --output_dir "$run" --epochs "$epochs")
+config=(./configs/synthetic.sh --coco_path "$data" --output_dir "$run" --epochs "$epochs" --eval_every 4)
 
 echo "== attention operator"
 sh models/ops/make.sh
 echo "== synthetic data set in $data"
-python -m datasets.synthetic --output_dir "$data" --train_images "$images" --val_images "$val_images" --image_size 128 --seed 0
+python -m datasets.synthetic --output_dir "$data" --train_images "$images" --val_images "$val_images" --num_classes 3 --max_objects 4
 if [[ -e $run/log.txt && $(wc -l <"$run/log.txt") -ge $epochs ]]; then
   echo "== training: done already, in $run"
 else

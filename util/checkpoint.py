@@ -22,9 +22,11 @@ from urllib.parse import urlparse
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from util.config import Config
 from util.errors import UserError
+from util.optim import go_to_epoch
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +163,7 @@ def write_atomically(content: Any, path: Path) -> None:
 
 
 def save_training(
-    paths: Sequence[Path], model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any, epoch: int, config: Config,
+    paths: Sequence[Path], model: nn.Module, optimizer: torch.optim.Optimizer, schedule: LambdaLR, epoch: int, config: Config,
     random_states: Sequence[dict],
 ) -> None:  # fmt: skip
     """Write all that training needs to go on after `epoch`; `random_states` holds those of every process by rank."""
@@ -178,19 +180,20 @@ def save_training(
 
 
 def restore_training(
-    checkpoint: Mapping[str, Any], optimizer: torch.optim.Optimizer, schedule: Any, config: Config, rank: int
+    checkpoint: Mapping[str, Any] | None, optimizer: torch.optim.Optimizer, schedule: LambdaLR, config: Config, rank: int
 ) -> int:
     """Put back optimiser, schedule and this process's random state; gives the epoch to go on with.
 
-    Of a published checkpoint only the weights are taken (elsewhere); it goes on at --start_epoch. This run's flags hold:
-    where they differ from the checkpoint's, a warning says so.
+    Without a checkpoint, or with a published one, of which only the weights are taken (elsewhere), that is --start_epoch.
+    This run's flags hold: where they differ from the checkpoint's, a warning says so.
     """
-    if not is_own(checkpoint):
-        log.warning("resume: not a checkpoint of this program; its weights are loaded, the optimiser starts afresh")
+    if checkpoint is None or not is_own(checkpoint):
+        if checkpoint is not None:
+            log.warning("resume: not a checkpoint of this program; its weights are loaded, the optimiser starts afresh")
+        go_to_epoch(schedule, config.run.start_epoch)
         return config.run.start_epoch
     _warn_about_changes(checkpoint["args"], config.flags())
-    rates = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
-    base_lrs = list(schedule.base_lrs)
+    weight_decay, base_lrs = optimizer.defaults["weight_decay"], list(schedule.base_lrs)
     try:
         optimizer.load_state_dict(checkpoint["optimizer"])
     except ValueError as error:
@@ -199,7 +202,10 @@ def restore_training(
             "that it was trained with (--bf, --sgd, --lr_backbone and the like)"
         ) from None
     schedule.load_state_dict(checkpoint["lr_scheduler"])
-    _hold_rates(optimizer, schedule, rates, base_lrs)
+    schedule.base_lrs = base_lrs
+    go_to_epoch(schedule, schedule.last_epoch)
+    for group in optimizer.param_groups:
+        group["weight_decay"] = weight_decay
     _restore_random_state(checkpoint["random_states"], rank)
     return checkpoint["epoch"] + 1
 
@@ -233,15 +239,6 @@ def _restore_random_state(states: Sequence[dict], rank: int) -> None:
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def _hold_rates(optimizer: torch.optim.Optimizer, schedule: Any, rates: list, base_lrs: list) -> None:
-    """Keep this run's rates, decayed to the epoch that the schedule is at; the same bits where no flag changed."""
-    schedule.base_lrs = base_lrs
-    for group, (_, weight_decay), base, factor in zip(
-        optimizer.param_groups, rates, base_lrs, (f(schedule.last_epoch) for f in schedule.lr_lambdas), strict=True
-    ):
-        group.update(initial_lr=base, lr=base * factor, weight_decay=weight_decay)
 
 
 def _warn_about_changes(saved: Mapping[str, Any], flags: Mapping[str, Any]) -> None:

@@ -124,7 +124,7 @@ class DataConfig:
     coco_panoptic_path: str = flag("", "folder of COCO panoptic (segmentation)")
     remove_difficult: bool = flag(False, "not used by COCO data")
     num_classes: int = flag(91, "class logits; labels lie in [0, num_classes). COCO's raw category ids need 91")
-    cache_mode: bool = flag(False, "keep the image files in memory")
+    cache_mode: bool = flag(False, "keep the image files in memory; every process keeps all of them")
     num_workers: int = flag(2, "loader processes per training process; 0 loads in the training process")
     train_sizes: tuple[int, ...] = flag(PUBLISHED_TRAIN_SIZES, "shorter sides to train with, in pixels")
     eval_size: int = flag(800, "shorter side in evaluation, in pixels")
@@ -389,7 +389,10 @@ def _check_data(config: Config) -> None:
         f"--crop_sizes {_text(data.crop_sizes)} must be two numbers, the smallest and the largest side",
     )
     largest = max(data.eval_size, *data.train_sizes)
-    _require(data.max_size >= largest, f"--max_size {data.max_size} must be at least the largest of --eval_size and --train_sizes, {largest}")
+    _require(
+        data.max_size >= largest,
+        f"--max_size {data.max_size} must be at least the largest of --eval_size and --train_sizes, {largest}",
+    )
 
 
 def _check_run(config: Config) -> None:

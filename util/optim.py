@@ -54,6 +54,13 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: Config) -> LambdaLR
     return LambdaLR(optimizer, lambda epoch: lr_factor(epoch, drop, epochs))
 
 
+def go_to_epoch(schedule: LambdaLR, epoch: int) -> None:
+    """Set the rates that `epoch` has, to the bit what stepping there gives."""
+    schedule.last_epoch = epoch
+    for group, base, factor in zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+        group.update(initial_lr=base, lr=base * factor(epoch))
+
+
 def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
     """Scale the gradients to a norm of at most `max_norm` (0: leave them); gives the norm before, on the device."""
     gradients = [p.grad for p in parameters if p.grad is not None]
