@@ -260,3 +260,34 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         write_atomically({"a": 2}, path)
     assert read_checkpoint(path) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pth"]
+
+
+# ---- addresses
+
+
+def test_checkpoints_come_from_https_too(tmp_path, monkeypatch):
+    model = small_model()
+    torch.save({"model": model.state_dict()}, tmp_path / "source.pth")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    asked = []
+
+    def download(url, to, hash_prefix, progress):
+        asked.append((url, hash_prefix))
+        os.link(tmp_path / "source.pth", to)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    address = "https://example.org/models/r50-0123abcd.pth"
+    for _ in range(2):
+        assert not load_weights(small_model("--seed", "1"), address).missing
+    assert asked == [(address, "0123abcd")], "once, and with the digest in its name"
+
+
+def test_an_address_that_cannot_be_reached(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+
+    def offline(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(UserError, match=r"example\.org.*no route to host.*give its path"):
+        load_weights(small_model(), "https://example.org/a.pth")

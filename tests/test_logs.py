@@ -1,0 +1,72 @@
+"""What a run shows: plain lines in a file, a bar on a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.helpers import BATCHFORMER, ROOT, SMALL_IMAGES, SMALL_MODEL, run_main, write_coco
+from util.metrics import MeanOnDevice
+
+LINE = re.compile(
+    r"epoch 0 \[ *\d+/3\]  loss [\d.]+  lr [\de.+-]+  grad norm [\d.e+]+  [\d.]+ images/s  mem [\d.]+ GiB  left \d:\d\d:\d\d"
+)
+
+
+@pytest.fixture
+def flags(tmp_path):
+    write_coco(tmp_path / "data", num_train=6, num_val=2)
+    return ("--coco_path", str(tmp_path / "data"), *SMALL_IMAGES, *SMALL_MODEL, "--epochs", "1", "--log_every", "2")
+
+
+def test_plain_lines_every_so_many_steps(flags, tmp_path):
+    result = run_main(*flags, *BATCHFORMER, "--output_dir", str(tmp_path / "out"))
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stdout.splitlines() if line.startswith("epoch 0")]
+    assert len(lines) == 2, "after step 2 and after the last"
+    assert all(LINE.fullmatch(line) for line in lines), lines
+    assert "multi-scale deformable attention on cpu: reference" in result.stdout, "the operator's backend is said"
+    assert "device: cpu" in result.stdout
+    assert result.stderr == "", "no warnings"
+    entry = json.loads((tmp_path / "out" / "log.txt").read_text())
+    assert entry["n_parameters"] > 1e6
+    assert {"train_loss_ce", "train_loss_bbox_0", "train_loss_giou_unscaled", "train_class_error", "test_loss"} <= set(entry)
+
+
+def test_a_bar_on_a_terminal(flags):
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "main.py", *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=theirs, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    os.close(theirs)
+    output, shown = process.stdout.read(), b""
+    assert process.wait() == 0
+    while True:
+        try:
+            part = os.read(ours, 65536)
+        except OSError:  # the other end is closed
+            break
+        if not part:
+            break
+        shown += part
+    assert "epoch 0 [" not in output, "no lines beside the bar"
+    assert re.search(r"epoch 0: 100%.*3/3.*loss [\d.]+.*images/s", shown.decode())
+
+
+def test_means_are_kept_for_windows_and_for_the_whole():
+    meter = MeanOnDevice()
+    assert meter.window() == {}
+    for value in (1.0, 3.0, 8.0):
+        meter.update({"a": torch.tensor(value), "b": torch.tensor(-value)})
+        if value == 3.0:
+            assert meter.window() == {"a": 2.0, "b": -2.0}
+    assert meter.window() == {"a": 8.0, "b": -8.0}
+    assert meter.totals() == {"a": 4.0, "b": -4.0}
