@@ -65,7 +65,7 @@ def pixel_centres(shape: tuple[int, int], device: torch.device) -> Tensor:
     height, width = shape
     y = torch.arange(height, dtype=torch.float32, device=device) + 0.5
     x = torch.arange(width, dtype=torch.float32, device=device) + 0.5
-    return torch.stack([x.repeat(height), y.repeat_interleave(width, output_size=height * width)], -1)
+    return torch.stack([x.expand(height, width), y[:, None].expand(height, width)], -1).flatten(0, 1)
 
 
 def valid_extent(mask_BHW: Tensor) -> Tensor:

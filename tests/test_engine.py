@@ -21,6 +21,7 @@ from datasets.samplers import EvalBatches
 from engine import evaluate, published_names, train_one_epoch
 from models import build_model
 from models.matcher import HungarianMatcher, Targets
+from models.ops.modules import _cached_level_sizes
 from tests.golden import recipe
 from tests.helpers import BATCHFORMER, SMALL_IMAGES, SMALL_MODEL, write_coco
 from util.box_ops import cxcywh_to_xyxy, generalized_iou
@@ -95,6 +96,14 @@ def counted_waits(monkeypatch):
 
     with monkeypatch.context() as patch, WaitingOps() as ops:
         monkeypatch = patch
+        original_tensor = torch.tensor
+
+        def tensor(*args, **kwargs):
+            if kwargs.get("device") is not None:  # a copy from pageable memory, which waits
+                seen.append("tensor")
+            return original_tensor(*args, **kwargs)
+
+        patch.setattr(torch, "tensor", tensor)
         for name in ("cpu", "item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__"):
             note(name)
         yield seen
@@ -126,6 +135,7 @@ def test_a_step_waits_for_the_device_once(flags, monkeypatch):
         watch.expect(number, images, targets, losses, total, norm)
 
     step(0)  # the optimiser makes its state
+    _cached_level_sizes.cache_clear()  # as with images of a new size
     with counted_waits(monkeypatch) as waits:
         step(1)
     host_only = {"numpy"}  # of the matcher's host copies, after the one transfer

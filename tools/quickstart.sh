@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to pictures: environment, synthetic data, a small Deformable DETR with BatchFormerV2 trained on it,
-# its evaluation, a curve of the run, and its detections beside the ground truth. About 20 minutes on two CPU cores after
+# its evaluation, a curve of the run, and its detections beside the ground truth. About a quarter of an hour on two CPU cores after
 # the installation. Run it again and it goes on from what is there.
 #   ./tools/quickstart.sh           the whole of it
 #   ./tools/quickstart.sh --short   the same path in a minute, too short to learn anything
@@ -9,7 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=tools/env.sh
 source tools/env.sh
 case ${1:-} in
-  "") name=synthetic images=2000 val_images=200 epochs=13 ;;
+  "") name=synthetic images=2000 val_images=200 epochs=10 ;;
   --short) name=synthetic_short images=48 val_images=16 epochs=2 ;;
   *) sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 2 ;;
 esac

@@ -102,7 +102,9 @@ def _pairs(flat: list[int]) -> list[tuple[int, int]]:
 
 def _level_sizes(shapes: tuple[tuple[int, int], ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """[L, 1, 2] width, height of the levels; every layer of a batch asks for the same one."""
-    return torch.tensor([[w, h] for h, w in shapes], dtype=dtype, device=device)[:, None]
+    sizes = torch.tensor([[w, h] for h, w in shapes], dtype=dtype)[:, None]
+    # through pinned memory nobody waits for the device
+    return sizes.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else sizes.to(device)
 
 
 _cached_level_sizes = lru_cache(maxsize=256)(_level_sizes)
