@@ -28,6 +28,6 @@ figures.append(json.loads((run / "log.txt").read_text().splitlines()[-1])["test_
 images = len({detection["image_id"] for detection in one})
 print(f"{len(one)} detections in {images} images; equal for one and two processes: {one == two}")
 print(f"twelve figures equal for one process, two processes and the training run: {figures[0] == figures[1] == figures[2]}")
-print("  ".join(f"{figure:.6f}" for figure in figures[0]))
+print("  ".join(f"{figure:.3g}" for figure in figures[0]))
 sys.exit(not (one == two and figures[0] == figures[1] == figures[2]))
 PYTHON

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Can the detector learn eight real images by heart, from random weights? A quick test of the whole path from files to
-# AP: ./tools/overfit.sh <folder in COCO's layout> [further flags of main.py]. About ten minutes on two CPU cores.
+# AP: ./tools/overfit.sh <folder in COCO's layout> [further flags of main.py]. About six minutes on two CPU cores.
 set -euo pipefail
 # shellcheck source=tools/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
