@@ -64,7 +64,8 @@ class Progress:
         self._log = logging.getLogger("progress")
         self._start, self._done = time.perf_counter(), 0
         # a logging bar in a file is a thousand lines of noise
-        self._bar = tqdm(total=steps, desc=title, dynamic_ncols=True, leave=True) if _interactive() else None
+        layout = "{desc} {n_fmt}/{total_fmt} |{bar}| left {remaining} {postfix}"  # the bar gives way to the numbers
+        self._bar = tqdm(total=steps, desc=title, dynamic_ncols=True, bar_format=layout) if _interactive() else None
 
     def due(self) -> bool:
         """Whether the step about to be reported ends an interval (so that its values are worth reading back)."""
