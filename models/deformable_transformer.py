@@ -13,6 +13,7 @@ from models.encoder import DeformableTransformerEncoder, DeformableTransformerEn
 from models.ops.modules import MSDeformAttn
 from models.position_encoding import sine_features
 from models.token_batch import TokenBatch, encoder_reference_points, pixel_centres, valid_extent, valid_ratio
+from util.errors import UserError
 
 PROPOSAL_SIZE = 0.05  # side of a proposal on the finest level; it doubles with every level
 
@@ -98,6 +99,9 @@ class DeformableTransformer(nn.Module):
             query_embed: [Q, 2C] learned positions and contents; None in two-stage.
             class_heads, box_heads: the heads; the decoder uses the box heads, the proposals the last of each.
             with_box_refine: refine the boxes from layer to layer.
+
+        Raises:
+            UserError: two-stage is to choose more queries than there are proposals.
         """
         memory = self.encoder(self._flatten(maps, masks, positions))
         proposals = self._propose(memory, class_heads[-1], box_heads[-1]) if self.two_stage else None
@@ -131,6 +135,12 @@ class DeformableTransformer(nn.Module):
 
     def _queries_of(self, proposals: Proposals) -> Queries:
         """The proposals with the best logit of class 0 (their only class in the loss), without gradient."""
+        tokens = proposals.logits.shape[1]
+        if self.num_proposals > tokens:
+            raise UserError(
+                f"--num_queries {self.num_proposals} is more than the {tokens} proposals that images of this size give in two-stage; "
+                "lower --num_queries, or raise --train_sizes and --eval_size"
+            )
         best = proposals.logits[..., 0].topk(self.num_proposals, dim=1).indices
         box_logits = proposals.box_logits.gather(1, best[..., None].expand(-1, -1, 4)).detach()
         boxes = box_logits.sigmoid()

@@ -105,6 +105,12 @@ def test_eval_bf_acts_on_the_single_stream(mode, batch):
     torch.testing.assert_close(b["pred_logits"], one_stream(batch[0])["pred_logits"], atol=1e-5, rtol=0)
 
 
+def test_more_queries_than_proposals_are_refused():
+    model, _, _ = build("--with_box_refine", "--two_stage", "--num_queries", "90")
+    with pytest.raises(UserError, match="--num_queries 90 is more than the 85 proposals"):
+        model(recipe.images([(64, 64)]))
+
+
 def test_order_of_insertions_does_not_matter(batch):
     a, b = (build("--bf", "1", "--insert_idx", *order)[0].train() for order in (("0", "1"), ("1", "0")))
     assert torch.equal(a(batch[0])["pred_logits"], b(batch[0])["pred_logits"])
