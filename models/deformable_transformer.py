@@ -138,8 +138,8 @@ class DeformableTransformer(nn.Module):
         tokens = proposals.logits.shape[1]
         if self.num_proposals > tokens:
             raise UserError(
-                f"--num_queries {self.num_proposals} is more than the {tokens} proposals that --two_stage makes of images of this "
-                "size; lower --num_queries, or raise --train_sizes and --eval_size"
+                f"--num_queries {self.num_proposals} is more than the {tokens} proposals that --two_stage makes of images this "
+                "small; lower --num_queries, or raise --train_sizes and --eval_size"
             )
         best = proposals.logits[..., 0].topk(self.num_proposals, dim=1).indices
         box_logits = proposals.box_logits.gather(1, best[..., None].expand(-1, -1, 4)).detach()
