@@ -40,7 +40,8 @@ def main() -> None:
 
 
 def _inference(args: argparse.Namespace, config: Config, device: torch.device, images: NestedTensor, targets: list) -> None:
-    model = _model(config, device).eval()
+    model, _ = _build(config, device)
+    model.eval()
     with torch.no_grad():
         (seconds,) = _time([lambda: model(images)], args, device)
     _report("inference", len(images), seconds)
@@ -61,8 +62,8 @@ def _train(args: argparse.Namespace, config: Config, device: torch.device, image
 
 
 def _training_step(config: Config, device: torch.device, images: NestedTensor, targets: list) -> Callable[[], None]:
-    model = _model(config, device).train()
-    _, criterion, _ = build_model(config)
+    model, criterion = _build(config, device)
+    model.train()
     optimizer = build_optimizer(model, config)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
@@ -98,11 +99,12 @@ def _report(what: str, batch: int, seconds: list[float]) -> None:
     )
 
 
-def _model(config: Config, device: torch.device) -> torch.nn.Module:
-    model, _, _ = build_model(config)
+def _build(config: Config, device: torch.device) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """The detector on the device, and its losses."""
+    model, criterion, _ = build_model(config)
     if config.run.resume:
         load_weights(model, config.run.resume)
-    return model.to(device)
+    return model.to(device), criterion
 
 
 def _batch(args: argparse.Namespace, config: Config, device: torch.device) -> tuple[NestedTensor, list]:

@@ -156,7 +156,8 @@ def prepare_output(config: Config) -> Path | None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             keeps = config.run.resume or config.run.eval
-            _move_earlier_run(folder) if not keeps else None
+            if not keeps:
+                _move_earlier_run(folder)
             (folder / ".write_test").touch()
             (folder / ".write_test").unlink()
         except OSError as error:

@@ -5,7 +5,6 @@ Shape letters: B images, H x W pixels; level l has C_l channels and stride s_l.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,8 +19,6 @@ from util.checkpoint import read_checkpoint
 from util.errors import UserError
 from util.nested_tensor import NestedTensor
 
-log = logging.getLogger(__name__)
-
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "frozen_bn": FrozenBatchNorm2d,
     "bn": nn.BatchNorm2d,
@@ -32,7 +29,7 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 class ResNetBody(nn.Module):
     """The layers of a torchvision ResNet under their own names, without its classifier.
 
-    `channels` and `strides` of the maps are read off the network.
+    `channels` of the maps are read off the network.
     """
 
     def __init__(self, resnet: nn.Module, multi_scale: bool) -> None:

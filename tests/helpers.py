@@ -52,8 +52,11 @@ def write_coco(
 def run_main(*flags: str, processes: int = 1, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
     """main.py as a user starts it: by itself, or under the launcher."""
     command = [sys.executable, "main.py"] if processes == 1 else ["./tools/run_dist_launch.sh", str(processes), "main.py"]
+    return run(*command, *flags, env=env)
+
+
+def run(*command: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    """A command in the project's root, in this environment, with one thread a process."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "VIRTUAL_ENV": sys.prefix, **(env or {})}
-    return subprocess.run(
-        [*command, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)

@@ -31,7 +31,7 @@ class HostCopy:
     def __init__(self, tensor: Tensor) -> None:
         self._event = None
         if tensor.device.type != "cuda":
-            self._host = tensor.detach().cpu() if tensor.device.type != "cpu" else tensor.detach().clone()
+            self._host = tensor.detach().to("cpu", copy=True)
             return
         self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         self._host.copy_(tensor.detach(), non_blocking=True)

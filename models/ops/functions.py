@@ -55,7 +55,7 @@ class MSDeformAttnFunction:
 
 def ms_deform_attn_core_pytorch(value, value_spatial_shapes, sampling_locations, attention_weights):
     """The published name of the plain PyTorch path: reference.forward, differentiated by autograd."""
-    shapes = _pairs(flat_shapes(value_spatial_shapes))
+    shapes = shape_pairs(flat_shapes(value_spatial_shapes))
     return reference.forward(value, shapes, sampling_locations, attention_weights)
 
 
@@ -71,13 +71,13 @@ for _name, _schema in _SCHEMAS.items():
 @torch.library.impl("deformable::ms_deform_attn", "default")
 def _forward(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor) -> Tensor:
     _check(value, shapes, locations, weights)
-    return reference.forward(value, _pairs(shapes), locations.to(value.dtype), weights.to(value.dtype))
+    return reference.forward(value, shape_pairs(shapes), locations.to(value.dtype), weights.to(value.dtype))
 
 
 @torch.library.impl("deformable::ms_deform_attn_backward", "default")
 def _backward(grad: Tensor, value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor):
     typed = (locations.to(value.dtype), weights.to(value.dtype))
-    grad_value, grad_locations, grad_weights = reference.backward(grad, value, _pairs(shapes), *typed)
+    grad_value, grad_locations, grad_weights = reference.backward(grad, value, shape_pairs(shapes), *typed)
     return grad_value, grad_locations.to(locations.dtype), grad_weights.to(weights.dtype)
 
 
@@ -113,9 +113,9 @@ def _check(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor)
     _require(value.dim() == 4 and value.is_floating_point(), "value", value, "[B, S, M, D] floating point")
     batch, tokens, heads, _ = value.shape
     levels = len(shapes) // 2
-    total = sum(h * w for h, w in _pairs(shapes))
+    total = sum(h * w for h, w in shape_pairs(shapes))
     if total != tokens:
-        raise ValueError(f"spatial_shapes {_pairs(shapes)} hold {total} tokens, value has {tokens}")
+        raise ValueError(f"spatial_shapes {shape_pairs(shapes)} hold {total} tokens, value has {tokens}")
     wanted = f"[B={batch}, Q, M={heads}, L={levels}, P, 2]"
     fits = locations.dim() == 6 and locations.shape[-1] == 2
     fits = fits and (locations.shape[0], locations.shape[2], locations.shape[3]) == (batch, heads, levels)
@@ -133,7 +133,8 @@ def _require(condition: bool, name: str, tensor: Tensor, wanted: str) -> None:
         raise ValueError(f"{name} must be {wanted}; got {list(tensor.shape)} {tensor.dtype} on {tensor.device}")
 
 
-def _pairs(shapes: Sequence[int]) -> list[tuple[int, int]]:
+def shape_pairs(shapes: Sequence[int]) -> list[tuple[int, int]]:
+    """[h, w, h, w, ...] -> [(h, w), ...], the inverse of `flat_shapes`."""
     return list(zip(shapes[0::2], shapes[1::2], strict=True))
 
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from models.ops.functions import flat_shapes, ms_deform_attn
+from models.ops.functions import flat_shapes, ms_deform_attn, shape_pairs
 
 
 class MSDeformAttn(nn.Module):
@@ -74,7 +74,7 @@ class MSDeformAttn(nn.Module):
         Raises:
             ValueError: reference points of neither 2 nor 4 coordinates, or shapes that don't fit.
         """
-        shapes = _pairs(flat_shapes(input_spatial_shapes))
+        shapes = shape_pairs(flat_shapes(input_spatial_shapes))
         value = self.value_proj(input_flatten)
         if input_padding_mask is not None:
             value = value.masked_fill(input_padding_mask[..., None], 0.0)
@@ -94,10 +94,6 @@ class MSDeformAttn(nn.Module):
         if reference.shape[-1] == 4:  # offsets are in half boxes, divided among the points
             return reference[..., :2] + offsets * reference[..., 2:] * (0.5 / self.n_points)
         raise ValueError(f"reference_points must have 2 or 4 coordinates, got {reference.shape[-1]}")
-
-
-def _pairs(flat: list[int]) -> list[tuple[int, int]]:
-    return list(zip(flat[0::2], flat[1::2], strict=True))
 
 
 def _level_sizes(shapes: tuple[tuple[int, int], ...], device: torch.device, dtype: torch.dtype) -> Tensor:
