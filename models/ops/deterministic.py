@@ -40,20 +40,19 @@ def value_gradient(
     for level, (height, width) in enumerate(shapes):
         for point in range(weights_BQMLP.shape[-1] if height * width else 0):
             location_BQM2, weight_BQM = locations_BQMLP2[:, :, :, level, point], weights_BQMLP[:, :, :, level, point]
-            for pixel_BQM, part_BQM in _corners(location_BQM2, height, width):
+            for pixel_BQM, part_BQM, valid_BQM in _corners(location_BQM2, height, width):
                 owner_BQM = (image_B11 + start + pixel_BQM) * heads + head_M
-                # a weight may be infinite: no product with the zero part of a corner outside
-                share_BQM = torch.where(part_BQM > 0, part_BQM * weight_BQM, 0)
-                share_BQMD = torch.where(part_BQM[..., None] > 0, share_BQM[..., None] * grad_BQMD, 0)
+                # weights and gradients may be infinite: no product with zero in place of this
+                share_BQMD = torch.where(valid_BQM[..., None], (part_BQM * weight_BQM)[..., None] * grad_BQMD, 0)
                 owners_XD.index_put_((owner_BQM,), share_BQMD, accumulate=True)
         start += height * width
     return owners_XD.view(value_BSMD.shape).to(value_BSMD.dtype)
 
 
-def _corners(location_BQM2: Tensor, height: int, width: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of each of a sample's four corners: its pixel y * width + x, and its bilinear part.
+def _corners(location_BQM2: Tensor, height: int, width: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Of each of a sample's four corners: its pixel y * width + x, its bilinear part, and whether it lies in the map.
 
-    A corner outside the map has part 0 and the nearest pixel's index: spread out, since sums into one pixel are serial.
+    A corner that does not has the nearest pixel's index: spread out, since sums into one pixel are serial.
     """
     x, y = location_BQM2[..., 0] * width - 0.5, location_BQM2[..., 1] * height - 0.5
     inside = (x > -1) & (x < width) & (y > -1) & (y < height)
@@ -64,4 +63,4 @@ def _corners(location_BQM2: Tensor, height: int, width: int) -> Iterator[tuple[T
         for row, part_y in ((top, top + 1 - y), (top + 1, y - top)):
             valid = inside & (column >= 0) & (column < width) & (row >= 0) & (row < height)
             pixel = row.clamp(0, height - 1).long() * width + column.clamp(0, width - 1).long()
-            yield pixel, torch.where(valid, part_x * part_y, 0)
+            yield pixel, part_x * part_y, valid

@@ -119,10 +119,14 @@ def _backward(
     kind = _accumulator(value.dtype)
     grad_value = torch.zeros_like(value, dtype=kind) if scatter else None
     coordinates = 0 if reference is None else reference.shape[-1]
+    runs = bool(grad.numel() and scores.numel())
+    new = torch.empty if runs else torch.zeros
     # heads are summed afterwards, in a fixed order
-    grad_reference = value.new_zeros(batch, queries, heads, levels, coordinates, dtype=kind) if coordinates else None
-    grad_points, grad_weights = torch.zeros_like(points), torch.zeros_like(scores, dtype=kind)
-    if grad.numel() and scores.numel():
+    shape = batch, queries, heads, levels, coordinates
+    grad_reference = new(shape, dtype=kind, device=value.device) if coordinates else None
+    grad_points = new(points.shape, dtype=points.dtype, device=value.device)
+    grad_weights = new(scores.shape, dtype=kind, device=value.device)
+    if runs:
         grads = (grad_value, grad_reference, grad_points, grad_weights)
         inputs = (grad, value, _level_table(tuple(shapes), value.device), reference, points, scores)
         sizes = _sizes(value, reference, scores)
@@ -214,8 +218,8 @@ def _forward_kernel(
             x, y = _pixel(points, reference, sample, row // M * L + level, height, width, P, COORDS, A)
             inside, top, left, y, x = _corner(x, y, height, width)
             v00, v01, v10, v11 = _corner_values(value, start, top, left, height, width, inside, channel, M, D, A)
-            x, y = x[:, None], y[:, None]
-            sum_RK += weight[:, None] * ((v00 * (1 - x) + v01 * x) * (1 - y) + (v10 * (1 - x) + v11 * x) * y)
+            upper, lower = v00 * (1 - x[:, None]) + v01 * x[:, None], v10 * (1 - x[:, None]) + v11 * x[:, None]
+            sum_RK += weight[:, None] * (upper * (1 - y[:, None]) + lower * y[:, None])
     tl.store(out + row[:, None] * D + channel[None, :], sum_RK, mask=active[:, None] & (channel < D)[None, :])
 
 
@@ -234,62 +238,56 @@ def _backward_kernel(
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     active = row < rows
     row = tl.where(active, row, 0)
-    first_channel = (row // image_rows * tokens * M + row % M) * D
+    tile = (row // image_rows * tokens * M + row % M)[:, None] * D + tl.arange(0, K)[None, :]
     highest, total = _softmax_terms(scores, row, L * P, COORDS, A, R, LP)
     for level in range(L):
         height, width, start = _level(levels, level)
+        box = row // M * L + level
         box_x, box_y = tl.zeros([R], A), tl.zeros([R], A)
         box_width, box_height = tl.zeros([R], A), tl.zeros([R], A)
         for point in range(P):
             sample = (row * L + level) * P + point
             weight = _weight(scores, sample, highest, total, COORDS, A)
-            x, y = _pixel(points, reference, sample, row // M * L + level, height, width, P, COORDS, A)
+            x, y = _pixel(points, reference, sample, box, height, width, P, COORDS, A)
             inside, top, left, y, x = _corner(x, y, height, width)
             along_x, along_y, along_weight = tl.zeros([R], A), tl.zeros([R], A), tl.zeros([R], A)
-            for chunk in range(0, D, K):
-                channel = chunk + tl.arange(0, K)
+            for first in range(0, D, K):
+                channel = first + tl.arange(0, K)
                 used = (inside & active)[:, None] & (channel < D)[None, :]
                 grad_RK = tl.load(grad + row[:, None] * D + channel[None, :], mask=used, other=0.0).to(A)
-                here = first_channel[:, None] + channel[None, :]
-                v00, v01, v10, v11 = _corner_values(value + here, start, top, left, height, width, inside, channel, M, D, A)
-                fx, fy = x[:, None], y[:, None]
-                upper, lower = v00 * (1 - fx) + v01 * fx, v10 * (1 - fx) + v11 * fx
-                along_weight += tl.sum(grad_RK * (upper * (1 - fy) + lower * fy), 1)
-                along_x += tl.sum(grad_RK * ((v01 - v00) * (1 - fy) + (v11 - v10) * fy), 1)
+                v00, v01, v10, v11 = _corner_values(
+                    value + tile + first, start, top, left, height, width, inside, channel, M, D, A
+                )  # fmt: skip
+                upper, lower = v00 * (1 - x[:, None]) + v01 * x[:, None], v10 * (1 - x[:, None]) + v11 * x[:, None]
+                slope = (v01 - v00) * (1 - y[:, None]) + (v11 - v10) * y[:, None]
+                along_x += tl.sum(grad_RK * slope, 1)
                 along_y += tl.sum(grad_RK * (lower - upper), 1)
+                along_weight += tl.sum(grad_RK * (upper * (1 - y[:, None]) + lower * y[:, None]), 1)
                 if SCATTER:
-                    grad_RK *= weight[:, None]
-                    _scatter(grad_value + here, grad_RK, start, top, left, fy, fx, height, width, used, M, D)
-            # an infinite weight times the zero gradient outside would be NaN
-            grad_x = tl.where(inside, weight * along_x, 0.0)  # per pixel
-            grad_y = tl.where(inside, weight * along_y, 0.0)
+                    share = weight[:, None] * grad_RK
+                    _scatter(grad_value + tile + first, share, start, top, left, y, x, height, width, used, M, D)
             tl.store(grad_weights + sample, tl.where(inside, along_weight, 0.0), mask=active)
-            if COORDS != 2:
-                grad_x, grad_y = grad_x * width.to(A), grad_y * height.to(A)
+            # an infinite weight times the zero outside would be NaN
+            pixel_x, pixel_y = tl.where(inside, weight * along_x, 0.0), tl.where(inside, weight * along_y, 0.0)
+            grad_x, grad_y = pixel_x * width.to(A), pixel_y * height.to(A)  # for the location
+            box_x += grad_x
+            box_y += grad_y
+            if COORDS == 2:
+                grad_x, grad_y = pixel_x, pixel_y
             if COORDS == 4:
-                box = reference + (row // M * L + level) * COORDS
                 step = 0.5 / P
-                offset_x = tl.load(points + sample * 2).to(A)
-                offset_y = tl.load(points + sample * 2 + 1).to(A)
+                offset_x, offset_y = _pair(points, sample, A)
                 box_width += tl.where(inside, grad_x * offset_x * step, 0.0)
                 box_height += tl.where(inside, grad_y * offset_y * step, 0.0)
-                box_x += grad_x
-                box_y += grad_y
-                grad_x = tl.where(inside, grad_x * tl.load(box + 2) * step, 0.0)
-                grad_y = tl.where(inside, grad_y * tl.load(box + 3) * step, 0.0)
-            if COORDS == 2:
-                box_x += grad_x * width.to(A)
-                box_y += grad_y * height.to(A)
-            tl.store(grad_points + sample * 2, grad_x, mask=active)
-            tl.store(grad_points + sample * 2 + 1, grad_y, mask=active)
-        if COORDS:
-            box = grad_reference + (row * L + level) * COORDS
-            tl.store(box, box_x, mask=active)
-            tl.store(box + 1, box_y, mask=active)
+                reach_x, reach_y = _pair(reference, box * 2 + 1, A)
+                grad_x = tl.where(inside, grad_x * reach_x * step, 0.0)
+                grad_y = tl.where(inside, grad_y * reach_y * step, 0.0)
+            _store_pair(grad_points, sample, grad_x, grad_y, active)
+        if COORDS == 2:
+            _store_pair(grad_reference, row * L + level, box_x, box_y, active)
         if COORDS == 4:
-            box = grad_reference + (row * L + level) * COORDS
-            tl.store(box + 2, box_width, mask=active)
-            tl.store(box + 3, box_height, mask=active)
+            _store_pair(grad_reference, (row * L + level) * 2, box_x, box_y, active)
+            _store_pair(grad_reference, (row * L + level) * 2 + 1, box_width, box_height, active)
 
 
 @triton.jit
@@ -327,18 +325,31 @@ def _pixel(
     points, reference, sample, box, height, width, P: tl.constexpr, COORDS: tl.constexpr, A: tl.constexpr
 ):  # fmt: skip
     """x, y of each row's sample [R], in pixels: 0 is the center of the first. `box` [R] numbers the reference points."""
-    x, y = tl.load(points + sample * 2).to(A), tl.load(points + sample * 2 + 1).to(A)
+    x, y = _pair(points, sample, A)
     width, height = width.to(A), height.to(A)
     if COORDS == 0:
         x, y = x * width, y * height
     if COORDS == 2:
-        x += tl.load(reference + box * 2) * width
-        y += tl.load(reference + box * 2 + 1) * height
+        center_x, center_y = _pair(reference, box, A)
+        x, y = center_x * width + x, center_y * height + y
     if COORDS == 4:
         step = 0.5 / P
-        x = (tl.load(reference + box * 4) + x * tl.load(reference + box * 4 + 2) * step) * width
-        y = (tl.load(reference + box * 4 + 1) + y * tl.load(reference + box * 4 + 3) * step) * height
+        center_x, center_y = _pair(reference, box * 2, A)
+        reach_x, reach_y = _pair(reference, box * 2 + 1, A)
+        x, y = (center_x + x * reach_x * step) * width, (center_y + y * reach_y * step) * height
     return x - 0.5, y - 0.5
+
+
+@triton.jit
+def _pair(pointer, index, A: tl.constexpr):
+    """Elements 2 * index and 2 * index + 1, in A: [R] each."""
+    return tl.load(pointer + index * 2).to(A), tl.load(pointer + index * 2 + 1).to(A)
+
+
+@triton.jit
+def _store_pair(pointer, index, first, second, mask):
+    tl.store(pointer + index * 2, first, mask=mask)
+    tl.store(pointer + index * 2 + 1, second, mask=mask)
 
 
 @triton.jit
@@ -373,8 +384,10 @@ def _scatter(grad_value, share, start, top, left, y, x, height, width, used, M: 
     """Add weight * grad, `share` [R, K], to the four pixels around a sample, each with its bilinear part."""
     up, down = used & (top >= 0)[:, None], used & (top + 1 < height)[:, None]
     before, after = (left >= 0)[:, None], (left + 1 < width)[:, None]
-    upper, lower = grad_value + (start + top * width + left)[:, None] * (M * D), width * (M * D)
-    tl.atomic_add(upper, share * (1 - y) * (1 - x), mask=up & before, sem="relaxed")
-    tl.atomic_add(upper + M * D, share * (1 - y) * x, mask=up & after, sem="relaxed")
-    tl.atomic_add(upper + lower, share * y * (1 - x), mask=down & before, sem="relaxed")
-    tl.atomic_add(upper + lower + M * D, share * y * x, mask=down & after, sem="relaxed")
+    upper = grad_value + (start + top * width + left)[:, None] * (M * D)
+    lower = upper + width * (M * D)
+    share_upper, share_lower, x = share * (1 - y[:, None]), share * y[:, None], x[:, None]
+    tl.atomic_add(upper, share_upper * (1 - x), mask=up & before, sem="relaxed")
+    tl.atomic_add(upper + M * D, share_upper * x, mask=up & after, sem="relaxed")
+    tl.atomic_add(lower, share_lower * (1 - x), mask=down & before, sem="relaxed")
+    tl.atomic_add(lower + M * D, share_lower * x, mask=down & after, sem="relaxed")
