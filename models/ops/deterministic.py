@@ -19,7 +19,7 @@ def value_gradient(
 
     `index_put_(accumulate=True)` sorts by address on CUDA and sums duplicates one after the other, in any mode; on the
     CPU it does so under `torch.use_deterministic_algorithms(True)`. One call per level, point and corner bounds the
-    memory to about two copies of `grad_BQC` in A; nothing waits for the device.
+    memory to a few copies of `grad_BQC` in A; nothing waits for the device.
 
     Args:
         grad_BQC: [B, Q, M * D], the gradient of the output.

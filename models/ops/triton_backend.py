@@ -29,6 +29,7 @@ Shapes = Sequence[tuple[int, int]]
 
 _TILE = 512  # elements of a program's [R, K] tile: four a thread, 128 bits of float32
 _WIDEST = 128  # channels of a program at most
+_OPTIONS = {"enable_fp_fusion": True}  # multiply and add in one instruction; the default depends on triton's version
 
 
 def forward(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
@@ -107,7 +108,7 @@ def _forward(value: Tensor, shapes: Shapes, reference: Tensor | None, points: Te
     sizes = _sizes(value, reference, scores)
     blocks = triton.cdiv(scores.shape[:3].numel(), sizes["R"]) * triton.cdiv(sizes["D"], sizes["K"])
     with _on(value.device):
-        _forward_kernel[(blocks,)](out, value, table, reference, points, scores, *_extents(value, scores), **sizes)
+        _forward_kernel[(blocks,)](out, value, table, reference, points, scores, *_extents(value, scores), **sizes, **_OPTIONS)
     return out
 
 
@@ -132,7 +133,7 @@ def _backward(
         sizes = _sizes(value, reference, scores)
         with _on(value.device):
             _backward_kernel[(triton.cdiv(scores.shape[:3].numel(), sizes["R"]),)](
-                *grads, *inputs, *_extents(value, scores), SCATTER=scatter, **sizes
+                *grads, *inputs, *_extents(value, scores), SCATTER=scatter, **sizes, **_OPTIONS
             )
     grad_value = None if grad_value is None else grad_value.to(value.dtype)
     return grad_value, None if grad_reference is None else grad_reference.sum(2), grad_points, grad_weights
@@ -177,7 +178,7 @@ def _locations(reference: Tensor, offsets: Tensor, levels_L3: Tensor) -> Tensor:
     reference, offsets = reference[:, :, None, :, None], offsets.to(reference.dtype)
     if reference.shape[-1] == 2:
         return reference + offsets / levels_L3[:, None, :2].flip(-1).to(reference.dtype)
-    return reference[..., :2] + offsets * reference[..., 2:] * (0.5 / offsets.shape[-2])
+    return reference[..., :2] + offsets / offsets.shape[-2] * reference[..., 2:] * 0.5
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -275,7 +276,7 @@ def _backward_kernel(
             if COORDS == 2:
                 grad_x, grad_y = pixel_x, pixel_y
             if COORDS == 4:
-                step = 0.5 / P
+                step: tl.constexpr = 0.5 / P
                 offset_x, offset_y = _pair(points, sample, A)
                 box_width += tl.where(inside, grad_x * offset_x * step, 0.0)
                 box_height += tl.where(inside, grad_y * offset_y * step, 0.0)
@@ -333,7 +334,7 @@ def _pixel(
         center_x, center_y = _pair(reference, box, A)
         x, y = center_x * width + x, center_y * height + y
     if COORDS == 4:
-        step = 0.5 / P
+        step: tl.constexpr = 0.5 / P
         center_x, center_y = _pair(reference, box * 2, A)
         reach_x, reach_y = _pair(reference, box * 2 + 1, A)
         x, y = (center_x + x * reach_x * step) * width, (center_y + y * reach_y * step) * height
