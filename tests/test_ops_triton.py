@@ -353,6 +353,22 @@ def compile_alone(tmp_path, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="takes 25 GB")
+def test_more_elements_than_32_bits_count():
+    """Only the last pixel of 2^31 elements and more is seen."""
+    height, width, channels = 8200, 8200, 32
+    value = torch.zeros(1, height * width, 1, channels, device=DEVICE, dtype=torch.float16)
+    assert value.numel() > 2**31
+    value[0, -1] = 1
+    locations = torch.full((1, 1, 1, 1, 1, 2), 1 - 0.5 / width, device=DEVICE)
+    grad = torch.ones(1, 1, channels, device=DEVICE, dtype=torch.float16)
+    out, grad_value, _, grad_weights = everything((grad, value, [(height, width)], locations, torch.ones_like(locations[..., 0])))
+    torch.testing.assert_close(out, torch.ones_like(out), rtol=0, atol=0.01)
+    torch.testing.assert_close(grad_value[0, -1], value[0, -1], rtol=0, atol=0.01)
+    torch.testing.assert_close(grad_weights.flatten().cpu(), torch.tensor([float(channels)]), rtol=0, atol=0.1)
+
+
+@pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
 def test_nobody_waits_for_the_device():
     plain_args, fused_args = inputs(dtype=torch.float32), fused_inputs(2, dtype=torch.float32)

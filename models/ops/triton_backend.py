@@ -4,7 +4,7 @@ For CUDA machines without a compiler. Importing this module imports triton: with
 TRITON_INTERPRET=1 in the environment before the first import of triton, the kernels run on the CPU too.
 
 Shape letters: B images, S tokens of all levels, M heads, D channels per head, Q queries, L levels, P points;
-R rows of one program, a row being one (image, query, head); K channels of one program.
+R rows of one program, a row being one (image, query, head); K channels of one program; LP the power of two from L * P up.
 T is the type of `value`: float32, float64, bfloat16 or float16. A is the type to accumulate in: float64 if T is, else
 float32. Locations, weights and reference points come in A; raw offsets and logits both in T or both in A.
 
@@ -29,6 +29,7 @@ Shapes = Sequence[tuple[int, int]]
 
 _TILE = 512  # elements of a program's [R, K] tile: four a thread, 128 bits of float32
 _WIDEST = 128  # channels of a program at most
+_LOGITS = 4096  # elements of its [R, LP] tile of logits at most: 32 a thread
 _OPTIONS = {"enable_fp_fusion": True}  # multiply and add in one instruction; the default depends on triton's version
 
 
@@ -144,11 +145,12 @@ def _sizes(value: Tensor, reference: Tensor | None, scores: Tensor) -> dict:
     heads, channels = value.shape[2:]
     levels, points = scores.shape[3:]
     width = min(triton.next_power_of_2(channels), _WIDEST)
+    samples = triton.next_power_of_2(levels * points)
     return {
         "M": heads, "D": channels, "L": levels, "P": points,
         "COORDS": 0 if reference is None else reference.shape[-1],
         "A": tl.float64 if value.dtype == torch.float64 else tl.float32,
-        "R": _TILE // width, "K": width, "LP": triton.next_power_of_2(levels * points),
+        "R": max(1, min(_TILE // width, _LOGITS // samples)), "K": width, "LP": samples,
     }  # fmt: skip
 
 
@@ -267,7 +269,7 @@ def _backward_kernel(
                 if SCATTER:
                     share = weight[:, None] * grad_RK
                     _scatter(grad_value + tile + first, share, start, top, left, y, x, height, width, used, M, D)
-            tl.store(grad_weights + sample, tl.where(inside, along_weight, 0.0), mask=active)
+            tl.store(grad_weights + sample, along_weight, mask=active)
             # an infinite weight times the zero outside would be NaN
             pixel_x, pixel_y = tl.where(inside, weight * along_x, 0.0), tl.where(inside, weight * along_y, 0.0)
             grad_x, grad_y = pixel_x * width.to(A), pixel_y * height.to(A)  # for the location
