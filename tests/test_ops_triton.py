@@ -336,7 +336,7 @@ def test_image_sizes_are_no_reason_to_compile_again(compile_alone):
     assert counts == [[1, 1]] * 3
 
 
-@pytest.fixture()
+@pytest.fixture
 def compile_alone(tmp_path, monkeypatch):
     """Launches take CPU tensors, compile for a device that is not there, whose name this gives, and stop."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
