@@ -325,6 +325,20 @@ def test_deterministic(dtype):
         agree(first, by_reference(*args), args)
 
 
+@on_device
+def test_deterministic_if_torch_is(monkeypatch):
+    calls = []
+    monkeypatch.setattr(ours.ordered, "value_gradient", lambda *args: calls.append(args))
+    for args, backward in ((inputs(), ours.backward), (fused_inputs(), ours.fused_backward)):
+        backward(*args)
+        assert not calls
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+        assert backward(*args)[0] is None
+        assert len(calls) == 1
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
+        calls.clear()
+
+
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter has no compiler")
 def test_image_sizes_are_no_reason_to_compile_again(compile_alone):
     """Nor are the numbers of images and queries: 1 and multiples of 16 are what Triton would take for special."""

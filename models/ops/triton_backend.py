@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from models.ops import deterministic as ordered
+from . import deterministic as ordered
 
 Shapes = Sequence[tuple[int, int]]
 
@@ -49,16 +49,18 @@ def forward(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -
 
 
 def backward(
-    grad: Tensor, value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor, deterministic: bool
+    grad: Tensor, value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor, deterministic: bool | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `forward` for value, locations and weights, each of its input's shape and type.
 
     Args:
         grad: [B, Q, M * D] T.
-        deterministic: sum the value's gradient in a fixed order, slower, instead of by atomics.
+        deterministic: sum the value's gradient in a fixed order, slower, instead of by atomics; None: as
+            `torch.use_deterministic_algorithms` says.
     """
-    grad_value, _, grad_locations, grad_weights = _backward(grad, value, shapes, None, locations, weights, not deterministic)
-    if deterministic:
+    fixed = _fixed_order(deterministic)
+    grad_value, _, grad_locations, grad_weights = _backward(grad, value, shapes, None, locations, weights, not fixed)
+    if fixed:
         grad_value = ordered.value_gradient(grad, value, shapes, locations, weights)
     return grad_value, grad_locations, grad_weights
 
@@ -81,20 +83,28 @@ def fused_forward(value: Tensor, shapes: Shapes, reference: Tensor, offsets: Ten
 
 
 def fused_backward(
-    grad: Tensor, value: Tensor, shapes: Shapes, reference: Tensor, offsets: Tensor, logits: Tensor, deterministic: bool
+    grad: Tensor,
+    value: Tensor,
+    shapes: Shapes,
+    reference: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    deterministic: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `fused_forward` for value, reference, offsets and logits, each of its input's shape and type.
 
     Args:
         grad: [B, Q, M * D] T.
-        deterministic: sum the value's gradient in a fixed order, slower, instead of by atomics.
+        deterministic: sum the value's gradient in a fixed order, slower, instead of by atomics; None: as
+            `torch.use_deterministic_algorithms` says.
     """
     weights = logits.to(reference.dtype).flatten(-2).softmax(-1).view(logits.shape)
-    results = _backward(grad, value, shapes, reference, offsets, logits, not deterministic)
+    fixed = _fixed_order(deterministic)
+    results = _backward(grad, value, shapes, reference, offsets, logits, not fixed)
     grad_value, grad_reference, grad_offsets, grad_weights = results
     flat = grad_weights.flatten(-2), weights.flatten(-2)
     grad_logits = torch.ops.aten._softmax_backward_data(*flat, -1, weights.dtype).view(logits.shape).to(logits.dtype)
-    if deterministic:
+    if fixed:
         locations = _locations(reference, offsets, _level_table(tuple(shapes), value.device))
         grad_value = ordered.value_gradient(grad, value, shapes, locations, weights)
     return grad_value, grad_reference, grad_offsets, grad_logits
@@ -181,6 +191,10 @@ def _locations(reference: Tensor, offsets: Tensor, levels_L3: Tensor) -> Tensor:
     if reference.shape[-1] == 2:
         return reference + offsets / levels_L3[:, None, :2].flip(-1).to(reference.dtype)
     return reference[..., :2] + offsets / offsets.shape[-2] * reference[..., 2:] * 0.5
+
+
+def _fixed_order(deterministic: bool | None) -> bool:
+    return torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
