@@ -12,6 +12,7 @@ Shape letters: B images, S tokens of all levels, M heads, D channels per head, Q
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
 import math
 import statistics
@@ -56,9 +57,9 @@ class Load:
 
 def loads(sizes: list[tuple[int, int]], batches: list[int]) -> list[Load]:
     plain = [Load(what, size, batch) for size in sizes for what in ("encoder", "decoder") for batch in batches]
-    fused = [dataclasses.replace(load, fused=True) for load in plain if load.batch == batches[0]]
-    scattered = [dataclasses.replace(load, scattered=True) for load in plain if load.batch == batches[0] and load.image == sizes[0]]
-    return plain + scattered + fused
+    scattered = [dataclasses.replace(load, scattered=True) for load in plain if load.image == sizes[0]]
+    fused = [dataclasses.replace(load, fused=True) for load in plain]
+    return plain + scattered[:: len(batches)] + fused[:: len(batches)]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -204,11 +205,12 @@ def _extra_memory(step: Callable, device: torch.device) -> float:
         peak = torch.cuda.max_memory_allocated()
     else:
         try:
+            ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system, and counts when it is taken again
             Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
             before = _resident("VmRSS")
             results = step()
             peak = _resident("VmHWM")
-        except OSError:
+        except (OSError, AttributeError):
             return math.nan
     return max(0, peak - before - sum(one.nbytes for one in results))
 
@@ -267,7 +269,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", help="cpu or cuda (cuda where there is one)")
     parser.add_argument("--type", default="float32", choices=TYPES, help="of the values (float32)")
     parser.add_argument("--num_iters", "--num-iters", type=int, default=5, help="timed iterations (5)")
-    parser.add_argument("--size", type=int, nargs=2, action="append", metavar=("HEIGHT", "WIDTH"), help="of the images; repeatable")
+    parser.add_argument("--size", type=int, nargs=2, action="append", metavar=("HEIGHT", "WIDTH"), help="of images; repeatable")
     parser.add_argument("--batch", type=int, action="append", help="images in a batch; repeatable (1 and 4)")
     options = parser.parse_args(arguments)
     if options.num_iters < 1 or min(options.batch or [1]) < 1 or min(min(options.size or [[1]])) < 1:

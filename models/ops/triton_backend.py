@@ -16,7 +16,7 @@ weight * 0 and gets zero gradients; pixels outside the map are not read.
 # no `from __future__ import annotations`: the interpreter reads tl.constexpr from them
 import contextlib
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 
 import torch
 import triton
@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import deterministic as ordered
+from . import reference as plain
 
 Shapes = Sequence[tuple[int, int]]
 
@@ -105,7 +106,7 @@ def fused_backward(
     flat = grad_weights.flatten(-2), weights.flatten(-2)
     grad_logits = torch.ops.aten._softmax_backward_data(*flat, -1, weights.dtype).view(logits.shape).to(logits.dtype)
     if fixed:
-        locations = _locations(reference, offsets, _level_table(tuple(shapes), value.device))
+        locations = plain.locate(shapes, reference, offsets.to(reference.dtype))
         grad_value = ordered.value_gradient(grad, value, shapes, locations, weights)
     return grad_value, grad_reference, grad_offsets, grad_logits
 
@@ -170,7 +171,7 @@ def _extents(value: Tensor, scores: Tensor) -> tuple[int, int, int]:
     return batch * queries * heads, queries * heads, value.shape[1]
 
 
-@lru_cache(maxsize=256)
+@cache  # for good: a recorded CUDA graph goes on reading it
 def _level_table(shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
     """[L, 3] int64: height, width and first token of the levels; every layer of a batch asks for the same one.
 
@@ -183,14 +184,6 @@ def _level_table(shapes: tuple[tuple[int, int], ...], device: torch.device) -> T
     table = torch.tensor(rows, dtype=torch.int64)
     # through pinned memory nobody waits for the device
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
-
-
-def _locations(reference: Tensor, offsets: Tensor, levels_L3: Tensor) -> Tensor:
-    """reference [B, Q, L, 2 or 4] and offsets [B, Q, M, L, P, 2] -> locations [B, Q, M, L, P, 2] in reference's type."""
-    reference, offsets = reference[:, :, None, :, None], offsets.to(reference.dtype)
-    if reference.shape[-1] == 2:
-        return reference + offsets / levels_L3[:, None, :2].flip(-1).to(reference.dtype)
-    return reference[..., :2] + offsets / offsets.shape[-2] * reference[..., 2:] * 0.5
 
 
 def _fixed_order(deterministic: bool | None) -> bool:
