@@ -55,8 +55,8 @@ def run_main(*flags: str, processes: int = 1, env: dict[str, str] | None = None)
     return run(*command, *flags, env=env)
 
 
-def run(*command: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+def run(*command: str, env: dict[str, str] | None = None, cwd: Path = ROOT, timeout: int = 300) -> subprocess.CompletedProcess:
     """A command in the project's root, in this environment, with one thread a process."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "VIRTUAL_ENV": sys.prefix, **(env or {})}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False)

@@ -48,7 +48,8 @@ def _choose(name: str, device_type: str) -> tuple[str, ModuleType]:
     if name not in (*NAMES, "auto"):
         raise ValueError(f"no backend of multi-scale deformable attention is called {name!r}: take one of {', '.join(NAMES)}")
     reasons = []
-    for candidate in NAMES if name == "auto" else (name,):
+    candidates = [one for one in NAMES if one != "triton" or device_type == "cuda"] if name == "auto" else [name]
+    for candidate in candidates:
         reason = missing(candidate, device_type)
         if reason is None:
             because = f"; not {'; not '.join(reasons)}" if reasons else " (asked for)" if name != "auto" else ""

@@ -100,9 +100,9 @@ def fused_backward(
         sizes_L12 = _sizes(shapes, reference)[:, None]
         grad_offsets = torch.where(sizes_L12 > 0, grad_locations / sizes_L12, 0)
         return grad_value, grad_xy, grad_offsets, grad_logits
-    half = 0.5 / offsets_BQMLP2.shape[4]
-    grad_wh = (grad_locations * offsets_BQMLP2).sum((2, 4)) * half
-    grad_offsets = grad_locations * reference[:, :, None, :, None, 2:] * half
+    shares = grad_locations * 0.5 / offsets_BQMLP2.shape[4]
+    grad_wh = (shares * offsets_BQMLP2).sum((2, 4))
+    grad_offsets = shares * reference[:, :, None, :, None, 2:]
     return grad_value, torch.cat([grad_xy, grad_wh], -1), grad_offsets, grad_logits
 
 
@@ -111,7 +111,7 @@ def locate(shapes: Shapes, reference: Tensor, offsets_BQMLP2: Tensor) -> Tensor:
     around = reference[:, :, None, :, None]
     if reference.shape[-1] == 2:
         return around + offsets_BQMLP2 / _sizes(shapes, reference)[:, None]
-    return around[..., :2] + offsets_BQMLP2 * around[..., 2:] * (0.5 / offsets_BQMLP2.shape[4])
+    return around[..., :2] + offsets_BQMLP2 / offsets_BQMLP2.shape[4] * around[..., 2:] * 0.5
 
 
 @contextlib.contextmanager

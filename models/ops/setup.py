@@ -7,6 +7,7 @@ working when PyTorch or Python is upgraded. Read from the environment:
     FORCE_CUDA=1            build for CUDA although this machine has no GPU;  FORCE_CUDA=0: don't
     TORCH_CUDA_ARCH_LIST    "8.0;9.0+PTX" and the like; else this machine's GPU, or DEFAULT_ARCHITECTURES without one
     MS_DEFORM_ATTN_DEVICES  "cpu", "cuda" or "cpu cuda": build just these
+    MS_DEFORM_ATTN_CFLAGS, MS_DEFORM_ATTN_NVCC_FLAGS    further flags for the compilers, such as those of a sanitizer
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ from torch.utils.cpp_extension import BuildExtension, include_paths, library_pat
 
 
 def cpu_extension() -> Extension:
+    further = os.environ.get("MS_DEFORM_ATTN_CFLAGS", "").split()
     return Extension(
         f"{PACKAGE}._cpu",
         sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc" / "cpu").glob("*.cpp")),
@@ -66,15 +68,11 @@ def cpu_extension() -> Extension:
         library_dirs=library_paths(),
         libraries=["torch_cpu"],
         define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI)],
-        # without the second line the compiler keeps comparisons apart that it could make vectors of
-        extra_compile_args=[
-            "-O3", "-g0", "-fvisibility=hidden",
-            "-fno-math-errno", "-fno-trapping-math",
-            *os.environ.get("MS_DEFORM_ATTN_CFLAGS", "").split(),
-        ],
-        extra_link_args=os.environ.get("MS_DEFORM_ATTN_CFLAGS", "").split(),
+        # with traps and errno the compiler keeps comparisons and roots apart that it could make vectors of
+        extra_compile_args=["-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", *further],
+        extra_link_args=further,
         py_limited_api=True,
-    )  # fmt: skip
+    )
 
 
 def cuda_extension() -> Extension:
@@ -82,6 +80,7 @@ def cuda_extension() -> Extension:
         sys.exit("no CUDA toolkit: there is no nvcc on PATH, and CUDA_HOME is not set")
     if torch.version.cuda is None:
         sys.exit(f"this PyTorch ({torch.__version__}) was built without CUDA")
+    further = os.environ.get("MS_DEFORM_ATTN_NVCC_FLAGS", "").split()
     return Extension(
         f"{PACKAGE}._cuda",
         sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc" / "cuda").glob("*.cu")),
@@ -90,7 +89,7 @@ def cuda_extension() -> Extension:
         # CUDA's runtime inside the library, so that it depends on the driver alone
         libraries=["torch_cpu", "torch_cuda", "cudart_static", "rt", "pthread", "dl"],
         define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI), ("USE_CUDA", None)],
-        extra_compile_args={"cxx": ["-O3"], "nvcc": ["-O3", "--extended-lambda", "--threads=2"]},
+        extra_compile_args={"cxx": ["-O3"], "nvcc": ["-O3", "--threads=2", *further]},
         py_limited_api=True,
     )
 
