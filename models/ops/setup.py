@@ -23,7 +23,11 @@ from pathlib import Path
 
 import torch
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # setuptools before 70.1
+    from wheel.bdist_wheel import bdist_wheel
 
 HERE = Path(__file__).resolve().parent
 PACKAGE = "ms_deform_attn"  # of a wheel; the modules import each other by relative names
