@@ -167,15 +167,16 @@ __device__ __forceinline__ Sample<A> find_corners(const Point<A>& point, const G
   Sample<A> sample;
   sample.weight = point.weight;
   // NaN and infinity fail a comparison, so only numbers that fit become integers.
-  if (!(point.x > -1 && point.x < width && point.y > -1 && point.y < height)) return sample;
-  const A left = std::floor(point.x), top = std::floor(point.y);
+  const A x = point.x, y = point.y;
+  if (!(x > -1 && x < width && y > -1 && y < height)) return sample;
+  const A left = std::floor(x), top = std::floor(y);
   const int column = static_cast<int>(left), line = static_cast<int>(top);
   const int columns = (column >= 0 ? 1 : 0) | (column + 1 < width ? 2 : 0);
   sample.corners = (line >= 0 ? columns : 0) | (line + 1 < height ? columns << 2 : 0);
   sample.token = geometry.start[level] + line * width + column;
   sample.pitch = width;
-  sample.x = point.x - left;
-  sample.y = point.y - top;
+  sample.x = x - left;
+  sample.y = y - top;
   return sample;
 }
 
