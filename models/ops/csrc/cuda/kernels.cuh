@@ -28,7 +28,7 @@ __device__ __forceinline__ void add_sample(A (&total)[V], const Sample<A>& sampl
   for (int k = 0; k < 4; ++k) {
     const A bilinear = sample.bilinear(k);
 #pragma unroll
-    for (int v = 0; v < V; ++v) sampled[v] += bilinear * static_cast<A>(pixel[k].at[v]);
+    for (int v = 0; v < V; ++v) sampled[v] += bilinear * pixel[k].template get<A>(v);
   }
   // The weight comes last: outside, it meets a plain zero, and what is not finite shows; inside, no factor of 0 meets it.
 #pragma unroll
@@ -37,10 +37,11 @@ __device__ __forceinline__ void add_sample(A (&total)[V], const Sample<A>& sampl
 
 /// value [B, S, M, D] at the source's points -> out [B, Q, M * D].
 template <class T, int V, int kChannels, class Source>
-__global__ void __launch_bounds__(kForwardThreads, 2)
+__global__ void __launch_bounds__(kForwardThreads, kChannels ? 2 : 1)
     forward_kernel(const T* __restrict__ value, Source source, T* __restrict__ out, Teams teams,
                    const __grid_constant__ Geometry geometry) {
   using A = Accumulate<T>;
+  constexpr int kAhead = V > 4 ? 1 : 2;  // samples whose pixels are on their way; 8 channels of two do not fit
   const int size = team_size<kChannels, V>(teams), lane = threadIdx.x % size;
   const int channels = kChannels ? kChannels : geometry.channels;
   const Row row = find_row(geometry, {size, teams.blocks});
@@ -54,7 +55,7 @@ __global__ void __launch_bounds__(kForwardThreads, 2)
     for (int first = 0; first < geometry.samples(); first += size) {
       const Sample<A> mine = take_sample<A>(source, row, geometry, first + lane);
       const int count = min(size, geometry.samples() - first);
-#pragma unroll 2
+#pragma unroll kAhead
       for (int i = 0; i < count; ++i) {
         Sample<A> sample = from_lane(mine, i, size);
         if (!has_channel) sample.corners = 0;
@@ -94,7 +95,7 @@ __device__ __forceinline__ void corner_dots(A (&dot)[4], const Sample<A>& sample
   for (int k = 0; k < 4; ++k) {
     dot[k] = 0;
 #pragma unroll
-    for (int v = 0; v < V; ++v) dot[k] += grad[v] * static_cast<A>(pixel[k].at[v]);
+    for (int v = 0; v < V; ++v) dot[k] += grad[v] * pixel[k].template get<A>(v);
     if (!sample.has(k)) dot[k] = 0;  // also where the gradient is not finite
   }
 }
@@ -153,7 +154,7 @@ __global__ void __launch_bounds__(kBackwardThreads)
     const Pack<T, V> pack = load<V>(grad + row.index * channels + channel, has_channel);
     A out_grad[V];
 #pragma unroll
-    for (int v = 0; v < V; ++v) out_grad[v] = static_cast<A>(pack.at[v]);
+    for (int v = 0; v < V; ++v) out_grad[v] = pack.template get<A>(v);
 
     for (int first = 0; first < geometry.samples(); first += size) {
       const Sample<A> mine = take_sample<A>(source, row, geometry, first + lane);
