@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kForwardThreads, kChannels ? 2 : 1)
     forward_kernel(const T* __restrict__ value, Source source, T* __restrict__ out, Teams teams,
                    const __grid_constant__ Geometry geometry) {
   using A = Accumulate<T>;
-  constexpr int kAhead = V > 4 ? 1 : 2;  // samples whose pixels are on their way; 8 channels of two do not fit
+  [[maybe_unused]] constexpr int kAhead = V > 4 ? 1 : 2;  // samples whose pixels are on their way; 8 channels of two do not fit
   const int size = team_size<kChannels, V>(teams), lane = threadIdx.x % size;
   const int channels = kChannels ? kChannels : geometry.channels;
   const Row row = find_row(geometry, {size, teams.blocks});
