@@ -1,47 +1,79 @@
-"""The operator `deformable::ms_deform_attn`: schema, checks, fake, gradient; and the ways to call it.
+"""Multi-scale deformable attention as operators of PyTorch: schemas, checks, types, gradients; and the ways to call them.
 
-It exists without any build: the implementation for every device is models/ops/reference.py until a compiled kernel
-registers one of its own.
+`deformable::ms_deform_attn` takes sampling locations and attention weights, `deformable::ms_deform_attn_fused` what they are
+computed from. Both exist without any build; models/ops/backends.py chooses what computes them.
+
+Shape letters: B images, S tokens of all levels, M heads, D channels per head, Q queries, L levels, P points.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from models.ops import reference
-
-log = logging.getLogger(__name__)
+from . import backends, reference
 
 
-def ms_deform_attn(value: Tensor, spatial_shapes: Sequence, locations: Tensor, weights: Tensor) -> Tensor:
+def ms_deform_attn(
+    value: Tensor, spatial_shapes: Sequence | Tensor, locations: Tensor, weights: Tensor, backend: str = "auto"
+) -> Tensor:
     """Multi-scale deformable attention ("Deformable DETR", eq. 3), without its linear layers.
 
+    Differentiable once in value, locations and weights. Under autocast the values are cast, the locations stay as they are.
+
     Args:
-        value: [B, S, M, D] floating point; the tokens of all levels, in M heads of D channels.
-        spatial_shapes: (height, width) of the L levels as integers, with S = sum of height * width.
-        locations: [B, Q, M, L, P, 2] sampling locations x, y in [0, 1] of the (padded) level; outside counts as zero.
-        weights: [B, Q, M, L, P] attention weights.
+        value: [B, S, M, D] float32, float64, float16 or bfloat16; the tokens of all levels, in M heads of D channels.
+        spatial_shapes: (height, width) of the L levels as integers, with S = sum of height * width. A tensor on a GPU makes
+            the host wait for it.
+        locations: [B, Q, M, L, P, 2] floating point; x, y in [0, 1] of the (padded) level; outside, or not finite, counts as
+            zero. float32 is best: a step of bfloat16 near 1 is 0.65 pixels on a level 167 wide.
+        weights: [B, Q, M, L, P] floating point attention weights.
+        backend: "auto", "compiled", "triton" or "reference".
 
     Returns:
-        [B, Q, M * D].
+        [B, Q, M * D] in value's type; summed in float32 (float64 for float64).
 
     Raises:
         ValueError: a shape, type or device does not fit; the message names the argument.
+        RuntimeError: the backend is not to be had, or failed its comparison with the reference.
     """
-    if not torch.compiler.is_compiling():
-        _log_backend(value.device.type)
-    return torch.ops.deformable.ms_deform_attn(value, flat_shapes(spatial_shapes), locations, weights)
+    return torch.ops.deformable.ms_deform_attn(value, flat_shapes(spatial_shapes), locations, weights, backend)
+
+
+def ms_deform_attn_fused(
+    value: Tensor,
+    spatial_shapes: Sequence | Tensor,
+    reference_points: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    backend: str = "auto",
+) -> Tensor:
+    """`ms_deform_attn` from what its locations and weights are made of, which then never pass through memory.
+
+    Args:
+        value, spatial_shapes, backend: as for `ms_deform_attn`.
+        reference_points: [B, Q, L, 2] x, y or [B, Q, L, 4] x, y, width, height, in [0, 1] of each (padded) level.
+        offsets: [B, Q, M, L, P, 2] in pixels of the level around points, in half boxes / P around boxes.
+        logits: [B, Q, M, L, P]; their softmax over all levels and points gives the attention weights.
+
+    Returns, raises: as `ms_deform_attn`. Differentiable once in all four tensors.
+    """
+    return torch.ops.deformable.ms_deform_attn_fused(
+        value, flat_shapes(spatial_shapes), reference_points, offsets, logits, backend
+    )
 
 
 def flat_shapes(spatial_shapes: Sequence | Tensor) -> list[int]:
     """[(h, w), ...] or an [L, 2] tensor -> [h, w, h, w, ...]. A tensor on a GPU makes the host wait for it."""
     rows = spatial_shapes.tolist() if isinstance(spatial_shapes, Tensor) else spatial_shapes
     return [size for row in rows for size in row]
+
+
+def shape_pairs(shapes: Sequence[int]) -> list[tuple[int, int]]:
+    """[h, w, h, w, ...] -> [(h, w), ...], the inverse of `flat_shapes`."""
+    return list(zip(shapes[0::2], shapes[1::2], strict=True))
 
 
 class MSDeformAttnFunction:
@@ -59,73 +91,50 @@ def ms_deform_attn_core_pytorch(value, value_spatial_shapes, sampling_locations,
     return reference.forward(value, shapes, sampling_locations, attention_weights)
 
 
-_SCHEMAS = {
-    "ms_deform_attn": "(Tensor value, SymInt[] shapes, Tensor locations, Tensor weights) -> Tensor",
-    "ms_deform_attn_backward": "(Tensor grad, Tensor value, SymInt[] shapes, Tensor locations, Tensor weights) "
-    "-> (Tensor, Tensor, Tensor)",
-}
-for _name, _schema in _SCHEMAS.items():
-    torch.library.define(f"deformable::{_name}", _schema)
+# Checks and types
 
 
-@torch.library.impl("deformable::ms_deform_attn", "default")
-def _forward(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor) -> Tensor:
-    _check(value, shapes, locations, weights)
-    return reference.forward(value, shape_pairs(shapes), locations.to(value.dtype), weights.to(value.dtype))
+def _check_ready(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor) -> None:
+    _check_value(value, shapes)
+    _check_samples(value, shapes, locations, weights, ("locations", "weights"))
 
 
-@torch.library.impl("deformable::ms_deform_attn_backward", "default")
-def _backward(grad: Tensor, value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor):
-    typed = (locations.to(value.dtype), weights.to(value.dtype))
-    grad_value, grad_locations, grad_weights = reference.backward(grad, value, shape_pairs(shapes), *typed)
-    return grad_value, grad_locations.to(locations.dtype), grad_weights.to(weights.dtype)
+def _check_fused(value: Tensor, shapes: list[int], reference_points: Tensor, offsets: Tensor, logits: Tensor) -> None:
+    _check_value(value, shapes)
+    _check_samples(value, shapes, offsets, logits, ("offsets", "logits"))
+    batch, queries, levels = offsets.shape[0], offsets.shape[1], offsets.shape[3]
+    fits = reference_points.dim() == 4 and reference_points.shape[:3] == (batch, queries, levels)
+    fits = fits and reference_points.shape[3] in (2, 4) and reference_points.is_floating_point()
+    wanted = f"[B={batch}, Q={queries}, L={levels}, 2 or 4] floating point"
+    _require(fits, "reference_points", reference_points, wanted)
+    _require_device(value, "reference_points", reference_points)
 
 
-@torch.library.register_fake("deformable::ms_deform_attn")
-def _fake_forward(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor) -> Tensor:
-    _check(value, shapes, locations, weights)
-    batch, _, heads, channels = value.shape
-    return value.new_empty(batch, locations.shape[1], heads * channels)
-
-
-@torch.library.register_fake("deformable::ms_deform_attn_backward")
-def _fake_backward(grad: Tensor, value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (value, locations, weights))
-
-
-def _save_inputs(ctx, inputs, output) -> None:
-    value, ctx.shapes, locations, weights = inputs
-    ctx.save_for_backward(value, locations, weights)
-
-
-def _gradient(ctx, grad: Tensor):
-    value, locations, weights = ctx.saved_tensors
-    grad_value, grad_locations, grad_weights = torch.ops.deformable.ms_deform_attn_backward(
-        grad, value, ctx.shapes, locations, weights
-    )
-    return grad_value, None, grad_locations, grad_weights
-
-
-torch.library.register_autograd("deformable::ms_deform_attn", _gradient, setup_context=_save_inputs)
-
-
-def _check(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor) -> None:
-    _require(value.dim() == 4 and value.is_floating_point(), "value", value, "[B, S, M, D] floating point")
-    batch, tokens, heads, _ = value.shape
-    levels = len(shapes) // 2
+def _check_value(value: Tensor, shapes: list[int]) -> None:
+    types = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+    _require(value.dim() == 4 and value.dtype in types, "value", value, "[B, S, M, D] of float32, float64, float16 or bfloat16")
+    if any(size < 0 for size in shapes):
+        raise ValueError(f"spatial_shapes {shape_pairs(shapes)} must not be negative")
     total = sum(h * w for h, w in shape_pairs(shapes))
-    if total != tokens:
-        raise ValueError(f"spatial_shapes {shape_pairs(shapes)} hold {total} tokens, value has {tokens}")
-    wanted = f"[B={batch}, Q, M={heads}, L={levels}, P, 2]"
+    if total != value.shape[1]:
+        raise ValueError(f"spatial_shapes {shape_pairs(shapes)} hold {total} tokens, value has {value.shape[1]}")
+
+
+def _check_samples(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor, names: tuple[str, str]) -> None:
+    batch, _, heads, _ = value.shape
+    levels = len(shapes) // 2
     fits = locations.dim() == 6 and locations.shape[-1] == 2
     fits = fits and (locations.shape[0], locations.shape[2], locations.shape[3]) == (batch, heads, levels)
-    _require(fits and locations.is_floating_point(), "locations", locations, f"{wanted} floating point")
-    _require(
-        weights.shape == locations.shape[:-1] and weights.is_floating_point(),
-        "weights", weights, f"{list(locations.shape[:-1])} floating point, as locations say",
-    )  # fmt: skip
-    for name, tensor in (("locations", locations), ("weights", weights)):
-        _require(tensor.device == value.device, name, tensor, f"on {value.device}, as value is")
+    wanted = f"[B={batch}, Q, M={heads}, L={levels}, P, 2] floating point"
+    _require(fits and locations.is_floating_point(), names[0], locations, wanted)
+    fits = weights.shape == locations.shape[:-1] and weights.is_floating_point()
+    _require(fits, names[1], weights, f"{list(locations.shape[:-1])} floating point, as {names[0]} say")
+    _require_device(value, names[0], locations)
+    _require_device(value, names[1], weights)
+
+
+def _require_device(value: Tensor, name: str, tensor: Tensor) -> None:
+    _require(tensor.device == value.device, name, tensor, f"on {value.device}, as value is")
 
 
 def _require(condition: bool, name: str, tensor: Tensor, wanted: str) -> None:
@@ -133,11 +142,132 @@ def _require(condition: bool, name: str, tensor: Tensor, wanted: str) -> None:
         raise ValueError(f"{name} must be {wanted}; got {list(tensor.shape)} {tensor.dtype} on {tensor.device}")
 
 
-def shape_pairs(shapes: Sequence[int]) -> list[tuple[int, int]]:
-    """[h, w, h, w, ...] -> [(h, w), ...], the inverse of `flat_shapes`."""
-    return list(zip(shapes[0::2], shapes[1::2], strict=True))
+def _accumulator(value: Tensor) -> torch.dtype:
+    return torch.float64 if value.dtype == torch.float64 else torch.float32
 
 
-@cache
-def _log_backend(device: str) -> None:
-    log.info("multi-scale deformable attention on %s: reference (plain PyTorch); no compiled kernel is built", device)
+def _plain(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype).contiguous()
+
+
+def _typed_ready(value: Tensor, locations: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    return _plain(locations, _accumulator(value)), _plain(weights, _accumulator(value))
+
+
+def _typed_fused(value: Tensor, reference_points: Tensor, offsets: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Offsets and logits stay as they are if the kernels can read them so: both in value's type or both accumulators."""
+    wide = _accumulator(value)
+    raw = offsets.dtype if offsets.dtype == logits.dtype and offsets.dtype in (value.dtype, wide) else wide
+    return _plain(reference_points, wide), _plain(offsets, raw), _plain(logits, raw)
+
+
+# The operators
+
+
+def _forward(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor, backend: str = "auto") -> Tensor:
+    _check_ready(value, shapes, locations, weights)
+    run = backends.choose(backend, value.device)
+    return run.forward(value.contiguous(), shape_pairs(shapes), *_typed_ready(value, locations, weights))
+
+
+def _backward(grad: Tensor, value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor, backend: str):
+    run = backends.choose(backend, value.device)
+    typed = _typed_ready(value, locations, weights)
+    grads = run.backward(_plain(grad, value.dtype), value.contiguous(), shape_pairs(shapes), *typed)
+    return _like(grads, (value, locations, weights))
+
+
+def _fused_forward(
+    value: Tensor, shapes: list[int], reference_points: Tensor, offsets: Tensor, logits: Tensor, backend: str = "auto"
+) -> Tensor:
+    _check_fused(value, shapes, reference_points, offsets, logits)
+    run = backends.choose(backend, value.device)
+    typed = _typed_fused(value, reference_points, offsets, logits)
+    return run.fused_forward(value.contiguous(), shape_pairs(shapes), *typed)
+
+
+def _fused_backward(
+    grad: Tensor,
+    value: Tensor,
+    shapes: list[int],
+    reference_points: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    backend: str,
+):
+    run = backends.choose(backend, value.device)
+    typed = _typed_fused(value, reference_points, offsets, logits)
+    grads = run.fused_backward(_plain(grad, value.dtype), value.contiguous(), shape_pairs(shapes), *typed)
+    return _like(grads, (value, reference_points, offsets, logits))
+
+
+def _like(grads: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(grad.to(tensor.dtype) for grad, tensor in zip(grads, inputs, strict=True))
+
+
+def _fake_forward(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor, backend: str = "auto") -> Tensor:
+    _check_ready(value, shapes, locations, weights)
+    return value.new_empty(value.shape[0], locations.shape[1], value.shape[2] * value.shape[3])
+
+
+def _fake_fused_forward(value: Tensor, shapes: list[int], reference_points, offsets, logits, backend: str = "auto") -> Tensor:
+    _check_fused(value, shapes, reference_points, offsets, logits)
+    return value.new_empty(value.shape[0], offsets.shape[1], value.shape[2] * value.shape[3])
+
+
+def _fake_backward(grad: Tensor, value: Tensor, shapes: list[int], *others):
+    *tensors, _ = others
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (value, *tensors))
+
+
+def _save_inputs(ctx, inputs, output) -> None:
+    value, ctx.shapes, *tensors, ctx.backend = inputs
+    ctx.save_for_backward(value, *tensors)
+
+
+def _gradient_by(name: str) -> Callable:
+    def gradient(ctx, grad: Tensor):
+        value, *tensors = ctx.saved_tensors
+        run = getattr(torch.ops.deformable, name)
+        grad_value, *grads = run(grad, value, ctx.shapes, *tensors, ctx.backend)
+        return grad_value, None, *grads, None
+
+    return gradient
+
+
+def _autocast_for(name: str, device_type: str) -> Callable:
+    """Values in the type of autocast; what they are sampled and weighted by as it comes, so that locations stay float32."""
+
+    def autocast(value: Tensor, *others):
+        with torch.autocast(device_type, enabled=False):
+            low = torch.get_autocast_dtype(device_type)
+            typed = value.to(low) if value.dtype in (torch.float32, torch.float16, torch.bfloat16) else value
+            return getattr(torch.ops.deformable, name)(typed, *others)
+
+    return autocast
+
+
+def _register(name: str, tensors: str, forward: Callable, backward: Callable, fake: Callable, grads: int) -> None:
+    """An operator `name` and its gradient `name`_backward; `tensors` are its arguments after the shapes."""
+    given = f"Tensor value, SymInt[] shapes, {tensors}, str backend"
+    torch.library.define(f"deformable::{name}", f"({given}=\"auto\") -> Tensor")
+    torch.library.define(f"deformable::{name}_backward", f"(Tensor grad, {given}) -> ({', '.join(['Tensor'] * grads)})")
+    torch.library.impl(f"deformable::{name}", "default", forward)
+    torch.library.impl(f"deformable::{name}_backward", "default", backward)
+    torch.library.register_fake(f"deformable::{name}", fake)
+    torch.library.register_fake(f"deformable::{name}_backward", _fake_backward)
+    torch.library.register_autograd(f"deformable::{name}", _gradient_by(f"{name}_backward"), setup_context=_save_inputs)
+    for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        _LIBRARY.impl(name, _autocast_for(name, device_type), key)
+
+
+_LIBRARY = torch.library.Library("deformable", "FRAGMENT")
+_register("ms_deform_attn", "Tensor locations, Tensor weights", _forward, _backward, _fake_forward, 3)
+_register(
+    "ms_deform_attn_fused",
+    "Tensor reference_points, Tensor offsets, Tensor logits",
+    _fused_forward,
+    _fused_backward,
+    _fake_fused_forward,
+    4,
+)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
-from models.ops.functions import flat_shapes, ms_deform_attn, shape_pairs
+from .functions import ms_deform_attn_fused
 
 
 class MSDeformAttn(nn.Module):
@@ -74,33 +73,11 @@ class MSDeformAttn(nn.Module):
         Raises:
             ValueError: reference points of neither 2 nor 4 coordinates, or shapes that don't fit.
         """
-        shapes = shape_pairs(flat_shapes(input_spatial_shapes))
         value = self.value_proj(input_flatten)
         if input_padding_mask is not None:
             value = value.masked_fill(input_padding_mask[..., None], 0.0)
         value_BSMD = value.unflatten(-1, (self.n_heads, -1))
         offsets = self.sampling_offsets(query).unflatten(-1, (self.n_heads, self.n_levels, self.n_points, 2))
-        weights = self.attention_weights(query).unflatten(-1, (self.n_heads, self.n_levels * self.n_points)).softmax(-1)
-        weights_BQMLP = weights.unflatten(-1, (self.n_levels, self.n_points))
-        locations = self._locations(reference_points[:, :, None, :, None], offsets, shapes)
-        return self.output_proj(ms_deform_attn(value_BSMD, shapes, locations, weights_BQMLP))
-
-    def _locations(self, reference: Tensor, offsets: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
-        """reference [B, Q, 1, L, 1, 2 or 4] and offsets [B, Q, M, L, P, 2] -> locations [B, Q, M, L, P, 2]."""
-        if reference.shape[-1] == 2:  # offsets are in pixels of their level
-            # the compiler makes constants of its own and can't look into the cache
-            sizes = _level_sizes if torch.compiler.is_compiling() else _cached_level_sizes
-            return reference + offsets / sizes(tuple(shapes), offsets.device, offsets.dtype)
-        if reference.shape[-1] == 4:  # offsets are in half boxes, divided among the points
-            return reference[..., :2] + offsets * reference[..., 2:] * (0.5 / self.n_points)
-        raise ValueError(f"reference_points must have 2 or 4 coordinates, got {reference.shape[-1]}")
-
-
-def _level_sizes(shapes: tuple[tuple[int, int], ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[L, 1, 2] width, height of the levels; every layer of a batch asks for the same one."""
-    sizes = torch.tensor([[w, h] for h, w in shapes], dtype=dtype)[:, None]
-    # through pinned memory nobody waits for the device
-    return sizes.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else sizes.to(device)
-
-
-_cached_level_sizes = lru_cache(maxsize=256)(_level_sizes)
+        logits = self.attention_weights(query).unflatten(-1, (self.n_heads, self.n_levels, self.n_points))
+        out = ms_deform_attn_fused(value_BSMD, input_spatial_shapes, reference_points, offsets, logits)
+        return self.output_proj(out)

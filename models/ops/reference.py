@@ -23,55 +23,116 @@ def forward(value_BSMD: Tensor, shapes: Shapes, locations_BQMLP2: Tensor, weight
         value_BSMD: the values of all levels, level after level, row after row.
         shapes: (height, width) of every level; S is the sum of their products.
         locations_BQMLP2: x, y; 0 is the left (upper) edge of the first pixel, 1 the right (lower) edge of the last.
-            Sampling is bilinear with zeros outside.
-        weights_BQMLP: attention weights.
+            Sampling is bilinear with zeros outside; a location that is not finite lies outside.
+        weights_BQMLP: attention weights, of the locations' type, in which everything is computed.
 
     Returns:
         [B, Q, M * D] in value's type.
     """
-    out_XDQ = 0
-    for level, value_XDHW in enumerate(_level_maps(value_BSMD, shapes)):
+    (batch, _, heads, channels), queries = value_BSMD.shape, locations_BQMLP2.shape[1]
+    out_XDQ = locations_BQMLP2.new_zeros(batch * heads, channels, queries)
+    for level, value_XDHW in _level_maps(value_BSMD.to(locations_BQMLP2.dtype), shapes):
         grid_XQP2, weights_XQP = _level_queries(locations_BQMLP2, weights_BQMLP, level)
         sampled_XDQP = F.grid_sample(value_XDHW, grid_XQP2, "bilinear", "zeros", align_corners=False)
         out_XDQ = out_XDQ + (sampled_XDQP * weights_XQP[:, None]).sum(-1)
-    batch, _, heads, channels = value_BSMD.shape
-    return out_XDQ.view(batch, heads * channels, -1).transpose(1, 2).contiguous()
+    return out_XDQ.view(batch, heads * channels, queries).transpose(1, 2).to(value_BSMD.dtype).contiguous()
 
 
 def backward(
     grad_BQC: Tensor, value_BSMD: Tensor, shapes: Shapes, locations_BQMLP2: Tensor, weights_BQMLP: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `forward` for value, locations and weights, each shaped like its input.
+    """Gradients of `forward` for value, locations and weights, each of the shape and type of its input.
 
     The samples are taken again instead of kept: at 800 x 1333 they are 360 MB a layer and image.
     """
-    batch, _, heads, channels = value_BSMD.shape
-    grad_XDQ1 = grad_BQC.transpose(1, 2).reshape(batch * heads, channels, -1, 1)
-    grads_value, grads_location, grads_weight = [], [], []
-    for level, value_XDHW in enumerate(_level_maps(value_BSMD, shapes)):
+    (batch, tokens, heads, channels), queries = value_BSMD.shape, grad_BQC.shape[1]
+    grad_XDQ1 = grad_BQC.to(locations_BQMLP2.dtype).transpose(1, 2).reshape(batch * heads, channels, queries, 1)
+    grad_value_XDS = locations_BQMLP2.new_zeros(batch * heads, channels, tokens)
+    grad_locations, grad_weights = torch.zeros_like(locations_BQMLP2), torch.zeros_like(weights_BQMLP)
+    starts = _starts(shapes)
+    for level, value_XDHW in _level_maps(value_BSMD.to(locations_BQMLP2.dtype), shapes):
         grid_XQP2, weights_XQP = _level_queries(locations_BQMLP2, weights_BQMLP, level)
         sampled_XDQP = F.grid_sample(value_XDHW, grid_XQP2, "bilinear", "zeros", align_corners=False)
-        grads_weight.append((sampled_XDQP * grad_XDQ1).sum(1))
+        grad_weights[:, :, :, level] = (sampled_XDQP * grad_XDQ1).sum(1).unflatten(0, (batch, heads)).transpose(1, 2)
         grad_value_XDHW, grad_grid_XQP2 = torch.ops.aten.grid_sampler_2d_backward(
             grad_XDQ1 * weights_XQP[:, None], value_XDHW, grid_XQP2, _BILINEAR, _ZEROS, False, [True, True]
         )
-        grads_value.append(grad_value_XDHW.flatten(2))
-        grads_location.append(2 * grad_grid_XQP2)  # grid = 2 * location - 1
-    grad_value = torch.cat(grads_value, -1).view(batch, heads, channels, -1).permute(0, 3, 1, 2)
-    grad_location = torch.stack(grads_location, 2).unflatten(0, (batch, heads)).transpose(1, 2)
-    grad_weight = torch.stack(grads_weight, 2).unflatten(0, (batch, heads)).transpose(1, 2)
-    return grad_value.contiguous(), grad_location.contiguous(), grad_weight.contiguous()
+        grad_value_XDS[:, :, starts[level] : starts[level + 1]] = grad_value_XDHW.flatten(2)
+        # grid = 2 * location - 1
+        grad_locations[:, :, :, level] = 2 * grad_grid_XQP2.unflatten(0, (batch, heads)).transpose(1, 2)
+    grad_value = grad_value_XDS.view(batch, heads, channels, tokens).permute(0, 3, 1, 2)
+    return grad_value.to(value_BSMD.dtype).contiguous(), grad_locations, grad_weights
 
 
-def _level_maps(value_BSMD: Tensor, shapes: Shapes) -> list[Tensor]:
-    """The levels as images [B * M, D, H, W], batch and heads in one axis X."""
-    batch, _, heads, channels = value_BSMD.shape
-    value_XDS = value_BSMD.permute(0, 2, 3, 1).reshape(batch * heads, channels, -1)
+def fused_forward(value_BSMD: Tensor, shapes: Shapes, reference: Tensor, offsets_BQMLP2: Tensor, logits_BQMLP: Tensor) -> Tensor:
+    """`forward` with the arithmetic before it: locations around reference points or boxes, weights by softmax.
+
+    Args:
+        value_BSMD, shapes: as for `forward`.
+        reference: [B, Q, L, 2] points x, y or [B, Q, L, 4] boxes x, y, width, height, in [0, 1] of a level.
+        offsets_BQMLP2: in pixels of the level around points, in half boxes / P around boxes ("Deformable DETR", section
+            4.1 and appendix A.4).
+        logits_BQMLP: the softmax over all levels and points gives the weights.
+    """
+    return forward(value_BSMD, shapes, locate(shapes, reference, offsets_BQMLP2), _softmax(logits_BQMLP, reference.dtype))
+
+
+def fused_backward(
+    grad_BQC: Tensor, value_BSMD: Tensor, shapes: Shapes, reference: Tensor, offsets_BQMLP2: Tensor, logits_BQMLP: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `fused_forward` for value, reference, offsets and logits, all but the first in the reference's type."""
+    weights = _softmax(logits_BQMLP, reference.dtype)
+    locations = locate(shapes, reference, offsets_BQMLP2)
+    grad_value, grad_locations, grad_weights = backward(grad_BQC, value_BSMD, shapes, locations, weights)
+    weighted = weights * grad_weights
+    grad_logits = weighted - weights * weighted.sum((-1, -2), keepdim=True)
+    grad_xy = grad_locations.sum((2, 4))
+    if reference.shape[-1] == 2:
+        sizes_L12 = _sizes(shapes, reference)[:, None]
+        grad_offsets = torch.where(sizes_L12 > 0, grad_locations / sizes_L12, 0)
+        return grad_value, grad_xy, grad_offsets, grad_logits
+    half = 0.5 / offsets_BQMLP2.shape[4]
+    grad_wh = (grad_locations * offsets_BQMLP2).sum((2, 4)) * half
+    grad_offsets = grad_locations * reference[:, :, None, :, None, 2:] * half
+    return grad_value, torch.cat([grad_xy, grad_wh], -1), grad_offsets, grad_logits
+
+
+def locate(shapes: Shapes, reference: Tensor, offsets_BQMLP2: Tensor) -> Tensor:
+    """Sampling locations [B, Q, M, L, P, 2] of offsets around points [B, Q, L, 2] or boxes [B, Q, L, 4]."""
+    around = reference[:, :, None, :, None]
+    if reference.shape[-1] == 2:
+        return around + offsets_BQMLP2 / _sizes(shapes, reference)[:, None]
+    return around[..., :2] + offsets_BQMLP2 * around[..., 2:] * (0.5 / offsets_BQMLP2.shape[4])
+
+
+def _softmax(logits_BQMLP: Tensor, dtype: torch.dtype) -> Tensor:
+    return logits_BQMLP.flatten(-2).softmax(-1, dtype=dtype).view_as(logits_BQMLP)
+
+
+def _sizes(shapes: Shapes, like: Tensor) -> Tensor:
+    """[L, 2] width, height of the levels, through pinned memory so that nobody waits for the device."""
+    sizes = torch.tensor([[w, h] for h, w in shapes], dtype=like.dtype).view(-1, 2)
+    return sizes.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else sizes.to(like.device)
+
+
+def _starts(shapes: Shapes) -> list[int]:
+    """The first token of every level, and S."""
+    starts = [0]
+    for height, width in shapes:
+        starts.append(starts[-1] + height * width)
+    return starts
+
+
+def _level_maps(value_BSMD: Tensor, shapes: Shapes) -> list[tuple[int, Tensor]]:
+    """Number and image [B * M, D, H, W] of every level that has pixels, batch and heads in one axis X."""
+    batch, tokens, heads, channels = value_BSMD.shape
+    value_XDS = value_BSMD.permute(0, 2, 3, 1).reshape(batch * heads, channels, tokens)
     maps = value_XDS.split([h * w for h, w in shapes], dim=2)
-    return [one.unflatten(2, shape) for one, shape in zip(maps, shapes, strict=True)]
+    return [(level, maps[level].unflatten(2, shape)) for level, shape in enumerate(shapes) if shape[0] * shape[1]]
 
 
 def _level_queries(locations_BQMLP2: Tensor, weights_BQMLP: Tensor, level: int) -> tuple[Tensor, Tensor]:
     """One level's sampling grid [X, Q, P, 2] in grid_sample's [-1, 1], and its weights [X, Q, P]."""
-    grid = 2 * locations_BQMLP2[:, :, :, level] - 1
+    # far outside is outside; what grid_sample makes of locations beyond the integers differs from device to device
+    grid = (2 * locations_BQMLP2[:, :, :, level] - 1).nan_to_num(nan=3.0).clamp(-3, 3)
     return grid.transpose(1, 2).flatten(0, 1), weights_BQMLP[:, :, :, level].transpose(1, 2).flatten(0, 1)
