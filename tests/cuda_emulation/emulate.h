@@ -154,7 +154,8 @@ class Warp {
     if (waiting == 0) return;
     if (waiting != kLanes) fail("some lanes wait for lanes that have returned");
     for (const Lane& lane : lanes_) {
-      if (lane.meeting != lanes_[0].meeting || lane.meetings != lanes_[0].meetings) fail("lanes wait at different points");
+      const bool same = lane.meeting == lanes_[0].meeting && lane.meetings == lanes_[0].meetings;
+      if (!same) fail("lanes wait at different points");
     }
   }
 
@@ -216,7 +217,8 @@ X __shfl_sync(unsigned mask, X x, int lane, int width = emulation::kLanes) {
 
 template <class X>
 X __shfl_xor_sync(unsigned mask, X x, int lanes) {
-  return emulation::warp().meet(emulation::Meeting::kShuffle, mask, x, [&](int me, const auto& of) { return of(me ^ lanes); });
+  const auto read = [lanes](int me, const auto& of) { return of(me ^ lanes); };
+  return emulation::warp().meet(emulation::Meeting::kShuffle, mask, x, read);
 }
 
 inline unsigned __ballot_sync(unsigned mask, bool x) {

@@ -30,8 +30,8 @@ Located<Accumulate<T>> located(const Call& call) {
 
 template <class A, class U>
 Raw<A, U> raw(const Call& call) {
-  return {static_cast<const A*>(call.reference), static_cast<const U*>(call.locations), static_cast<const U*>(call.weights),
-          call.coordinates, A(0), A(0)};
+  const U *offsets = static_cast<const U*>(call.locations), *logits = static_cast<const U*>(call.weights);
+  return {static_cast<const A*>(call.reference), offsets, logits, call.coordinates, A(0), A(0)};
 }
 
 template <class T>
@@ -55,7 +55,8 @@ void run_backward(const Call& call, const Located<Accumulate<T>>& source, const 
 
 template <class T>
 void run_forward(const Call& call) {
-  forward(launch, static_cast<const T*>(call.value), located<T>(call), static_cast<T*>(call.out), call.images, *call.geometry);
+  const T* value = static_cast<const T*>(call.value);
+  forward(launch, value, located<T>(call), static_cast<T*>(call.out), call.images, *call.geometry);
 }
 
 template <class T>
@@ -66,8 +67,8 @@ void run_backward(const Call& call) {
 
 template <class T, class U>
 void run_fused_forward(const Call& call) {
-  forward(launch, static_cast<const T*>(call.value), raw<Accumulate<T>, U>(call), static_cast<T*>(call.out), call.images,
-          *call.geometry);
+  const T* value = static_cast<const T*>(call.value);
+  forward(launch, value, raw<Accumulate<T>, U>(call), static_cast<T*>(call.out), call.images, *call.geometry);
 }
 
 template <class T, class U>

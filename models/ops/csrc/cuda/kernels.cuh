@@ -30,7 +30,7 @@ __device__ __forceinline__ void add_sample(A (&total)[V], const Sample<A>& sampl
 #pragma unroll
     for (int v = 0; v < V; ++v) sampled[v] += bilinear * pixel[k].template get<A>(v);
   }
-  // The weight comes last: outside, it meets a plain zero, and what is not finite shows; inside, no factor of 0 meets it.
+  // The weight comes last: outside it meets a plain zero, so that what is not finite shows, as in the reference.
 #pragma unroll
   for (int v = 0; v < V; ++v) total[v] += sample.weight * sampled[v];
 }
@@ -41,7 +41,8 @@ __global__ void __launch_bounds__(kForwardThreads, kChannels ? 2 : 1)
     forward_kernel(const T* __restrict__ value, Source source, T* __restrict__ out, Teams teams,
                    const __grid_constant__ Geometry geometry) {
   using A = Accumulate<T>;
-  [[maybe_unused]] constexpr int kAhead = V > 4 ? 1 : 2;  // samples whose pixels are on their way; 8 channels of two do not fit
+  // Samples whose pixels are on their way at the same time; there are no registers for 8 channels of two.
+  [[maybe_unused]] constexpr int kAhead = V > 4 ? 1 : 2;
   const int size = team_size<kChannels, V>(teams), lane = threadIdx.x % size;
   const int channels = kChannels ? kChannels : geometry.channels;
   const Row row = find_row(geometry, {size, teams.blocks});
@@ -217,8 +218,8 @@ __device__ __forceinline__ Tile find_tile(int64_t job, const Geometry& geometry,
 /// Sample i of all that a tile's level and head take part in, in the order of queries, then points; only corners within
 /// the tile count.
 template <class A>
-__device__ __forceinline__ Sample<A> sample_on_tile(const Tile& tile, const Located<A>& source, const Geometry& geometry,
-                                                    int64_t i, int64_t& row) {
+__device__ __forceinline__ Sample<A> sample_on_tile(const Tile& tile, const Located<A>& source,
+                                                    const Geometry& geometry, int64_t i, int64_t& row) {
   if (i >= static_cast<int64_t>(geometry.queries) * geometry.points) return {};
   row = (static_cast<int64_t>(tile.image) * geometry.queries + i / geometry.points) * geometry.heads + tile.head;
   const int64_t at = (row * geometry.levels + tile.level) * geometry.points + i % geometry.points;
@@ -241,8 +242,8 @@ __device__ __forceinline__ void add_to_tile(A* sums, const Tile& tile, const Sam
   }
 }
 
-/// grad_value [B, S, M, D], every element written. A warp owns a tile, looks at all samples that could touch it and adds
-/// those that do, one after the other: the same sum in the same order each time, and no atomics.
+/// grad_value [B, S, M, D], every element written. A warp owns a tile, looks at all samples that could touch it and
+/// adds those that do, one after the other: the same sum in the same order each time, and no atomics.
 template <class T>
 __global__ void __launch_bounds__(kWarp)
     ordered_value_gradient_kernel(const T* __restrict__ grad, Located<Accumulate<T>> source, T* __restrict__ grad_value,
@@ -268,7 +269,8 @@ __global__ void __launch_bounds__(kWarp)
         add_to_tile<T>(sums, tile, sample, has_channel ? static_cast<A>(*from) : A(0));
       }
     }
-    T* to = grad_value + (static_cast<int64_t>(tile.image) * geometry.tokens * geometry.heads + tile.head) * geometry.channels;
+    const int64_t map = static_cast<int64_t>(tile.image) * geometry.tokens * geometry.heads + tile.head;
+    T* to = grad_value + map * geometry.channels;
     for (int token = tile.begin; has_channel && token < tile.end; ++token) {
       pixels_on(to, token, geometry.pixel_stride())[tile.channel] = static_cast<T>(sums[(token - tile.begin) * kWarp]);
     }

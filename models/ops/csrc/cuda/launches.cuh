@@ -1,6 +1,6 @@
 // Which kernels run for a call, and on how many threads, given plain pointers.
 //
-// `launch(kernel, blocks, threads, arguments...)` is given by the caller: ops.cu starts the kernel on the current stream.
+// `launch(kernel, blocks, threads, arguments...)` is given by the caller; that of ops.cu uses the current stream.
 #pragma once
 
 #include <algorithm>
@@ -48,7 +48,8 @@ void launch_rows(const Launch& launch, void (*kernel)(Parameters...), int team, 
 }
 
 template <class T, class Source, class Launch>
-void forward(const Launch& launch, const T* value, const Source& source, T* out, int64_t images, const Geometry& geometry) {
+void forward(const Launch& launch, const T* value, const Source& source, T* out, int64_t images,
+             const Geometry& geometry) {
   constexpr int V = kVector<T>;
   const int channels = geometry.channels;
   const auto run = [&](auto kernel, int team) {
@@ -102,15 +103,16 @@ void ordered_value_gradient(const Launch& launch, const T* grad, const Located<A
 template <class A, class U, class Launch>
 void locate(const Launch& launch, const Raw<A, U>& source, A* pixels, A* weights, int64_t images,
             const Geometry& geometry) {
-  launch_rows(launch, locate_kernel<A, U>, team_for(geometry.samples()), kThreads, images, geometry, source, pixels, weights);
+  launch_rows(launch, locate_kernel<A, U>, team_for(geometry.samples()), kThreads, images, geometry, source, pixels,
+              weights);
 }
 
 /// What `backward` found for pixels and weights -> the gradients of reference points, offsets and logits.
 template <class A, class U, class Launch>
 void raw_gradients(const Launch& launch, const Raw<A, U>& source, const A* weights, const PointGradients<A>& grads,
                    A* grad_reference, U* grad_offsets, U* grad_logits, int64_t images, const Geometry& geometry) {
-  launch_rows(launch, raw_gradient_kernel<A, U>, team_for(geometry.samples()), kThreads, images, geometry, source, weights,
-              grads, grad_offsets, grad_logits);
+  launch_rows(launch, raw_gradient_kernel<A, U>, team_for(geometry.samples()), kThreads, images, geometry, source,
+              weights, grads, grad_offsets, grad_logits);
   const int64_t threads = images * geometry.queries * geometry.levels * 2;
   launch(reference_gradient_kernel<A, U>, (threads + kThreads - 1) / kThreads, kThreads, source, grads.locations,
          grad_reference, threads, geometry);

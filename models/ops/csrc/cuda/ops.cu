@@ -3,7 +3,8 @@
 // Schemas, types and shapes are in models/ops/compiled.py. Nothing here waits for the device or copies to it, so calls
 // can be captured in CUDA graphs. LibTorch's stable ABI: one build serves every torch from 2.10 on.
 
-#include <sstream>
+#include <initializer_list>
+#include <limits>
 #include <string>
 #include <tuple>
 #include <type_traits>
@@ -14,16 +15,13 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
+#include "../checks.h"
 #include "launches.cuh"
 
 namespace deformable {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using Shapes = std::vector<int64_t>;
 
 // ---- types ---------------------------------------------------------------------------------------------------------
@@ -53,8 +51,6 @@ void with_raw_type(ScalarType type, const Do& do_it) {
   if (type == torch::headeronly::CppTypeToScalarType<Accumulate<T>>::value) return do_it(Type<Accumulate<T>>{});
   if constexpr (!std::is_same_v<T, Accumulate<T>>) do_it(Type<T>{});
 }
-
-ScalarType accumulator_of(ScalarType type) { return type == ScalarType::Double ? type : ScalarType::Float; }
 
 template <class X>
 const X* data(const Tensor& tensor) {
@@ -107,46 +103,25 @@ class Launcher {
   cudaStream_t stream_ = nullptr;
 };
 
-// ---- checks --------------------------------------------------------------------------------------------------------
+// ---- sizes ---------------------------------------------------------------------------------------------------------
 
-std::string text(const Tensor& tensor) {
-  std::ostringstream out;
-  const char* separator = "[";
-  for (const int64_t size : tensor.sizes()) {
-    out << separator << size;
-    separator = ", ";
+void check_device(const Tensor& value, std::initializer_list<const Tensor*> others) {
+  for (const Tensor* other : others) {
+    STD_TORCH_CHECK(other->is_cuda() && other->get_device_index() == value.get_device_index(),
+                    "all tensors must be on the CUDA device of value");
   }
-  out << (tensor.dim() ? "]" : "[]");
-  return out.str();
 }
 
-void check(const Tensor& tensor, const char* name, const Tensor& value, const std::vector<int64_t>& sizes) {
-  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == value.get_device_index(), name,
-                  " must be on the CUDA device of value");
-  STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
-  bool same = tensor.dim() == static_cast<int64_t>(sizes.size());
-  for (size_t i = 0; same && i < sizes.size(); ++i) same = tensor.size(static_cast<int64_t>(i)) == sizes[i];
-  STD_TORCH_CHECK(same, name, " has a wrong shape: ", text(tensor), " with value ", text(value));
-}
-
-void check_type(const Tensor& tensor, const char* name, bool fits) {
-  STD_TORCH_CHECK(fits, name, " has the wrong type, ", torch::headeronly::toString(tensor.scalar_type()));
-}
-
-/// The sizes of a call. `points` is what says Q, L and P: locations or offsets [B, Q, M, L, P, 2].
-Geometry measure(const Tensor& value, const Shapes& shapes, const Tensor& points, const char* points_name) {
-  STD_TORCH_CHECK(value.dim() == 4, "value must be [B, S, M, D], not ", text(value));
-  STD_TORCH_CHECK(points.dim() == 6, points_name, " must be [B, Q, M, L, P, 2], not ", text(points));
-  const int64_t levels = static_cast<int64_t>(shapes.size()) / 2;
-  STD_TORCH_CHECK(shapes.size() % 2 == 0 && levels <= kMaxLevels, "shapes must be height, width of at most ", kMaxLevels,
-                  " levels on CUDA, got ", shapes.size(), " numbers");
-  check(value, "value", value, {value.size(0), value.size(1), value.size(2), value.size(3)});
-  check(points, points_name, value, {value.size(0), points.size(1), value.size(2), levels, points.size(4), 2});
-  // Whatever is counted in 32 bits; arrays may be larger, their offsets have 64. 8 bytes is the largest element.
-  constexpr int64_t kMost = std::numeric_limits<int>::max();
-  STD_TORCH_CHECK(value.size(1) <= kMost && value.size(2) * value.size(3) <= kMost / 8 &&
-                      points.size(1) * value.size(2) <= kMost - kForwardThreads && levels * points.size(4) <= kMost - kWarp,
-                  "too large for the CUDA kernels: value ", text(value), ", ", points_name, " ", text(points));
+/// The sizes of a checked call; `points` is locations or offsets [B, Q, M, L, P, 2].
+Geometry measure(const Tensor& value, const Shapes& shapes, const Tensor& points) {
+  const int64_t levels = points.size(3);
+  STD_TORCH_CHECK(levels <= kMaxLevels, "on CUDA there can be ", kMaxLevels, " levels, got ", levels);
+  // These are counted in 32 bits, with room for a block behind the end; the arrays may be larger. An element has at
+  // most 8 bytes.
+  constexpr int64_t kMost = std::numeric_limits<int>::max() - kForwardThreads;
+  STD_TORCH_CHECK(value.size(2) * value.size(3) <= kMost / 8 && points.size(1) * value.size(2) <= kMost &&
+                      levels * points.size(4) <= kMost,
+                  "too large for CUDA: heads * channels, queries * heads or levels * points");
   Geometry geometry = {};
   geometry.tokens = static_cast<int>(value.size(1));
   geometry.heads = static_cast<int>(value.size(2));
@@ -154,48 +129,32 @@ Geometry measure(const Tensor& value, const Shapes& shapes, const Tensor& points
   geometry.queries = static_cast<int>(points.size(1));
   geometry.levels = static_cast<int>(levels);
   geometry.points = static_cast<int>(points.size(4));
-  int64_t tokens = 0;
+  int start = 0;
   for (int level = 0; level < geometry.levels; ++level) {
-    const int64_t height = shapes[2 * level], width = shapes[2 * level + 1];
-    STD_TORCH_CHECK(height >= 0 && width >= 0 && height <= kMost && width <= kMost, "shapes must not be negative");
-    geometry.height[level] = static_cast<int>(height);
-    geometry.width[level] = static_cast<int>(width);
-    geometry.start[level] = static_cast<int>(tokens);
-    tokens += height * width;
-    STD_TORCH_CHECK(tokens <= geometry.tokens, "shapes hold more tokens than value ", text(value));
+    geometry.height[level] = static_cast<int>(shapes[2 * level]);
+    geometry.width[level] = static_cast<int>(shapes[2 * level + 1]);
+    geometry.start[level] = start;
+    start += geometry.height[level] * geometry.width[level];
   }
-  STD_TORCH_CHECK(tokens == geometry.tokens, "shapes hold ", tokens, " tokens, value is ", text(value));
   return geometry;
-}
-
-std::vector<int64_t> weights_shape(const Tensor& points) {
-  return {points.size(0), points.size(1), points.size(2), points.size(3), points.size(4)};
 }
 
 Geometry measure_located(const Tensor& value, const Shapes& shapes, const Tensor& locations, const Tensor& weights) {
-  const Geometry geometry = measure(value, shapes, locations, "locations");
-  check(weights, "weights", value, weights_shape(locations));
-  check_type(locations, "locations", locations.scalar_type() == accumulator_of(value.scalar_type()));
-  check_type(weights, "weights", weights.scalar_type() == locations.scalar_type());
-  return geometry;
+  check_ready(value, shapes, locations, weights);
+  check_device(value, {&value, &locations, &weights});
+  return measure(value, shapes, locations);
 }
 
 Geometry measure_raw(const Tensor& value, const Shapes& shapes, const Tensor& reference, const Tensor& offsets,
                      const Tensor& logits) {
-  const Geometry geometry = measure(value, shapes, offsets, "offsets");
-  check(logits, "logits", value, weights_shape(offsets));
-  const int64_t coordinates = reference.dim() == 4 && reference.size(3) == 4 ? 4 : 2;
-  check(reference, "reference", value, {offsets.size(0), offsets.size(1), offsets.size(3), coordinates});
-  const ScalarType type = value.scalar_type(), accumulator = accumulator_of(type);
-  check_type(reference, "reference", reference.scalar_type() == accumulator);
-  check_type(offsets, "offsets", offsets.scalar_type() == type || offsets.scalar_type() == accumulator);
-  check_type(logits, "logits", logits.scalar_type() == offsets.scalar_type());
-  return geometry;
+  check_fused(value, shapes, reference, offsets, logits);
+  check_device(value, {&value, &reference, &offsets, &logits});
+  return measure(value, shapes, offsets);
 }
 
-void check_grad(const Tensor& grad, const Tensor& value, const Geometry& geometry) {
-  check(grad, "grad", value, {value.size(0), geometry.queries, value.size(2) * value.size(3)});
-  check_type(grad, "grad", grad.scalar_type() == value.scalar_type());
+void check_gradient(const Tensor& grad, const Tensor& value, const Geometry& geometry) {
+  check_grad(grad, value, geometry.queries);
+  check_device(value, {&grad});
 }
 
 Tensor new_output(const Tensor& value, const Geometry& geometry) {
@@ -220,8 +179,9 @@ Tensor forward_op(const Tensor& value, Shapes shapes, const Tensor& locations, c
 
 /// The gradient of value; those of the source's locations and weights go to `grads`.
 template <class T>
-Tensor run_backward(const Launcher& launch, const Tensor& grad, const Tensor& value, const Located<Accumulate<T>>& source,
-                    const PointGradients<Accumulate<T>>& grads, bool deterministic, const Geometry& geometry) {
+Tensor run_backward(const Launcher& launch, const Tensor& grad, const Tensor& value,
+                    const Located<Accumulate<T>>& source, const PointGradients<Accumulate<T>>& grads,
+                    bool deterministic, const Geometry& geometry) {
   using A = Accumulate<T>;
   const ScalarType type = value.scalar_type();
   const int64_t images = value.size(0);
@@ -231,7 +191,7 @@ Tensor run_backward(const Launcher& launch, const Tensor& grad, const Tensor& va
     ordered_value_gradient(launch, data<T>(grad), source, mutable_data<T>(grad_value), images, geometry);
     return grad_value;
   }
-  Tensor sums = zeros(value, accumulator_of(type));
+  Tensor sums = zeros(value, accumulator(type));
   backward<T>(launch, data<T>(grad), data<T>(value), source, mutable_data<A>(sums), grads, images, geometry);
   return std::is_same_v<T, A> ? sums : torch::stable::to(sums, type);
 }
@@ -239,7 +199,7 @@ Tensor run_backward(const Launcher& launch, const Tensor& grad, const Tensor& va
 std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& grad, const Tensor& value, Shapes shapes,
                                                const Tensor& locations, const Tensor& weights, bool deterministic) {
   const Geometry geometry = measure_located(value, shapes, locations, weights);
-  check_grad(grad, value, geometry);
+  check_gradient(grad, value, geometry);
   if (grad.numel() == 0) return {zeros(value), zeros(locations), zeros(weights)};
   const Launcher launch(value);
   Tensor grad_value, grad_locations = empty(locations, locations.scalar_type());
@@ -285,17 +245,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_fused_backward(const Tensor& grad
   using A = Accumulate<T>;
   const Launcher launch(value);
   const int64_t images = value.size(0);
-  const ScalarType accumulator = reference.scalar_type();
+  const ScalarType wide = reference.scalar_type();
   const auto raw = raw_source<A, U>(reference, offsets, logits);
-  const Tensor pixels = empty(offsets, accumulator), weights = empty(logits, accumulator);
+  const Tensor pixels = empty(offsets, wide), weights = empty(logits, wide);
   locate(launch, raw, mutable_data<A>(pixels), mutable_data<A>(weights), images, geometry);
 
   const Located<A> source = {data<A>(pixels), data<A>(weights), true};
-  const Tensor grad_pixels = empty(offsets, accumulator), grad_weights = empty(logits, accumulator);
+  const Tensor grad_pixels = empty(offsets, wide), grad_weights = empty(logits, wide);
   const PointGradients<A> grads = {mutable_data<A>(grad_pixels), mutable_data<A>(grad_weights)};
   Tensor grad_value = run_backward<T>(launch, grad, value, source, grads, deterministic, geometry);
 
-  Tensor grad_reference = empty(reference, accumulator);
+  Tensor grad_reference = empty(reference, wide);
   Tensor grad_offsets = empty(offsets, offsets.scalar_type()), grad_logits = empty(logits, logits.scalar_type());
   raw_gradients(launch, raw, data<A>(weights), grads, mutable_data<A>(grad_reference), mutable_data<U>(grad_offsets),
                 mutable_data<U>(grad_logits), images, geometry);
@@ -306,7 +266,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_backward_op(const Tensor& grad,
                                                              const Tensor& reference, const Tensor& offsets,
                                                              const Tensor& logits, bool deterministic) {
   const Geometry geometry = measure_raw(value, shapes, reference, offsets, logits);
-  check_grad(grad, value, geometry);
+  check_gradient(grad, value, geometry);
   if (grad.numel() == 0) return {zeros(value), zeros(reference), zeros(offsets), zeros(logits)};
   std::tuple<Tensor, Tensor, Tensor, Tensor> grads;
   with_type(value.scalar_type(), [&](auto tag) {

@@ -3,9 +3,9 @@
 // Shape letters: B images, S tokens of all levels, M heads, D channels per head, Q queries, L levels, P points.
 // Types: T of the values, A of all arithmetic (float64 for float64, else float32), U of raw offsets and logits.
 //
-// A *row* is one (b, q, m): the sum over L * P samples of D channels. A *team* is the 1, 2, 4, ... or 32 lanes of a warp
-// that share a row. Each lane of a team works out one sample, and hands it to the others, so that a sample's arithmetic
-// is done once and not once for every channel. Warps need nothing of each other: no shared memory, no barrier.
+// A *row* is one (b, q, m): the sum over L * P samples of D channels. A *team* is the 1, 2, 4, ... or 32 lanes of a
+// warp that share a row. Each lane of a team works out one sample, and hands it to the others, so that a sample's
+// arithmetic is done once and not once for every channel. Warps need nothing of each other, so there are no barriers.
 #pragma once
 
 #include <cmath>
@@ -295,7 +295,8 @@ struct Raw {
 
 /// Sample i of a row; nothing behind the last one.
 template <class A, class Source>
-__device__ __forceinline__ Sample<A> take_sample(const Source& source, const Row& row, const Geometry& geometry, int i) {
+__device__ __forceinline__ Sample<A> take_sample(const Source& source, const Row& row, const Geometry& geometry,
+                                                 int i) {
   if (i >= geometry.samples()) return {};
   const int level = static_cast<unsigned>(i) / static_cast<unsigned>(geometry.points);
   return find_corners(source.point(row, geometry, i, level), geometry, level);
