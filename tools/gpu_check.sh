@@ -3,8 +3,8 @@
 # times them. Needs python3 with torch, a CUDA toolkit and a C++ compiler. Logs and results go to a folder:
 #   ./tools/gpu_check.sh [folder]    default: gpu_check
 # The last lines are a table of what passed; the exit status is 1 if anything failed. Some minutes on an H100.
+# shellcheck disable=SC2317 # `step` calls functions by their names
 set -euo pipefail
-# shellcheck disable=SC2317 # functions that `step` calls
 # shellcheck source=tools/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 usage() {
