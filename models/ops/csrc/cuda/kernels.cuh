@@ -219,10 +219,11 @@ __device__ __forceinline__ Tile find_tile(int64_t job, const Geometry& geometry,
 /// the tile count.
 template <class A>
 __device__ __forceinline__ Sample<A> sample_on_tile(const Tile& tile, const Located<A>& source,
-                                                    const Geometry& geometry, int64_t i, int64_t& row) {
-  if (i >= static_cast<int64_t>(geometry.queries) * geometry.points) return {};
-  row = (static_cast<int64_t>(tile.image) * geometry.queries + i / geometry.points) * geometry.heads + tile.head;
-  const int64_t at = (row * geometry.levels + tile.level) * geometry.points + i % geometry.points;
+                                                    const Geometry& geometry, int i, int64_t& row) {
+  if (i >= geometry.queries * geometry.points) return {};
+  const int query = i / geometry.points, point = i - query * geometry.points;
+  row = (static_cast<int64_t>(tile.image) * geometry.queries + query) * geometry.heads + tile.head;
+  const int64_t at = (row * geometry.levels + tile.level) * geometry.points + point;
   const A x = source.locations[2 * at], y = source.locations[2 * at + 1];
   Sample<A> sample = find_corners(source.place(x, y, A(0), geometry, tile.level), geometry, tile.level);
 #pragma unroll
@@ -252,14 +253,14 @@ __global__ void __launch_bounds__(kWarp)
   using A = Accumulate<T>;
   __shared__ A all_sums[kTilePixels<A> * kWarp];
   A* sums = all_sums + threadIdx.x;  // a lane keeps to its own column, so none needs to wait for another
-  const int64_t samples = static_cast<int64_t>(geometry.queries) * geometry.points;
+  const int samples = geometry.queries * geometry.points;  // of a level and head
   for (int64_t job = blockIdx.x; job < jobs; job += gridDim.x) {
     const Tile tile = find_tile(job, geometry, tiles);
     const bool has_channel = tile.channel < geometry.channels;
     for (int pixel = 0; pixel < tile.end - tile.begin; ++pixel) sums[pixel * kWarp] = 0;
-    for (int64_t first = 0; first < samples; first += kWarp) {
+    for (int first = 0; first < samples; first += kWarp) {
       int64_t my_row = 0;
-      const Sample<A> mine = sample_on_tile(tile, source, geometry, first + threadIdx.x, my_row);
+      const Sample<A> mine = sample_on_tile(tile, source, geometry, first + static_cast<int>(threadIdx.x), my_row);
       unsigned hits = __ballot_sync(kAllLanes, mine.corners != 0);
       for (; hits; hits &= hits - 1) {
         const int lane = __ffs(hits) - 1;

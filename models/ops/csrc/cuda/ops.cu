@@ -120,8 +120,8 @@ Geometry measure(const Tensor& value, const Shapes& shapes, const Tensor& points
   // most 8 bytes.
   constexpr int64_t kMost = std::numeric_limits<int>::max() - kForwardThreads;
   STD_TORCH_CHECK(value.size(2) * value.size(3) <= kMost / 8 && points.size(1) * value.size(2) <= kMost &&
-                      levels * points.size(4) <= kMost,
-                  "too large for CUDA: heads * channels, queries * heads or levels * points");
+                      levels * points.size(4) <= kMost && points.size(1) * points.size(4) <= kMost,
+                  "too large for CUDA: heads * channels, or queries * heads, queries * points or levels * points");
   Geometry geometry = {};
   geometry.tokens = static_cast<int>(value.size(1));
   geometry.heads = static_cast<int>(value.size(2));
