@@ -21,7 +21,6 @@ from datasets.samplers import EvalBatches
 from engine import evaluate, published_names, train_one_epoch
 from models import build_model
 from models.matcher import HungarianMatcher, Targets
-from models.ops.modules import _cached_level_sizes
 from tests.golden import recipe
 from tests.helpers import BATCHFORMER, SMALL_IMAGES, SMALL_MODEL, write_coco
 from util.box_ops import cxcywh_to_xyxy, generalized_iou
@@ -135,7 +134,6 @@ def test_a_step_waits_for_the_device_once(flags, monkeypatch):
         watch.expect(number, images, targets, losses, total, norm)
 
     step(0)  # the optimiser makes its state
-    _cached_level_sizes.cache_clear()  # as with images of a new size
     with counted_waits(monkeypatch) as waits:
         step(1)
     host_only = {"numpy"}  # of the matcher's host copies, after the one transfer

@@ -5,11 +5,14 @@ Shape letters: B images, S tokens of all levels, M heads, D channels per head, Q
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .deterministic import value_gradient
 
 Shapes = Sequence[tuple[int, int]]
 
@@ -43,8 +46,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `forward` for value, locations and weights, each of the shape and type of its input.
 
-    The samples are taken again instead of kept: at 800 x 1333 they are 360 MB a layer and image.
+    The samples are taken again instead of kept: at 800 x 1333 they are 360 MB a layer and image. Deterministic on the CPU,
+    and on CUDA under `torch.use_deterministic_algorithms(True)`.
     """
+    in_order = value_BSMD.is_cuda and torch.are_deterministic_algorithms_enabled()
     (batch, tokens, heads, channels), queries = value_BSMD.shape, grad_BQC.shape[1]
     grad_XDQ1 = grad_BQC.to(locations_BQMLP2.dtype).transpose(1, 2).reshape(batch * heads, channels, queries, 1)
     grad_value_XDS = locations_BQMLP2.new_zeros(batch * heads, channels, tokens)
@@ -54,13 +59,17 @@ def backward(
         grid_XQP2, weights_XQP = _level_queries(locations_BQMLP2, weights_BQMLP, level)
         sampled_XDQP = F.grid_sample(value_XDHW, grid_XQP2, "bilinear", "zeros", align_corners=False)
         grad_weights[:, :, :, level] = (sampled_XDQP * grad_XDQ1).sum(1).unflatten(0, (batch, heads)).transpose(1, 2)
-        grad_value_XDHW, grad_grid_XQP2 = torch.ops.aten.grid_sampler_2d_backward(
-            grad_XDQ1 * weights_XQP[:, None], value_XDHW, grid_XQP2, _BILINEAR, _ZEROS, False, [True, True]
-        )
-        grad_value_XDS[:, :, starts[level] : starts[level + 1]] = grad_value_XDHW.flatten(2)
+        given = grad_XDQ1 * weights_XQP[:, None], value_XDHW, grid_XQP2, _BILINEAR, _ZEROS, False, [not in_order, True]
+        with _no_alarm() if in_order else contextlib.nullcontext():
+            grad_value_XDHW, grad_grid_XQP2 = torch.ops.aten.grid_sampler_2d_backward(*given)
+        if not in_order:
+            grad_value_XDS[:, :, starts[level] : starts[level + 1]] = grad_value_XDHW.flatten(2)
         # grid = 2 * location - 1
         grad_locations[:, :, :, level] = 2 * grad_grid_XQP2.unflatten(0, (batch, heads)).transpose(1, 2)
-    grad_value = grad_value_XDS.view(batch, heads, channels, tokens).permute(0, 3, 1, 2)
+    if in_order:
+        grad_value = value_gradient(grad_BQC, value_BSMD, shapes, locations_BQMLP2, weights_BQMLP)
+    else:
+        grad_value = grad_value_XDS.view(batch, heads, channels, tokens).permute(0, 3, 1, 2)
     return grad_value.to(value_BSMD.dtype).contiguous(), grad_locations, grad_weights
 
 
@@ -103,6 +112,17 @@ def locate(shapes: Shapes, reference: Tensor, offsets_BQMLP2: Tensor) -> Tensor:
     if reference.shape[-1] == 2:
         return around + offsets_BQMLP2 / _sizes(shapes, reference)[:, None]
     return around[..., :2] + offsets_BQMLP2 * around[..., 2:] * (0.5 / offsets_BQMLP2.shape[4])
+
+
+@contextlib.contextmanager
+def _no_alarm() -> Iterator[None]:
+    """PyTorch refuses the grid sampler's gradient on CUDA in deterministic mode; that for the grid alone is deterministic."""
+    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=only_warns)
 
 
 def _softmax(logits_BQMLP: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,282 @@
+"""Times the backends of multi-scale deformable attention side by side: `python benchmark.py op`, or this file by itself.
+
+For the encoder and the decoder at two image sizes and two batches: forward, forward and backward, and their ratio to plain
+PyTorch in the same run. "around": the points lie around their query, as in a fresh model; "scattered": anywhere, the worst
+case for caches. "from offsets" is the fused operator, against the same arithmetic in plain PyTorch. Memory is what the step
+takes at its peak beyond inputs, output and gradients. On a GPU a column says which part of the floor's speed was reached: the
+floor is the time that the caches or the memory need for the bytes that must be moved (docs/ops.md counts them).
+
+Shape letters: B images, S tokens of all levels, M heads, D channels per head, Q queries, L levels, P points.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import dataclasses
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # the project's root
+
+from models.ops import backends
+from models.ops.functions import ms_deform_attn, ms_deform_attn_fused
+
+HEADS, CHANNELS, POINTS, DECODER_QUERIES = 8, 32, 4, 300
+TYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """A size of the problem, and the form in which it is given."""
+
+    what: str  # encoder or decoder
+    image: tuple[int, int]
+    batch: int
+    scattered: bool = False
+    fused: bool = False
+
+    @property
+    def name(self) -> str:
+        form = "from offsets" if self.fused else "scattered" if self.scattered else "around"
+        return f"{self.what} {self.image[0]} x {self.image[1]}, batch {self.batch}, {form}"
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """Strides 8, 16, 32 of the backbone, and 64 by one more convolution."""
+        return [tuple(math.ceil(side / stride) for side in self.image) for stride in (8, 16, 32, 64)]
+
+
+def loads(sizes: list[tuple[int, int]], batches: list[int]) -> list[Load]:
+    plain = [Load(what, size, batch) for size in sizes for what in ("encoder", "decoder") for batch in batches]
+    scattered = [dataclasses.replace(load, scattered=True) for load in plain if load.image == sizes[0]]
+    fused = [dataclasses.replace(load, fused=True) for load in plain]
+    return plain + scattered[:: len(batches)] + fused[:: len(batches)]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parse(arguments)
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    names = [name for name in backends.NAMES if backends.missing(name, device.type) is None]
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    print(f"{machine}, torch {torch.__version__}, {options.type}; backends: {', '.join(names)}", flush=True)
+    rates = Rates.measured(device) if device.type == "cuda" else None
+    if rates:
+        print(rates)
+    floor_column = f"{'of floor':>9}" if rates else ""
+    print(f"{'':46}{'forward':>11}{'ratio':>8}{'fwd + bwd':>12}{'ratio':>8}{'memory':>11}{floor_column}")
+    for load in loads(options.size or [(800, 1333), (320, 320)], options.batch or [1, 4]):
+        _compare(load, names, device, TYPES[options.type], options.num_iters, rates)
+    return 0
+
+
+def _compare(load: Load, names: list[str], device, dtype: torch.dtype, iterations: int, rates: Rates | None) -> None:
+    """Prints a line for each backend, the reference last; they take turns, so that a slow moment strikes all."""
+    tensors = make_inputs(load, device, dtype)
+    grad = torch.ones(load.batch, tensors[1].shape[1], HEADS * CHANNELS, device=device, dtype=dtype)
+    functions: list[Callable] = []
+    for name in names:
+        functions += [_forward(load, tensors, name), _step(load, tensors, grad, name)]
+    memory = [_extra_memory(step, device) for step in functions[1::2]]
+    seconds = [statistics.median(times) for times in _time(functions, iterations, device)]
+    print(load.name)
+    for i, name in enumerate(names):
+        forward, step = seconds[2 * i], seconds[2 * i + 1]
+        line = f"    {name:42}{forward * 1e3:8.2f} ms{seconds[-2] / forward:7.1f}x{step * 1e3:9.2f} ms{seconds[-1] / step:7.1f}x"
+        line += f"{memory[i] / 2**20:7.1f} MiB"
+        print(line + (f"{rates.floor(load, tensors) / forward:8.0%}" if rates else ""), flush=True)
+
+
+def make_inputs(load: Load, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """value, locations and weights; or, for the fused form, value, reference points, offsets and logits."""
+    generator = torch.Generator().manual_seed(0)
+    shapes, levels = load.shapes, len(load.shapes)
+    tokens = sum(h * w for h, w in shapes)
+    centres = torch.cat([_centres(h, w) for h, w in shapes]) if load.what == "encoder" else torch.rand(DECODER_QUERIES, 2)
+    size = (load.batch, len(centres), HEADS, levels, POINTS)
+    around = centres[None, :, None].expand(load.batch, -1, levels, -1).contiguous()
+    offsets = _first_offsets(levels) + 0.3 * torch.randn(*size, 2, generator=generator)
+    logits = 0.3 * torch.randn(size, generator=generator)
+    value = torch.randn(load.batch, tokens, HEADS, CHANNELS, generator=generator)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    if load.fused:
+        given = [value.to(dtype), around.to(wide), offsets.to(dtype), logits.to(dtype)]
+    else:
+        sizes = torch.tensor([[w, h] for h, w in shapes])[:, None]
+        locations = torch.rand(*size, 2) if load.scattered else around[:, :, None, :, None] + offsets / sizes
+        weights = logits.flatten(-2).softmax(-1).view(size)
+        given = [value.to(dtype), locations.to(wide), weights.to(wide)]
+    return [tensor.to(device).requires_grad_() for tensor in given]
+
+
+def _centres(height: int, width: int) -> Tensor:
+    """[height * width, 2] x, y of the pixels' centres in [0, 1]."""
+    y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
+    return torch.stack([x, y], -1).view(-1, 2)
+
+
+def _first_offsets(levels: int) -> Tensor:
+    """[M, L, P, 2] the offsets in pixels that a fresh layer has: point p of head m at p pixels in direction m."""
+    angles = torch.arange(HEADS) * (2 * math.pi / HEADS)
+    directions = torch.stack([angles.cos(), angles.sin()], -1)
+    directions = directions / directions.abs().max(-1, keepdim=True).values
+    steps = torch.arange(1, POINTS + 1)[None, None, :, None]
+    return (directions[:, None, None] * steps).expand(-1, levels, -1, -1)
+
+
+def _run(load: Load, tensors: list[Tensor], backend: str) -> Tensor:
+    function = ms_deform_attn_fused if load.fused else ms_deform_attn
+    return function(tensors[0], load.shapes, *tensors[1:], backend=backend)
+
+
+def _forward(load: Load, tensors: list[Tensor], backend: str) -> Callable[[], object]:
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return _run(load, tensors, backend)
+
+    return forward
+
+
+def _step(load: Load, tensors: list[Tensor], grad: Tensor, backend: str) -> Callable[[], object]:
+    def step() -> tuple[Tensor, ...]:
+        out = _run(load, tensors, backend)
+        return out, *torch.autograd.grad(out, tensors, grad)
+
+    return step
+
+
+def _time(functions: list[Callable], iterations: int, device: torch.device) -> list[list[float]]:
+    """Seconds of every call. On a GPU the calls are recorded as graphs, so that what the host does is not counted."""
+    run = [_recorded(function) for function in functions] if device.type == "cuda" else functions
+    seconds: list[list[float]] = [[] for _ in run]
+    for iteration in range(iterations + 1):
+        for function, times in zip(run, seconds, strict=True):
+            elapsed = _elapsed_on_gpu(function) if device.type == "cuda" else _elapsed(function)
+            if iteration:  # the first one warms up
+                times.append(elapsed)
+    return seconds
+
+
+def _elapsed(function: Callable) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def _elapsed_on_gpu(function: Callable) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def _recorded(function: Callable) -> Callable[[], None]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
+def _extra_memory(step: Callable, device: torch.device) -> float:
+    """Bytes at the peak of a step beyond what was there before and what it returns; NaN where the system can't tell."""
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        results = step()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        try:
+            ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system, and counts when it is taken again
+            Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+            before = _resident("VmRSS")
+            results = step()
+            peak = _resident("VmHWM")
+        except (OSError, AttributeError):
+            return math.nan
+    return max(0, peak - before - sum(one.nbytes for one in results))
+
+
+def _resident(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """Bytes a second that a GPU moves: memory and second-level cache as measured by copies, first-level cache by design."""
+
+    memory: float
+    cache: float
+    nearest_cache: float
+
+    @staticmethod
+    def measured(device: torch.device) -> Rates:
+        properties = torch.cuda.get_device_properties(device)
+        clock = getattr(properties, "clock_rate", 1_755_000) * 1e3
+        return Rates(_copy_rate(2**30, device), _copy_rate(2**23, device), properties.multi_processor_count * 128 * clock)
+
+    def floor(self, load: Load, tensors: list[Tensor]) -> float:
+        """Seconds of a forward that reads every input once from memory and every corner of every sample from the cache."""
+        value = tensors[0]
+        queries = tensors[1].shape[1]
+        out = load.batch * queries * HEADS * CHANNELS * value.element_size()
+        memory = sum(tensor.nbytes for tensor in tensors) + out
+        corners = 4 * load.batch * queries * HEADS * len(load.shapes) * POINTS * CHANNELS * value.element_size()
+        return max(memory / self.memory, corners / self.nearest_cache)
+
+    def __str__(self) -> str:
+        return (
+            f"memory {self.memory / 1e12:.2f} TB/s, second-level cache {self.cache / 1e12:.2f} TB/s (both measured by copies), "
+            f"first-level caches {self.nearest_cache / 1e12:.1f} TB/s (128 bytes a clock and multiprocessor)"
+        )
+
+
+def _copy_rate(size: int, device: torch.device) -> float:
+    source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
+
+    def copies() -> None:
+        for _ in range(20):
+            target.copy_(source)
+
+    run = _recorded(copies)
+    run()
+    return 20 * 2 * size / min(_elapsed_on_gpu(run) for _ in range(5))
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("benchmark.py op", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", help="cpu or cuda (cuda where there is one)")
+    parser.add_argument("--type", default="float32", choices=TYPES, help="of the values (float32)")
+    parser.add_argument("--num_iters", "--num-iters", type=int, default=5, help="timed iterations (5)")
+    parser.add_argument("--size", type=int, nargs=2, action="append", metavar=("HEIGHT", "WIDTH"), help="of images; repeatable")
+    parser.add_argument("--batch", type=int, action="append", help="images in a batch; repeatable (1 and 4)")
+    options = parser.parse_args(arguments)
+    if options.num_iters < 1 or min(options.batch or [1]) < 1 or min(min(options.size or [[1]])) < 1:
+        parser.error("--num_iters, --batch and --size must be above 0")
+    options.size = [tuple(size) for size in options.size or []]
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())
