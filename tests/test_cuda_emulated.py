@@ -23,7 +23,7 @@ NAN, INF = float("nan"), float("inf")
 # of the largest expected element; the 16-bit types round once, at the end
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
-CHANNELS = [1, 3, 8, 30, 32, 33, 64, 71, 128, 1025]
+CHANNELS = [1, 3, 8, 16, 30, 32, 33, 64, 71, 128, 1025]
 SIZES = [
     Case(shapes=[(3, 4)], points=1),
     Case(shapes=[(3, 4)], points=5, channels=32),

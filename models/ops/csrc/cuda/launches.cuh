@@ -7,12 +7,11 @@
 #include <cstddef>
 #include <initializer_list>
 #include <limits>
+#include <type_traits>
 
 #include "kernels.cuh"
 
 namespace deformable {
-
-constexpr int kCommonChannels = 32;  // of DETR-like models: 256 in 8 heads
 
 template <class T>
 constexpr int kVector = 16 / sizeof(T);  // channels in a 16-byte load
@@ -22,6 +21,17 @@ template <class T>
 bool fits_vectors(int channels, std::initializer_list<const void*> arrays) {
   const auto aligned = [](const void* array) { return reinterpret_cast<std::uintptr_t>(array) % 16 == 0; };
   return channels % kVector<T> == 0 && std::all_of(arrays.begin(), arrays.end(), aligned);
+}
+
+/// run(constant) with D as a constant for the compiler where it is a common one, else 0.
+template <class Run>
+void with_channels(int channels, const Run& run) {
+  switch (channels) {
+    case 16: return run(std::integral_constant<int, 16>{});
+    case 32: return run(std::integral_constant<int, 32>{});  // 256 in 8 heads
+    case 64: return run(std::integral_constant<int, 64>{});
+    default: return run(std::integral_constant<int, 0>{});
+  }
 }
 
 /// The smallest team whose lanes cover `items`, or a whole warp.
@@ -56,8 +66,9 @@ void forward(const Launch& launch, const T* value, const Source& source, T* out,
     launch_rows(launch, kernel, team, kForwardThreads, images, geometry, value, source, out);
   };
   if (!fits_vectors<T>(channels, {value, out})) return run(forward_kernel<T, 1, 0, Source>, team_for(channels));
-  if (channels == kCommonChannels) return run(forward_kernel<T, V, kCommonChannels, Source>, kCommonChannels / V);
-  run(forward_kernel<T, V, 0, Source>, team_for(channels / V));
+  with_channels(channels, [&](auto known) {
+    run(forward_kernel<T, V, decltype(known)::value, Source>, team_for(channels / V));
+  });
 }
 
 /// Gradients of locations and weights; sums in grad_value, which must be zero before, unless it is null.
@@ -71,8 +82,9 @@ void backward(const Launch& launch, const T* grad, const T* value, const Located
     launch_rows(launch, kernel, team, kBackwardThreads, images, geometry, grad, value, source, grad_value, grads);
   };
   if (!fits_vectors<T>(channels, {grad, value, grad_value})) return run(backward_kernel<T, 1, 0>, team_for(channels));
-  if (channels == kCommonChannels) return run(backward_kernel<T, V, kCommonChannels>, kCommonChannels / V);
-  run(backward_kernel<T, V, 0>, team_for(channels / V));
+  with_channels(channels, [&](auto known) {
+    run(backward_kernel<T, V, decltype(known)::value>, team_for(channels / V));
+  });
 }
 
 /// Tiles as large as shared memory allows on large levels, and at least some dozens a level, as each of a small level's

@@ -122,8 +122,8 @@ __device__ __forceinline__ uint64_t wide_product(uint32_t a, uint32_t b) {
 #endif
 }
 
-/// The address `token` pixels on. With the sum this is one instruction, so no variant with 32-bit offsets is needed. A
-/// token outside the map, which may be negative, gives an address that means nothing, and that nobody uses.
+/// The address `token` pixels on. 64 bits cost one product, so there is no variant with 32-bit offsets. A token outside
+/// the map, which may be negative, gives an address that means nothing, and that nobody uses.
 template <class X>
 __device__ __forceinline__ X* pixels_on(X* base, int token, int pixel_stride) {
   using Byte = std::conditional_t<std::is_const_v<X>, const char, char>;
