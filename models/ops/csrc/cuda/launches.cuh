@@ -1,0 +1,133 @@
+// Which kernels run for a call, and on how many threads, given plain pointers.
+//
+// `launch(kernel, blocks, threads, arguments...)` is given by the caller; that of ops.cu uses the current stream.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <initializer_list>
+#include <limits>
+#include <type_traits>
+
+#include "kernels.cuh"
+
+namespace deformable {
+
+template <class T>
+constexpr int kVector = 16 / sizeof(T);  // channels in a 16-byte load
+
+/// Can V channels of these arrays be moved at once?
+template <class T>
+bool fits_vectors(int channels, std::initializer_list<const void*> arrays) {
+  const auto aligned = [](const void* array) { return reinterpret_cast<std::uintptr_t>(array) % 16 == 0; };
+  return channels % kVector<T> == 0 && std::all_of(arrays.begin(), arrays.end(), aligned);
+}
+
+/// run(constant) with D as a constant for the compiler where it is a common one, else 0.
+template <class Run>
+void with_channels(int channels, const Run& run) {
+  switch (channels) {
+    case 16: return run(std::integral_constant<int, 16>{});
+    case 32: return run(std::integral_constant<int, 32>{});  // 256 in 8 heads
+    case 64: return run(std::integral_constant<int, 64>{});
+    default: return run(std::integral_constant<int, 0>{});
+  }
+}
+
+/// The smallest team whose lanes cover `items`, or a whole warp.
+inline int team_for(int items) {
+  int size = 1;
+  while (size < items && size < kWarp) size *= 2;
+  return size;
+}
+
+/// Few rows are spread over many small blocks, so that every multiprocessor gets some; many rows come in large blocks,
+/// since queries next to each other read the same pixels, and a block shares a cache.
+inline int threads_for(int64_t images, int rows, int team, int most) {
+  constexpr int64_t kEnoughForAll = 1 << 18;
+  return images * rows * team < kEnoughForAll ? 64 : most;
+}
+
+template <class Launch, class... Parameters, class... Arguments>
+void launch_rows(const Launch& launch, void (*kernel)(Parameters...), int team, int most_threads, int64_t images,
+                 const Geometry& geometry, Arguments... arguments) {
+  const int threads = threads_for(images, geometry.rows(), team, most_threads);
+  const int rows_per_block = threads / team;
+  const int blocks = (geometry.rows() + rows_per_block - 1) / rows_per_block;
+  launch(kernel, images * blocks, threads, arguments..., Teams{team, blocks}, geometry);
+}
+
+template <class T, class Source, class Launch>
+void forward(const Launch& launch, const T* value, const Source& source, T* out, int64_t images,
+             const Geometry& geometry) {
+  constexpr int V = kVector<T>;
+  const int channels = geometry.channels;
+  const auto run = [&](auto kernel, int team) {
+    launch_rows(launch, kernel, team, kForwardThreads, images, geometry, value, source, out);
+  };
+  if (!fits_vectors<T>(channels, {value, out})) return run(forward_kernel<T, 1, 0, Source>, team_for(channels));
+  with_channels(channels, [&](auto known) {
+    run(forward_kernel<T, V, decltype(known)::value, Source>, team_for(channels / V));
+  });
+}
+
+/// Gradients of locations and weights; sums in grad_value, which must be zero before, unless it is null.
+template <class T, class Launch>
+void backward(const Launch& launch, const T* grad, const T* value, const Located<Accumulate<T>>& source,
+              Accumulate<T>* grad_value, const PointGradients<Accumulate<T>>& grads, int64_t images,
+              const Geometry& geometry) {
+  constexpr int V = kVector<T>;
+  const int channels = geometry.channels;
+  const auto run = [&](auto kernel, int team) {
+    launch_rows(launch, kernel, team, kBackwardThreads, images, geometry, grad, value, source, grad_value, grads);
+  };
+  if (!fits_vectors<T>(channels, {grad, value, grad_value})) return run(backward_kernel<T, 1, 0>, team_for(channels));
+  with_channels(channels, [&](auto known) {
+    run(backward_kernel<T, V, decltype(known)::value>, team_for(channels / V));
+  });
+}
+
+/// Tiles as large as shared memory allows on large levels, and at least some dozens a level, as each of a small level's
+/// pixels is hit often.
+template <class A>
+Tiles cut_tiles(const Geometry& geometry) {
+  constexpr int kTilesPerLevel = 64;
+  Tiles tiles = {};
+  tiles.chunks = (geometry.channels + kWarp - 1) / kWarp;
+  for (int level = 0; level < geometry.levels; ++level) {
+    const int pixels = geometry.height[level] * geometry.width[level];
+    tiles.pixels[level] = std::clamp(pixels / kTilesPerLevel, 1, kTilePixels<A>);
+    tiles.first[level + 1] = tiles.first[level] + (pixels + tiles.pixels[level] - 1) / tiles.pixels[level];
+  }
+  return tiles;
+}
+
+/// Writes grad_value [B, S, M, D], in an order that does not change.
+template <class T, class Launch>
+void ordered_value_gradient(const Launch& launch, const T* grad, const Located<Accumulate<T>>& source, T* grad_value,
+                            int64_t images, const Geometry& geometry) {
+  const Tiles tiles = cut_tiles<Accumulate<T>>(geometry);
+  const int64_t jobs = images * geometry.heads * tiles.chunks * tiles.first[geometry.levels];
+  const int64_t blocks = std::min<int64_t>(jobs, std::numeric_limits<int>::max());
+  launch(ordered_value_gradient_kernel<T>, blocks, kWarp, grad, source, grad_value, jobs, tiles, geometry);
+}
+
+template <class A, class U, class Launch>
+void locate(const Launch& launch, const Raw<A, U>& source, A* pixels, A* weights, int64_t images,
+            const Geometry& geometry) {
+  launch_rows(launch, locate_kernel<A, U>, team_for(geometry.samples()), kThreads, images, geometry, source, pixels,
+              weights);
+}
+
+/// What `backward` found for pixels and weights -> the gradients of reference points, offsets and logits.
+template <class A, class U, class Launch>
+void raw_gradients(const Launch& launch, const Raw<A, U>& source, const A* weights, const PointGradients<A>& grads,
+                   A* grad_reference, U* grad_offsets, U* grad_logits, int64_t images, const Geometry& geometry) {
+  launch_rows(launch, raw_gradient_kernel<A, U>, team_for(geometry.samples()), kThreads, images, geometry, source,
+              weights, grads, grad_offsets, grad_logits);
+  const int64_t threads = images * geometry.queries * geometry.levels * 2;
+  launch(reference_gradient_kernel<A, U>, (threads + kThreads - 1) / kThreads, kThreads, source, grads.locations,
+         grad_reference, threads, geometry);
+}
+
+}  // namespace deformable
