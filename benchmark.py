@@ -1,23 +1,32 @@
-"""Images a second of the detector, with main's flags, on any device.
+"""Images a second of the detector, with main's flags, and the speed of the attention operator, on any device.
 
     python benchmark.py --num_iters 300 --warm_iters 5 --batch_size 1                     # an image of the data set
     python benchmark.py --num_iters 20 --size 800 1333                                    # noise of a size, no data set
     python benchmark.py train --num_iters 10 --size 320 320 --bf 1 --insert_idx 0         # a training step, against --bf 0
+    python benchmark.py op                                                                # the operator's backends, see op --help
+
+--against_reference times the same with the attention operator in plain PyTorch too, side by side; --profile adds what the
+time goes to.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from datasets import build_dataset
 from datasets.loader import collate
 from models import build_model
+from models.ops import backends
+from models.ops import benchmark as op_benchmark
 from util.checkpoint import load_weights
 from util.config import BatchFormerConfig, Config, make_parser, parse_with_config
 from util.distributed import choose_device
@@ -28,7 +37,9 @@ from util.optim import build_optimizer, clip_gradients
 OBJECTS = 7  # an image of COCO has 7.3 on average
 
 
-def main() -> None:
+def main() -> int | None:
+    if sys.argv[1:2] == ["op"]:
+        return op_benchmark.main(sys.argv[2:])
     args, config = _parse()
     device = choose_device(config.run.device)
     torch.manual_seed(config.run.seed)
@@ -37,14 +48,23 @@ def main() -> None:
     print(f"{_device_name(device)}, torch {torch.__version__}; batch {len(images)} of {height} x {width}", flush=True)
     measure = {"inference": _inference, "train": _train}[args.what]
     measure(args, config, device, images, targets)
+    return None
 
 
 def _inference(args: argparse.Namespace, config: Config, device: torch.device, images: NestedTensor, targets: list) -> None:
     model, _ = _build(config, device)
     model.eval()
-    with torch.no_grad():
-        (seconds,) = _time([lambda: model(images)], args, device)
+
+    def infer() -> None:
+        with torch.no_grad():
+            model(images)
+
+    against = [_with_reference_operator(infer)] if args.against_reference else []
+    seconds, *others = _time([infer, *against], args, device)
     _report("inference", len(images), seconds)
+    _report_against_reference("inference", len(images), seconds, others)
+    if args.profile:
+        _profile(infer, device)
 
 
 def _train(args: argparse.Namespace, config: Config, device: torch.device, images: NestedTensor, targets: list) -> None:
@@ -53,12 +73,17 @@ def _train(args: argparse.Namespace, config: Config, device: torch.device, image
     steps = [_training_step(plain, device, images, targets)]
     if config.batchformer.bf:
         steps.append(_training_step(config, device, images, targets))
-    plain_seconds, *others = _time(steps, args, device)
-    _report("training step, --bf 0", len(images), plain_seconds)
-    for seconds in others:
-        _report(f"training step, --bf {config.batchformer.bf}", len(images), seconds)
-        ratio = statistics.median(seconds) / statistics.median(plain_seconds)
+    against = [_with_reference_operator(steps[-1])] if args.against_reference else []
+    seconds = _time([*steps, *against], args, device)
+    _report("training step, --bf 0", len(images), seconds[0])
+    if config.batchformer.bf:
+        _report(f"training step, --bf {config.batchformer.bf}", len(images), seconds[1])
+        ratio = statistics.median(seconds[1]) / statistics.median(seconds[0])
         print(f"--bf {config.batchformer.bf} takes {ratio:.2f} times as long as --bf 0")
+    last = f"training step, --bf {config.batchformer.bf}"
+    _report_against_reference(last, len(images), seconds[len(steps) - 1], seconds[len(steps) :])
+    if args.profile:
+        _profile(steps[-1], device)
 
 
 def _training_step(config: Config, device: torch.device, images: NestedTensor, targets: list) -> Callable[[], None]:
@@ -74,6 +99,36 @@ def _training_step(config: Config, device: torch.device, images: NestedTensor, t
         optimizer.step()
 
     return step
+
+
+def _with_reference_operator(function: Callable[[], None]) -> Callable[[], None]:
+    def run() -> None:
+        before = os.environ.get(backends.VARIABLE)
+        os.environ[backends.VARIABLE] = "reference"
+        try:
+            function()
+        finally:
+            del os.environ[backends.VARIABLE]
+            if before is not None:
+                os.environ[backends.VARIABLE] = before
+
+    return run
+
+
+def _report_against_reference(what: str, batch: int, seconds: list[float], others: list[list[float]]) -> None:
+    for reference in others:
+        _report(f"{what}, the operator in plain PyTorch", batch, reference)
+        ratio = statistics.median(seconds) / statistics.median(reference)
+        print(f"{what} takes {ratio:.1%} of the time that it takes with the operator in plain PyTorch")
+
+
+def _profile(function: Callable[[], None], device: torch.device) -> None:
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with profile(activities=activities) as recorded:
+        function()
+        _wait(device)
+    order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    print(recorded.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=50))
 
 
 def _time(functions: Sequence[Callable], args: argparse.Namespace, device: torch.device) -> list[list[float]]:
@@ -135,10 +190,12 @@ def _parse() -> tuple[argparse.Namespace, Config]:
     parser = make_parser("benchmark.py", __doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     own = parser.add_argument_group("benchmark")
-    own.add_argument("what", nargs="?", default="inference", choices=("inference", "train"), help="what to time")
+    own.add_argument("what", nargs="?", default="inference", choices=("inference", "train", "op"), help="what to time")
     for name, default, text in (("num", 300, "timed iterations"), ("warm", 5, "iterations before that are not counted")):
         own.add_argument(f"--{name}_iters", f"--{name}-iters", type=int, default=default, help=f"{text} ({default})")
     own.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="noise of this size instead of the data set")
+    own.add_argument("--against_reference", action="store_true", help="the same with the attention operator in plain PyTorch too")
+    own.add_argument("--profile", action="store_true", help="what the time of one iteration goes to")
     args, config = parse_with_config(parser, None, batch_size=1)
     if args.num_iters < 1 or args.warm_iters < 0 or (args.size and min(args.size) < 1):
         raise UserError("--num_iters and --size must be above 0, --warm_iters not negative")

@@ -24,6 +24,7 @@ from datasets.loader import Prefetcher, build_loader
 from datasets.samplers import EvalBatches, TrainBatches
 from engine import Evaluation, evaluate, train_one_epoch
 from models import build_model
+from models.ops import backends
 from util.checkpoint import load_state, random_state, read_checkpoint, restore_training, save_training, write_atomically
 from util.config import Config, check_trainable, parse_config
 from util.distributed import equalise_buffers, gather_on_main, is_main, process_group, rank, world_size
@@ -39,7 +40,16 @@ def main(config: Config) -> None:
         start_logging()
         announce(config, device)
         seed_everything(config.run.seed + rank())
+        check_operator(device)
         (evaluate_only if config.run.eval else train)(config, device)
+
+
+def check_operator(device: torch.device) -> None:
+    """The attention kernels' own comparison with the reference, before anything is read: nobody trains on broken ones."""
+    try:
+        backends.choose(None, device)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(str(error)) from error
 
 
 def evaluate_only(config: Config, device: torch.device) -> None:

@@ -71,7 +71,7 @@ def test_libraries_that_are_not_there_or_stale_are_not_loaded(tmp_path, monkeypa
     (tmp_path / "_cpu.so").write_bytes(b"not a library")
     (tmp_path / "_cpu.json").write_text('{"sources": "old"}')
     assert "built from other sources" in missing("cpu")
-    (tmp_path / "_cpu.json").write_text(f'{{"sources": "{compiled.hash_of_sources()}"}}')
+    (tmp_path / "_cpu.json").write_text(f'{{"sources": "{compiled.hash_of_sources("cpu")}"}}')
     assert "can't be loaded" in missing("cpu")
 
 

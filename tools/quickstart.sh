@@ -20,8 +20,6 @@ data=data/$name
 run=exps/$name
 config=(./configs/synthetic.sh --coco_path "$data" --output_dir "$run" --epochs "$epochs" --eval_every 4)
 
-echo "== attention operator"
-sh models/ops/make.sh
 echo "== synthetic data set in $data"
 python -m datasets.synthetic --output_dir "$data" --train_images "$images" --val_images "$val_images" --num_classes 3 --max_objects 4
 if [[ -e $run/log.txt && $(wc -l <"$run/log.txt") -ge $epochs ]]; then

@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# Sourced by quickstart.sh and test.sh: makes .venv with the requirements, once, and again when they change.
+# Sourced by quickstart.sh and test.sh: makes .venv with the requirements, once, and again when they change; then the
+# attention kernels.
 
 if [[ ! -x .venv/bin/python ]]; then
   python=$(command -v python3 || command -v python) || die "there is no python3 on PATH: install Python 3.10 or later"
@@ -15,4 +16,11 @@ if ! cmp -s requirements.txt .venv/installed.txt; then
   python -m pip install --quiet --disable-pip-version-check -r requirements.txt ||
     die "the requirements could not be installed, see above; fix that and run this again: it goes on where it stopped"
   cp requirements.txt .venv/installed.txt
+fi
+
+# The attention kernels, if there is a compiler and they are not built from these sources yet. Without them everything
+# works, slower.
+if ! python -c 'import sys; from models.ops import compiled; sys.exit(compiled.missing("cpu") is not None)'; then
+  echo "== attention kernels"
+  sh models/ops/make.sh || echo "going on without them"
 fi

@@ -31,6 +31,7 @@ from models.ops import backends
 from models.ops.functions import ms_deform_attn, ms_deform_attn_fused
 
 HEADS, CHANNELS, POINTS, DECODER_QUERIES = 8, 32, 4, 300
+TURN = 0.02  # seconds
 TYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -153,31 +154,34 @@ def _step(load: Load, tensors: list[Tensor], grad: Tensor, backend: str) -> Call
     return step
 
 
-def _time(functions: list[Callable], iterations: int, device: torch.device) -> list[list[float]]:
-    """Seconds of every call. On a GPU the calls are recorded as graphs, so that what the host does is not counted."""
+def _time(functions: list[Callable], turns: int, device: torch.device) -> list[list[float]]:
+    """Seconds of a call, once for every turn. On a GPU the calls are recorded as graphs, so that what the host does is not
+    counted. A function is called twice at least in its turn, the first not counted, and short ones for TURN seconds."""
     run = [_recorded(function) for function in functions] if device.type == "cuda" else functions
+    elapsed = _elapsed_on_gpu if device.type == "cuda" else _elapsed
     seconds: list[list[float]] = [[] for _ in run]
-    for iteration in range(iterations + 1):
+    for _ in range(turns):
         for function, times in zip(run, seconds, strict=True):
-            elapsed = _elapsed_on_gpu(function) if device.type == "cuda" else _elapsed(function)
-            if iteration:  # the first one warms up
-                times.append(elapsed)
+            once = elapsed(function, 1)  # warms up
+            times.append(elapsed(function, max(1, int(TURN / once))))
     return seconds
 
 
-def _elapsed(function: Callable) -> float:
+def _elapsed(function: Callable, calls: int) -> float:
     start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - start) / calls
 
 
-def _elapsed_on_gpu(function: Callable) -> float:
+def _elapsed_on_gpu(function: Callable, calls: int) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
-    function()
+    for _ in range(calls):
+        function()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    return start.elapsed_time(end) / 1e3 / calls
 
 
 def _recorded(function: Callable) -> Callable[[], None]:
@@ -261,14 +265,14 @@ def _copy_rate(size: int, device: torch.device) -> float:
 
     run = _recorded(copies)
     run()
-    return 20 * 2 * size / min(_elapsed_on_gpu(run) for _ in range(5))
+    return 20 * 2 * size / min(_elapsed_on_gpu(run, 1) for _ in range(5))
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("benchmark.py op", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", help="cpu or cuda (cuda where there is one)")
     parser.add_argument("--type", default="float32", choices=TYPES, help="of the values (float32)")
-    parser.add_argument("--num_iters", "--num-iters", type=int, default=5, help="timed iterations (5)")
+    parser.add_argument("--num_iters", "--num-iters", type=int, default=5, help="turns of each backend; the median counts (5)")
     parser.add_argument("--size", type=int, nargs=2, action="append", metavar=("HEIGHT", "WIDTH"), help="of images; repeatable")
     parser.add_argument("--batch", type=int, action="append", help="images in a batch; repeatable (1 and 4)")
     options = parser.parse_args(arguments)

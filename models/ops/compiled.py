@@ -39,7 +39,7 @@ def missing(device_type: str) -> str | None:
     if not library.is_file() or not record.is_file():
         return f"the {device_type} kernels are not built ({HOW_TO_BUILD})"
     built_from = build_record(device_type).get("sources")
-    if (FOLDER / "csrc").is_dir() and built_from != hash_of_sources():
+    if (FOLDER / "csrc").is_dir() and built_from != hash_of_sources(device_type):
         return f"{library.name} was built from other sources than these: build again ({HOW_TO_BUILD})"
     try:
         torch.ops.load_library(str(library))
@@ -56,12 +56,12 @@ def build_record(device_type: str) -> dict[str, str]:
         return {}
 
 
-def hash_of_sources() -> str:
-    """Of all files under csrc; a library that was built from others is not loaded."""
-    digest = hashlib.sha256()
-    for path in sorted((FOLDER / "csrc").rglob("*")):
+def hash_of_sources(device_type: str) -> str:
+    """Of what a device's library is built from; one that was built from anything else is not loaded."""
+    sources, digest = FOLDER / "csrc", hashlib.sha256()
+    for path in sorted([*sources.glob("*"), *(sources / device_type).glob("*")]):
         if path.is_file():
-            digest.update(path.relative_to(FOLDER).as_posix().encode() + b"\0" + path.read_bytes())
+            digest.update(path.relative_to(sources).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 

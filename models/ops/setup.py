@@ -106,8 +106,9 @@ class Build(BuildExtension.with_options(no_python_abi_suffix=True)):
             self.record_path(extension).unlink(missing_ok=True)
         super().run()
         for extension in self.extensions:
-            record = {"sources": hash_of_sources(), "torch": torch.__version__, "compiler": compiler()}
-            if extension.name.endswith("_cuda"):
+            device = extension.name.rsplit("_", 1)[-1]
+            record = {"sources": hash_of_sources(device), "torch": torch.__version__, "compiler": compiler()}
+            if device == "cuda":
                 record |= {"toolkit": CUDA_HOME, "architectures": architectures()}
             self.record_path(extension).write_text(json.dumps(record, indent=2) + "\n")
 
@@ -122,12 +123,12 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-def hash_of_sources() -> str:
+def hash_of_sources(device: str) -> str:
     """models/ops/compiled.py's, loaded by its path: the package around it may not be importable here."""
     spec = importlib.util.spec_from_file_location("compiled", HERE / "compiled.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.hash_of_sources()
+    return module.hash_of_sources(device)
 
 
 def compiler() -> str:

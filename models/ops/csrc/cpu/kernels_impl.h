@@ -63,16 +63,53 @@ inline void add_sums(const Vector<A, lanes> (&from)[4], A* to) {
     add_sums<A, lanes / 2>(half, to);
   } else if constexpr (lanes == 4) {
     using Four = Vector<A, 4>;
-    const auto &a = from[0], &b = from[1], &c = from[2], &d = from[3];
-    const Four ab = Four{a[0], b[0], a[1], b[1]} + Four{a[2], b[2], a[3], b[3]};
-    const Four cd = Four{c[0], d[0], c[1], d[1]} + Four{c[2], d[2], c[3], d[3]};
-    const Four all = Four{ab[0], ab[1], cd[0], cd[1]} + Four{ab[2], ab[3], cd[2], cd[3]};
+    const Four ab = DEFORMABLE_SHUFFLE(from[0], from[1], 0, 4, 1, 5) + DEFORMABLE_SHUFFLE(from[0], from[1], 2, 6, 3, 7);
+    const Four cd = DEFORMABLE_SHUFFLE(from[2], from[3], 0, 4, 1, 5) + DEFORMABLE_SHUFFLE(from[2], from[3], 2, 6, 3, 7);
+    const Four all = DEFORMABLE_SHUFFLE(ab, cd, 0, 1, 4, 5) + DEFORMABLE_SHUFFLE(ab, cd, 2, 3, 6, 7);
     store<A, 4, A>(to, load<4>(to) + all);
   } else {
     for (int k = 0; k < 4; ++k)
       for (int lane = 0; lane < lanes; ++lane) to[k] += from[k][lane];
   }
 }
+
+template <class A>
+inline void transpose(Vector<A, 4> (&m)[4]) {
+  using Four = Vector<A, 4>;
+  const Four a = DEFORMABLE_SHUFFLE(m[0], m[1], 0, 4, 1, 5), b = DEFORMABLE_SHUFFLE(m[2], m[3], 0, 4, 1, 5);
+  const Four c = DEFORMABLE_SHUFFLE(m[0], m[1], 2, 6, 3, 7), d = DEFORMABLE_SHUFFLE(m[2], m[3], 2, 6, 3, 7);
+  m[0] = DEFORMABLE_SHUFFLE(a, b, 0, 1, 4, 5), m[1] = DEFORMABLE_SHUFFLE(a, b, 2, 3, 6, 7);
+  m[2] = DEFORMABLE_SHUFFLE(c, d, 0, 1, 4, 5), m[3] = DEFORMABLE_SHUFFLE(c, d, 2, 3, 6, 7);
+}
+
+// Along one axis, the two pixels on either side of sampling points, as vectors over queries.
+template <class A>
+struct Side {
+  static constexpr int lanes = kNative<A> < kQueries ? kNative<A> : kQueries;
+  using Integer = std::conditional_t<std::is_same_v<A, double>, int64_t, int32_t>;
+  using Reals = Vector<A, lanes>;
+  using Integers = Vector<Integer, lanes>;
+
+  Integers first_index, second_index;
+  Reals first_share, second_share;  // of the sample; 0 outside the map
+  Reals first_slope, second_slope;  // of those, per pixel
+
+  Side(const Reals& position, const Integers& inside, Integer last) {
+    Integers floor = __builtin_convertvector(position, Integers);
+    floor += position < __builtin_convertvector(floor, Reals);
+    const Reals fraction = position - __builtin_convertvector(floor, Reals);
+    const Integers has_first = inside & (floor >= 0), has_second = inside & (floor < last);
+    // A pixel outside is replaced by its neighbour, which belongs to the same sample, with no share: NaN shows only
+    // where it belongs, although an infinite value at the border shows as NaN.
+    first_index = floor & has_first;
+    second_index = has_second ? floor + 1 : first_index;
+    first_index = has_first ? first_index : second_index;
+    first_share = has_first ? 1 - fraction : Reals{};
+    second_share = has_second ? fraction : Reals{};
+    first_slope = __builtin_convertvector(has_first, Reals);
+    second_slope = -__builtin_convertvector(has_second, Reals);
+  }
+};
 
 // The samples of up to sixteen queries for one head and a range of levels. Sample j of query i stands at [j * 16 + i].
 template <class A>
@@ -93,22 +130,19 @@ class Samples {
   }
 
   int64_t count() const { return count_; }  // samples of a query
-  bool seen(int64_t at) const { return seen_[at]; }
+  bool seen(int64_t at) const { return seen_[at]; }  // has a share in the output
   int32_t corner(int k, int64_t at) const { return corner_[k][at]; }
   A factor(int k, int64_t at) const { return factor_[k][at]; }
 
-  // Reads queries [query, query + number) of image b. `origin` is the first level's first pixel.
+  // Reads queries [query, query + number) of image b.
   void read(const Inputs& in, int64_t b, int64_t query, int number, int64_t head) {
-    const int64_t all = problem_.samples();
-    for (int i = 0; i < number; ++i) {
-      const int64_t row = ((b * problem_.queries + query + i) * problem_.heads + head) * all + first_ * problem_.points;
-      if constexpr (std::is_same_v<A, float>) {
-        if (in.raw == Type::float16) read_row<float16>(in, row, i);
-        else if (in.raw == Type::bfloat16) read_row<bfloat16>(in, row, i);
-        else read_row<float>(in, row, i);
-      } else {
-        read_row<double>(in, row, i);
-      }
+    const int64_t first = row_of(b, query, head) + first_ * problem_.points;
+    if constexpr (std::is_same_v<A, float>) {
+      if (in.raw == Type::float16) read_rows<float16>(in, first, number);
+      else if (in.raw == Type::bfloat16) read_rows<bfloat16>(in, first, number);
+      else read_rows<float>(in, first, number);
+    } else {
+      read_rows<double>(in, first, number);
     }
     read_reference(in, b, query, number);
   }
@@ -169,38 +203,97 @@ class Samples {
 
   // What `gradients` left, in the type that the inputs had.
   void write_gradients(const Inputs& in, const Gradients& to, int64_t b, int64_t query, int number, int64_t head) const {
-    for (int i = 0; i < number; ++i) {
-      const int64_t row = ((b * problem_.queries + query + i) * problem_.heads + head) * count_;
-      if constexpr (std::is_same_v<A, float>) {
-        if (in.raw == Type::float16) write_row<float16>(to, row, i);
-        else if (in.raw == Type::bfloat16) write_row<bfloat16>(to, row, i);
-        else write_row<float>(to, row, i);
-      } else {
-        write_row<double>(to, row, i);
-      }
+    const int64_t first = row_of(b, query, head);
+    if constexpr (std::is_same_v<A, float>) {
+      if (in.raw == Type::float16) write_rows<float16>(to, first, number);
+      else if (in.raw == Type::bfloat16) write_rows<bfloat16>(to, first, number);
+      else write_rows<float>(to, first, number);
+    } else {
+      write_rows<double>(to, first, number);
     }
   }
 
  private:
+  static constexpr int kLanes = Side<A>::lanes;
+  using Integer = typename Side<A>::Integer;
+  using Reals = typename Side<A>::Reals;
+  using Integers = typename Side<A>::Integers;
+
+  // The first sample of a query and head, and how far on that of the next query is.
+  int64_t row_of(int64_t b, int64_t query, int64_t head) const {
+    return ((b * problem_.queries + query) * problem_.heads + head) * problem_.samples();
+  }
+  int64_t row_stride() const { return problem_.heads * problem_.samples(); }
+
+  // Memory has a query's samples side by side, the arrays here have a sample of all queries so: four by four, rows
+  // become columns. Behind the last query it is read again.
   template <class R>
-  void read_row(const Inputs& in, int64_t row, int i) {
-    const R* xy = static_cast<const R*>(in.locations) + 2 * row;
-    const R* weights = static_cast<const R*>(in.weights) + row;
-    for (int64_t j = 0, at = i; j < count_; ++j, at += kQueries) {
-      raw_x_[at] = load_one(xy + 2 * j);
-      raw_y_[at] = load_one(xy + 2 * j + 1);
-      weight_[at] = load_one(weights + j);
+  void read_rows(const Inputs& in, int64_t first, int number) {
+    for (int i = 0; i < number; i += 4) {
+      const R *xy[4], *weights[4];
+      for (int k = 0; k < 4; ++k) {
+        const int64_t row = first + std::min(i + k, number - 1) * row_stride();
+        xy[k] = static_cast<const R*>(in.locations) + 2 * row;
+        weights[k] = static_cast<const R*>(in.weights) + row;
+      }
+      int64_t j = 0;
+      if constexpr (kLanes >= 4) {
+        for (; j + 4 <= count_; j += 4) {
+          Vector<A, 4> first_two[4], last_two[4], four[4];  // x, y, x, y; then the weights
+          for (int k = 0; k < 4; ++k) {
+            first_two[k] = load<4>(xy[k] + 2 * j);
+            last_two[k] = load<4>(xy[k] + 2 * j + 4);
+            four[k] = load<4>(weights[k] + j);
+          }
+          transpose<A>(first_two), transpose<A>(last_two), transpose<A>(four);
+          for (int k = 0; k < 4; ++k) {
+            auto& to = k % 2 ? raw_y_ : raw_x_;
+            store<A, 4, A>(&to[(j + k / 2) * kQueries + i], first_two[k]);
+            store<A, 4, A>(&to[(j + 2 + k / 2) * kQueries + i], last_two[k]);
+            store<A, 4, A>(&weight_[(j + k) * kQueries + i], four[k]);
+          }
+        }
+      }
+      for (; j < count_; ++j)
+        for (int k = 0; k < 4; ++k) {
+          raw_x_[j * kQueries + i + k] = load_one(xy[k] + 2 * j);
+          raw_y_[j * kQueries + i + k] = load_one(xy[k] + 2 * j + 1);
+          weight_[j * kQueries + i + k] = load_one(weights[k] + j);
+        }
     }
   }
 
   template <class R>
-  void write_row(const Gradients& to, int64_t row, int i) const {
-    R* xy = static_cast<R*>(to.locations) + 2 * row;
-    R* weights = static_cast<R*>(to.weights) + row;
-    for (int64_t j = 0, at = i; j < count_; ++j, at += kQueries) {
-      store_one<R, A>(xy + 2 * j, raw_x_[at]);
-      store_one<R, A>(xy + 2 * j + 1, raw_y_[at]);
-      store_one<R, A>(weights + j, weight_[at]);
+  void write_rows(const Gradients& to, int64_t first, int number) const {
+    for (int i = 0; i < number; i += 4) {
+      R* xy = static_cast<R*>(to.locations) + 2 * (first + i * row_stride());
+      R* weights = static_cast<R*>(to.weights) + first + i * row_stride();
+      const int rows = std::min(4, number - i);
+      int64_t j = 0;
+      if constexpr (kLanes >= 4) {
+        for (; rows == 4 && j + 4 <= count_; j += 4) {
+          Vector<A, 4> first_two[4], last_two[4], four[4];
+          for (int k = 0; k < 4; ++k) {
+            const auto& from = k % 2 ? raw_y_ : raw_x_;
+            first_two[k] = load<4>(&from[(j + k / 2) * kQueries + i]);
+            last_two[k] = load<4>(&from[(j + 2 + k / 2) * kQueries + i]);
+            four[k] = load<4>(&weight_[(j + k) * kQueries + i]);
+          }
+          transpose<A>(first_two), transpose<A>(last_two), transpose<A>(four);
+          for (int k = 0; k < 4; ++k) {
+            store<R, 4, A>(xy + 2 * (k * row_stride() + j), first_two[k]);
+            store<R, 4, A>(xy + 2 * (k * row_stride() + j) + 4, last_two[k]);
+            store<R, 4, A>(weights + k * row_stride() + j, four[k]);
+          }
+        }
+      }
+      for (; j < count_; ++j)
+        for (int k = 0; k < rows; ++k) {
+          const int64_t at = j * kQueries + i + k;
+          store_one<R, A>(xy + 2 * (k * row_stride() + j), raw_x_[at]);
+          store_one<R, A>(xy + 2 * (k * row_stride() + j) + 1, raw_y_[at]);
+          store_one<R, A>(weights + k * row_stride() + j, weight_[at]);
+        }
     }
   }
 
@@ -223,54 +316,47 @@ class Samples {
     }
   }
 
+  // Sample j of all sixteen queries. Comparisons of vectors give masks: -1 where they hold, 0 elsewhere.
   template <bool for_gradients>
   void locate_sample(const Level& level, int64_t origin, int64_t l, int64_t j) {
-    const A width = level.width, height = level.height;
-    const int32_t last_x = level.width - 1, last_y = level.height - 1, row = level.width;
-    const int32_t start = static_cast<int32_t>(level.start - origin);
-    const bool empty = level.width == 0 || level.height == 0;
-    const A *shift_x = &shift_x_[l * kQueries], *scale_x = &scale_x_[l * kQueries];
-    const A *shift_y = &shift_y_[l * kQueries], *scale_y = &scale_y_[l * kQueries];
-    const int64_t first = j * kQueries;
-    const A *raw_x = &raw_x_[first], *raw_y = &raw_y_[first], *weight = &weight_[first];
-#pragma GCC ivdep
-    for (int i = 0; i < kQueries; ++i) {
-      const int64_t at = first + i;
-      A x = shift_x[i] + raw_x[i] * scale_x[i];
-      A y = shift_y[i] + raw_y[i] * scale_y[i];
+    if (level.width == 0 || level.height == 0) {
+      std::fill_n(&seen_[j * kQueries], kQueries, 0);
+      return;
+    }
+    for (int i = 0; i < kQueries; i += kLanes) {
+      const int64_t at = j * kQueries + i, around = l * kQueries + i;
+      const Reals weight = load<kLanes>(&weight_[at]);
+      const Reals x = load<kLanes>(&shift_x_[around]) + load<kLanes>(&raw_x_[at]) * load<kLanes>(&scale_x_[around]);
+      const Reals y = load<kLanes>(&shift_y_[around]) + load<kLanes>(&raw_y_[at]) * load<kLanes>(&scale_y_[around]);
       // NaN is not inside, and nothing is converted to an integer before it is known to fit one
-      const bool inside = !empty & (x > -1) & (x < width) & (y > -1) & (y < height);
-      x = inside ? x : 0;
-      y = inside ? y : 0;
-      int32_t x0 = static_cast<int32_t>(x), y0 = static_cast<int32_t>(y);
-      x0 -= x < x0;
-      y0 -= y < y0;
-      const A fx = x - x0, fy = y - y0;
-      const bool left = inside & (x0 >= 0), right = inside & (x0 < last_x);
-      const bool top = inside & (y0 >= 0), bottom = inside & (y0 < last_y);
-      const A left_share = left ? 1 - fx : 0, right_share = right ? fx : 0;
-      const A top_share = top ? 1 - fy : 0, bottom_share = bottom ? fy : 0;
-      // A corner outside is replaced by its neighbour, which belongs to the same sample, with no share: NaN shows only
-      // where it belongs, although an infinite value at the border shows as NaN.
-      const int32_t x_left = left ? x0 : 0, x_right = right ? x0 + 1 : (left ? x0 : 0);
-      const int32_t y_top = (top ? y0 : 0) * row + start, y_bottom = (bottom ? y0 + 1 : (top ? y0 : 0)) * row + start;
-      corner_[0][at] = y_top + x_left;
-      corner_[1][at] = y_top + x_right;
-      corner_[2][at] = y_bottom + x_left;
-      corner_[3][at] = y_bottom + x_right;
-      factor_[0][at] = weight[i] * top_share * left_share;
-      factor_[1][at] = weight[i] * top_share * right_share;
-      factor_[2][at] = weight[i] * bottom_share * left_share;
-      factor_[3][at] = weight[i] * bottom_share * right_share;
+      const Integers inside = (x > -1) & (x < A(level.width)) & (y > -1) & (y < A(level.height));
+      const Side<A> across(inside ? x : Reals{}, inside, level.width - 1);
+      const Side<A> down(inside ? y : Reals{}, inside, level.height - 1);
+      const Integers start = Integers{} + static_cast<Integer>(level.start - origin);
+      const Integers upper = start + down.first_index * level.width, lower = start + down.second_index * level.width;
+      put(corner_[0], at, upper + across.first_index);
+      put(corner_[1], at, upper + across.second_index);
+      put(corner_[2], at, lower + across.first_index);
+      put(corner_[3], at, lower + across.second_index);
+      put(factor_[0], at, weight * down.first_share * across.first_share);
+      put(factor_[1], at, weight * down.first_share * across.second_share);
+      put(factor_[2], at, weight * down.second_share * across.first_share);
+      put(factor_[3], at, weight * down.second_share * across.second_share);
       // a weight that is not finite shows in the output although its sample lies outside
-      seen_[at] = inside | (!empty & !(weight[i] * 0 == 0));
+      put(seen_, at, inside | ~(weight * 0 == 0));
       if constexpr (for_gradients) {
-        share_x_[0][at] = left_share, share_x_[1][at] = right_share;
-        share_y_[0][at] = top_share, share_y_[1][at] = bottom_share;
-        slope_x_[0][at] = left ? -1 : 0, slope_x_[1][at] = right ? 1 : 0;
-        slope_y_[0][at] = top ? -1 : 0, slope_y_[1][at] = bottom ? 1 : 0;
+        put(share_x_[0], at, across.first_share), put(share_x_[1], at, across.second_share);
+        put(share_y_[0], at, down.first_share), put(share_y_[1], at, down.second_share);
+        put(slope_x_[0], at, across.first_slope), put(slope_x_[1], at, across.second_slope);
+        put(slope_y_[0], at, down.first_slope), put(slope_y_[1], at, down.second_slope);
       }
     }
+  }
+
+  static void put(std::vector<A>& to, int64_t at, const Reals& reals) { store<A, kLanes, A>(&to[at], reals); }
+  static void put(std::vector<int32_t>& to, int64_t at, const Integers& integers) {
+    const auto narrow = __builtin_convertvector(integers, Vector<int32_t, kLanes>);
+    std::memcpy(&to[at], &narrow, sizeof(narrow));
   }
 
   // From here on share_x_[0] holds the gradient of the weight, slope_x_[0] and slope_y_[0] those of the pixel.
@@ -316,7 +402,7 @@ class Samples {
   std::vector<A> shift_x_, shift_y_, scale_x_, scale_y_;  // per level and query
   std::vector<int32_t> corner_[4];
   std::vector<A> factor_[4];
-  std::vector<uint8_t> seen_;
+  std::vector<int32_t> seen_;
   std::vector<A> share_x_[2], share_y_[2], slope_x_[2], slope_y_[2];
 };
 

@@ -15,6 +15,14 @@ struct bfloat16 {
   uint16_t bits;
 };
 
+// Four elements chosen from two vectors of four, counted through both.
+#if defined(__clang__) || __GNUC__ >= 12
+#define DEFORMABLE_SHUFFLE(one, two, ...) __builtin_shufflevector(one, two, __VA_ARGS__)
+#else
+#define DEFORMABLE_SHUFFLE(one, two, ...) \
+  __builtin_shuffle(one, two, Vector<std::conditional_t<sizeof(one[0]) == 8, int64_t, int32_t>, 4>{__VA_ARGS__})
+#endif
+
 // The accumulation type of a value's type.
 template <class T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
