@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
+from models.ops.linear import TokenLinear
 from models.ops.modules import MSDeformAttn
 from models.token_batch import TokenBatch
 
@@ -22,9 +24,9 @@ class DeformableTransformerEncoderLayer(nn.Module):
         self.self_attn = MSDeformAttn(d_model, n_levels, n_heads, n_points)
         self.dropout1 = nn.Dropout(dropout)
         self.norm1 = nn.LayerNorm(d_model)
-        self.linear1 = nn.Linear(d_model, d_ffn)
+        self.linear1 = TokenLinear(d_model, d_ffn)
         self.dropout2 = nn.Dropout(dropout)
-        self.linear2 = nn.Linear(d_ffn, d_model)
+        self.linear2 = TokenLinear(d_ffn, d_model)
         self.dropout3 = nn.Dropout(dropout)
         self.norm2 = nn.LayerNorm(d_model)
         self.drop_path = StochasticDepth(drop_path, "row")
@@ -39,7 +41,8 @@ class DeformableTransformerEncoderLayer(nn.Module):
         return batch.with_tokens(x)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        return self.linear2(self.dropout2(F.relu(self.linear1(x))))
+        hidden = F.relu(self.linear1(x), inplace=not torch.is_grad_enabled())  # new memory costs more than the sums
+        return self.linear2(self.dropout2(hidden))
 
 
 class DeformableTransformerEncoder(nn.Module):
