@@ -148,7 +148,7 @@ def test_sanitizers_would_find_something(copy, tmp_path, sanitizer):
     """A planted mistake, so that the test above can fail."""
     source = copy / "csrc" / "cpu" / "kernels_impl.h"
     text = source.read_text()
-    planted = text.replace("corner_[3][at] = y_bottom + x_right;", "corner_[3][at] = y_bottom + x_right + 9;")
+    planted = text.replace("lower + across.second_index", "lower + across.second_index + 9")
     assert planted != text
     source.write_text(planted)
     done = make(copy, MS_DEFORM_ATTN_CFLAGS="-fsanitize=address", MS_DEFORM_ATTN_DEVICES="cpu")

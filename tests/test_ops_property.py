@@ -11,6 +11,8 @@ import math
 
 import pytest
 import torch
+
+pytest.importorskip("hypothesis")  # a machine with a GPU and without a network may lack it
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -11,7 +11,7 @@ namespace {
 #include "types.h"
 
 constexpr int kQueries = 16;
-constexpr int kWide = 32;                          // channels that are kept in registers at once
+constexpr int kWide = 32;                            // channels that are kept in registers at once
 constexpr int64_t kScratchBytes = int64_t{8} << 20;  // of a level's gradient, per thread; see backward_value
 
 template <class A>
@@ -129,8 +129,8 @@ class Samples {
       for (int side = 0; side < 2; ++side) each[side].resize(size);
   }
 
-  int64_t count() const { return count_; }  // samples of a query
-  bool seen(int64_t at) const { return seen_[at]; }  // has a share in the output
+  int64_t count() const { return count_; }           // samples of a query
+  bool seen(int64_t at) const { return seen_[at]; }  // does it have a share in the output?
   int32_t corner(int k, int64_t at) const { return corner_[k][at]; }
   A factor(int k, int64_t at) const { return factor_[k][at]; }
 
@@ -319,10 +319,7 @@ class Samples {
   // Sample j of all sixteen queries. Comparisons of vectors give masks: -1 where they hold, 0 elsewhere.
   template <bool for_gradients>
   void locate_sample(const Level& level, int64_t origin, int64_t l, int64_t j) {
-    if (level.width == 0 || level.height == 0) {
-      std::fill_n(&seen_[j * kQueries], kQueries, 0);
-      return;
-    }
+    if (level.width == 0 || level.height == 0) return leave_out(j, for_gradients);
     for (int i = 0; i < kQueries; i += kLanes) {
       const int64_t at = j * kQueries + i, around = l * kQueries + i;
       const Reals weight = load<kLanes>(&weight_[at]);
@@ -351,6 +348,14 @@ class Samples {
         put(slope_y_[0], at, down.first_slope), put(slope_y_[1], at, down.second_slope);
       }
     }
+  }
+
+  // A sample of an empty level.
+  void leave_out(int64_t j, bool for_gradients) {
+    std::fill_n(&seen_[j * kQueries], kQueries, 0);
+    if (!for_gradients) return;
+    for (auto* each : {share_x_, share_y_, slope_x_, slope_y_})
+      for (int side = 0; side < 2; ++side) std::fill_n(&each[side][j * kQueries], kQueries, A(0));
   }
 
   static void put(std::vector<A>& to, int64_t at, const Reals& reals) { store<A, kLanes, A>(&to[at], reals); }
