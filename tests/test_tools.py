@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -15,9 +16,18 @@ def test_operator_commands_word_for_word():
     result = run("bash", "-c", "cd ./models/ops && sh ./make.sh && python test.py")
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert lines[0].startswith("ms_deform_attn")
-    assert len(lines) >= 10
-    assert all(line.startswith("True ") for line in lines[1:])
+    if shutil.which("c++"):
+        assert any(line.startswith("built the cpu kernels: ") for line in lines)
+    checks = [line for line in lines if line.startswith("* ")]
+    assert all(line.startswith("* True check_") for line in checks)
+    published = [
+        "check_forward_equal_with_pytorch_double: max_abs_err",
+        "check_forward_equal_with_pytorch_float: max_abs_err",
+        *(f"check_gradient_numerical(D={channels})" for channels in (30, 32, 64, 71, 1025, 2048, 3096)),
+    ]
+    for backend in ("compiled", "reference") if shutil.which("c++") else ("reference",):
+        of_it = [line for line in checks if line.endswith(f"(cpu, {backend})")]
+        assert all(wanted in line for wanted, line in zip(published, of_it, strict=True))
 
 
 def test_operator_self_test_fails_when_the_operator_is_wrong(monkeypatch, capsys):
@@ -28,7 +38,7 @@ def test_operator_self_test_fails_when_the_operator_is_wrong(monkeypatch, capsys
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     right = module.ms_deform_attn
-    monkeypatch.setattr(module, "ms_deform_attn", lambda *args: right(*args) * (1 + 1e-3))
+    monkeypatch.setattr(module, "ms_deform_attn", lambda *args, **options: right(*args, **options) * (1 + 1e-3))
     assert module.main() == 1
     assert "False" in capsys.readouterr().out
 
@@ -43,6 +53,26 @@ def test_benchmark_with_a_size(flags):
     assert "batch 2 of 64 x 80" in result.stdout
     assert "images/s" in result.stdout
     assert ("times as long as --bf 0" in result.stdout) == ("train" in flags)
+
+
+def test_benchmark_of_the_operator():
+    flags = ("--num_iters", "1", "--size", "64", "80", "--batch", "2", "--device", "cpu")
+    result = run(sys.executable, "benchmark.py", "op", *flags)
+    assert result.returncode == 0, result.stderr
+    for load in ("encoder 64 x 80, batch 2, around", "decoder 64 x 80, batch 2, from offsets", "batch 2, scattered"):
+        assert load in result.stdout
+    rows = [line.split() for line in result.stdout.splitlines() if line.startswith("    reference")]
+    assert rows
+    assert all(row[3] == row[6] == "1.0x" and row[8] == "MiB" for row in rows)
+
+
+def test_benchmark_against_the_plain_operator():
+    flags = ("--num_iters", "1", "--warm_iters", "0", "--size", "64", "80", "--device", "cpu", "--against_reference", "--profile")
+    for what in ("inference", "train"):
+        result = run(sys.executable, "benchmark.py", what, *SMALL_MODEL, *flags, env={"MS_DEFORM_ATTN_BACKEND": ""})
+        assert result.returncode == 0, result.stderr
+        assert "of the time that it takes with the operator in plain PyTorch" in result.stdout
+        assert "Self CPU time total" in result.stdout
 
 
 def test_benchmark_on_a_data_set_with_a_checkpoint(tmp_path):
