@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to pictures: environment, synthetic data, a small Deformable DETR with BatchFormerV2 trained on it,
-# its evaluation, a curve of the run, and its detections beside the ground truth. About a quarter of an hour on two CPU cores after
+# its evaluation, a curve of the run, and its detections beside the ground truth. About ten minutes on two CPU cores after
 # the installation. Run it again and it goes on from what is there.
 #   ./tools/quickstart.sh           the whole of it
 #   ./tools/quickstart.sh --short   the same path in a minute, too short to learn anything

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -130,9 +131,16 @@ def _softmax(logits_BQMLP: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _sizes(shapes: Shapes, like: Tensor) -> Tensor:
-    """[L, 2] width, height of the levels, through pinned memory so that nobody waits for the device."""
-    sizes = torch.tensor([[w, h] for h, w in shapes], dtype=like.dtype).view(-1, 2)
-    return sizes.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else sizes.to(like.device)
+    """[L, 2] width, height of the levels, on the device and in the type of `like`."""
+    return _sizes_on(tuple((height, width) for height, width in shapes), like.device, like.dtype)
+
+
+@cache  # for good: a recorded CUDA graph goes on reading it
+def _sizes_on(shapes: tuple[tuple[int, int], ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):  # whoever asks first, others may differentiate
+        sizes = torch.tensor([[w, h] for h, w in shapes], dtype=dtype).view(-1, 2)
+        # through pinned memory nobody waits for the device
+        return sizes.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else sizes.to(device)
 
 
 def _starts(shapes: Shapes) -> list[int]:
