@@ -17,8 +17,9 @@ constexpr int64_t kScratchBytes = int64_t{8} << 20;  // of a level's gradient, p
 template <class A>
 constexpr int kNative = VECTOR_BYTES / sizeof(A);
 
-// work.chunk<lanes, vectors>(first channel) over [0, channels), in the widest chunks that fit. Work is a struct because
-// GCC compiles a lambda for the machine of the command line, whatever the target around it.
+// work.chunk<lanes, vectors>(first channel) over [0, channels), in the widest chunks that fit; what is left over is a last
+// vector of which some lanes are not used. Work is a struct because GCC compiles a lambda for the machine of the command
+// line, whatever the target around it.
 template <class A, class Work>
 inline void over_channels(int64_t channels, const Work& work) {
   constexpr int native = kNative<A>;
@@ -29,7 +30,8 @@ inline void over_channels(int64_t channels, const Work& work) {
     for (; c + 8 <= channels; c += 8) work.template chunk<8, 1>(c);
   if constexpr (native > 4)
     for (; c + 4 <= channels; c += 4) work.template chunk<4, 1>(c);
-  for (; c < channels; ++c) work.template chunk<1, 1>(c);
+  constexpr int last = native < 4 ? native : 4;
+  if (c < channels) work.template chunk<last, 1, true>(c, static_cast<int>(channels - c));
 }
 
 // exp for x <= 0, by 2^n * exp(r) with |r| <= ln(2) / 2 and Taylor's polynomial; in loops it becomes vectors.
@@ -421,18 +423,18 @@ struct Gather {
   int64_t stride;  // from token to token
   T* out;
 
-  template <int lanes, int vectors>
-  void chunk(int64_t c) const {
+  template <int lanes, int vectors, bool partial = false>
+  void chunk(int64_t c, int used = lanes) const {
     Vector<A, lanes> total[vectors] = {};
     for (int64_t j = 0, at = i; j < samples.count(); ++j, at += kQueries) {
       if (!samples.seen(at)) continue;
       for (int k = 0; k < 4; ++k) {
         const T* from = value + samples.corner(k, at) * stride + c;
         const A factor = samples.factor(k, at);
-        for (int v = 0; v < vectors; ++v) total[v] += factor * load<lanes>(from + v * lanes);
+        for (int v = 0; v < vectors; ++v) total[v] += factor * load<lanes, partial>(from + v * lanes, used);
       }
     }
-    for (int v = 0; v < vectors; ++v) store<T, lanes, A>(out + c + v * lanes, total[v]);
+    for (int v = 0; v < vectors; ++v) store<T, lanes, A, partial>(out + c + v * lanes, total[v], used);
   }
 };
 
@@ -468,16 +470,16 @@ struct Dots {
   int64_t stride;
   A* dots;  // four for every sample
 
-  template <int lanes, int vectors>
-  void chunk(int64_t c) const {
+  template <int lanes, int vectors, bool partial = false>
+  void chunk(int64_t c, int used = lanes) const {
     Vector<A, lanes> given[vectors];
-    for (int v = 0; v < vectors; ++v) given[v] = load<lanes>(grad + c + v * lanes);
+    for (int v = 0; v < vectors; ++v) given[v] = load<lanes, partial>(grad + c + v * lanes, used);
     for (int64_t j = 0, at = i; j < samples.count(); ++j, at += kQueries) {
       if (!samples.seen(at)) continue;
       Vector<A, lanes> products[4];
       for (int k = 0; k < 4; ++k) {
         const T* from = value + samples.corner(k, at) * stride + c;
-        products[k] = given[0] * load<lanes>(from);
+        products[k] = given[0] * load<lanes, partial>(from, used);
         for (int v = 1; v < vectors; ++v) products[k] += given[v] * load<lanes>(from + v * lanes);
       }
       add_sums<A, lanes>(products, dots + 4 * at);
@@ -543,16 +545,19 @@ struct Scatter {
   A* total;
   int64_t stride;
 
-  template <int lanes, int vectors>
-  void chunk(int64_t c) const {
+  template <int lanes, int vectors, bool partial = false>
+  void chunk(int64_t c, int used = lanes) const {
     Vector<A, lanes> given[vectors];
-    for (int v = 0; v < vectors; ++v) given[v] = load<lanes>(grad + c + v * lanes);
+    for (int v = 0; v < vectors; ++v) given[v] = load<lanes, partial>(grad + c + v * lanes, used);
     for (int64_t j = 0, at = i; j < samples.count(); ++j, at += kQueries) {
       if (!samples.seen(at)) continue;
       for (int k = 0; k < 4; ++k) {
         A* to = total + samples.corner(k, at) * stride + c;
         const A factor = samples.factor(k, at);
-        for (int v = 0; v < vectors; ++v, to += lanes) store<A, lanes, A>(to, load<lanes>(to) + factor * given[v]);
+        for (int v = 0; v < vectors; ++v, to += lanes) {
+          const Vector<A, lanes> sum = load<lanes, partial>(to, used) + factor * given[v];
+          store<A, lanes, A, partial>(to, sum, used);
+        }
       }
     }
   }
@@ -563,10 +568,12 @@ struct Convert {
   const Accumulator<T>* from;
   T* to;
 
-  template <int lanes, int vectors>
-  void chunk(int64_t c) const {
-    for (int v = 0; v < vectors; ++v)
-      store<T, lanes, Accumulator<T>>(to + c + v * lanes, load<lanes>(from + c + v * lanes));
+  template <int lanes, int vectors, bool partial = false>
+  void chunk(int64_t c, int used = lanes) const {
+    for (int v = 0; v < vectors; ++v) {
+      const auto sums = load<lanes, partial>(from + c + v * lanes, used);
+      store<T, lanes, Accumulator<T>, partial>(to + c + v * lanes, sums, used);
+    }
   }
 };
 

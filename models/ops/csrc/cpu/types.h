@@ -35,37 +35,54 @@ inline To bits_as(const From& from) {
   return to;
 }
 
-template <class V>
-inline V load_raw(const void* from) {
-  V vector;
-  std::memcpy(&vector, from, sizeof(vector));
+// `lanes` elements; of a partial vector the first `used`, fewer than all but at least one, and zeros.
+template <class Element, int lanes, bool partial>
+inline Vector<Element, lanes> load_raw(const void* from, int used) {
+  Vector<Element, lanes> vector = {};
+  if constexpr (partial && lanes > 1) {
+    const Element* elements = static_cast<const Element*>(from);
+    for (int i = 0; i < lanes - 1; ++i)
+      if (i < used) std::memcpy(reinterpret_cast<Element*>(&vector) + i, elements + i, sizeof(Element));
+  } else {
+    std::memcpy(&vector, from, sizeof(vector));
+  }
   return vector;
 }
 
+template <class Element, int lanes, bool partial>
+inline void store_raw(void* to, const Vector<Element, lanes>& vector, int used) {
+  if constexpr (partial && lanes > 1) {
+    for (int i = 0; i < lanes - 1; ++i)
+      if (i < used) static_cast<Element*>(to)[i] = vector[i];
+  } else {
+    std::memcpy(to, &vector, sizeof(vector));
+  }
+}
+
 // `lanes` elements of T as accumulators.
-template <int lanes, class T>
-inline Vector<Accumulator<T>, lanes> load(const T* from) {
+template <int lanes, bool partial = false, class T>
+inline Vector<Accumulator<T>, lanes> load(const T* from, int used = lanes) {
   if constexpr (std::is_same_v<T, bfloat16>) {  // the upper half of a float
-    const auto wide = __builtin_convertvector(load_raw<Vector<uint16_t, lanes>>(from), Vector<uint32_t, lanes>);
+    const auto wide = __builtin_convertvector((load_raw<uint16_t, lanes, partial>(from, used)), Vector<uint32_t, lanes>);
     return bits_as<Vector<float, lanes>>(wide << 16);
   } else if constexpr (std::is_same_v<T, float16>) {
     // Exponent and mantissa shifted into place give the number times 2^-112, subnormal ones too; a multiplication
     // rebases. Infinity and NaN get their exponent by hand.
-    const auto wide = __builtin_convertvector(load_raw<Vector<uint16_t, lanes>>(from), Vector<uint32_t, lanes>);
+    const auto wide = __builtin_convertvector((load_raw<uint16_t, lanes, partial>(from, used)), Vector<uint32_t, lanes>);
     const auto magnitude = (wide & 0x7fffu) << 13;
     const auto special = bits_as<Vector<uint32_t, lanes>>(magnitude >= (0x7c00u << 13)) & 0x7f800000u;
     const auto scaled = bits_as<Vector<uint32_t, lanes>>(bits_as<Vector<float, lanes>>(magnitude) * 0x1p112f);
     return bits_as<Vector<float, lanes>>(scaled | special | (wide & 0x8000u) << 16);
   } else {
-    return load_raw<Vector<T, lanes>>(from);
+    return load_raw<T, lanes, partial>(from, used);
   }
 }
 
 // Round to nearest, ties to even; NaN stays NaN.
-template <class T, int lanes, class A>
-inline void store(T* to, const Vector<A, lanes>& accumulator) {
+template <class T, int lanes, class A, bool partial = false>
+inline void store(T* to, const Vector<A, lanes>& accumulator, int used = lanes) {
   if constexpr (std::is_same_v<T, A>) {
-    std::memcpy(to, &accumulator, sizeof(accumulator));
+    store_raw<A, lanes, partial>(to, accumulator, used);
   } else {
     using Bits = Vector<uint32_t, lanes>;
     const Bits bits = bits_as<Bits>(accumulator);
@@ -85,8 +102,7 @@ inline void store(T* to, const Vector<A, lanes>& accumulator) {
       rounded = (rounded & ~is_big) | (0x7c00u & is_big);
       rounded = (rounded & ~is_nan) | (0x7e00u & is_nan);
     }
-    const auto narrow = __builtin_convertvector(rounded | sign, Vector<uint16_t, lanes>);
-    std::memcpy(to, &narrow, sizeof(narrow));
+    store_raw<uint16_t, lanes, partial>(to, __builtin_convertvector(rounded | sign, Vector<uint16_t, lanes>), used);
   }
 }
 
