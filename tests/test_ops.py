@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from models.ops import reference
-from models.ops.functions import MSDeformAttnFunction, ms_deform_attn, ms_deform_attn_core_pytorch
+from models.ops.functions import MSDeformAttnFunction, ms_deform_attn, ms_deform_attn_core_pytorch, ms_deform_attn_fused
 from models.ops.modules import MSDeformAttn
 
 SHAPES = [(6, 4), (3, 2)]
@@ -65,6 +65,22 @@ def test_backward_equals_autograd_through_the_reference():
     got = torch.autograd.grad(ms_deform_attn(value, shapes, locations, weights), leaves, grad)
     for ours, theirs in zip(got, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("coordinates", [2, 4])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_fused_gradients_equal_autograd_through_its_parts(backend, coordinates):
+    """Of the whole way from reference points, offsets and logits, boxes and points outside among them."""
+    value, shapes, locations, weights = inputs(seed=4)
+    around = torch.rand(2, 5, 2, coordinates, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    leaves = [x.requires_grad_() for x in (value, around, 8 * locations - 4, 4 * weights)]
+    plain = reference.fused_forward(leaves[0], shapes, *leaves[1:])
+    out = ms_deform_attn_fused(leaves[0], shapes, *leaves[1:], backend=backend)
+    torch.testing.assert_close(out, plain, atol=1e-12, rtol=0)
+    grad = torch.randn(2, 5, 12, dtype=torch.float64)
+    wanted, got = torch.autograd.grad(plain, leaves, grad), torch.autograd.grad(out, leaves, grad)
+    for ours, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=0)
 
 
 @pytest.mark.parametrize("needs_grad", [True, False])

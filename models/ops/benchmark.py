@@ -158,7 +158,7 @@ def _time(functions: list[Callable], turns: int, device: torch.device) -> list[l
     """Seconds of a call, once for every turn. On a GPU the calls are recorded as graphs, so that what the host does is not
     counted. A function is called twice at least in its turn, the first not counted, and short ones for TURN seconds."""
     run = [_recorded(function) for function in functions] if device.type == "cuda" else functions
-    elapsed = _elapsed_on_gpu if device.type == "cuda" else _elapsed
+    elapsed = elapsed_on_gpu if device.type == "cuda" else _elapsed
     seconds: list[list[float]] = [[] for _ in run]
     for _ in range(turns):
         for function, times in zip(run, seconds, strict=True):
@@ -174,7 +174,8 @@ def _elapsed(function: Callable, calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def _elapsed_on_gpu(function: Callable, calls: int) -> float:
+def elapsed_on_gpu(function: Callable, calls: int) -> float:
+    """Seconds of one call by the GPU's own clock, the mean of several."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(calls):
@@ -265,7 +266,7 @@ def _copy_rate(size: int, device: torch.device) -> float:
 
     run = _recorded(copies)
     run()
-    return 20 * 2 * size / min(_elapsed_on_gpu(run, 1) for _ in range(5))
+    return 20 * 2 * size / min(elapsed_on_gpu(run, 1) for _ in range(5))
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

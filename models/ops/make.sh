@@ -39,10 +39,8 @@ devices=${MS_DEFORM_ATTN_DEVICES:-$(python -c "import setup; print(*setup.device
 for device in $devices; do
   build "$device"
 done
-case $devices in
-  *cuda*) ;;
-  *) if command -v nvcc >/dev/null || [ -n "${CUDA_HOME:-}" ]; then
-       echo "there is a CUDA toolkit, but no GPU: FORCE_CUDA=1 sh ./make.sh builds for CUDA all the same"
-     fi ;;
-esac
+if [ "$devices" = cpu ] && [ -z "${MS_DEFORM_ATTN_DEVICES:-}${FORCE_CUDA:-}" ] &&
+  { command -v nvcc >/dev/null || [ -n "${CUDA_HOME:-}" ]; }; then
+  echo "there is a CUDA toolkit, but no GPU: FORCE_CUDA=1 sh ./make.sh builds for CUDA all the same"
+fi
 exit "$failed"

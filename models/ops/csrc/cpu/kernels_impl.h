@@ -139,13 +139,7 @@ class Samples {
   // Reads queries [query, query + number) of image b.
   void read(const Inputs& in, int64_t b, int64_t query, int number, int64_t head) {
     const int64_t first = row_of(b, query, head) + first_ * problem_.points;
-    if constexpr (std::is_same_v<A, float>) {
-      if (in.raw == Type::float16) read_rows<float16>(in, first, number);
-      else if (in.raw == Type::bfloat16) read_rows<bfloat16>(in, first, number);
-      else read_rows<float>(in, first, number);
-    } else {
-      read_rows<double>(in, first, number);
-    }
+    with_raw_type(in.raw, [&](auto type) { read_rows<decltype(type)>(in, first, number); });
     read_reference(in, b, query, number);
   }
 
@@ -206,13 +200,7 @@ class Samples {
   // What `gradients` left, in the type that the inputs had.
   void write_gradients(const Inputs& in, const Gradients& to, int64_t b, int64_t query, int number, int64_t head) const {
     const int64_t first = row_of(b, query, head);
-    if constexpr (std::is_same_v<A, float>) {
-      if (in.raw == Type::float16) write_rows<float16>(to, first, number);
-      else if (in.raw == Type::bfloat16) write_rows<bfloat16>(to, first, number);
-      else write_rows<float>(to, first, number);
-    } else {
-      write_rows<double>(to, first, number);
-    }
+    with_raw_type(in.raw, [&](auto type) { write_rows<decltype(type)>(to, first, number); });
   }
 
  private:
@@ -220,6 +208,16 @@ class Samples {
   using Integer = typename Side<A>::Integer;
   using Reals = typename Side<A>::Reals;
   using Integers = typename Side<A>::Integers;
+
+  // body(an element of the type that locations and weights are given in). The body may be a lambda, see over_channels,
+  // as long as it does nothing but call.
+  template <class Body>
+  static void with_raw_type(Type raw, const Body& body) {
+    if constexpr (std::is_same_v<A, double>) return body(double{});
+    else if (raw == Type::float16) return body(float16{});
+    else if (raw == Type::bfloat16) return body(bfloat16{});
+    else return body(float{});
+  }
 
   // The first sample of a query and head, and how far on that of the next query is.
   int64_t row_of(int64_t b, int64_t query, int64_t head) const {
