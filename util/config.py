@@ -52,6 +52,7 @@ class OptimConfig:
     lr_drop_epochs: tuple[int, ...] = flag((), "divide them after these epochs instead")
     clip_max_norm: float = flag(0.1, "clip the gradient's norm to this; 0 does not clip")
     sgd: bool = flag(False, "SGD with momentum 0.9 instead of AdamW")
+    ema_decay: float = flag(0.0, "keep an exponential moving average of the weights, with this decay (0.9998, say); 0: none")
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,9 @@ class TransformerConfig:
     enc_n_points: int = flag(4, "sampling points per head and level in the encoder")
     with_box_refine: bool = flag(False, "iterative bounding box refinement")
     two_stage: bool = flag(False, "queries from the encoder's proposals; needs with_box_refine")
+    checkpoint_encoder: bool = flag(
+        False, "compute the encoder's activations again in the backward instead of keeping them: less memory, same gradients"
+    )
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,11 @@ class DataConfig:
         "published (flip, scale, crop), flip (flip and scale) or none (scale only)",
         choices=("published", "flip", "none"),
     )
+    on_bad_image: str = flag(
+        "stop", "stop, or skip an image that can't be read: training takes the next one in its place", choices=("stop", "skip")
+    )
+    max_bad_images: int = flag(100, "with --on_bad_image skip: end the run when a process has met more than so many bad files")
+    max_image_megapixels: float = flag(100.0, "refuse larger images before they are decoded")
 
 
 @dataclass(frozen=True)
@@ -145,10 +154,21 @@ class RunConfig:
     output_dir: str = flag("", "where checkpoints and logs go; nothing is saved without it")
     device: str = flag("", "cuda, cpu, cuda:1, mps; default: cuda where there is one, else cpu")
     seed: int = flag(42, "seed of weights, data order and augmentation")
-    resume: str = flag("", "a checkpoint to go on from or to evaluate: a path or an https address")
+    resume: str = flag(
+        "", "a checkpoint to go on from or to evaluate: a path, an https address, or auto: the newest good one in output_dir"
+    )
     start_epoch: int = flag(0, "first epoch, for a checkpoint that does not say")
     eval: bool = flag(False, "evaluate only")
     eval_every: int = flag(1, "evaluate after every so many epochs, and after the last")
+    save_every: int = flag(0, "save every so many iterations too; 0: after every epoch and on a signal only")
+    keep: int = flag(2, "how many of the last checkpoints are kept, beside those of the published schedule")
+    amp: str = flag("off", "mixed precision: bf16, or fp16 with a gradient scaler", choices=("off", "bf16", "fp16"))
+    deterministic: bool = flag(False, "the same bits in every run on the same machine, or an error that names what can't")
+    on_nan: str = flag(
+        "stop", "stop, or skip a step whose loss or gradient is not finite (its batch is saved)", choices=("stop", "skip")
+    )
+    max_nan_steps: int = flag(10, "with --on_nan skip: end the run after more than so many such steps")
+    dist_timeout: int = flag(1800, "seconds after which a process that is dead or makes no progress ends the whole job")
     save_predictions: bool = flag(False, "write the detections to <output_dir>/predictions.json (COCO results format)")
     log_every: int = flag(10, "steps between log lines; only then are the losses read back from the device")
 
@@ -293,11 +313,12 @@ def _require(condition: bool, message: str) -> None:
 _POSITIVE = (
     "batch_size", "accumulate_steps", "epochs", "lr_drop", "enc_layers", "dec_layers", "dim_feedforward", "hidden_dim",
     "nheads", "num_queries", "dec_n_points", "enc_n_points", "num_classes", "eval_size", "max_size", "num_feature_levels",
-    "log_every", "bt_num_layers", "eval_every", "position_embedding_scale",
+    "log_every", "bt_num_layers", "eval_every", "position_embedding_scale", "keep", "dist_timeout", "max_image_megapixels",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "lr", "lr_backbone", "lr_linear_proj_mult", "weight_decay", "clip_max_norm", "num_workers", "start_epoch", "seed",
     "set_cost_class", "set_cost_bbox", "set_cost_giou", "cls_loss_coef", "bbox_loss_coef", "giou_loss_coef", "focal_alpha",
+    "save_every", "max_bad_images", "max_nan_steps",
 )  # fmt: skip
 
 
@@ -312,7 +333,7 @@ def _check_numbers(config: Config) -> None:
         _require(flags[name] > 0, f"--{name} {flags[name]} must be above 0")
     for name in _NOT_NEGATIVE:
         _require(flags[name] >= 0, f"--{name} {flags[name]} must not be negative")
-    for name in ("dropout", "drop_path"):
+    for name in ("dropout", "drop_path", "ema_decay"):
         _require(0 <= flags[name] < 1, f"--{name} {flags[name]} must lie in [0, 1)")
     drops = config.optim.lr_drop_epochs
     _require(
@@ -401,6 +422,8 @@ def _check_run(config: Config) -> None:
     _require(
         bool(run.output_dir) or not run.save_predictions, "--save_predictions needs --output_dir: the folder to write to"
     )
+    for name, wanted in (("save_every", run.save_every > 0), ("resume auto", run.resume == "auto")):
+        _require(bool(run.output_dir) or not wanted, f"--{name} needs --output_dir: the folder of the checkpoints")
     _require(
         run.eval or run.start_epoch < config.optim.epochs,
         f"--start_epoch {run.start_epoch} must be below --epochs {config.optim.epochs}, else nothing is left to train",

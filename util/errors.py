@@ -1,22 +1,61 @@
-"""The one exception for mistakes that the user can mend."""
+"""How the program ends: mistakes that the user can mend, and the exit codes that launchers and schedulers see.
+
+| code | meaning |
+|---|---|
+| 0 | done |
+| 2 | a mistake in flags, files or data, told in one line |
+| 74 | checkpoints can't be written any more; the earlier ones are intact |
+| 75 | a signal asked to leave: all is saved, start again with --resume auto |
+| 76 | another process died, hung or can't be reached; start again with --resume auto |
+| 130 | interrupted from the keyboard |
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
 
+EXIT_USER_ERROR = 2
+EXIT_NOT_SAVED = 74  # EX_IOERR of sysexits.h
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: the same command again goes on
+EXIT_LOST_PROCESS = 76  # EX_PROTOCOL: the other side failed
+EXIT_INTERRUPTED = 130
+
 
 class UserError(ValueError):
     """A mistake in flags, files or data. Its message is one line that names the culprit and the remedy."""
 
+    exit_code = EXIT_USER_ERROR
+
+
+class NotSavedError(UserError):
+    """Checkpoints can't be written."""
+
+    exit_code = EXIT_NOT_SAVED
+
+
+class LostProcessError(UserError):
+    """Another process of the job is dead, hung or out of reach."""
+
+    exit_code = EXIT_LOST_PROCESS
+
+
+class Preempted(BaseException):
+    """A signal asked the program to leave, and it is ready to. No Exception, so that nobody takes it for a failure."""
+
 
 def run_as_command(command: Callable[[], object]) -> None:
-    """Run `command`; a UserError ends the process with its one line on stderr and exit code 2, without a traceback."""
+    """Run `command`; an end that is no success costs one line on stderr, without a traceback, and its exit code."""
     try:
         command()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        _leave(f"error: {error}", error.exit_code)
+    except Preempted as reason:
+        _leave(str(reason), EXIT_PREEMPTED)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        sys.exit(130)
+        _leave("interrupted", EXIT_INTERRUPTED)
+
+
+def _leave(message: str, code: int) -> None:
+    print(message, file=sys.stderr, flush=True)
+    sys.exit(code)
