@@ -6,8 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,69 +16,115 @@ from torch import Tensor, nn
 from datasets.coco_eval import coco_results, evaluate_boxes, precision_tables
 from datasets.loader import Prefetcher
 from models.criterion import SetCriterion
-from util.checkpoint import write_atomically
-from util.diagnose import first_nonfinite_module
-from util.distributed import broadcast_from_main, gather_on_main, is_main, rank, world_size
-from util.errors import UserError
+from util.diagnose import FiniteWatch, Step, Targets
+from util.distributed import broadcast_from_main, gather_on_main, is_main, world_size
 from util.metrics import MeanOnDevice, Progress, memory_in_use
 from util.nested_tensor import NestedTensor
-from util.optim import clip_gradients, step_if_finite
+from util.optim import Updater
+from util.precision import autocast
+from util.random_state import torch_state
 from util.transfer import HostCopy
+from util.watchdog import note
 
-Targets = Sequence[dict[str, Tensor]]
+
+@dataclass
+class EpochMeans:
+    """The sums of an epoch so far."""
+
+    losses: MeanOnDevice = field(default_factory=MeanOnDevice)
+    norms: MeanOnDevice = field(default_factory=MeanOnDevice)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"losses": self.losses.state_dict(), "norms": self.norms.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.losses.load_state_dict(state["losses"])
+        self.norms.load_state_dict(state["norms"])
+
+    def load_merged(self, states: Sequence[Mapping[str, Any]]) -> None:
+        self.losses.load_merged([state["losses"] for state in states])
+        self.norms.load_merged([state["norms"] for state in states])
+
+    def reset(self) -> None:
+        self.losses, self.norms = MeanOnDevice(), MeanOnDevice()
 
 
 def train_one_epoch(
-    model: nn.Module, criterion: SetCriterion, batches: Prefetcher, optimizer: torch.optim.Optimizer, device: torch.device,
-    epoch: int, *, clip_max_norm: float, accumulate_steps: int, log_every: int, dump_dir: Path | None,
+    model: nn.Module, criterion: SetCriterion, batches: Prefetcher, updater: Updater, device: torch.device, epoch: int, *,
+    watch: FiniteWatch, means: EpochMeans, amp: str = "off", first_step: int = 0, log_every: int = 10,
+    after_step: Callable[[int], None] = lambda step: None,
 ) -> dict[str, float]:  # fmt: skip
-    """Train on every batch once.
+    """Train on the batches that are left of an epoch.
 
     A step waits for the device once, for the matching. Losses are summed on the device and read every `log_every` steps; whether
     they were finite is read one step late, when the answer has arrived with the matching of the next step.
 
     Args:
-        accumulate_steps: batches per optimiser step; their gradients are averaged. Each batch goes through BatchFormerV2 by
-            itself, so this does not give it more images to relate.
-        dump_dir: where the batch is saved that gave a loss or gradient that is not finite; None saves nothing.
+        model: wrapped, if gradients are exchanged.
+        updater: averages gradients over groups of `accumulate_steps` batches. Each batch goes through BatchFormerV2 by itself,
+            so this does not give it more images to relate.
+        watch: looks for losses and gradients that are not finite.
+        means: the sums, with what an interrupted epoch has already.
+        amp: mixed precision of the forward pass.
+        first_step: how many steps of the epoch have been made.
+        after_step: called with the steps made so far; may save, or end the run by an exception.
 
     Returns:
         the epoch's means over all processes, under the published names (without "train_").
 
     Raises:
-        UserError: a loss or gradient was not finite; the weights are those from before that step.
+        UserError: from `watch`; the weights are those from before that step.
     """
     model.train()
     criterion.train()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    losses_seen, norms_seen = MeanOnDevice(), MeanOnDevice()
-    watch = FiniteWatch(model, criterion, epoch, dump_dir)
-    progress = Progress(f"epoch {epoch}", len(batches), log_every)
+    num_steps = first_step + len(batches)
+    progress = Progress(f"epoch {epoch}", num_steps, log_every, first_step)
     clock = Throughput()
-    optimizer.zero_grad()
-    for step, (images, targets) in enumerate(batches):
-        group_start = step - step % accumulate_steps
-        group_size = min(accumulate_steps, len(batches) - group_start)
+    random_before = torch_state(device)
+    for step, (images, targets) in enumerate(batches, first_step):
+        group_start = step - step % updater.accumulate_steps
+        group_size = min(updater.accumulate_steps, num_steps - group_start)
         last_of_group = step == group_start + group_size - 1
         with contextlib.nullcontext() if last_of_group else _without_exchange(model):
-            losses = criterion(model(images), targets)
+            note("epoch %d, step %d: forward", epoch, step)
+            with autocast(amp, device):
+                outputs = model(images)
+            losses = criterion(outputs, targets)
             watch.check()
             total = criterion.total(losses)
-            (total / group_size).backward()
+            note("epoch %d, step %d: backward and exchange of gradients", epoch, step)
+            scale = updater.backward(total, group_size)
         norm = None
         if last_of_group:
-            norm = clip_gradients(parameters, clip_max_norm)
-            step_if_finite(optimizer, torch.isfinite(norm))
-            optimizer.zero_grad()
-            norms_seen.update({"grad_norm": norm})
-        losses_seen.update(losses)
-        watch.expect(step, images, targets, losses, total, norm)
+            norm = updater.step()
+            means.norms.update({"grad_norm": norm})
+        means.losses.update(losses)
+        watch.expect(Step(epoch, step, images, targets, random_before), losses, total, norm, scale)
         clock.add(len(images) * world_size())
-        progress.step(_line(losses_seen, norms_seen, criterion, optimizer, clock, device) if progress.due() else None)
+        progress.step(_line(means, criterion, updater.lr, clock, device) if progress.due() else None)
+        after_step(step + 1)
+        random_before = torch_state(device)
+        note("epoch %d, step %d: waiting for the batch", epoch, step + 1)
     watch.check()
     progress.close()
-    means = losses_seen.totals() | norms_seen.totals()
-    return {"lr": optimizer.param_groups[0]["lr"]} | published_names(means, criterion.weight_dict)
+    totals = means.losses.totals() | means.norms.totals()
+    return {"lr": updater.lr} | published_names(totals, criterion.weight_dict)
+
+
+def training_loss(model: nn.Module, criterion: SetCriterion, amp: str) -> Callable[[NestedTensor, Targets], Tensor]:
+    """The total loss of a batch as a training step computes it, without an exchange between processes."""
+
+    def loss_of(images: NestedTensor, targets: Targets) -> Tensor:
+        with autocast(amp, images.tensors.device):
+            outputs = model(images)
+        was_training = criterion.training
+        try:
+            losses = criterion.eval()(outputs, targets)  # in evaluation it does not wait for the other processes
+        finally:
+            criterion.train(was_training)
+        return criterion.total(losses)
+
+    return loss_of
 
 
 @dataclass(frozen=True)
@@ -95,7 +140,7 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     model: nn.Module, criterion: SetCriterion, postprocessors: Mapping[str, Callable], batches: Prefetcher, ground_truth: COCO,
-    log_every: int = 10,
+    log_every: int = 10, *, amp: str = "off", title: str = "evaluate",
 ) -> Evaluation:  # fmt: skip
     """COCO's figures and the losses over a data set; the same however many processes share the work.
 
@@ -104,12 +149,13 @@ def evaluate(
     """
     model.eval()
     criterion.eval()
-    progress = Progress("evaluate", len(batches), log_every)
+    progress = Progress(title, len(batches), log_every)
     done: list[BatchResult] = []
     pending: PendingResult | None = None
     clock = Throughput()
     for images, targets in batches:
-        outputs = model(images)
+        with autocast(amp, images.tensors.device):
+            outputs = model(images)
         done += [pending.collect()] if pending else []
         losses = criterion(outputs, targets)
         sizes = torch.stack([target["orig_size"] for target in targets])
@@ -146,67 +192,6 @@ class PendingResult:
         return BatchResult(coco_results(self._image_ids, detections), losses)
 
 
-class FiniteWatch:
-    """Stops a run whose loss or gradient is not finite, without waiting for the device: one step late.
-
-    The optimiser has left such a step out, so the weights that went wrong are still there to look at.
-    """
-
-    def __init__(self, model: nn.Module, criterion: SetCriterion, epoch: int, dump_dir: Path | None) -> None:
-        self._model, self._criterion, self._epoch, self._dump_dir = model, criterion, epoch, dump_dir
-        self._expected: dict[str, Any] | None = None
-
-    def expect(
-        self, step: int, images: NestedTensor, targets: Targets, losses: dict[str, Tensor], total: Tensor, norm: Tensor | None
-    ) -> None:
-        """Start fetching this step's verdict, and keep what a diagnosis needs."""
-        numbers = torch.stack([total.detach(), total.detach() if norm is None else norm, *(x.detach() for x in losses.values())])
-        self._expected = {
-            "step": step, "images": images, "targets": targets, "names": list(losses), "numbers": HostCopy(numbers.float()),
-            "has_norm": norm is not None,
-        }  # fmt: skip
-
-    def check(self) -> None:
-        """Raise UserError if the step before was not finite."""
-        if self._expected is None:
-            return
-        total, norm, *terms = self._expected["numbers"].get().tolist()
-        if math.isfinite(total) and math.isfinite(norm):
-            return
-        terms = dict(zip(self._expected["names"], terms, strict=True))
-        self._stop(total, norm if self._expected["has_norm"] else None, terms)
-
-    def _stop(self, total: float, norm: float | None, terms: dict[str, float]) -> None:
-        seen = self._expected
-        assert seen is not None
-        model = getattr(self._model, "module", self._model)  # unwrapped: the other processes do not take part
-        module = first_nonfinite_module(
-            model, lambda: self._criterion.total(self._criterion.eval()(model(seen["images"]), seen["targets"]))
-        )
-        ids = [target["image_id"].item() for target in seen["targets"]]
-        what = f"loss {total}" if norm is None else f"loss {total}, gradient norm {norm}"
-        wrong = [name for name, value in terms.items() if not math.isfinite(value)]
-        where = self._dump(
-            {
-                "epoch": self._epoch, "step": seen["step"], "image_ids": ids, "loss": total, "grad_norm": norm,
-                "losses": terms, "module": module, "images": seen["images"].tensors, "mask": seen["images"].mask,
-                "targets": list(seen["targets"]), "model": model.state_dict(),
-            }
-        )  # fmt: skip
-        raise UserError(
-            f"epoch {self._epoch}, step {seen['step']}, process {rank()}: {what} is not finite; images {ids}; "
-            f"terms {', '.join(wrong) or 'all finite'}; first wrong: {module}; {where}. Look at these images and their boxes, "
-            "or lower --lr or --clip_max_norm, and go on from the last checkpoint with --resume"
-        )
-
-    def _dump(self, content: dict[str, Any]) -> str:
-        if self._dump_dir is None:
-            return "nothing saved without --output_dir"
-        path = self._dump_dir / f"nonfinite_process{rank()}.pth"
-        write_atomically(content, path)
-        return f"saved to {path}"
-
-
 class Throughput:
     """Images a second since it was last asked."""
 
@@ -231,17 +216,11 @@ def published_names(means: Mapping[str, float], weights: Mapping[str, float]) ->
     return named | {"loss": sum(scaled.values())} | scaled | unscaled
 
 
-def _line(
-    losses: MeanOnDevice, norms: MeanOnDevice, criterion: SetCriterion, optimizer: torch.optim.Optimizer, clock: Throughput,
-    device: torch.device,
-) -> str:  # fmt: skip
+def _line(means: EpochMeans, criterion: SetCriterion, lr: float, clock: Throughput, device: torch.device) -> str:
     """The one place of a training step, besides the matching, that waits for the device: every `log_every` steps."""
-    stats = published_names(losses.window() | norms.window(), criterion.weight_dict)
+    stats = published_names(means.losses.window() | means.norms.window(), criterion.weight_dict)
     norm = f"{stats['grad_norm']:.3g}" if "grad_norm" in stats else "-"
-    rate = optimizer.param_groups[0]["lr"]
-    return (
-        f"loss {stats['loss']:.4f}  lr {rate:.1e}  grad norm {norm}  {clock.rate():.2f} images/s  mem {memory_in_use(device)}"
-    )
+    return f"loss {stats['loss']:.4f}  lr {lr:.1e}  grad norm {norm}  {clock.rate():.2f} images/s  mem {memory_in_use(device)}"
 
 
 def _without_exchange(model: nn.Module) -> Any:

@@ -5,13 +5,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import logging
+import os
 import random
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,94 +27,277 @@ from datasets import build_dataset
 from datasets.coco_eval import figures_table
 from datasets.loader import Prefetcher, build_loader
 from datasets.samplers import EvalBatches, TrainBatches
-from engine import Evaluation, evaluate, train_one_epoch
+from engine import EpochMeans, Evaluation, evaluate, train_one_epoch, training_loss
 from models import build_model
 from models.ops import backends
-from util.checkpoint import load_state, random_state, read_checkpoint, restore_training, save_training, write_atomically
+from util.checkpoint import load_state, read_checkpoint, write_atomically
+from util.checkpoint_folder import BEST, CheckpointFolder, scheduled_name
 from util.config import Config, check_trainable, parse_config
-from util.distributed import equalise_buffers, gather_on_main, is_main, process_group, rank, world_size
-from util.errors import UserError, run_as_command
-from util.optim import build_optimizer, build_schedule
+from util.diagnose import FiniteWatch
+from util.distributed import broadcast_from_main, equalise_buffers, is_main, process_group, rank, world_size
+from util.errors import NotSavedError, UserError, run_as_command
+from util.history import History
+from util.optim import build_schedule, build_updater
+from util.preemption import StopRequest, StopVote
+from util.random_state import RandomGenerators
+from util.run_folder import open_folder, set_aside
+from util.training_state import Position, TrainingState, position_of
 
 log = logging.getLogger("main")
 
 
 def main(config: Config) -> None:
-    """Do what the flags say, on all processes that the environment says there are."""
-    with process_group(config.run.device) as device:
+    """Do what the flags say, on all processes that the environment says there are.
+
+    Raises:
+        UserError: a mistake of the user's.
+        Preempted: a signal asked to leave (util/preemption.py), and all is saved.
+    """
+    with StopRequest().installed() as stop, process_group(config.run.device) as device:
         start_logging()
         announce(config, device)
         seed_everything(config.run.seed + rank())
         check_operator(device)
-        (evaluate_only if config.run.eval else train)(config, device)
-
-
-def check_operator(device: torch.device) -> None:
-    """The attention kernels' own comparison with the reference, before anything is read: nobody trains on broken ones."""
-    try:
-        backends.choose(None, device)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(str(error)) from error
+        if config.run.eval:
+            evaluate_only(config, device)
+        else:
+            Training(config, device, stop).run()
 
 
 def evaluate_only(config: Config, device: torch.device) -> None:
-    output_dir = prepare_output(config)
+    folder = open_folder(config.run.output_dir) if config.run.output_dir and is_main() else None
+    source = find_checkpoint(config, folder)
     dataset = build_dataset("val", config)
-    model, criterion, postprocessors = build_model(config)
-    load_checkpoint(model, config)
+    model, criterion, postprocessors = build_model(loading(config, source))
+    checkpoint = load_checkpoint(model, source)
     model.to(device)
     batches = eval_loader(dataset, config, device)
-    evaluation = evaluate(model, criterion, postprocessors, batches, dataset.coco, config.run.log_every)
-    report(evaluation, output_dir, config)
-    if output_dir and is_main():
-        write_atomically(evaluation.tables, output_dir / "eval.pth")
-
-
-def train(config: Config, device: torch.device) -> None:
-    check_trainable(config)
-    dataset, val_dataset = build_dataset("train", config), build_dataset("val", config)
-    order = TrainBatches(len(dataset), config.optim.batch_size, rank(), world_size(), config.run.seed)
-    batches = build_loader(dataset, order, config.data.num_workers, device)
-    val_batches = eval_loader(val_dataset, config, device)
-
-    model, criterion, postprocessors = build_model(config)
-    checkpoint = load_checkpoint(model, config)
-    model.to(device)
-    num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    log.info("%d trainable parameters, %d + %d images", num_parameters, len(dataset), len(val_dataset))
-    optimizer = build_optimizer(model, config)
-    schedule = build_schedule(optimizer, config)
-    wrapped = share_gradients(model, config, device)
-    start = restore_training(checkpoint, optimizer, schedule, config, rank())
-    if start >= config.optim.epochs:
-        raise UserError(f"--resume {config.run.resume} has trained {start} epochs already; raise --epochs {config.optim.epochs}")
-
-    output_dir = prepare_output(config)
-    started = time.perf_counter()
-    for epoch in range(start, config.optim.epochs):
-        order.epoch = dataset.epoch = epoch
-        stats = train_one_epoch(
-            wrapped, criterion, batches, optimizer, device, epoch,
-            clip_max_norm=config.optim.clip_max_norm, accumulate_steps=config.optim.accumulate_steps,
-            log_every=config.run.log_every, dump_dir=output_dir,
+    for suffix in ["", *(["_ema"] if "ema" in (checkpoint or {}) else [])]:
+        if suffix:
+            log.info("averaged weights: %s", load_state(model, checkpoint["ema"], str(source)))
+        evaluation = evaluate(
+            model, criterion, postprocessors, batches, dataset.coco, config.run.log_every, amp=config.run.amp
         )  # fmt: skip
-        schedule.step()
-        equalise_buffers(model)
-        save_epoch(output_dir, model, optimizer, schedule, epoch, config, device)
-        line = {f"train_{name}": value for name, value in stats.items()}
-        if (epoch + 1) % config.run.eval_every == 0 or epoch + 1 == config.optim.epochs:
-            evaluation = evaluate(model, criterion, postprocessors, val_batches, val_dataset.coco, config.run.log_every)
-            report(evaluation, output_dir, config)
-            save_tables(output_dir, evaluation, epoch)
-            line |= {f"test_{name}": value for name, value in evaluation.stats.items()}
-        append_log(output_dir, line | {"epoch": epoch, "n_parameters": num_parameters})
-    log.info("training time %s", datetime.timedelta(seconds=round(time.perf_counter() - started)))
+        log.info("%s", figures_table(evaluation.stats["coco_eval_bbox"]))
+        if folder:
+            save_predictions(folder / f"predictions{suffix}.json", evaluation, config)
+            write_atomically(evaluation.tables, folder / f"eval{suffix}.pth")
+
+
+class Training:
+    """A training run, from the data to the last epoch. All that must survive an interruption is in `state`."""
+
+    def __init__(self, config: Config, device: torch.device, stop: StopRequest) -> None:
+        check_trainable(config)
+        self.config, self.device, self.stop = config, device, stop
+        self.votes = StopVote(stop)
+        self.dataset, self.val_dataset = build_dataset("train", config), build_dataset("val", config)
+        self.order = TrainBatches(len(self.dataset), config.optim.batch_size, rank(), world_size(), config.run.seed)
+        self.batches = build_loader(self.dataset, self.order, config.data.num_workers, device)
+        self.val_batches = eval_loader(self.val_dataset, config, device)
+
+        self.folder = open_folder(config.run.output_dir) if config.run.output_dir and is_main() else None
+        self.checkpoints = CheckpointFolder(self.folder, config.run.keep) if self.folder else None
+        source = find_checkpoint(config, self.folder)
+        self.model, self.criterion, self.postprocessors = build_model(loading(config, source))
+        checkpoint = load_checkpoint(self.model, source)
+        self.model.to(device)
+        self.num_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        self.updater = build_updater(self.model, config)
+        self.schedule = build_schedule(self.updater.optimizer, config)
+        self.wrapped = share_gradients(self.model, config, device)
+
+        self.position, self.means = Position(), EpochMeans()
+        self.history = History(self.folder / "log.txt" if self.folder else None)
+        self.watch = FiniteWatch(
+            self.model, training_loss(self.model, self.criterion, config.run.amp), config.flags(),
+            Path(config.run.output_dir) if config.run.output_dir else None,
+            skip=config.run.on_nan == "skip", max_steps=config.run.max_nan_steps,
+        )  # fmt: skip
+        classes = {number: category["name"] for number, category in self.dataset.coco.cats.items()}
+        self.state = TrainingState(
+            config, classes, self.model, self.updater, self.schedule, self.position,
+            shared={"history": self.history},
+            own={"random": RandomGenerators(device), "means": self.means, "not_finite": self.watch},
+        )  # fmt: skip
+        self.exact = self.state.restore(checkpoint, str(source))
+        self._prepare_folder(source, checkpoint)
+
+    def run(self) -> None:
+        log.info("%d trainable parameters, %d + %d images", self.num_parameters, len(self.dataset), len(self.val_dataset))
+        epochs, started = self.config.optim.epochs, time.perf_counter()
+        first = self.position.epoch - (self.history.unfinished is not None)
+        if first >= epochs:
+            self._nothing_left()
+            return
+        for epoch in range(first, epochs):
+            if self.history.unfinished is None:  # else it was interrupted between training and evaluation
+                self._train(epoch)
+            self._evaluate(epoch)
+        self._save(must=True)
+        log.info("training time %s", datetime.timedelta(seconds=round(time.perf_counter() - started)))
+
+    def _train(self, epoch: int) -> None:
+        self.order.epoch = self.dataset.epoch = epoch
+        self.order.first_image = self.position.images
+        with self.stop.deferred():
+            stats = train_one_epoch(
+                self.wrapped, self.criterion, self.batches, self.updater, self.device, epoch,
+                watch=self.watch, means=self.means, amp=self.config.run.amp, log_every=self.config.run.log_every,
+                first_step=self.position.images // self.order.images_per_step if self.exact else 0,
+                after_step=self._after_step,
+            )  # fmt: skip
+            self.schedule.step()
+            equalise_buffers(self.model)
+            self.means.reset()
+            self.position.epoch, self.position.images, self.exact = epoch + 1, 0, True
+            self.history.unfinished = {f"train_{name}": value for name, value in stats.items()}
+            self._save(self._scheduled(epoch))
+            if self.votes.agreed_now():
+                self.stop.leave("the epoch is saved, its evaluation is next")
+
+    def _after_step(self, steps: int) -> None:
+        """Note what has been trained; save if it is time to, and leave if any process was asked to."""
+        self.position.images += self.order.images_per_step
+        leave = self.votes.agreed()
+        every = self.config.run.save_every
+        due = every and steps % every == 0 and self.position.images < self.order.images  # else the epoch's end saves
+        if leave or due:
+            self.watch.check()
+            self._save(must=leave)
+        if leave:
+            self.stop.leave(f"saved after epoch {self.position.epoch}, {self.position.images} images")
+
+    def _evaluate(self, epoch: int) -> None:
+        entries: dict[str, Any] = {}
+        if (epoch + 1) % self.config.run.eval_every == 0 or epoch + 1 == self.config.optim.epochs:
+            entries |= self._evaluate_weights(self.model, epoch, "")
+            if self.updater.averaged:
+                self.updater.averaged.take_buffers()
+                entries |= self._evaluate_weights(self.updater.averaged.model, epoch, "ema_")
+        self.history.finish_epoch(entries | {"epoch": epoch, "n_parameters": self.num_parameters})
+
+    def _evaluate_weights(self, model: nn.Module, epoch: int, prefix: str) -> dict[str, Any]:
+        evaluation = evaluate(
+            model, self.criterion, self.postprocessors, self.val_batches, self.val_dataset.coco, self.config.run.log_every,
+            amp=self.config.run.amp, title="evaluate the averaged weights" if prefix else "evaluate",
+        )  # fmt: skip
+        figures = evaluation.stats["coco_eval_bbox"]
+        log.info("%s", figures_table(figures))
+        is_best = self.history.is_best(figures[0], epoch, prefix.strip("_") or "model")
+        if self.checkpoints and self.folder:
+            if is_best:
+                self.checkpoints.name_newest(BEST)
+            try:
+                save_tables(self.folder / "eval", evaluation, epoch, prefix)
+                suffix = "_ema" if prefix else ""
+                save_predictions(self.folder / f"predictions{suffix}.json", evaluation, self.config)
+            except (OSError, NotSavedError) as error:
+                log.warning("%s; training goes on", error)
+        return {f"test_{prefix}{name}": value for name, value in evaluation.stats.items()}
+
+    def _save(self, also: list[str] | None = None, must: bool = False) -> None:
+        """Write a checkpoint, on the main process; all must call, and go on when it is written."""
+        if not self.config.run.output_dir:
+            return
+        content = self.state.gather()
+        if self.checkpoints and content:
+            self.checkpoints.save(content, self.position, also or [], must=must)
+        broadcast_from_main(None)
+
+    def _scheduled(self, epoch: int) -> list[str]:
+        """checkpoint<epoch>.pth before a drop of the rates and every 5 epochs, as published."""
+        optim = self.config.optim
+        drops = optim.lr_drop_epochs
+        before_drop = epoch + 1 in drops if drops else (epoch + 1) % optim.lr_drop == 0
+        return [scheduled_name(epoch)] if before_drop or (epoch + 1) % 5 == 0 else []
+
+    def _prepare_folder(self, source: Source | None, checkpoint: Mapping[str, Any] | None) -> None:
+        """Nothing of an earlier run may be taken for this one's: what lies there and is not gone on with is set aside."""
+        if not self.folder or not self.checkpoints:
+            return
+        self.checkpoints.sweep()
+        if source is None:
+            if not goes_on(self.config):
+                set_aside(self.folder)
+        elif not source.by_itself:
+            newer = self.checkpoints.newer_than(position_of(checkpoint or {}))
+            if newer or self.history.lines_beyond():
+                set_aside(self.folder, [*newer, self.folder / "log.txt"])
+        self.history.write()
+
+    def _nothing_left(self) -> None:
+        epochs = self.config.optim.epochs
+        if goes_on(self.config):
+            log.info("all %d epochs have been trained and evaluated: nothing is left to do", epochs)
+            return
+        trained = self.position.epoch
+        raise UserError(f"--resume {self.config.run.resume} has trained {trained} epochs already; raise --epochs {epochs}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint to load. by_itself: the newest of --output_dir, which the program found."""
+
+    path: str
+    by_itself: bool
+
+    def __str__(self) -> str:
+        return self.path
+
+
+def goes_on(config: Config) -> bool:
+    """Whether the run goes on with what its folder holds: told to, or started again by torchrun or Slurm."""
+    restarts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    return config.run.resume == "auto" or (bool(config.run.output_dir) and any(count not in ("", "0") for count in restarts))
+
+
+def find_checkpoint(config: Config, folder: Path | None) -> Source | None:
+    """What to load, the same on all processes: the newest good checkpoint of the folder if the run goes on, else --resume's."""
+    explicit = Source(config.run.resume, by_itself=False) if config.run.resume not in ("", "auto") else None
+    if not goes_on(config) or config.run.eval and explicit:
+        return explicit
+    newest = broadcast_from_main(newest_checkpoint(folder) if folder else None)
+    if isinstance(newest, UserError):
+        raise newest
+    if newest:
+        log.info("going on with %s", newest)
+        return Source(newest, by_itself=True)
+    if config.run.eval:
+        raise UserError(f"--resume auto: there is no checkpoint in --output_dir {config.run.output_dir} to evaluate")
+    log.info("no checkpoint in %s yet: %s", config.run.output_dir, f"starting with {explicit}" if explicit else "starting afresh")
+    return explicit
+
+
+def loading(config: Config, source: Source | None) -> Config:
+    """The Config to build the model by: a checkpoint makes other weights of the backbone needless."""
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, resume=source.path if source else ""))
+
+
+def newest_checkpoint(folder: Path) -> str | UserError | None:
+    try:
+        found = CheckpointFolder(folder, keep=1).newest_good()
+    except UserError as error:  # to be raised by all processes
+        return error
+    return str(found) if found else None
+
+
+def load_checkpoint(model: nn.Module, source: Source | None) -> dict[str, Any] | None:
+    """Load weights and say what fitted; gives the checkpoint. Raises UserError for another architecture."""
+    if source is None:
+        return None
+    checkpoint = read_checkpoint(source.path)
+    result = load_state(model, checkpoint, source.path)
+    log.info("%s", result)
+    result.require_same_architecture()
+    return checkpoint
 
 
 def start_logging() -> None:
     """The main process tells everything, the others their warnings, each with its number."""
     form = "%(message)s" if world_size() == 1 else f"[{rank()}] %(message)s"
     logging.basicConfig(stream=sys.stdout, level=logging.INFO if is_main() else logging.WARNING, format=form, force=True)
+    logging.raiseExceptions = False  # a log that can't be written, on a full disk say, ends no run
 
 
 def announce(config: Config, device: torch.device) -> None:
@@ -126,20 +314,17 @@ def seed_everything(seed: int) -> None:
     np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries may draw from it
 
 
+def check_operator(device: torch.device) -> None:
+    """The attention kernels' own comparison with the reference, before anything is read: nobody trains on broken ones."""
+    try:
+        backends.choose(None, device)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(str(error)) from error
+
+
 def eval_loader(dataset, config: Config, device: torch.device) -> Prefetcher:
     batches = EvalBatches(len(dataset), config.optim.batch_size, rank(), world_size())
     return build_loader(dataset, batches, config.data.num_workers, device)
-
-
-def load_checkpoint(model: nn.Module, config: Config) -> dict | None:
-    """Load the weights of --resume and say what fitted; gives the checkpoint. Raises UserError for another architecture."""
-    if not config.run.resume:
-        return None
-    checkpoint = read_checkpoint(config.run.resume)
-    result = load_state(model, checkpoint, config.run.resume)
-    log.info("%s", result)
-    result.require_same_architecture()
-    return checkpoint
 
 
 def share_gradients(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
@@ -157,73 +342,21 @@ def share_gradients(model: nn.Module, config: Config, device: torch.device) -> n
     )
 
 
-def prepare_output(config: Config) -> Path | None:
-    """The output folder, if any. An earlier run in it that is not being resumed is moved into a folder beside it, never lost."""
-    if not config.run.output_dir:
-        return None
-    folder = Path(config.run.output_dir)
-    if is_main():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            keeps = config.run.resume or config.run.eval
-            if not keeps:
-                _move_earlier_run(folder)
-            (folder / ".write_test").touch()
-            (folder / ".write_test").unlink()
-        except OSError as error:
-            raise UserError(f"--output_dir {folder} can't be written to ({error.strerror}); choose another") from None
-    return folder
-
-
-def _move_earlier_run(folder: Path) -> None:
-    files = [*folder.glob("checkpoint*.pth"), *folder.glob("log.txt"), *folder.glob("eval"), *folder.glob("eval.pth")]
-    if not files:
-        return
-    number = next(i for i in range(1, 10**6) if not (folder / f"earlier-{i}").exists())
-    earlier = folder / f"earlier-{number}"
-    earlier.mkdir()
-    for file in files:
-        file.rename(earlier / file.name)
-    log.warning("%s held an earlier run; it is now in %s (to go on with it, use --resume)", folder, earlier)
-
-
-def save_epoch(output_dir: Path | None, model: nn.Module, optimizer, schedule, epoch: int, config: Config, device) -> None:
-    """checkpoint.pth after every epoch; checkpoint<epoch>.pth too before a drop of the rates and every 5 epochs."""
-    if not output_dir:
-        return
-    states = gather_on_main(random_state(device))
-    if not is_main():
-        return
-    drops = config.optim.lr_drop_epochs
-    before_drop = epoch + 1 in drops if drops else (epoch + 1) % config.optim.lr_drop == 0
-    paths = [output_dir / "checkpoint.pth"]
-    if before_drop or (epoch + 1) % 5 == 0:
-        paths.append(output_dir / f"checkpoint{epoch:04}.pth")
-    save_training(paths, model, optimizer, schedule, epoch, config, states)
-
-
-def save_tables(output_dir: Path | None, evaluation: Evaluation, epoch: int) -> None:
+def save_tables(folder: Path, evaluation: Evaluation, epoch: int, prefix: str) -> None:
     """Precision and recall in eval/latest.pth, and every 50 epochs in eval/<epoch>.pth."""
-    if not output_dir or not is_main():
-        return
-    (output_dir / "eval").mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)
     for name in ["latest.pth", *([f"{epoch:03}.pth"] if epoch % 50 == 0 else [])]:
-        write_atomically(evaluation.tables, output_dir / "eval" / name)
+        write_atomically(evaluation.tables, folder / f"{prefix}{name}")
 
 
-def report(evaluation: Evaluation, output_dir: Path | None, config: Config) -> None:
-    """Show the twelve figures, and save the detections if asked to."""
-    log.info("%s", figures_table(evaluation.stats["coco_eval_bbox"]))
-    if config.run.save_predictions and output_dir and is_main():
-        path = output_dir / "predictions.json"
-        path.write_text(json.dumps(evaluation.results))
+def save_predictions(path: Path, evaluation: Evaluation, config: Config) -> None:
+    """The detections in COCO's results format, if asked for."""
+    if config.run.save_predictions:
+        try:
+            path.write_text(json.dumps(evaluation.results))
+        except OSError as error:
+            raise NotSavedError(f"{path} could not be written ({error.strerror})") from None
         log.info("%d detections in %s", len(evaluation.results), path)
-
-
-def append_log(output_dir: Path | None, line: dict) -> None:
-    if output_dir and is_main():
-        with open(output_dir / "log.txt", "a") as file:
-            file.write(json.dumps(line) + "\n")
 
 
 if __name__ == "__main__":

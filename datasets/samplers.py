@@ -27,17 +27,24 @@ class TrainBatches(Sampler[list[int]]):
                 f"{num_images} training images are fewer than the {step} of one step (--batch_size {batch_size} x {world_size} "
                 "processes); lower --batch_size or start fewer processes"
             )
-        self.epoch = 0
+        self.epoch, self.first_image = 0, 0
+        self.images_per_step = step
         self._num_images, self._batch_size, self._rank, self._seed = num_images, batch_size, rank, seed
-        self._step, self._num_steps = step, num_images // step
+
+    @property
+    def images(self) -> int:
+        """How many images the steps of a whole epoch take."""
+        return self._num_images - self._num_images % self.images_per_step
 
     def __len__(self) -> int:
-        return self._num_steps
+        """Steps that are left of the epoch."""
+        return (self._num_images - self.first_image) // self.images_per_step
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self.epoch)
         order = torch.randperm(self._num_images, generator=generator).tolist()
-        for start in range(self._rank * self._batch_size, self._num_steps * self._step, self._step):
+        for step in range(len(self)):
+            start = self.first_image + step * self.images_per_step + self._rank * self._batch_size
             yield order[start : start + self._batch_size]
 
 

@@ -12,13 +12,13 @@ from scipy.optimize import linear_sum_assignment
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import generalized_box_iou
 
-import engine
+import util.optim
 from datasets import build_dataset
 from datasets.coco import read_annotations
 from datasets.coco_eval import evaluate_boxes
 from datasets.loader import build_loader
 from datasets.samplers import EvalBatches
-from engine import evaluate, published_names, train_one_epoch
+from engine import EpochMeans, evaluate, published_names, train_one_epoch, training_loss
 from models import build_model
 from models.matcher import HungarianMatcher, Targets
 from tests.golden import recipe
@@ -26,10 +26,12 @@ from tests.helpers import BATCHFORMER, SMALL_IMAGES, SMALL_MODEL, write_coco
 from util.box_ops import cxcywh_to_xyxy, generalized_iou
 from util.checkpoint import read_checkpoint
 from util.config import parse_config
+from util.diagnose import FiniteWatch, Step
 from util.errors import UserError
 from util.metrics import MeanOnDevice
 from util.nested_tensor import NestedTensor
-from util.optim import build_optimizer, lr_factor
+from util.optim import AveragedWeights, Updater, build_optimizer, clip_gradients, lr_factor
+from util.random_state import torch_state
 
 CPU = torch.device("cpu")
 
@@ -51,8 +53,10 @@ def batches(count, size=(64, 64), images=2):
 
 
 def train(model, criterion, optimizer, data, **options):
-    options = {"clip_max_norm": 0.1, "accumulate_steps": 1, "log_every": 10, "dump_dir": None} | options
-    return train_one_epoch(model, criterion, data, optimizer, CPU, 0, **options)
+    options = {"clip_max_norm": 0.1, "accumulate_steps": 1, "dump_dir": None} | options
+    watch = FiniteWatch(model, training_loss(model, criterion, "off"), {}, options.pop("dump_dir"))
+    updater = Updater(optimizer, **options)
+    return train_one_epoch(model, criterion, data, updater, CPU, 0, watch=watch, means=EpochMeans())
 
 
 # ---- what a step waits for
@@ -115,23 +119,22 @@ def test_a_step_waits_for_the_device_once(flags, monkeypatch):
     model, criterion, _, optimizer = setup(*flags)
     model.train()
     criterion.train()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     images, targets = batches(1)[0]
-    meter, watch = MeanOnDevice(), engine.FiniteWatch(model, criterion, 0, None)
+    averaged = AveragedWeights(model, 0.9)
+    updater = Updater(optimizer, clip_max_norm=0.1, averaged=averaged)
+    meter, watch = MeanOnDevice(), FiniteWatch(model, training_loss(model, criterion, "off"), {}, None)
     read_late = []
     # what was sent to the host a step ago has arrived with the matching: reading it waits for nothing
-    monkeypatch.setattr(watch, "check", lambda: read_late.append(watch._expected["numbers"]) if watch._expected else None)
+    monkeypatch.setattr(watch, "check", lambda: read_late.append(watch._expected[-1]) if watch._expected else None)
 
     def step(number):
         losses = criterion(model(images), targets)
         watch.check()
         total = criterion.total(losses)
-        total.backward()
-        norm = engine.clip_gradients(parameters, 0.1)
-        engine.step_if_finite(optimizer, torch.isfinite(norm))
-        optimizer.zero_grad()
+        scale = updater.backward(total, 1)
+        norm = updater.step()
         meter.update(losses)
-        watch.expect(number, images, targets, losses, total, norm)
+        watch.expect(Step(0, number, images, targets, torch_state(CPU)), losses, total, norm, scale)
 
     step(0)  # the optimiser makes its state
     with counted_waits(monkeypatch) as waits:
@@ -148,6 +151,7 @@ def test_a_step_on_a_gpu_waits_once():
     model, criterion, _, _ = setup(*BATCHFORMER)
     model.cuda().train()
     optimizer = build_optimizer(model, parse_config([*SMALL_MODEL, *BATCHFORMER]))
+    updater = Updater(optimizer, clip_max_norm=0.1, averaged=AveragedWeights(model, 0.9))
     images, targets = batches(1)[0]
     images = images.to(torch.device("cuda"))
     targets = [{k: v.cuda() for k, v in t.items()} for t in targets]
@@ -165,10 +169,8 @@ def test_a_step_on_a_gpu_waits_once():
         for number in range(3):
             torch.cuda.set_sync_debug_mode("default" if number == 0 else "error")
             try:
-                criterion.total(criterion(model(images), targets)).backward()
-                norm = engine.clip_gradients(list(model.parameters()), 0.1)
-                engine.step_if_finite(optimizer, torch.isfinite(norm))
-                optimizer.zero_grad()
+                updater.backward(criterion.total(criterion(model(images), targets)), 1)
+                updater.step()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
     assert len(transfers) == 3
@@ -241,7 +243,7 @@ def test_accumulation_averages_gradients(monkeypatch):
     """Three batches, two to a step: the second step takes the last batch alone."""
     model, criterion, _, optimizer = setup("--dropout", "0", "--sgd", "--clip_max_norm", "0")
     gradients = []
-    monkeypatch.setattr(engine, "step_if_finite", lambda o, finite: gradients.append(model.query_embed.weight.grad.clone()))
+    monkeypatch.setattr(util.optim, "step_if_finite", lambda o, finite: gradients.append(model.query_embed.weight.grad.clone()))
     data = batches(3)
     train(model, criterion, optimizer, data, accumulate_steps=2, clip_max_norm=0.0)
     single = []
@@ -260,7 +262,7 @@ def test_clipping(clip, expected):
     images, targets = batches(1)[0]
     criterion.total(criterion(model(images), targets)).backward()
     before = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
-    norm = engine.clip_gradients(list(model.parameters()), clip)
+    norm = clip_gradients(list(model.parameters()), clip)
     after = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
     assert norm.item() == pytest.approx(before.item(), rel=1e-5)
     assert after.item() == pytest.approx(expected or before.item(), rel=1e-4)
@@ -290,7 +292,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_weights(tmp_path
     assert "backbone.0.body.conv1 (forward)" in message
     assert "loss_ce" in message
     assert "[0, 1]" in message
-    dump = read_checkpoint(tmp_path / "nonfinite_process0.pth")
+    dump = read_checkpoint(tmp_path / "nonfinite_0000_000002_process0.pth")
     assert dump["step"] == 2
     assert dump["image_ids"] == [0, 1]
     assert torch.isnan(dump["images"]).sum() == 1
@@ -320,10 +322,10 @@ def test_the_module_whose_gradient_goes_wrong_is_named():
 
 def test_a_watched_step_that_is_fine_goes_on():
     model, criterion, _, optimizer = setup()
-    watch = engine.FiniteWatch(model, criterion, 0, None)
+    watch = FiniteWatch(model, training_loss(model, criterion, "off"), {}, None)
     watch.check()
     losses = {"a": torch.tensor(1.0)}
-    watch.expect(0, None, [], losses, losses["a"], torch.tensor(2.0))
+    watch.expect(Step(0, 0, None, [], {}), losses, losses["a"], torch.tensor(2.0), None)
     watch.check()
 
 

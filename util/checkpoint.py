@@ -1,6 +1,7 @@
-"""Checkpoints: the only code that reads and writes them.
+"""Files of checkpoints, and the weights in them.
 
-Written aside, flushed and renamed, so that a crash never leaves a broken file. Read without executing anything that is
+Written aside, flushed and renamed, so that a crash never leaves a broken file. A file ends with the SHA-256 of all before
+it, as the comment that the zip format allows there; a damaged file is told by it. Read without executing anything that is
 pickled in them: tensors, numbers, strings and containers are data, an argparse.Namespace is a bag of such data, and
 everything else is refused by name.
 """
@@ -8,25 +9,24 @@ everything else is refused by name.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import hashlib
 import logging
 import os
 import pickle
-import random
 import re
-from collections.abc import Mapping, Sequence
+import struct
+import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlparse
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
-from util.config import Config
-from util.errors import UserError
-from util.optim import go_to_epoch
+from util.errors import NotSavedError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -39,11 +39,6 @@ _ALIASES = (
 _MEANINGLESS = ("total_params", "total_ops")  # a profiler's leftovers
 # a count of batch normalisation, which frozen statistics don't have and which changes nothing where it is lacking
 _OPTIONAL = "num_batches_tracked"
-# flags that change nothing of what is learned
-_MAY_DIFFER = (
-    "resume", "output_dir", "eval", "device", "num_workers", "log_every", "start_epoch", "save_predictions", "coco_path",
-    "cache_mode", "eval_every", "backbone_weights", "epochs",
-)  # fmt: skip
 # part of a name -> the flags that decide its existence or shape, the likeliest first
 _FLAGS = (
     ("class_embed", "--num_classes, --dec_layers or --with_box_refine"),
@@ -129,6 +124,7 @@ def load_state(model: nn.Module, checkpoint: Mapping[str, Any], source: str) -> 
 def read_checkpoint(path_or_url: str | os.PathLike, flag: str = "--resume") -> dict[str, Any]:
     """The dict in a checkpoint file, on the CPU, nothing executed. Raises UserError, naming `flag`."""
     path = _local_file(str(path_or_url), flag)
+    check_intact(path, flag)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -139,112 +135,122 @@ def read_checkpoint(path_or_url: str | os.PathLike, flag: str = "--resume") -> d
                 f"{flag} {path} was refused: it asks to run or build {name[1]}, and a checkpoint may hold data only; "
                 "nothing was executed"
             ) from None
-        raise _unreadable(flag, path) from None
+        raise unreadable(flag, path) from None
     except Exception as error:  # a damaged file can fail anywhere in the reader
         log.debug("reading %s", path, exc_info=error)
-        raise _unreadable(flag, path) from None
+        raise unreadable(flag, path) from None
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model", checkpoint), dict):
         raise UserError(f"{flag} {path} is no checkpoint: it must hold a dict of tensors, or one with the entry 'model'")
     return checkpoint
 
 
 def write_atomically(content: Any, path: Path) -> None:
-    """torch.save under a temporary name, flushed to the disk, then renamed: `path` is the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """torch.save under a temporary name, sealed with its checksum, flushed to the disk, then renamed: `path` is the old file or
+    the new one.
+
+    Raises:
+        NotSavedError: the file system would not have it; nothing of the attempt is left.
+    """
+    temporary = temporary_name(path)
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "w+b") as file:
             torch.save(content, file)
+            _seal(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        flush_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save wraps a full disk in a RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written ({error}); earlier checkpoints are untouched") from None
+        _remove(temporary)
+        reason = error.strerror if isinstance(error, OSError) else _full_disk(path.parent) or str(error).splitlines()[0]
+        raise NotSavedError(f"{path} could not be written ({reason}); earlier checkpoints are untouched") from None
+    except BaseException:
+        _remove(temporary)
+        raise
 
 
-def save_training(
-    paths: Sequence[Path], model: nn.Module, optimizer: torch.optim.Optimizer, schedule: LambdaLR, epoch: int, config: Config,
-    random_states: Sequence[dict],
-) -> None:  # fmt: skip
-    """Write all that training needs to go on after `epoch`; `random_states` holds those of every process by rank."""
-    content = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "lr_scheduler": schedule.state_dict(),
-        "epoch": epoch,
-        "args": config.flags(),
-        "random_states": list(random_states),
-    }
-    for path in paths:
-        write_atomically(content, path)
+def temporary_name(path: Path) -> Path:
+    """Where `write_atomically` prepares `path`; left behind by a process that was killed meanwhile."""
+    return path.with_name(f".{path.name}.tmp")
 
 
-def restore_training(
-    checkpoint: Mapping[str, Any] | None, optimizer: torch.optim.Optimizer, schedule: LambdaLR, config: Config, rank: int
-) -> int:
-    """Put back optimiser, schedule and this process's random state; gives the epoch to go on with.
+def flush_folder(folder: Path) -> None:
+    """Make renamed entries of a folder outlive a loss of power, where the file system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
-    Without a checkpoint, or with a published one, of which only the weights are taken (elsewhere), that is --start_epoch.
-    This run's flags hold: where they differ from the checkpoint's, a warning says so.
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
+def _full_disk(folder: Path) -> str:
+    """What torch.save's own error does not say."""
+    usage = os.statvfs(folder)
+    return "no space left on device" if usage.f_bavail * usage.f_frsize < 2**20 else ""
+
+
+# the last record of a zip file; its last two bytes are the length of the comment that follows
+_END_OF_ZIP, _END_SIZE = b"PK\x05\x06", 22
+_SEAL = b"sha256:"
+_SEAL_SIZE = len(_SEAL) + 64
+
+
+def _seal(file: BinaryIO) -> None:
+    """Append the checksum of a zip file that torch.save has just written, as its comment."""
+    file.seek(-_END_SIZE, os.SEEK_END)
+    end = file.read(_END_SIZE)
+    assert end.startswith(_END_OF_ZIP), "torch.save writes zip files"
+    assert end.endswith(b"\0\0"), "without a comment"
+    file.seek(-2, os.SEEK_END)
+    file.write(struct.pack("<H", _SEAL_SIZE))
+    size = file.tell()
+    file.seek(0)
+    digest = _digest(file, size)
+    file.seek(0, os.SEEK_END)
+    file.write(_SEAL + digest)
+
+
+def check_intact(path: Path, flag: str = "--resume") -> None:
+    """Compare a file with its checksum: our own over all of it, or a zip file's over each record.
+
+    Raises:
+        UserError: it is damaged, can't be read, or is no zip file (which torch.save writes since version 1.6) nor a plain pickle.
     """
-    if checkpoint is None or not is_own(checkpoint):
-        if checkpoint is not None:
-            log.warning("resume: not a checkpoint of this program; its weights are loaded, the optimiser starts afresh")
-        go_to_epoch(schedule, config.run.start_epoch)
-        return config.run.start_epoch
-    _warn_about_changes(checkpoint["args"], config.flags())
-    weight_decay, base_lrs = optimizer.defaults["weight_decay"], list(schedule.base_lrs)
     try:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    except ValueError as error:
-        raise UserError(
-            f"--resume {config.run.resume}: its optimiser belongs to other parameters ({error}); resume with the flags "
-            "that it was trained with (--bf, --sgd, --lr_backbone and the like)"
-        ) from None
-    schedule.load_state_dict(checkpoint["lr_scheduler"])
-    schedule.base_lrs = base_lrs
-    go_to_epoch(schedule, schedule.last_epoch)
-    for group in optimizer.param_groups:
-        group["weight_decay"] = weight_decay
-    _restore_random_state(checkpoint["random_states"], rank)
-    return checkpoint["epoch"] + 1
+        with open(path, "rb") as file:
+            intact = _intact(file)
+    except (OSError, zipfile.BadZipFile, RuntimeError, ValueError, NotImplementedError, EOFError, struct.error):
+        intact = False
+    if not intact:
+        raise unreadable(flag, path)
 
 
-def is_own(checkpoint: Mapping[str, Any]) -> bool:
-    """Whether this program wrote it for resuming."""
-    return "random_states" in checkpoint and isinstance(checkpoint.get("args"), dict)
+def _intact(file: BinaryIO) -> bool:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(size - _SEAL_SIZE, 0))
+    seal = file.read()
+    file.seek(0)
+    if seal.startswith(_SEAL):
+        return _digest(file, size - _SEAL_SIZE) == seal.removeprefix(_SEAL)
+    if file.read(2) != b"PK":
+        return size > 0  # a file from before zip files has no checksum
+    with zipfile.ZipFile(file) as archive:
+        return archive.testzip() is None
 
 
-def random_state(device: torch.device) -> dict[str, Any]:
-    """The random generators of this process, as plain data."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 - other people's code may draw from it
-    state = {
-        "torch": torch.get_rng_state(),
-        "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
-    }
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _restore_random_state(states: Sequence[dict], rank: int) -> None:
-    if rank >= len(states):
-        log.warning("resume: the checkpoint has no random state for process %d (of %d); it starts anew", rank, len(states))
-        return
-    state = states[rank]
-    torch.set_rng_state(state["torch"])
-    random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def _warn_about_changes(saved: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
-    for name, value in flags.items():
-        if name in saved and saved[name] != value and name not in _MAY_DIFFER:
-            log.warning("resume: --%s was %s in the checkpoint and is %s in this run, which holds", name, saved[name], value)
+def _digest(file: BinaryIO, size: int) -> bytes:
+    """SHA-256 of the next `size` bytes, in hexadecimal digits."""
+    digest, left = hashlib.sha256(), size
+    while left and (block := file.read(min(left, 2**20))):
+        digest.update(block)
+        left -= len(block)
+    return digest.hexdigest().encode()
 
 
 def _canonical(state: Mapping[str, Any], source: str) -> dict[str, Tensor]:
@@ -300,5 +306,5 @@ def _local_file(path_or_url: str, flag: str) -> Path:
     return cached
 
 
-def _unreadable(flag: str, path: Path) -> UserError:
-    return UserError(f"{flag} {path} is damaged or no checkpoint (it may be truncated); take an earlier one")
+def unreadable(flag: str, path: Path) -> UserError:
+    return UserError(f"{flag} {path} is damaged or no checkpoint (it may be truncated); take an earlier one, or --resume auto")

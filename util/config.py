@@ -436,7 +436,7 @@ def check_trainable(config: Config) -> None:
     Raises UserError.
     """
     backbone, data = config.backbone, config.data
-    from_random = backbone.backbone_weights == "none" and not config.run.resume
+    from_random = backbone.backbone_weights == "none" and config.run.resume in ("", "auto")
     _require(
         not (from_random and backbone.backbone_norm == "frozen_bn"),
         "--backbone_weights none with --backbone_norm frozen_bn can't learn: the frozen statistics fit no random network; "

@@ -1,0 +1,42 @@
+"""The global random generators of a process, as plain data."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class RandomGenerators:
+    """PyTorch's generators on the host and on `device`, Python's and NumPy's."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def state_dict(self) -> dict[str, Any]:
+        name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 - other people's code may draw from it
+        numpy_state = (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss)
+        return {**torch_state(self._device), "python": random.getstate(), "numpy": numpy_state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        set_torch_state(state, self._device)
+        random.setstate(state["python"])
+        name, keys, *rest = state["numpy"]
+        np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+
+
+def torch_state(device: torch.device) -> dict[str, Tensor]:
+    """PyTorch's generators, of which dropout draws; nobody waits for the device."""
+    state = {"torch": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_torch_state(state: Mapping[str, Tensor], device: torch.device) -> None:
+    """A state from a GPU sets only the host's generator where there is none."""
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,0 +1,61 @@
+"""A run's output folder: who may write into it, and what is done with an earlier run in it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from util.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_MARKER = ".moving"  # in a folder into which an earlier run is being moved
+_FILES = ("checkpoint*.pth", "resume_*.pth", "log.txt", "eval", "eval.pth", "nonfinite_*.pth")
+
+
+def open_folder(name: str) -> Path:
+    """The folder of --output_dir, made if need be. Raises UserError if it can't be written to."""
+    folder = Path(name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".write_test").touch()
+        (folder / ".write_test").unlink()
+        _finish_moving(folder)
+    except OSError as error:
+        raise UserError(f"--output_dir {folder} can't be written to ({error.strerror}); choose another") from None
+    return folder
+
+
+def set_aside(folder: Path, files: Iterable[Path] | None = None) -> None:
+    """Move `files`, or all of an earlier run, into `earlier-<n>`; a process that is killed meanwhile leaves no mixture."""
+    files = list(files if files is not None else _of_a_run(folder))
+    if not files:
+        return
+    try:
+        earlier = _new_folder(folder)
+        (earlier / _MARKER).write_text("\n".join(file.name for file in files))
+        _finish_moving(folder)
+    except OSError as error:
+        raise UserError(f"--output_dir {folder} can't be written to ({error.strerror}); choose another") from None
+    log.warning("%s held an earlier run; it is now in %s (to go on with it, use --resume)", folder, earlier)
+
+
+def _of_a_run(folder: Path) -> list[Path]:
+    return [file for pattern in _FILES for file in sorted(folder.glob(pattern))]
+
+
+def _new_folder(folder: Path) -> Path:
+    number = next(i for i in range(1, 10**6) if not (folder / f"earlier-{i}").exists())
+    earlier = folder / f"earlier-{number}"
+    earlier.mkdir()
+    return earlier
+
+
+def _finish_moving(folder: Path) -> None:
+    for marker in folder.glob(f"earlier-*/{_MARKER}"):
+        for name in marker.read_text().splitlines():
+            if (folder / name).exists():
+                os.replace(folder / name, marker.parent / name)
+        marker.unlink()
