@@ -377,3 +377,22 @@ def test_published_names_weigh():
     stats = published_names({"loss_ce": 2.0, "class_error": 50.0, "grad_norm": 3.0}, {"loss_ce": 2.0})
     unscaled = {"loss_ce_unscaled": 2.0, "class_error_unscaled": 50.0}
     assert stats == {"class_error": 50.0, "grad_norm": 3.0, "loss": 4.0, "loss_ce": 4.0} | unscaled
+
+
+@pytest.mark.parametrize("sgd", [(), ("--sgd",)])
+def test_a_first_step_that_is_left_out_leaves_no_trace(sgd, monkeypatch, request):
+    """Fused SGD would go on with a momentum of whatever lay in memory, which here is NaN."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
+    config = parse_config([*SMALL_MODEL, *sgd])
+    results = []
+    for spoilt in (False, True):
+        layer = torch.nn.Linear(2000, 500)
+        torch.nn.init.constant_(layer.weight, 0.5)
+        updater = Updater(build_optimizer(layer, config), clip_max_norm=0.1)
+        for loss in ([torch.tensor(float("nan"))] if spoilt else []) + [torch.tensor(1.0)] * 2:
+            updater.backward((layer.weight * loss).sum(), 1)
+            updater.step()
+        results.append(layer.weight.detach().clone())
+    assert torch.equal(*results)

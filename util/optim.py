@@ -23,8 +23,17 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     groups = parameter_groups(model, optim)
     options = {"lr": optim.lr, "weight_decay": optim.weight_decay, "fused": _can_fuse(model)}
     if optim.sgd:
-        return torch.optim.SGD(groups, momentum=0.9, **options)
+        return _with_momentum(torch.optim.SGD(groups, momentum=0.9, **options))
     return torch.optim.AdamW(groups, **options)
+
+
+def _with_momentum(optimizer: torch.optim.SGD) -> torch.optim.SGD:
+    """Momentum that begins at zero, which computes the same. The fused optimiser takes new memory for it as it comes, and keeps
+    what lay there if the first step is left out."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict]:

@@ -1,0 +1,127 @@
+"""Leaving on a signal and being killed: the run that goes on ends as the run that was never disturbed."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from tests.faults.compare import differences
+from tests.helpers import BATCHFORMER, ROOT, SMALL_IMAGES, SMALL_MODEL, run_main, write_coco
+from util.checkpoint import read_checkpoint
+from util.errors import EXIT_PREEMPTED, Preempted
+from util.preemption import StopRequest
+
+# two epochs of 7 steps; mid-epoch states have dropout, augmentation, loader workers, unfinished accumulation, averages, a scaler
+EVERYTHING = (*BATCHFORMER, "--accumulate_steps", "3", "--ema_decay", "0.9", "--amp", "bf16", "--num_workers", "2")
+OTHER = ("--amp", "fp16", "--backbone_norm", "bn", "--sgd", "--num_workers", "0", "--save_every", "2")
+
+
+@pytest.fixture
+def flags(tmp_path):
+    write_coco(tmp_path / "data", num_train=15, num_val=3)
+    sizes = (*SMALL_IMAGES, *SMALL_MODEL, "--epochs", "2", "--batch_size", "1")
+    return ("--coco_path", str(tmp_path / "data"), *sizes, "--log_every", "1")
+
+
+def start(*flags: str, processes: int = 1) -> subprocess.Popen:
+    command = [sys.executable, "-u", "main.py"] if processes == 1 else ["./tools/run_dist_launch.sh", str(processes), "main.py"]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, *flags], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )  # fmt: skip
+
+
+def interrupt(process: subprocess.Popen, line: str, number: int, find_pid=None) -> tuple[int, str]:
+    """Send signal `number` when `line` (a pattern) is printed; gives the exit code and the output."""
+    output = []
+    timer = threading.Timer(120, process.kill)
+    timer.start()
+    for text in process.stdout:
+        output.append(text)
+        if re.search(line, text) and number:
+            os.kill(find_pid(process) if find_pid else process.pid, number)
+            number = 0
+    timer.cancel()
+    return process.wait(), "".join(output)
+
+
+def child_with_rank(rank: int):
+    def find(process: subprocess.Popen) -> int:
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                environment = (folder / "environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if parent == process.pid and f"RANK={rank}".encode() in environment:
+                return int(folder.name)
+        raise AssertionError("no such process")
+
+    return find
+
+
+@pytest.mark.parametrize("extra", [EVERYTHING, OTHER])
+def test_leaving_in_the_middle_of_an_epoch_and_going_on_is_never_having_stopped(tmp_path, flags, extra):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run_main(*flags, *extra, "--output_dir", str(whole)).returncode == 0
+    run = (*flags, *extra, "--output_dir", str(parts), "--resume", "auto")
+    code, output = interrupt(start(*run), r"epoch 0 \[ *3/", signal.SIGUSR1)
+    assert code == EXIT_PREEMPTED, output
+    assert "asked to leave by SIGUSR1; saved after epoch 0, " in output
+    assert "Traceback" not in output
+    (saved,) = list(parts.glob("resume_0000_00000000[3-9].pth")) or [None]
+    assert saved, "it left in the middle"
+    code, output = interrupt(start(*run), r"^evaluate \[", signal.SIGTERM)
+    assert code == EXIT_PREEMPTED, output
+    assert read_checkpoint(parts / "checkpoint.pth")["history"]["unfinished"] is not None
+    code, output = interrupt(start(*run), r"epoch 1 \[ *5/", signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    resumed = run_main(*run)
+    assert resumed.returncode == 0, resumed.stderr
+    assert differences(whole, parts) == []
+    assert not list(parts.glob("earlier-*"))
+    again = run_main(*run)
+    assert again.returncode == 0
+    assert "nothing is left to do" in again.stdout
+
+
+def test_one_of_two_processes_is_signalled_and_both_leave_together(tmp_path, flags):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run_main(*flags, "--ema_decay", "0.9", "--output_dir", str(whole), processes=2).returncode == 0
+    run = (*flags, "--ema_decay", "0.9", "--output_dir", str(parts), "--resume", "auto")
+    code, output = interrupt(start(*run, processes=2), r"epoch 0 \[ *2/", signal.SIGUSR1, find_pid=child_with_rank(1))
+    assert code == EXIT_PREEMPTED, output
+    assert len(list(parts.glob("resume_*.pth"))) == 1, "saved once"
+    resumed = run_main(*run, processes=2)
+    assert resumed.returncode == 0, resumed.stderr
+    assert differences(whole, parts) == []
+
+
+def test_another_number_of_processes_goes_on_and_says_what_changes(tmp_path, flags):
+    run = (*flags, "--epochs", "1", "--output_dir", str(tmp_path), "--resume", "auto", "--accumulate_steps", "2")
+    code, output = interrupt(start(*run), r"epoch 0 \[ *3/", signal.SIGUSR1)
+    assert code == EXIT_PREEMPTED, output
+    seen = read_checkpoint(tmp_path / "checkpoint.pth")["position"]["images"]
+    resumed = run_main(*run, processes=2)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "No longer exact" in resumed.stdout
+    steps = int(re.search(r"epoch 0 \[ *\d+/(\d+)\]", resumed.stdout)[1])
+    assert steps == (15 - seen) // 2, "only the images that are left"
+
+
+def test_a_signal_outside_of_training_leaves_at_once_and_within_only_when_it_is_saved():
+    with pytest.raises(Preempted, match="SIGTERM"), StopRequest().installed():
+        os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Preempted, match="all is on the disk"), StopRequest().installed() as stop, stop.deferred():
+        os.kill(os.getpid(), signal.SIGUSR2)
+        assert stop.signal == "SIGUSR2"
+        stop.leave("all is on the disk")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN, "leaving is not disturbed by a second signal"
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
