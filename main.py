@@ -151,7 +151,7 @@ class Training:
             equalise_buffers(self.model)
             self.means.reset()
             self.position.epoch, self.position.images, self.exact = epoch + 1, 0, True
-            self.history.unfinished = {f"train_{name}": value for name, value in stats.items()}
+            self.history.unfinished = {f"train_{name}": value for name, value in (stats | self._skipped()).items()}
             self._save(self._scheduled(epoch))
             if self.votes.agreed_now():
                 self.stop.leave("the epoch is saved, its evaluation is next")
@@ -195,6 +195,10 @@ class Training:
             except (OSError, NotSavedError) as error:
                 log.warning("%s; training goes on", error)
         return {f"test_{prefix}{name}": value for name, value in evaluation.stats.items()}
+
+    def _skipped(self) -> dict[str, int]:
+        """How many steps have been left out so far, for runs that are to go on then."""
+        return {"skipped_steps": self.watch.skipped} if self.config.run.on_nan == "skip" else {}
 
     def _save(self, also: list[str] | None = None, must: bool = False) -> None:
         """Write a checkpoint, on the main process; all must call, and go on when it is written."""

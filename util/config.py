@@ -12,7 +12,7 @@ import argparse
 import dataclasses
 import math
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -248,6 +248,21 @@ def config_from_args(args: argparse.Namespace) -> Config:
 
 
 _DESCRIPTION = "Train and evaluate Deformable DETR with BatchFormerV2 on COCO-format data."
+
+
+def config_from_flags(flags: Mapping[str, Any]) -> Config:
+    """The Config of flags as a checkpoint has them; what they lack has its default, what is unknown is passed over.
+
+    Raises UserError for values that no Config can have.
+    """
+    groups = {}
+    try:
+        for group in dataclasses.fields(Config):
+            cls = _config_class(group)
+            groups[group.name] = cls(**{f.name: _frozen(flags[f.name]) for f in dataclasses.fields(cls) if f.name in flags})
+        return Config(**groups)
+    except TypeError as error:
+        raise UserError(f"these flags of a checkpoint can't be used: {error}") from None
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
