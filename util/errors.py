@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -54,8 +55,18 @@ def run_as_command(command: Callable[[], object]) -> None:
         _leave(str(reason), EXIT_PREEMPTED)
     except KeyboardInterrupt:
         _leave("interrupted", EXIT_INTERRUPTED)
+    finally:
+        _give_up_lost_output()
 
 
 def _leave(message: str, code: int) -> None:
     print(message, file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def _give_up_lost_output() -> None:
+    """What could not be printed, to a full disk say, must not make Python's own end a failure."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,102 @@
+"""A long run: memory and open files of all its processes must stay flat.
+
+    python -m tests.faults.soak [--iterations 5000]
+
+Trains a small detector with two loader workers, evaluating and saving all along, and looks at every process of the run in the
+middle of each epoch: its share of memory (PSS) and its open files. A line is fitted through the sums after the first 500
+iterations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from tests.helpers import BATCHFORMER, ROOT, SMALL_IMAGES, SMALL_MODEL, write_coco
+
+STEPS = 50  # iterations of an epoch
+START = 500  # from here on memory must be flat
+LIMIT = 1.0  # KiB an iteration: 5 MiB over 5,000
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--iterations", type=int, default=5000, help="how long (5000)")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as work:
+        samples = run(Path(work), args.iterations // STEPS)
+    return judge(np.array(samples, dtype=float))
+
+
+def run(work: Path, epochs: int) -> list[tuple[int, int, int]]:
+    """(iteration, KiB, open files) once an epoch."""
+    write_coco(work / "data", num_train=2 * STEPS, num_val=4)
+    command = [
+        sys.executable, "-u", "main.py", "--coco_path", str(work / "data"), *SMALL_IMAGES, *SMALL_MODEL, *BATCHFORMER,
+        "--epochs", str(epochs), "--lr_drop", str(epochs), "--batch_size", "2", "--num_workers", "2",
+        "--log_every", str(STEPS // 2), "--lr_backbone", "0", "--ema_decay", "0.999", "--output_dir", str(work / "out"),
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )  # fmt: skip
+    samples, output = [], []
+    for line in process.stdout or ():
+        output.append(line)
+        middle = re.match(rf"epoch (\d+) \[{STEPS // 2}/{STEPS}\]", line)
+        if middle:
+            family = processes(process.pid)
+            iteration, kib, files = int(middle[1]) * STEPS + STEPS // 2, sum(map(memory, family)), sum(map(open_files, family))
+            samples.append((iteration, kib, files))
+            if len(samples) % 10 == 1:
+                print(f"iteration {iteration}: {len(family)} processes, {kib} KiB, {files} open files", flush=True)
+    assert process.wait() == 0, "".join(output[-20:])
+    return samples
+
+
+def judge(samples: np.ndarray) -> int:
+    late = samples[samples[:, 0] >= START]
+    slope, _ = np.polyfit(late[:, 0], late[:, 1], 1)
+    files = sorted({int(n) for n in late[:, 2]})
+    flat = slope < LIMIT and files[-1] - files[0] <= 2  # a pipe of the loader may be closing
+    print(
+        f"iterations {late[0, 0]:.0f} to {late[-1, 0]:.0f}: {late[0, 1] / 1024:.1f} MiB at first, {late[-1, 1] / 1024:.1f} at "
+        f"last, slope {slope:+.3f} KiB an iteration (limit {LIMIT}), {files[0]} to {files[-1]} open files: "
+        f"{'flat: passed' if flat else 'NOT FLAT'}"
+    )
+    return 0 if flat else 1
+
+
+def processes(parent: int) -> list[int]:
+    """A process and all below it."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+    family = [parent]
+    for pid in family:
+        family += children.get(pid, [])
+    return family
+
+
+def memory(pid: int) -> int:
+    """KiB, shared pages divided among those that share them."""
+    match = re.search(r"^Pss: +(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
+    return int(match[1]) if match else 0
+
+
+def open_files(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

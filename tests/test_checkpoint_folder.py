@@ -1,0 +1,245 @@
+"""The checkpoints of a run's folder: which are kept, which is found, what a bad disk and a damaged file mean."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+
+import pytest
+import torch
+
+import util.checkpoint_folder
+from tests.helpers import SMALL_IMAGES, SMALL_MODEL, run, run_main, write_coco
+from util import checkpoint
+from util.checkpoint import check_intact, read_checkpoint, write_atomically
+from util.checkpoint_folder import CheckpointFolder
+from util.errors import NotSavedError, UserError
+from util.history import History
+from util.run_folder import open_folder, set_aside
+from util.training_state import Position
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch):
+    monkeypatch.setattr(util.checkpoint_folder, "WAITS", (0.0, 0.0))
+
+
+def content(number: int) -> dict:
+    return {"model": {"number": torch.tensor(number)}}
+
+
+def number_in(path) -> int:
+    return read_checkpoint(path)["model"]["number"].item()
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# ---- what is kept
+
+
+def test_the_last_few_are_kept_and_those_of_the_schedule_always(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=2)
+    for epoch in range(1, 6):
+        folder.save(content(epoch), Position(epoch, 0), ["checkpoint0001.pth"] if epoch == 2 else [])
+    folder.name_newest("checkpoint_best.pth")
+    folder.save(content(6), Position(5, 40))
+    rolling = ["resume_0005_000000000.pth", "resume_0005_000000040.pth"]
+    assert names(tmp_path) == ["checkpoint.pth", "checkpoint0001.pth", "checkpoint_best.pth", *rolling]
+    assert number_in(tmp_path / "checkpoint.pth") == 6
+    assert number_in(tmp_path / "checkpoint0001.pth") == 2
+    assert number_in(tmp_path / "checkpoint_best.pth") == 5
+    assert CheckpointFolder(tmp_path, 2).newest_good() == tmp_path / rolling[1]
+
+
+def test_a_file_system_without_hard_links_gets_copies(tmp_path, monkeypatch):
+    def no_links(*args):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    CheckpointFolder(tmp_path, 2).save(content(1), Position(1, 0), ["checkpoint0000.pth"])
+    assert [number_in(path) for path in tmp_path.glob("*.pth")] == [1, 1, 1]
+
+
+# ---- damage
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "one bit", "the end", "a page of zeros"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, caplog, damage):
+    folder = CheckpointFolder(tmp_path, keep=3)
+    for epoch in (1, 2):
+        folder.save(content(epoch) | {"filler": torch.zeros(5000)}, Position(epoch, 0))
+    newest = tmp_path / "resume_0002_000000000.pth"
+    data = bytearray(newest.read_bytes())
+    if damage == "truncated":
+        data = data[: len(data) // 2]
+    elif damage == "empty":
+        data = b""
+    elif damage == "one bit":
+        data[len(data) // 2] ^= 1
+    elif damage == "the end":
+        data[-20:] = bytes(20)
+    else:
+        data[4096:8192] = bytes([1]) * 4096
+    newest.write_bytes(data)
+    with caplog.at_level(logging.WARNING):
+        assert CheckpointFolder(tmp_path, 3).newest_good() == tmp_path / "resume_0001_000000000.pth"
+    assert "resume_0002_000000000.pth is damaged" in caplog.text
+    assert "the one before it is taken" in caplog.text
+
+
+def test_every_changed_byte_is_noticed_or_changes_nothing(tmp_path):
+    path, changed = tmp_path / "a.pth", tmp_path / "b.pth"
+    write_atomically(content(7), path)
+    data = path.read_bytes()
+    for position in range(0, len(data), 3):
+        mutant = bytearray(data)
+        mutant[position] ^= 1 << (position % 8)
+        changed.write_bytes(mutant)
+        try:
+            assert number_in(changed) == 7
+            assert position >= len(data) - 80, "only the seal's own name: the zip file's sums then tell that all is well"
+        except UserError as error:
+            assert "is damaged" in str(error)
+
+
+def test_checkpoints_of_others_are_checked_by_their_own_sums(tmp_path):
+    torch.save({"model": {"a": torch.arange(4000)}}, tmp_path / "published.pth")
+    check_intact(tmp_path / "published.pth")
+    data = bytearray((tmp_path / "published.pth").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "published.pth").write_bytes(data)
+    assert torch.load(tmp_path / "published.pth") is not None, "PyTorch does not notice"
+    with pytest.raises(UserError, match="is damaged"):
+        read_checkpoint(tmp_path / "published.pth")
+
+
+def test_when_all_are_damaged_nothing_is_started_afresh(tmp_path):
+    CheckpointFolder(tmp_path, 2).save(content(1), Position(1, 0))
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="all 2 checkpoints.*are damaged.*move them away"):
+        CheckpointFolder(tmp_path, 2).newest_good()
+
+
+def test_damaged_files_do_not_push_out_good_ones(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=2)
+    for epoch in (1, 2, 3):
+        folder.save(content(epoch), Position(epoch, 0))
+    (tmp_path / "resume_0003_000000000.pth").write_bytes(b"")
+    again = CheckpointFolder(tmp_path, keep=2)
+    assert again.newest_good() == tmp_path / "resume_0002_000000000.pth"
+    again.save(content(25), Position(2, 50))
+    assert number_in(tmp_path / "resume_0002_000000000.pth") == 2, "one good one beside the newest"
+
+
+# ---- a disk that fails
+
+
+def failing(monkeypatch, times: int, error=None):
+    """torch.save fails so many times."""
+    left = [times]
+    save = torch.save
+
+    def fail(what, file):
+        if left[0]:
+            left[0] -= 1
+            file.write(b"half of it")
+            raise error or OSError(errno.ENOSPC, "No space left on device")
+        save(what, file)
+
+    monkeypatch.setattr(torch, "save", fail)
+
+
+def test_a_failed_write_is_tried_again(tmp_path, monkeypatch, caplog):
+    failing(monkeypatch, 2)
+    assert CheckpointFolder(tmp_path, 2).save(content(1), Position(1, 0))
+    assert caplog.text.count("trying again") == 2
+    assert names(tmp_path) == ["checkpoint.pth", "resume_0001_000000000.pth"]
+
+
+def test_as_many_lost_saves_as_are_kept_end_the_run_and_no_sooner(tmp_path, monkeypatch, caplog):
+    folder = CheckpointFolder(tmp_path, keep=2)
+    folder.save(content(1), Position(1, 0))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    failing(monkeypatch, 6)
+    assert folder.save(content(2), Position(2, 0)) is None
+    assert "training goes on, and ends if 1 more can't be written" in caplog.text
+    with pytest.raises(NotSavedError, match=r"No space left.*the last good one is .*resume_0001.*--resume auto"):
+        folder.save(content(3), Position(3, 0))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert folder.save(content(3), Position(3, 0)), "room again"
+    failing(monkeypatch, 3)
+    assert folder.save(content(4), Position(4, 0)) is None, "counted from the last success"
+    failing(monkeypatch, 3)
+    with pytest.raises(NotSavedError):
+        folder.save(content(4), Position(4, 0), must=True)
+
+
+def test_a_rename_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    folder = CheckpointFolder(tmp_path, keep=2)
+    folder.save(content(1), Position(1, 0))
+    before = names(tmp_path)
+
+    def no_rename(*args):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(checkpoint.os, "replace", no_rename)
+    assert folder.save(content(2), Position(2, 0)) is None
+    assert names(tmp_path) == before
+
+
+def test_a_log_that_cannot_be_written_is_caught_up_on(tmp_path, caplog):
+    history = History(tmp_path / "gone" / "log.txt")
+    history.finish_epoch({"epoch": 0})
+    assert "training goes on, the next epoch tries again" in caplog.text
+    (tmp_path / "gone").mkdir()
+    history.finish_epoch({"epoch": 1})
+    history.finish_epoch({"epoch": 2})
+    lines = (tmp_path / "gone" / "log.txt").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [0, 1, 2]
+
+
+def test_an_output_that_goes_to_a_full_disk_does_not_end_a_run(tmp_path):
+    write_coco(tmp_path / "data", 2)
+    flags = ["--coco_path", str(tmp_path / "data"), *SMALL_IMAGES, *SMALL_MODEL, "--epochs", "1"]
+    flags += ["--output_dir", str(tmp_path / "o")]
+    result = run("sh", "-c", f"exec python main.py {' '.join(flags)} >/dev/full")
+    assert result.returncode == 0, result.stderr
+    assert "Exception" not in result.stderr
+    assert json.loads((tmp_path / "o" / "log.txt").read_text())["epoch"] == 0
+
+
+# ---- an earlier run in the folder
+
+
+def test_going_on_from_an_earlier_checkpoint_sets_the_later_ones_aside(tmp_path):
+    write_coco(tmp_path / "data", 4, 2)
+    out = tmp_path / "out"
+    flags = ("--coco_path", str(tmp_path / "data"), *SMALL_IMAGES, *SMALL_MODEL, "--lr_drop", "2", "--output_dir", str(out))
+    assert run_main(*flags, "--epochs", "4").returncode == 0
+    log = (out / "log.txt").read_text()
+    again = run_main(*flags, "--epochs", "3", "--resume", str(out / "checkpoint0001.pth"))
+    assert again.returncode == 0, again.stderr
+    assert (out / "log.txt").read_text().splitlines() == log.splitlines()[:3]
+    assert (out / "earlier-1" / "log.txt").read_text() == log
+    assert "resume_0004_000000000.pth" in names(out / "earlier-1")
+    assert not (out / "earlier-1" / "checkpoint0001.pth").exists()
+    newest = CheckpointFolder(out, 2).newest_good()
+    assert read_checkpoint(newest)["position"] == {"epoch": 3, "images": 0}
+
+
+def test_a_move_that_was_interrupted_is_finished(tmp_path):
+    for name in ("checkpoint.pth", "resume_0001_000000000.pth", "log.txt"):
+        (tmp_path / name).write_text(name)
+    earlier = tmp_path / "earlier-1"
+    earlier.mkdir()
+    (earlier / ".moving").write_text("checkpoint.pth\nresume_0001_000000000.pth\nlog.txt")
+    (tmp_path / "checkpoint.pth").rename(earlier / "checkpoint.pth")
+    open_folder(str(tmp_path))
+    assert names(earlier) == ["checkpoint.pth", "log.txt", "resume_0001_000000000.pth"]
+    set_aside(tmp_path)
+    assert names(tmp_path) == ["earlier-1"], "nothing to move"
