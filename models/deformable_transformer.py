@@ -14,6 +14,7 @@ from models.ops.modules import MSDeformAttn
 from models.position_encoding import sine_features
 from models.token_batch import TokenBatch, encoder_reference_points, pixel_centres, valid_extent, valid_ratio
 from util.errors import UserError
+from util.precision import full_precision, widened
 
 PROPOSAL_SIZE = 0.05  # side of a proposal on the finest level; it doubles with every level
 
@@ -122,13 +123,14 @@ class DeformableTransformer(nn.Module):
 
     def _learned_queries(self, query_embed: Tensor, batch: int) -> Queries:
         position, content = query_embed.expand(batch, -1, -1).split(self.d_model, -1)
-        return Queries(content, position, self.reference_points(position).sigmoid())
+        with full_precision(position.device):
+            return Queries(content, position, self.reference_points(position).sigmoid())
 
     def _propose(self, memory: TokenBatch, class_head: nn.Module, box_head: nn.Module) -> Proposals:
         """A proposal from every token ("Deformable DETR", appendix A.4, two-stage)."""
         anchors, invalid = _anchors(memory)
         tokens = memory.tokens.masked_fill(invalid, 0.0)
-        tokens = self.enc_output_norm(self.enc_output(tokens))
+        tokens = self.enc_output_norm(widened(self.enc_output(tokens)))
         # an infinite logit makes the box (1, 1, 1, 1) whatever the head says
         box_logits = torch.logit(anchors).masked_fill(invalid, float("inf"))
         return Proposals(class_head(tokens), box_head(tokens) + box_logits)
@@ -146,7 +148,7 @@ class DeformableTransformer(nn.Module):
         boxes = box_logits.sigmoid()
         # C / 2 features for each of the four coordinates
         features = sine_features(boxes * 2 * torch.pi, self.d_model // 2).flatten(-2)
-        position, content = self.pos_trans_norm(self.pos_trans(features)).split(self.d_model, -1)
+        position, content = self.pos_trans_norm(widened(self.pos_trans(features))).split(self.d_model, -1)
         return Queries(content, position, boxes)
 
 
