@@ -46,12 +46,14 @@ class DeformableTransformer(nn.Module):
         batchformer: what acts after the encoder's layers with those weights.
         two_stage: take the queries from the encoder's proposals.
         num_proposals: how many of them.
+        checkpoint_encoder: compute the encoder's activations again in the backward instead of keeping them.
     """
 
     def __init__(
         self, *, d_model: int, nhead: int, num_encoder_layers: int, num_decoder_layers: int, dim_feedforward: int,
         dropout: float, drop_path: float, num_feature_levels: int, enc_n_points: int, dec_n_points: int,
         batchformer_modules: nn.Module | None, batchformer: BatchFormerV2 | None, two_stage: bool, num_proposals: int,
+        checkpoint_encoder: bool,
     ) -> None:  # fmt: skip
         super().__init__()
         self.d_model, self.two_stage, self.num_proposals = d_model, two_stage, num_proposals
@@ -63,6 +65,7 @@ class DeformableTransformer(nn.Module):
                 for rate in drop_path_rates(drop_path, num_encoder_layers)
             ],
             after_layer=batchformer or _unchanged,
+            recompute=checkpoint_encoder,
         )
         self.decoder = DeformableTransformerDecoder([
             DeformableTransformerDecoderLayer(d_model, dim_feedforward, dropout, rate, n_points=dec_n_points, **sizes)
