@@ -19,8 +19,21 @@ from util.checkpoint import read_checkpoint
 from util.errors import UserError
 from util.nested_tensor import NestedTensor
 
+
+class FrozenBatchNorm(FrozenBatchNorm2d):
+    """torchvision's, which gives float32 for bfloat16 and float16; this one keeps the type of its input.
+
+    Maps twice as large would undo most of what mixed precision saves.
+    """
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        if x_BCHW.dtype == self.weight.dtype:
+            return super().forward(x_BCHW)
+        return F.batch_norm(x_BCHW, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+
 NORMS: dict[str, Callable[[int], nn.Module]] = {
-    "frozen_bn": FrozenBatchNorm2d,
+    "frozen_bn": FrozenBatchNorm,
     "bn": nn.BatchNorm2d,
     "gn": partial(nn.GroupNorm, 32),
 }

@@ -85,6 +85,7 @@ def build_transformer(config: Config) -> DeformableTransformer:
         batchformer=BatchFormerV2(modules, bf.bf, bf.insert_idx, bf.eval_bf) if modules else None,
         two_stage=transformer.two_stage,
         num_proposals=transformer.num_queries,
+        checkpoint_encoder=transformer.checkpoint_encoder,
     )
 
 

@@ -13,6 +13,7 @@ from torchvision.ops import sigmoid_focal_loss
 from models.matcher import HungarianMatcher, Targets
 from util.box_ops import cxcywh_to_xyxy, generalized_iou
 from util.distributed import average_number
+from util.precision import full_precision, widened
 
 LOSSES = ("loss_ce", "loss_bbox", "loss_giou")
 
@@ -40,7 +41,7 @@ class SetCriterion(nn.Module):
         self.weight_dict = {name + suffix: weights[name] for suffix in suffixes for name in LOSSES}
 
     def forward(self, outputs: dict[str, Any], targets: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Match and compute every loss.
+        """Match and compute every loss, in float32 at least, whatever comes in and under autocast too.
 
         Args:
             outputs: the detector's. With two streams both halves are supervised by the same targets.
@@ -51,7 +52,10 @@ class SetCriterion(nn.Module):
             last layer, in percent) and cardinality_error (of every output).
         """
         flat = Targets.from_list(targets, outputs.get("num_streams", 1))
-        groups = self._groups(outputs, flat)
+        with full_precision(flat.boxes.device):
+            return self._losses(self._groups(outputs, flat), flat)
+
+    def _losses(self, groups: list[OutputGroup], flat: Targets) -> dict[str, Tensor]:
         num_boxes = self._num_boxes(flat)
         matches = self.matcher([(group.logits, group.boxes, group.targets) for group in groups])
         losses: dict[str, Tensor] = {}
@@ -59,7 +63,7 @@ class SetCriterion(nn.Module):
             for key, per_output in self._group_losses(group, *match, num_boxes).items():
                 named = zip(group.suffixes, per_output.unbind(), strict=True)
                 losses |= {key + suffix: value for suffix, value in named}
-        losses["class_error"] = _class_error(groups[0], *matches[0])
+        losses["class_error"] = _class_error(groups[0], *matches[0], num_boxes)
         return losses
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
@@ -119,15 +123,18 @@ class OutputGroup:
     def of(outputs: Sequence[dict[str, Tensor]], suffixes: Sequence[str], targets: Targets) -> OutputGroup:
         logits = torch.stack([output["pred_logits"] for output in outputs])
         boxes = torch.stack([output["pred_boxes"] for output in outputs])
-        return OutputGroup(logits, boxes, suffixes, targets)
+        return OutputGroup(widened(logits), widened(boxes), suffixes, targets)
 
 
 @torch.no_grad()
-def _class_error(group: OutputGroup, query_NT: Tensor, target_NT: Tensor) -> Tensor:
-    """Share of the matched queries of the group's first output whose best class is wrong, in percent."""
+def _class_error(group: OutputGroup, query_NT: Tensor, target_NT: Tensor, num_boxes: Tensor | float) -> Tensor:
+    """Share of the targets whose query in the group's first output has another best class, in percent.
+
+    Taken of `num_boxes`, so that the mean over processes is the share among all their targets.
+    """
     predicted = group.logits.flatten(0, 2)[query_NT[0]].argmax(-1)
     correct = (predicted == group.targets.labels[target_NT[0]]).sum()
-    return 100 - 100 * correct / max(query_NT.shape[1], 1)
+    return 100 - 100 * correct / num_boxes
 
 
 @torch.no_grad()

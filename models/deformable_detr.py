@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from models.backbone import Backbone, resize_mask
 from models.deformable_transformer import Decoded, DeformableTransformer
 from util.nested_tensor import NestedTensor
+from util.precision import widened
 
 
 class DeformableDETR(nn.Module):
@@ -62,7 +63,8 @@ class DeformableDETR(nn.Module):
         return self._outputs(decoded)
 
     def _project(self, images: NestedTensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The L maps at the transformer's width, and their masks."""
+        """The L maps at the transformer's width, and their masks. Under autocast the maps are float32, as GroupNorm gives them
+        on a GPU: the sums along the residual branches begin here."""
         features = self.backbone[0](images)
         maps = [project(feature.tensors) for project, feature in zip(self.input_proj, features, strict=False)]
         masks = [feature.mask for feature in features]
@@ -71,7 +73,7 @@ class DeformableDETR(nn.Module):
             source = project(source)
             maps.append(source)
             masks.append(resize_mask(images.mask, source.shape[-2:]))
-        return maps, masks
+        return [widened(x) for x in maps], masks
 
     def _outputs(self, decoded: Decoded) -> dict[str, Any]:
         layers = [

@@ -14,6 +14,7 @@ from models.ops.modules import MSDeformAttn
 from models.position_encoding import sine_features
 from models.token_batch import TokenBatch, encoder_reference_points, pixel_centres, valid_extent, valid_ratio
 from util.errors import UserError
+from util.precision import full_precision, widened
 
 PROPOSAL_SIZE = 0.05  # side of a proposal on the finest level; it doubles with every level
 
@@ -45,12 +46,14 @@ class DeformableTransformer(nn.Module):
         batchformer: what acts after the encoder's layers with those weights.
         two_stage: take the queries from the encoder's proposals.
         num_proposals: how many of them.
+        checkpoint_encoder: compute the encoder's activations again in the backward instead of keeping them.
     """
 
     def __init__(
         self, *, d_model: int, nhead: int, num_encoder_layers: int, num_decoder_layers: int, dim_feedforward: int,
         dropout: float, drop_path: float, num_feature_levels: int, enc_n_points: int, dec_n_points: int,
         batchformer_modules: nn.Module | None, batchformer: BatchFormerV2 | None, two_stage: bool, num_proposals: int,
+        checkpoint_encoder: bool,
     ) -> None:  # fmt: skip
         super().__init__()
         self.d_model, self.two_stage, self.num_proposals = d_model, two_stage, num_proposals
@@ -62,6 +65,7 @@ class DeformableTransformer(nn.Module):
                 for rate in drop_path_rates(drop_path, num_encoder_layers)
             ],
             after_layer=batchformer or _unchanged,
+            recompute=checkpoint_encoder,
         )
         self.decoder = DeformableTransformerDecoder([
             DeformableTransformerDecoderLayer(d_model, dim_feedforward, dropout, rate, n_points=dec_n_points, **sizes)
@@ -122,13 +126,14 @@ class DeformableTransformer(nn.Module):
 
     def _learned_queries(self, query_embed: Tensor, batch: int) -> Queries:
         position, content = query_embed.expand(batch, -1, -1).split(self.d_model, -1)
-        return Queries(content, position, self.reference_points(position).sigmoid())
+        with full_precision(position.device):
+            return Queries(content, position, self.reference_points(position).sigmoid())
 
     def _propose(self, memory: TokenBatch, class_head: nn.Module, box_head: nn.Module) -> Proposals:
         """A proposal from every token ("Deformable DETR", appendix A.4, two-stage)."""
         anchors, invalid = _anchors(memory)
         tokens = memory.tokens.masked_fill(invalid, 0.0)
-        tokens = self.enc_output_norm(self.enc_output(tokens))
+        tokens = self.enc_output_norm(widened(self.enc_output(tokens)))
         # an infinite logit makes the box (1, 1, 1, 1) whatever the head says
         box_logits = torch.logit(anchors).masked_fill(invalid, float("inf"))
         return Proposals(class_head(tokens), box_head(tokens) + box_logits)
@@ -146,7 +151,7 @@ class DeformableTransformer(nn.Module):
         boxes = box_logits.sigmoid()
         # C / 2 features for each of the four coordinates
         features = sine_features(boxes * 2 * torch.pi, self.d_model // 2).flatten(-2)
-        position, content = self.pos_trans_norm(self.pos_trans(features)).split(self.d_model, -1)
+        position, content = self.pos_trans_norm(widened(self.pos_trans(features))).split(self.d_model, -1)
         return Queries(content, position, boxes)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
 from models.ops.linear import TokenLinear
@@ -51,20 +52,34 @@ class DeformableTransformerEncoder(nn.Module):
     Args:
         layers: the encoder layers.
         after_layer: called as `batch = after_layer(i, batch)` after layer i; BatchFormerV2 comes in here.
+        recompute: in training keep only the tokens between the layers; what a layer, and what comes after it, computed
+            on the way is computed again in the backward, to the same bits ("Training deep nets with sublinear memory
+            cost", arXiv 1604.06174).
     """
 
     def __init__(
-        self, layers: list[DeformableTransformerEncoderLayer], after_layer: Callable[[int, TokenBatch], TokenBatch]
+        self,
+        layers: list[DeformableTransformerEncoderLayer],
+        after_layer: Callable[[int, TokenBatch], TokenBatch],
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.after_layer = after_layer
+        self.recompute = recompute
 
     def forward(self, batch: TokenBatch) -> TokenBatch:
-        for i, layer in enumerate(self.layers):
-            batch = layer(batch)
-            batch = self.after_layer(i, batch)
+        run = self._run_and_forget if self.recompute and self.training and torch.is_grad_enabled() else self._run
+        for i in range(len(self.layers)):
+            batch = run(i, batch)
         return batch
+
+    def _run(self, i: int, batch: TokenBatch) -> TokenBatch:
+        return self.after_layer(i, self.layers[i](batch))
+
+    def _run_and_forget(self, i: int, batch: TokenBatch) -> TokenBatch:
+        # by the tensors among its arguments PyTorch knows whose random state to bring back: inside `batch` it sees none
+        return checkpoint(lambda tokens: self._run(i, batch.with_tokens(tokens)), batch.tokens, use_reentrant=False)
 
 
 def drop_path_rates(drop_path: float, num_layers: int) -> list[float]:

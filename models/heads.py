@@ -9,12 +9,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from util.box_ops import inverse_sigmoid
+from util.precision import full_precision
 
 PRIOR_PROBABILITY = 0.01  # of a foreground class at the start (focal loss, arXiv 1708.02002, section 4.1)
 
 
+class ClassHead(nn.Linear):
+    """A linear layer in the type of its weights, under autocast too: bfloat16 would make ties of most logits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with full_precision(x.device):
+            return super().forward(x.to(self.weight.dtype))
+
+
 class MLP(nn.Module):
-    """Linear layers with ReLU between them."""
+    """Linear layers with ReLU between them, in the type of their weights, under autocast too: a box's logits in bfloat16 are
+    pixels off."""
 
     def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, num_layers: int) -> None:
         super().__init__()
@@ -22,9 +32,11 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers[:-1]:
-            x = F.relu(layer(x))
-        return self.layers[-1](x)
+        with full_precision(x.device):
+            x = x.to(self.layers[0].weight.dtype)
+            for layer in self.layers[:-1]:
+                x = F.relu(layer(x))
+            return self.layers[-1](x)
 
 
 def build_heads(
@@ -35,7 +47,7 @@ def build_heads(
     With box refinement every entry has its own weights, otherwise all are the same module.
     """
     count = num_layers + two_stage
-    class_head = nn.Linear(hidden_dim, num_classes)
+    class_head = ClassHead(hidden_dim, num_classes)
     nn.init.constant_(class_head.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
     box_head = MLP(hidden_dim, hidden_dim, 4, 3)
     nn.init.zeros_(box_head.layers[-1].weight)

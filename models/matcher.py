@@ -11,6 +11,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from util.box_ops import cxcywh_to_xyxy, generalized_iou
+from util.precision import full_precision, widened
 from util.transfer import to_device, to_host
 
 
@@ -59,7 +60,7 @@ class HungarianMatcher:
 
     @torch.no_grad()
     def __call__(self, groups: Sequence[tuple[Tensor, Tensor, Targets]]) -> list[tuple[Tensor, Tensor]]:
-        """Match several groups of outputs, with one transfer from the device and one back.
+        """Match several groups of outputs, with one transfer from the device and one back; in float32 at least.
 
         Args:
             groups: logits [N, B, Q, K], boxes [N, B, Q, 4] and targets; e.g. all decoder layers, and the encoder's output.
@@ -68,7 +69,8 @@ class HungarianMatcher:
             per group the matched queries as flat indices into [N, B, Q], and their targets in [0, T): both [N, T'] int64 on
             the device, image after image. T' is T unless an image has more targets than queries.
         """
-        costs = to_host(*(self._cost(*group) for group in groups))
+        with full_precision(groups[0][0].device):
+            costs = to_host(*(self._cost(widened(logits), widened(boxes), targets) for logits, boxes, targets in groups))
         matched = [
             _assign(cost.numpy(), targets.counts)
             for cost, (_, _, targets) in zip(costs, groups, strict=True)

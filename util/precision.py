@@ -58,7 +58,7 @@ def check_precision(amp: str, device: torch.device) -> None:
         other = "bf16" if amp == "fp16" else "fp16"
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"--amp {amp} can't be used on {device}: PyTorch {torch.__version__} says {reason!r}; "
+            f"--amp {amp} can't be used on {device}: PyTorch {torch.__version__} says: {reason}; "
             f"use --amp {other}, or leave it out"
         ) from None
 
