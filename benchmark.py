@@ -35,7 +35,7 @@ from util.config import BatchFormerConfig, Config, make_parser, parse_with_confi
 from util.distributed import choose_device
 from util.errors import UserError, run_as_command
 from util.nested_tensor import NestedTensor
-from util.optim import build_optimizer, clip_gradients
+from util.optim import build_updater
 from util.precision import autocast, check_precision
 
 OBJECTS = 7  # an image of COCO has 7.3 on average
@@ -137,19 +137,13 @@ def _train(args: argparse.Namespace, config: Config, device: torch.device, image
 def _training_step(config: Config, device: torch.device, images: NestedTensor, targets: list) -> Callable[[], None]:
     model, criterion = _build(config, device)
     model.train()
-    optimizer = build_optimizer(model, config)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.run.amp == "fp16")
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    updater = build_updater(model, config)
 
     def step() -> None:
         with autocast(config.run.amp, device):
             outputs = model(images)
-        scaler.scale(criterion.total(criterion(outputs, targets))).backward()
-        scaler.unscale_(optimizer)
-        clip_gradients(parameters, config.optim.clip_max_norm)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()  # here, so that no gradient is there before a step whose memory is counted
+        updater.backward(criterion.total(criterion(outputs, targets)), 1)
+        updater.step()  # lets go of the gradients: none is there before a step whose memory is counted
 
     return step
 

@@ -244,6 +244,7 @@ def _summarise(done: list[BatchResult], criterion: SetCriterion, ground_truth: C
     in_order = [share[i] for i in range(rounds) for share in shares if i < len(share)]
     results = [detection for batch in in_order for detection in batch.detections]
     evaluation = evaluate_boxes(ground_truth, results)
-    means = {name: math.fsum(batch.losses[name] for batch in in_order) / len(in_order) for name in in_order[0].losses}
+    names = in_order[0].losses if in_order else ()  # every image may have been left out as unreadable
+    means = {name: math.fsum(batch.losses[name] for batch in in_order) / len(in_order) for name in names}
     stats = published_names(means, criterion.weight_dict) | {"coco_eval_bbox": evaluation.stats.tolist()}
     return Evaluation(broadcast_from_main(stats), results, precision_tables(evaluation))

@@ -33,11 +33,13 @@ from models.ops import backends
 from util.checkpoint import load_state, read_checkpoint, write_atomically
 from util.checkpoint_folder import BEST, CheckpointFolder, scheduled_name
 from util.config import Config, check_trainable, parse_config
+from util.deterministic import explaining_refusals, make_deterministic
 from util.diagnose import FiniteWatch
 from util.distributed import broadcast_from_main, equalise_buffers, is_main, process_group, rank, world_size
 from util.errors import NotSavedError, UserError, run_as_command
 from util.history import History
 from util.optim import build_schedule, build_updater
+from util.precision import check_precision
 from util.preemption import StopRequest, StopVote
 from util.random_state import RandomGenerators
 from util.run_folder import open_folder, set_aside
@@ -53,11 +55,14 @@ def main(config: Config) -> None:
         UserError: a mistake of the user's.
         Preempted: a signal asked to leave (util/preemption.py), and all is saved.
     """
-    with StopRequest().installed() as stop, process_group(config.run.device) as device:
+    if config.run.deterministic:
+        make_deterministic()
+    with StopRequest().installed() as stop, process_group(config.run.device) as device, explaining_refusals():
         start_logging()
         announce(config, device)
         seed_everything(config.run.seed + rank())
         check_operator(device)
+        check_precision(config.run.amp, device)
         if config.run.eval:
             evaluate_only(config, device)
         else:
