@@ -444,8 +444,8 @@ class Attempt:
         own, seen = self._workers.failure(), self._signals.seen
         if own and own.status not in CONSEQUENCES:
             return own
-        if own and own.status == EXIT_PREEMPTED:
-            return own
+        if own and own.status == EXIT_PREEMPTED and (seen or self._end is None or self._end.status == EXIT_PREEMPTED):
+            return own  # else our own SIGTERM, after another node's failure, was the reason
         if seen and (own or self._workers.signalled_to_death):
             return Failure(128 + seen[0], f"ended by {signal.Signals(seen[0]).name}")
         if self._end and self._end.node != self._settings.node:

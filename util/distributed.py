@@ -70,7 +70,7 @@ def process_group(device_flag: str, timeout: float = 1800) -> Iterator[torch.dev
             except RuntimeError as error:
                 if not _lost_a_process(error):
                     raise
-                raise LostProcessError(watch.explain(error)) from None
+                raise watch.explain(error) from None
     finally:
         # after an error the others may never arrive: leave without waiting for them
         if dist.is_initialized():

@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from torch.distributed import Store
 
-from util.errors import EXIT_LOST_PROCESS, LostProcessError, Preempted
+from util.errors import EXIT_LOST_PROCESS, EXIT_PREEMPTED, LostProcessError, Preempted
 
 # Of the time-out. The rest is for telling the others, and for the last words.
 SHARE_OF_TIMEOUT = 0.85
@@ -62,6 +62,13 @@ class Verdict(NamedTuple):
 
     ranks: list[int]
     line: str
+    status: int = EXIT_LOST_PROCESS  # with which the others leave
+
+    def tell(self) -> str:
+        return self.line if self.status == EXIT_PREEMPTED else f"error: {self.line}"
+
+    def exception(self) -> BaseException:
+        return Preempted(self.line) if self.status == EXIT_PREEMPTED else LostProcessError(self.line)
 
 
 class Progress:
@@ -89,7 +96,8 @@ class Progress:
             doing = text % args if args else text
         except (TypeError, ValueError):  # a note must never end a run
             doing = text
-        return State(beat, exchanges, notes, bool(waits_in), doing + (f" (waits in {waits_in})" if waits_in else ""), left)
+        doing += f" (waits in {waits_in})" if waits_in else f" (at {line})" if (line := _line_of_main_thread()) else ""
+        return State(beat, exchanges, notes, bool(waits_in), doing, left)
 
 
 class Jury:
@@ -219,9 +227,10 @@ class _Talk(threading.Thread):
     A large job reads the others' states less often: each of n processes reads n of them.
     """
 
-    def __init__(self, store: Store, rank: int, world_size: int, tick: float, progress: Progress) -> None:
+    def __init__(self, store: Store, rank: int, world_size: int, tick: float, progress: Progress, stays: bool) -> None:
         super().__init__(name="watchdog: talk", daemon=True)
         self._store, self._rank, self._world_size, self._tick, self._progress = store, rank, world_size, tick, progress
+        self._stays = stays  # goes on listening when this process has left
         self.reads_every = 1 + world_size // 64
         self.peers: list[Peer | None] = [None] * world_size
         self.all_here = threading.Event()
@@ -243,7 +252,10 @@ class _Talk(threading.Thread):
                 told, self._told = self._told, threading.Event()
                 self._round += 1
                 self._tell()
-                self._hear()
+                if self._left and not self._stays:
+                    self._stopped = True  # rank 0 may end now, and the store with it
+                else:
+                    self._hear()
                 told.set()
         except RuntimeError:  # the store is gone
             self.closed.set()
@@ -270,11 +282,11 @@ class _Talk(threading.Thread):
             pass
 
     def _tell(self) -> None:
-        self._store.set(f"state {self._rank}", json.dumps(self._progress.state(self._round, self._left)))
         if self._proposed:
             self._store.compare_set("verdict", "", json.dumps(self._proposed))
         if self.verdict is None and self._store.check(["verdict"]):
             self.verdict = Verdict(*json.loads(self._store.get("verdict")))
+        self._store.set(f"state {self._rank}", json.dumps(self._progress.state(self._round, self._left)))
 
     def _hear(self) -> None:
         if not self.all_here.is_set():
@@ -312,7 +324,7 @@ class Watchdog:
         self._limit = SHARE_OF_TIMEOUT * timeout
         self._tick = min(1.0, timeout / 20)
         self._progress = Progress()
-        self._talk = _Talk(store, rank, world_size, self._tick, self._progress)
+        self._talk = _Talk(store, rank, world_size, self._tick, self._progress, stays=serves_store)
         self._judge_thread = threading.Thread(target=self._judge, name="watchdog: judge", daemon=True)
         self._jury: Jury | None = None
         self._stopped, self._decided = threading.Event(), threading.Event()
@@ -326,12 +338,12 @@ class Watchdog:
         _current = self
         self._talk.start()
         self._judge_thread.start()
-        while not (self._jury or self._decided.wait(self._tick / 4)):
-            pass
-        if self._verdict:
-            self._wait_for_the_others(SHORT_WAIT)
+        try:
+            self._wait_for_arrivals()
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
             self.stop()
-            raise LostProcessError(self._verdict.line)
+            raise
         self._listens = False
         return self
 
@@ -339,18 +351,24 @@ class Watchdog:
         """Tell the others. The watchdog stays, until `stop`, to end a process that an error leaves hanging."""
         global _current
         _current = None
-        if error is None or isinstance(error, Preempted):
+        if error is None:
             self._leaving = time.monotonic() + self._timeout + LEAVE_WITHIN, "", EXIT_LOST_PROCESS
-            self._talk.leave()
-            patience = self._timeout
         else:
-            line = _one_line(error)
-            self._leaving = time.monotonic() + LEAVE_WITHIN, line, getattr(error, "exit_code", 1)
+            line, status = _one_line(error), getattr(error, "exit_code", 1)
+            told = Verdict([self._rank], f"rank {self._rank} on {socket.gethostname()} ended with: {line}")
+            if isinstance(error, Preempted):  # the others may not have been asked
+                status, told = EXIT_PREEMPTED, Verdict([self._rank], str(error), EXIT_PREEMPTED)
+            self._leaving = time.monotonic() + LEAVE_WITHIN, line, status
             if not isinstance(error, LostProcessError):
-                self._talk.propose(Verdict([self._rank], f"rank {self._rank} on {socket.gethostname()} ended with: {line}"))
-            self._talk.leave()
-            patience = SHORT_WAIT
-        self._wait_for_the_others(patience)
+                self._talk.propose(told)
+        self._talk.leave()
+        self._wait_for_the_others(SHORT_WAIT if error else self._timeout)
+
+    def _wait_for_arrivals(self) -> None:
+        while not (self._jury or self._decided.wait(self._tick / 4)):
+            pass
+        if self._verdict:
+            raise self._verdict.exception()
 
     def stop(self) -> None:
         """A thread inside the store while Python shuts down would end the process with an abort: none is left behind, except
@@ -371,11 +389,12 @@ class Watchdog:
         yield
         self._progress.go_on()  # not after an error: the exchange has not taken place
 
-    def explain(self, error: BaseException) -> str:
-        """Why an exchange with the other processes broke off, in one line; waits some seconds for news of the culprit."""
+    def explain(self, error: BaseException) -> BaseException:
+        """Why an exchange with the other processes broke off, as the exception to leave with: LostProcessError, or Preempted
+        where the other was asked to leave. Waits some seconds for news of the culprit."""
         self._listens, self._broken = True, _one_line(error)
-        self._decided.wait(self._limit)
-        return self._verdict.line if self._verdict else self._broken
+        self._decided.wait(self._timeout)
+        return self._verdict.exception() if self._verdict else LostProcessError(f"lost another process: {self._broken}")
 
     def _wait_for_the_others(self, seconds: float) -> None:
         """Until they have left, but for those that never will. Only where the store ends with this process."""
@@ -449,12 +468,12 @@ class Watchdog:
         """Tell the verdict, unless another process of this machine does, and end the culprit and this process."""
         jury = self._jury
         if jury is None or self._leaving or jury.first_of_host(verdict):
-            _bounded(2, lambda: os.write(2, f"error: {verdict.line}\n".encode()))
+            _bounded(2, lambda: os.write(2, f"{verdict.tell()}\n".encode()))
             _end_those_that_hang([peer for r in verdict.ranks if r != self._rank and (peer := self._talk.peers[r])])
         self._talk.leave()
         self._wait_for_the_others(SHORT_WAIT)
         _bounded(1, lambda: (sys.stdout.flush(), sys.stderr.flush()))
-        os._exit(self._leaving[2] if self._leaving else EXIT_LOST_PROCESS)
+        os._exit(self._leaving[2] if self._leaving else verdict.status)
 
 
 _current: Watchdog | None = None
@@ -484,6 +503,21 @@ def _one_line(error: BaseException) -> str:
 
 def _short(items: Sequence[object]) -> str:
     return ", ".join(map(str, items[:8])) + (f" and {len(items) - 8} more" if len(items) > 8 else "")
+
+
+def _line_of_main_thread() -> str:
+    """The line of this project that the main thread is in; empty where there is none."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame:
+        path = Path(frame.f_code.co_filename)
+        if path.is_relative_to(_PROJECT) and "site-packages" not in path.parts and path not in _AROUND:
+            return f"{path.relative_to(_PROJECT)}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
+_PROJECT = Path(__file__).resolve().parent.parent
+_AROUND = (Path(__file__).resolve(), _PROJECT / "util" / "errors.py")  # what every process is in
 
 
 def _this_process() -> Peer:
