@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from util.errors import EXIT_LOST_PROCESS, EXIT_PREEMPTED, EXIT_USER_ERROR
+
 ROOT = Path(__file__).resolve().parents[1]
 AWKWARD = ["--batch-size", "3", "two words", 'it\'s "quoted"', "", "$HOME", "*"]
 CONFIGS = {
@@ -48,11 +50,12 @@ wait
 
 def environment(tmp_path: Path, **variables: str) -> dict[str, str]:
     """This process's environment without what launchers set, on the CPU, with `tmp_path`/bin first on PATH."""
-    launchers = ("SLURM", "SUBMITIT", "MASTER_", "GPUS_PER_NODE", "NODE_RANK", "RANK", "WORLD_SIZE", "LOCAL_", "OMP_")
+    ours = ("MAX_RESTARTS", "PREEMPT_SECONDS", "JOIN_SECONDS", "GPUS_PER_NODE", "NODE_RANK")
+    launchers = (*ours, "SLURM", "SUBMITIT", "TORCHELASTIC", "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_", "OMP_")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
     path = os.pathsep.join([str(tmp_path / "bin"), str(Path(sys.executable).parent), clean["PATH"]])
-    ours = {"PATH": path, "VIRTUAL_ENV": sys.prefix, "CUDA_VISIBLE_DEVICES": "", "REPORT": str(tmp_path)}
-    return clean | ours | variables
+    set_here = {"PATH": path, "VIRTUAL_ENV": sys.prefix, "CUDA_VISIBLE_DEVICES": "", "REPORT": str(tmp_path)}
+    return clean | set_here | variables
 
 
 def executable(path: Path, text: str) -> str:
@@ -111,11 +114,13 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def start_two_nodes(tmp_path: Path, command: str, **variables: str) -> list[subprocess.Popen[str]]:
+def start_two_nodes(
+    tmp_path: Path, command: str, only: tuple[str, ...] = ("0", "1"), **variables: str
+) -> list[subprocess.Popen[str]]:
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "GPUS_PER_NODE": "1"} | variables
     return [
         start(["./tools/run_dist_launch.sh", "2", command, *AWKWARD], environment(tmp_path, NODE_RANK=node, **meeting))
-        for node in "01"
+        for node in only
     ]
 
 
@@ -211,7 +216,7 @@ def test_launch_a_failing_node_ends_the_other(tmp_path: Path, fails: str) -> Non
     failed, ended = results if fails == "0" else reversed(results)
     assert failed[0] == 3
     assert f"the data of rank {fails} is not there" in failed[1]
-    assert ended[0] == 128 + signal.SIGTERM
+    assert ended[0] == EXIT_LOST_PROCESS
     assert f"node {fails} failed" in ended[1]
     assert all_end(sleepers(tmp_path))
 
@@ -254,6 +259,7 @@ def test_launch_two_jobs_share_the_machine_and_a_signal_ends_its_own(tmp_path: P
         (["2", "true"], {"GPUS_PER_NODE": "0"}, "GPUS_PER_NODE must be a positive integer"),
         (["2", "./configs/no_such.sh"], {}, "'./configs/no_such.sh' is not an executable command"),
         (["16", "true"], {}, "set MASTER_ADDR"),
+        (["2", "true"], {"MAX_RESTARTS": "often"}, "MAX_RESTARTS must be a whole number, not 'often'"),
         (["16", "true"], {"MASTER_ADDR": "127.0.0.1"}, "NODE_RANK"),
         (["16", "true"], {"MASTER_ADDR": "127.0.0.1", "NODE_RANK": "2"}, "NODE_RANK must be from 0 to 1"),
     ],
@@ -263,6 +269,163 @@ def test_launch_refuses_in_one_line(tmp_path: Path, arguments: list[str], variab
     assert status == 2
     assert output.count("\n") == 1
     assert reason in output
+
+
+# What a process of attempt 0 does is in $FAULT; a later attempt ends well. Every process notes each attempt.
+FAULTY_COMMAND = """#!/usr/bin/env bash
+echo "$TORCHELASTIC_RESTART_COUNT" >>"$REPORT/attempts$RANK"
+[[ $TORCHELASTIC_RESTART_COUNT == 0 ]] || exit 0
+if [[ $RANK == 1 ]]; then eval "$FAULT"; fi
+sleep 300
+"""
+
+
+def attempts(tmp_path: Path) -> list[list[str]]:
+    """For each of two ranks the numbers of its attempts."""
+    return [(tmp_path / f"attempts{rank}").read_text().split() for rank in "01"]
+
+
+def test_launch_all_processes_start_again_after_a_crash(tmp_path: Path) -> None:
+    command = executable(tmp_path / "faulty", FAULTY_COMMAND)
+    env = environment(tmp_path, FAULT="kill -9 $$", MAX_RESTARTS="3")
+    status, output = run(["./tools/run_dist_launch.sh", "2", command], env)
+    assert status == 0, output
+    assert attempts(tmp_path) == [["0", "1"], ["0", "1"]]
+    assert "starting again: attempt 1 of 3" in output
+
+
+@pytest.mark.parametrize("code", [EXIT_USER_ERROR, EXIT_PREEMPTED])
+def test_launch_what_would_fail_again_or_asked_to_leave_is_not_started_again(tmp_path: Path, code: int) -> None:
+    command = executable(tmp_path / "faulty", FAULTY_COMMAND)
+    env = environment(tmp_path, FAULT=f"exit {code}", MAX_RESTARTS="3", PREEMPT_SECONDS="1")
+    status, output = run(["./tools/run_dist_launch.sh", "2", command], env)
+    assert status == code, output
+    assert attempts(tmp_path) == [["0"], ["0"]]
+
+
+def test_launch_a_lost_process_is_not_taken_for_the_culprit(tmp_path: Path) -> None:
+    """Rank 0 leaves as one that has lost another, some time before that one ends."""
+    command = executable(
+        tmp_path / "lost", f"#!/usr/bin/env bash\n[[ $RANK == 1 ]] || exit {EXIT_LOST_PROCESS}\nsleep 1; kill -9 $$\n"
+    )
+    status, output = run(["./tools/run_dist_launch.sh", "2", command], environment(tmp_path))
+    assert status == 128 + signal.SIGKILL
+    assert output.splitlines()[-1].startswith("run_dist_launch.sh: rank 1 was killed by SIGKILL")
+
+
+# Saves when it is told to leave: once, however many signals come. Rank 1 takes longer.
+SAVING_COMMAND = f"""
+import os, pathlib, signal, sys, time
+folder, rank = pathlib.Path(os.environ["REPORT"]), os.environ["RANK"]
+got = []
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, lambda number, frame: got.append(number))
+(folder / (rank + ".tmp")).write_text(str(os.getpid()))
+(folder / (rank + ".tmp")).rename(folder / rank)
+while not got:
+    time.sleep(0.05)
+    if (folder / "leave").exists():
+        break
+(folder / "leave").touch()
+time.sleep(1 + int(rank))
+(folder / ("signals" + rank)).write_text(str(len(got)))
+sys.exit({EXIT_PREEMPTED})
+"""
+
+
+def test_launch_a_signal_reaches_the_processes_once_and_they_save(tmp_path: Path) -> None:
+    (tmp_path / "saving.py").write_text(SAVING_COMMAND)
+    jobs = []
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        folder = tmp_path / number.name
+        folder.mkdir()
+        env = environment(tmp_path, REPORT=str(folder), MAX_RESTARTS="3")
+        jobs.append((number, folder, start(["./tools/run_dist_launch.sh", "2", str(tmp_path / "saving.py")], env)))
+    for number, folder, launcher in jobs:
+        pids = sleepers(folder)
+        launcher.send_signal(number)
+        status, output = finish(launcher)
+        assert status == EXIT_PREEMPTED, output
+        assert [(folder / f"signals{rank}").read_text() for rank in "01"] == ["1", "1"]
+        assert "starting again" not in output
+        assert all_end(pids)
+
+
+def test_launch_a_process_that_was_told_to_leave_by_itself_takes_all_along(tmp_path: Path) -> None:
+    (tmp_path / "saving.py").write_text(SAVING_COMMAND)
+    launcher = start(["./tools/run_dist_launch.sh", "2", str(tmp_path / "saving.py")], environment(tmp_path))
+    os.kill(sleepers(tmp_path)[0], signal.SIGUSR1)
+    status, output = finish(launcher)
+    assert status == EXIT_PREEMPTED, output
+    assert [(tmp_path / f"signals{rank}").read_text() for rank in "01"] == ["1", "0"]
+
+
+@pytest.mark.parametrize("second_signal", [False, True])
+def test_launch_who_does_not_leave_is_killed(tmp_path: Path, second_signal: bool) -> None:
+    """After PREEMPT_SECONDS, or at once when the signal comes again."""
+    command = executable(tmp_path / "deaf", SLEEP_COMMAND.replace("sleep 300", "trap '' TERM; sleep 300", 1))
+    env = environment(tmp_path, PREEMPT_SECONDS="100" if second_signal else "1")
+    launcher = start(["./tools/run_dist_launch.sh", "2", command], env)
+    pids = sleepers(tmp_path)
+    launcher.send_signal(signal.SIGTERM)
+    if second_signal:
+        time.sleep(1)
+        launcher.send_signal(signal.SIGTERM)
+    status, output = finish(launcher, 30)
+    assert status == 128 + signal.SIGTERM
+    assert ("rank(s) 0, 1 did not leave in time and were killed" in output) == (not second_signal)
+    assert all_end(pids)
+
+
+def test_launch_two_nodes_start_again_together(tmp_path: Path) -> None:
+    command = executable(tmp_path / "faulty", FAULTY_COMMAND)
+    nodes = start_two_nodes(tmp_path, command, FAULT="kill -9 $$", MAX_RESTARTS="1")
+    for node in nodes:
+        status, output = finish(node)
+        assert status == 0, output
+    assert attempts(tmp_path) == [["0", "1"], ["0", "1"]]
+
+
+def test_launch_a_node_that_went_down_joins_again(tmp_path: Path) -> None:
+    """The launcher and the process of a node are killed; the same command there brings it back into the running job."""
+    command = executable(tmp_path / "faulty", FAULTY_COMMAND + 'wait\n')
+    variables = {"MAX_RESTARTS": "1", "FAULT": "echo $$ >$REPORT/pid", "MASTER_PORT": free_port()}
+    nodes = start_two_nodes(tmp_path, command, **variables)
+    deadline = time.monotonic() + 60
+    while not ((tmp_path / "pid").exists() and (tmp_path / "attempts0").exists()):
+        assert time.monotonic() < deadline, "the processes did not start"
+        time.sleep(0.1)
+    nodes[1].kill()
+    os.killpg(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+    nodes[1].communicate()
+    time.sleep(2)
+    assert nodes[0].poll() is None, "node 0 must wait"
+    back = start_two_nodes(tmp_path, command, only=("1",), **variables)
+    for node in (nodes[0], *back):
+        status, output = finish(node)
+        assert status == 0, output
+    assert attempts(tmp_path) == [["0", "1"], ["0", "1"]]
+
+
+@pytest.mark.parametrize("node", ["0", "1"])
+def test_launch_a_node_that_waits_in_vain_says_for_whom(tmp_path: Path, node: str) -> None:
+    (waiting,) = start_two_nodes(tmp_path, "true", only=(node,), JOIN_SECONDS="2")
+    status, output = finish(waiting)
+    assert status == EXIT_LOST_PROCESS
+    told = output.splitlines()
+    assert len(told) == 2, "what it waits for, and the end"
+    assert ("node(s) 1 did not come within 2 s" if node == "0" else "node 0 did not call the start within 2 s") in told[-1]
+
+
+def test_launch_a_port_in_use_is_said_in_one_line(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        (node,) = start_two_nodes(tmp_path, "true", only=("0",), MASTER_PORT=str(taken.getsockname()[1]))
+        status, output = finish(node)
+    assert status == EXIT_USER_ERROR
+    assert "set MASTER_PORT to a port that is free" in output.splitlines()[-1]
+    assert len(output.splitlines()) == 2
 
 
 # tools/run_dist_slurm.sh

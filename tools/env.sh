@@ -17,6 +17,9 @@ if [[ -z ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} && -x .venv/bin/python ]]; then
   export PATH=$VIRTUAL_ENV/bin:$PATH
 fi
 
+# PyTorch's C++ code would follow each warning of a lost connection with its stack, and bury the line that counts.
+export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
+
 # require_torch: stops with the remedy if `python` is not there or has no torch. It only looks torch up: an import
 # takes seconds.
 require_torch() {

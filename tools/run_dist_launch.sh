@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
 # Runs a command as several processes, on this machine or on several, and ends all of them when one fails.
 # With several nodes, run it on each: the same MASTER_ADDR and MASTER_PORT (node 0's), its own NODE_RANK.
+# MAX_RESTARTS=3 starts all of them again after a crash, up to three times; --resume auto lets main.py go on.
+# SIGTERM and SIGUSR1 let main.py save and leave; what is still there after PREEMPT_SECONDS (120) is killed.
+# A node waits JOIN_SECONDS (1800) for the others. tools/run_node.py has the details.
 set -euo pipefail
 # shellcheck source=tools/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-(($# >= 2)) || die "usage: [GPUS_PER_NODE=8] [MASTER_ADDR=<node 0> MASTER_PORT=29500 NODE_RANK=<0, 1, ...>] $0 <processes> <command> [arguments]"
+(($# >= 2)) || die "usage: [GPUS_PER_NODE=8] [MAX_RESTARTS=0] [PREEMPT_SECONDS=120] [JOIN_SECONDS=1800] [MASTER_ADDR=<node 0> MASTER_PORT=29500 NODE_RANK=<0, 1, ...>] $0 <processes> <command> [arguments]"
 split_over_nodes "$1"
 shift
 [[ $1 != *.py ]] || set -- python -u "$@"
@@ -22,6 +25,10 @@ if [[ -z ${OMP_NUM_THREADS:-} ]]; then
 fi
 export OMP_NUM_THREADS
 
+for name in MASTER_PORT MAX_RESTARTS PREEMPT_SECONDS JOIN_SECONDS; do
+  [[ ${!name:-0} =~ ^[0-9]+$ ]] || die "$name must be a whole number, not '${!name}'"
+done
+
 # With defaults for these, every node would wait for itself until the rendezvous times out.
 ((NODES == 1)) || [[ -n ${MASTER_ADDR:-} && -n ${NODE_RANK:-} ]] ||
   die "$NODES nodes of $GPUS_PER_NODE processes: set MASTER_ADDR to node 0's address and NODE_RANK to the node's number"
@@ -30,14 +37,11 @@ if [[ ! $NODE_RANK =~ ^(0|[1-9][0-9]*)$ ]] || ((NODE_RANK >= NODES)); then
   die "NODE_RANK must be from 0 to $((NODES - 1)) for $NODES node(s) of $GPUS_PER_NODE processes, not '$NODE_RANK'"
 fi
 
-torchrun=(--no_python --nnodes="$NODES" --nproc_per_node="$GPUS_PER_NODE")
-if ((NODES == 1)) && [[ -z ${MASTER_PORT:-} ]]; then
-  # torchrun finds a free port, so that several jobs can share the machine
-  torchrun+=(--standalone --local_addr="${MASTER_ADDR:-127.0.0.1}")
-else
-  export MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} MASTER_PORT=${MASTER_PORT:-29500}
-  torchrun+=(--node_rank="$NODE_RANK" --master_addr="$MASTER_ADDR" --master_port="$MASTER_PORT")
-  ((NODES == 1)) || echo "${0##*/}: node $NODE_RANK of $NODES meets the others at $MASTER_ADDR:$MASTER_PORT" >&2
+# A single node takes a free port, so that several jobs can share the machine.
+export MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
+if ((NODES > 1)); then
+  export MASTER_PORT=${MASTER_PORT:-29500}
+  echo "${0##*/}: node $NODE_RANK of $NODES meets the others at $MASTER_ADDR:$MASTER_PORT" >&2
 fi
 
-exec python tools/run_node.py "$NODES" "$NODE_RANK" "${torchrun[@]}" "$@"
+exec python tools/run_node.py "$NODES" "$NODE_RANK" "$GPUS_PER_NODE" "$@"
