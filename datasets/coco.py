@@ -140,7 +140,8 @@ def _random_choices(seed: int) -> Iterator[None]:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would visit every device, too
             random.seed(seed)
-            np.random.seed([seed & 0xFFFFFFFF, seed >> 32])  # noqa: NPY002
+            # the third word: without it NumPy and Python would draw the same numbers
+            np.random.seed([seed & 0xFFFFFFFF, seed >> 32, 1])  # noqa: NPY002
             yield
     finally:
         random.setstate(python)

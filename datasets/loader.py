@@ -237,9 +237,12 @@ class Workers:
             yield batch
 
     def _raise_if_killed(self) -> None:
-        # the connection to a process breaks a moment before the process can be seen to have ended
-        multiprocessing.connection.wait([process.sentinel for process in self._processes], timeout=1)
+        # the connection to a process breaks a moment before the process has ended
+        seconds = 1 if self._processes else 0
+        ending = multiprocessing.connection.wait([process.sentinel for process in self._processes], seconds)
         for process in self._processes:
+            if process.sentinel in ending:
+                process.join()
             if process.exitcode is not None and process.exitcode < 0:
                 raise UserError(_killed(process.pid, -process.exitcode)) from None
 
