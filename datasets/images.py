@@ -87,7 +87,7 @@ def decode(content: bytes, path: Path, megapixels: float, otherwise: str) -> Ima
         reason = f"can't be decoded (no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image)"
     except Image.DecompressionBombError as error:
         pixels = re.search(r"\d+", str(error))
-        reason, remedy = _too_large(f"has {int(pixels[0]) / 1e6:.1f} megapixels, more" if pixels else "is larger", megapixels)
+        reason, remedy = _too_large(f"has {int(pixels[0]) / 1e6:.4g} megapixels, more" if pixels else "is larger", megapixels)
     except Exception as error:  # a broken file can fail anywhere in a decoder
         reason = f"can't be decoded ({_in_a_line(error)})"
     raise BadImageError(str(path), reason, f"{remedy}, {otherwise}")

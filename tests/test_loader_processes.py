@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 
 import pytest
 import torch
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from datasets import loader
 from datasets.loader import build_loader
@@ -118,6 +120,48 @@ def test_a_full_shared_memory_ends_the_run_instead_of_losing_a_batch(monkeypatch
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
     with pytest.raises(UserError, match="No space left.*--num_workers"):
         list(build_loader(Numbers(), singly(), 2, CPU))
+
+
+SMALL_SHARED_MEMORY = """
+import torch
+from datasets.loader import build_loader
+from util.errors import run_as_command
+
+class Large:
+    def __len__(self):
+        return 40
+    def __getitem__(self, index):
+        return torch.zeros(3, 600, 800), {"image_id": torch.tensor([index])}
+
+run_as_command(lambda: list(build_loader(Large(), [[i, i + 1] for i in range(39)], 2, torch.device("cpu"))))
+"""
+
+
+def test_a_really_small_shared_memory_does_so_too():
+    """What PyTorch does about it has changed between versions: a bus error, or a batch that never comes."""
+    mount = ("unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=10m tmpfs /dev/shm && exec "$@"', "sh")
+    if not shutil.which("unshare") or subprocess.run([*mount, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no right to mount a small /dev/shm")
+    result = run(*mount, sys.executable, "-c", SMALL_SHARED_MEMORY, timeout=120)
+    assert result.returncode == 2
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "/dev/shm" in last
+
+
+def test_what_was_skipped_passes_the_pinning_of_memory(monkeypatch):
+    """PyTorch rebuilds what a loader gives when it moves it to pinned memory, which takes a GPU."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self + 1)
+    skipped = [loader.Skipped("path", "reason")]
+    images, targets = loader.collate([(torch.zeros(3, 2, 2), {"labels": torch.zeros(1)})])
+    pinned = pin_memory(loader.Collated(images, targets, skipped))
+    assert isinstance(pinned, loader.Collated)
+    assert pinned.images.tensors.eq(1).all()
+    assert pinned.targets[0]["labels"].eq(1).all()
+    assert pinned.skipped == skipped
+    assert pin_memory(loader.Collated(None, [], skipped)) == (None, [], skipped)
+    error = UserError("as it is")
+    assert pin_memory(error) is error
 
 
 HANGING = """
