@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import io
-import json
-import math
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from pycocotools.coco import COCO
 from torch.utils.data import Dataset
 from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
 
+from datasets.coco_format import read_annotations
+from datasets.images import BadImageError, decode, read_image_file
 from datasets.transforms import Area, eval_transform, train_transform
 from util.box_ops import xyxy_to_cxcywh
 from util.config import DataConfig
@@ -31,19 +31,22 @@ class CocoDetection(Dataset):
         annotations: COCO JSON.
         transform: maps (PIL image, {"boxes", "labels", "area", "iscrowd"}) to the same with a [3, H, W] float image.
         num_classes: labels must lie in [0, num_classes).
-        seed: with the epoch and the index it decides the random choices of `transform`, whatever process makes them.
+        seed: with the epoch and the index it decides the random choices of `transform`, whatever process makes them: those that
+            it draws from torch, from NumPy's global generator and from Python's.
+        max_megapixels: larger images are refused before they are decoded.
         cache: keep the bytes of the files in memory.
 
     A target has `boxes` [n, 4] cxcywh in [0, 1], `labels` [n] int64, `area` [n], `iscrowd` [n], `image_id` [1],
     `orig_size` and `size` [2] (height, width). Crowds, and boxes without width or height, are left out.
 
     Raises:
-        UserError: as the message says.
+        UserError: as the message says; an item whose file can't be used raises BadImageError.
     """
 
     def __init__(
-        self, images: Path, annotations: Path, transform: Callable, *, num_classes: int, seed: int, cache: bool = False
-    ) -> None:
+        self, images: Path, annotations: Path, transform: Callable, *, num_classes: int, seed: int,
+        max_megapixels: float = DataConfig.max_image_megapixels, cache: bool = False,
+    ) -> None:  # fmt: skip
         if not images.is_dir():
             raise UserError(f"{images} does not exist; --coco_path must be a folder with train2017, val2017 and annotations")
         self.images, self.annotations = images, annotations
@@ -53,7 +56,7 @@ class CocoDetection(Dataset):
             raise UserError(f"{annotations} has no images; check --coco_path")
         _check_labels(self.coco, annotations, num_classes)
         self.epoch = 0
-        self._transform, self._seed = transform, seed
+        self._transform, self._seed, self._max_megapixels = transform, seed, max_megapixels
         self._cache: dict[str, bytes] | None = {} if cache else None
 
     def __len__(self) -> int:
@@ -64,10 +67,8 @@ class CocoDetection(Dataset):
         image = self._read(self.coco.imgs[image_id])
         width, height = image.size
         target = _target(self.coco.imgToAnns[image_id], height, width)
-        # a generator per item: the same augmentation for any number of processes and workers, and after a resume
-        with torch.random.fork_rng(devices=[]):
-            # torch.manual_seed would visit every device, too
-            torch.default_generator.manual_seed(_item_seed(self._seed, self.epoch, index))
+        # seeded per item: the same augmentation for any number of processes and workers, and after a resume
+        with _random_choices(_item_seed(self._seed, self.epoch, index)):
             image, target = self._transform(image, target)
         target = _normalized(target, *image.shape[-2:])
         target["image_id"] = torch.tensor([image_id])
@@ -78,34 +79,28 @@ class CocoDetection(Dataset):
         """The path of an image."""
         return self.images / self.coco.imgs[image_id]["file_name"]
 
-    def fill_cache(self) -> None:
-        """Read every file into memory now, so that worker processes share the bytes instead of reading them each."""
-        if self._cache is not None:
-            for info in self.coco.imgs.values():
-                self._cache[info["file_name"]] = self._bytes(info["file_name"])
+    def fill_cache(self, leave_out_bad: bool) -> None:
+        """Read every file into memory now, so that worker processes share the bytes instead of reading them each.
+
+        Files that can't be read raise BadImageError, here or, with `leave_out_bad`, as items.
+        """
+        if self._cache is None:
+            return
+        for info in self.coco.imgs.values():
+            with contextlib.suppress(BadImageError) if leave_out_bad else contextlib.nullcontext():
+                self._cache[info["file_name"]] = self._bytes(info)
 
     def _read(self, info: dict[str, Any]) -> Image.Image:
-        name = info["file_name"]
-        content = self._bytes(name)
-        try:
-            image = _rgb(Image.open(io.BytesIO(content)))
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(
-                f"{self.images / name} can't be decoded ({error}); replace the file or take image {info['id']} out of "
-                f"{self.annotations}"
-            ) from None
-        return image
+        return decode(self._bytes(info), self.images / info["file_name"], self._max_megapixels, self._otherwise(info))
 
-    def _bytes(self, name: str) -> bytes:
+    def _bytes(self, info: dict[str, Any]) -> bytes:
+        name = info["file_name"]
         if self._cache is not None and name in self._cache:
             return self._cache[name]
-        try:
-            return (self.images / name).read_bytes()
-        except OSError as error:
-            raise UserError(
-                f"{self.images / name} can't be read ({error.strerror}), but {self.annotations} lists it; "
-                "add the file or take it out of the annotations"
-            ) from None
+        return read_image_file(self.images / name, self._max_megapixels, self._otherwise(info))
+
+    def _otherwise(self, info: dict[str, Any]) -> str:
+        return f"take image {info['id']} out of {self.annotations}, or add --on_bad_image skip"
 
 
 def build_coco(image_set: str, data: DataConfig, seed: int) -> CocoDetection:
@@ -119,78 +114,43 @@ def build_coco(image_set: str, data: DataConfig, seed: int) -> CocoDetection:
         transform = eval_transform(data.eval_size, data.max_size)
     dataset = CocoDetection(
         root / f"{image_set}2017", root / "annotations" / f"instances_{image_set}2017.json", transform,
-        num_classes=data.num_classes, seed=seed, cache=data.cache_mode,
+        num_classes=data.num_classes, seed=seed, max_megapixels=data.max_image_megapixels, cache=data.cache_mode,
     )  # fmt: skip
-    dataset.fill_cache()
+    dataset.fill_cache(leave_out_bad=data.on_bad_image == "skip")
     return dataset
-
-
-def read_annotations(path: Path) -> COCO:
-    """A COCO index of an instances file. Raises UserError if it is missing, not JSON, or not COCO's format."""
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror}); --coco_path must hold it") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); it must be a COCO instances file") from None
-    _check_format(content, path)
-    coco = COCO()
-    coco.dataset = content
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
-        coco.createIndex()
-    return coco
-
-
-def _check_format(content: Any, path: Path) -> None:
-    wanted = {
-        "images": ("id", "file_name", "height", "width"),
-        "annotations": ("id", "image_id", "category_id", "bbox"),
-        "categories": ("id", "name"),
-    }
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not in COCO's instances format: it must be an object with {', '.join(wanted)}")
-    for name, keys in wanted.items():
-        entries = content.get(name)
-        if not isinstance(entries, list):
-            raise UserError(f"{path} is not in COCO's instances format: it has no list {name!r}")
-        for i, entry in enumerate(entries):
-            lacking = [key for key in keys if not isinstance(entry, dict) or key not in entry]
-            if lacking:
-                raise UserError(f"{path} is not in COCO's instances format: {name}[{i}] lacks {lacking[0]!r}")
-    for annotation in content["annotations"]:
-        if not _is_box(annotation["bbox"]):
-            raise UserError(
-                f"{path}: annotation {annotation['id']} has bbox {annotation['bbox']!r}; it must be four finite numbers x, y, "
-                "width, height in pixels"
-            )
-
-
-def _is_box(value: Any) -> bool:
-    return (
-        isinstance(value, list) and len(value) == 4 and all(isinstance(x, (int, float)) and math.isfinite(x) for x in value)
-    )
 
 
 def _check_labels(coco: COCO, path: Path, num_classes: int) -> None:
     # on a GPU such a label would end in a device-side assert without a name
     used = {annotation["category_id"] for annotation in coco.anns.values()} | set(coco.cats)
-    wrong = sorted((label for label in used if not (isinstance(label, int) and 0 <= label < num_classes)), key=str)
+    wrong = sorted(label for label in used if not 0 <= label < num_classes)
     if wrong:
-        whole = [label for label in used if isinstance(label, int)]
-        remedy = f"add --num_classes {max(whole) + 1}" if whole and min(whole) >= 0 else "make the ids whole and not negative"
+        remedy = f"add --num_classes {max(used) + 1}" if wrong[0] >= 0 else "make the ids not negative"
         raise UserError(f"{path} has category id {wrong[0]}, outside [0, --num_classes {num_classes}); {remedy}")
+    unknown = used - set(coco.cats)
+    if unknown:
+        raise UserError(f"{path} has objects of category id {min(unknown)}, which its categories lack; add the category")
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """Grayscale, palette, CMYK and transparent images as RGB; 16-bit ones are scaled, which Pillow would clip to white."""
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
+@contextlib.contextmanager
+def _random_choices(seed: int) -> Iterator[None]:
+    """Seed torch's, NumPy's and Python's generators for the block; afterwards they go on as if it had not been."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - a transform may draw from it
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would visit every device, too
+            random.seed(seed)
+            # the third word: without it NumPy and Python would draw the same numbers
+            np.random.seed([seed & 0xFFFFFFFF, seed >> 32, 1])  # noqa: NPY002
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
 
 
 def _target(annotations: list[dict[str, Any]], height: int, width: int) -> dict[str, Any]:
     """Boxes clamped to the image, without crowds."""
-    kept = [annotation for annotation in annotations if not annotation.get("iscrowd", 0)]
+    kept = [annotation for annotation in annotations if not annotation["iscrowd"]]
     boxes = torch.tensor([annotation["bbox"] for annotation in kept], dtype=torch.float32).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     boxes[:, 0::2].clamp_(0, width)
@@ -198,7 +158,7 @@ def _target(annotations: list[dict[str, Any]], height: int, width: int) -> dict[
     target = {
         "boxes": boxes,
         "labels": torch.tensor([annotation["category_id"] for annotation in kept], dtype=torch.int64),
-        "area": torch.tensor([annotation.get("area", 0.0) for annotation in kept], dtype=torch.float32),
+        "area": torch.tensor([annotation["area"] for annotation in kept], dtype=torch.float32),
         "iscrowd": torch.zeros(len(kept), dtype=torch.int64),
     }
     target = _without_empty(target)

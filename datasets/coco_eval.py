@@ -38,7 +38,8 @@ def evaluate_boxes(ground_truth: COCO, results: list[dict[str, Any]]) -> COCOeva
     known = [dict(r) for r in results if r["category_id"] in ground_truth.cats]  # loadRes adds entries to them
     known.sort(key=lambda r: r["image_id"])  # stable: the order within an image stays
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(ground_truth, _detections(ground_truth, known), "bbox")
+        truth = _essence(ground_truth)
+        evaluation = COCOeval(truth, _detections(truth, known), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -55,6 +56,27 @@ def figures_table(stats: Sequence[float]) -> str:
     """The twelve figures in two lines."""
     cells = [f"{name} {value * 100:.1f}" if value >= 0 else f"{name} -" for name, value in zip(FIGURES, stats, strict=True)]
     return "  ".join(cells[:6]) + "\n" + "  ".join(cells[6:])
+
+
+_USED = {
+    "images": ("id",),
+    "annotations": ("image_id", "category_id", "bbox", "area", "iscrowd"),
+    "categories": ("id", "name"),
+}
+
+
+def _essence(ground_truth: COCO) -> COCO:
+    """What COCOeval uses of the annotations, numbered from 1: it takes a detection matched with an object of id 0 for unmatched.
+
+    Its own, because COCOeval writes into the objects and copies all else of the file, however deep.
+    """
+    essence = COCO()
+    essence.dataset = {name: [{key: entry[key] for key in keys} for entry in ground_truth.dataset[name]]
+                       for name, keys in _USED.items()}  # fmt: skip
+    for number, annotation in enumerate(essence.dataset["annotations"], 1):
+        annotation["id"] = number
+    essence.createIndex()
+    return essence
 
 
 def _detections(ground_truth: COCO, results: list[dict[str, Any]]) -> COCO:

@@ -11,6 +11,8 @@ import torchvision.transforms.v2.functional as F
 from torchvision.transforms import v2
 from torchvision.tv_tensors import Image, TVTensor
 
+# has no say for an image less than 50 times as long as wide; one of a single column would grow to gigabytes
+_LONGEST_BEFORE_CROP = 2**15
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which the backbones were trained on
 
 
@@ -31,7 +33,7 @@ def train_transform(
         return v2.Compose([scale, normalize()])
     if augmentation == "flip":
         return v2.Compose([v2.RandomHorizontalFlip(), scale, normalize()])
-    crop = v2.Compose([RandomShorterSide(crop_resize_sizes, None), RandomCrop(*crop_sizes), scale])
+    crop = v2.Compose([RandomShorterSide(crop_resize_sizes, _LONGEST_BEFORE_CROP), RandomCrop(*crop_sizes), scale])
     return v2.Compose([v2.RandomHorizontalFlip(), v2.RandomChoice([scale, crop]), normalize()])
 
 
@@ -65,7 +67,7 @@ class Area(TVTensor):
 
 
 class RandomShorterSide(v2.Transform):
-    """Resize so that the shorter side is one of `sizes`, chosen anew for every image."""
+    """Resize so that the shorter side is one of `sizes`, chosen anew for every image, and the longer at most about `max_size`."""
 
     def __init__(self, sizes: Sequence[int], max_size: int | None) -> None:
         super().__init__()

@@ -1,0 +1,118 @@
+"""Image files from anywhere: nothing but a regular file is opened, nothing of absurd size decoded, nothing executed."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import stat
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from util.errors import UserError
+
+# bitmaps that Pillow decodes by itself; for others it starts programs (EPS: Ghostscript)
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000")
+# four channels of 32 bits: no image that is small enough has a larger file, metadata aside
+_BYTES_PER_PIXEL = 16
+_METADATA_BYTES = 2**24
+
+# Pillow's own limit would refuse crops too. While a file is decoded, --max_image_megapixels takes its place
+Image.MAX_IMAGE_PIXELS = None
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+
+class BadImageError(UserError):
+    """An image file that can't be used. `path` and `reason` are for those who go on without it.
+
+    Args:
+        path: the file, as the message names it.
+        reason: what is wrong, to be read after the path ("can't be read (...)").
+        remedy: what to do about it.
+    """
+
+    def __init__(self, path: str, reason: str, remedy: str) -> None:
+        super().__init__(path, reason, remedy)  # as given: workers send it by its arguments
+        self.path, self.reason, self.remedy = path, reason, remedy
+
+    def __str__(self) -> str:
+        return f"{self.path} {self.reason}; {self.remedy}"
+
+
+def read_regular_file(path: Path) -> bytes:
+    """The content of a regular file, or of one that a link leads to.
+
+    Raises OSError; also for a pipe or a device, which would keep the reader waiting for ever.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(0, "not a regular file")
+    return path.read_bytes()
+
+
+def read_image_file(path: Path, megapixels: float, otherwise: str) -> bytes:
+    """The bytes of an image file.
+
+    Raises BadImageError if it can't be read, or is longer than an image within --max_image_megapixels can be; `otherwise` ends
+    the remedy.
+    """
+    try:
+        if os.stat(path).st_size > megapixels * 1e6 * _BYTES_PER_PIXEL + _METADATA_BYTES:
+            reason, remedy = _too_large("is a file longer", megapixels)
+            raise BadImageError(str(path), reason, f"{remedy}, {otherwise}")
+        return read_regular_file(path)
+    except OSError as error:
+        raise BadImageError(str(path), f"can't be read ({error.strerror or error})", f"add the file, {otherwise}") from None
+
+
+def decode(content: bytes, path: Path, megapixels: float, otherwise: str) -> Image.Image:
+    """The image in the bytes of the file `path`, as RGB.
+
+    Raises BadImageError if it is no whole image of one of FORMATS, or larger than `megapixels` by its header: then nothing of
+    it is decoded. `otherwise` ends the remedy.
+    """
+    limit = int(megapixels * 1e6)
+    remedy = "replace the file"
+    try:
+        with _pillow_limit(limit):
+            image = Image.open(io.BytesIO(content), formats=FORMATS)
+            if image.width * image.height > limit:
+                raise Image.DecompressionBombError(f"{image.width * image.height} pixels")
+            return _rgb(image)
+    except UnidentifiedImageError:
+        reason = f"can't be decoded (no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image)"
+    except Image.DecompressionBombError as error:
+        pixels = re.search(r"\d+", str(error))
+        reason, remedy = _too_large(f"has {int(pixels[0]) / 1e6:.4g} megapixels, more" if pixels else "is larger", megapixels)
+    except Exception as error:  # a broken file can fail anywhere in a decoder
+        reason = f"can't be decoded ({_in_a_line(error)})"
+    raise BadImageError(str(path), reason, f"{remedy}, {otherwise}")
+
+
+def _too_large(what: str, megapixels: float) -> tuple[str, str]:
+    return f"{what} than --max_image_megapixels {megapixels:g} allows", "scale the image down, raise the flag"
+
+
+@contextlib.contextmanager
+def _pillow_limit(pixels: int) -> Iterator[None]:
+    """Let Pillow refuse, too, what is far larger: some of its decoders take memory for all pixels before they tell the size."""
+    Image.MAX_IMAGE_PIXELS = pixels  # it raises above twice this
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = None
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Grayscale, palette, CMYK and transparent images as RGB; 16-bit ones are scaled, which Pillow would clip to white."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def _in_a_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,228 @@
+"""The loader's processes: what they outlive, what ends them, and what is said of one that died."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch.utils.data._utils.pin_memory import pin_memory
+
+from datasets import loader
+from datasets.loader import build_loader
+from tests.helpers import ROOT, run
+from util.errors import UserError
+
+CPU = torch.device("cpu")
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+
+
+class Numbers:
+    """Items that hold their index; in item `at` of a loader process, `then` happens first."""
+
+    def __init__(self, count: int = 12, at: int = -1, then=None) -> None:
+        self._count, self._at, self._then = count, at, then
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int):
+        if index == self._at:
+            self._then()
+        return torch.full((3, 2, 2), float(index)), {"image_id": torch.tensor([index])}
+
+
+def singly(count: int = 12) -> list[list[int]]:
+    return [[i] for i in range(count)]
+
+
+def ids(batches) -> list[int]:
+    return [targets[0]["image_id"].item() for _, targets in batches]
+
+
+def test_the_signals_of_a_job_do_not_end_loader_processes():
+    batches = iter(build_loader(Numbers(40), singly(40), 2, CPU))
+    seen = [next(batches)]
+    for process in multiprocessing.active_children():
+        for number in SIGNALS:
+            os.kill(process.pid, number)
+    seen += batches
+    assert ids(seen) == list(range(40))
+
+
+_hit_at_birth = False
+
+
+def _hit_this_process() -> None:
+    if _hit_at_birth:
+        for number in SIGNALS:
+            os.kill(os.getpid(), number)
+
+
+os.register_at_fork(after_in_child=_hit_this_process)
+
+
+def test_not_even_at_their_very_start(monkeypatch):
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    monkeypatch.setattr(sys.modules[__name__], "_hit_at_birth", True)
+    assert ids(build_loader(Numbers(), singly(), 2, CPU)) == list(range(12))
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == held, "the training process hears the signals as before"
+
+
+def die(number: int):
+    return lambda: os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS])
+def test_a_killed_loader_process_is_told_in_one_line(number):
+    with pytest.raises(UserError) as error:
+        list(build_loader(Numbers(at=5, then=die(number)), singly(), 2, CPU))
+    text = str(error.value)
+    assert number.name in text
+    assert "--num_workers" in text
+    assert "/dev/shm" in text
+    assert "\n" not in text
+
+
+def test_it_is_told_at_the_next_batch_and_not_in_the_midst_of_other_work():
+    """PyTorch's own handler would raise wherever the training process happens to be, in a checkpoint's writing, say."""
+    batches = iter(build_loader(Numbers(400), singly(400), 2, CPU))
+    next(batches)
+    for process in multiprocessing.active_children():
+        process.kill()
+        process.join()
+    time.sleep(0.2)  # here it would be raised
+    with pytest.raises(UserError, match="SIGKILL"):
+        list(batches)
+
+
+def mistake() -> None:
+    raise ZeroDivisionError("a bug of ours")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bugs_keep_their_traceback(workers):
+    with pytest.raises(ZeroDivisionError) as error:
+        list(build_loader(Numbers(at=3, then=mistake), singly(), workers, CPU))
+    assert workers == 0 or "in mistake" in str(error.value), "the lines of the loader process are shown"
+
+
+def test_a_full_shared_memory_ends_the_run_instead_of_losing_a_batch(monkeypatch):
+    def full(self):
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    with pytest.raises(UserError, match="No space left.*--num_workers"):
+        list(build_loader(Numbers(), singly(), 2, CPU))
+
+
+SMALL_SHARED_MEMORY = """
+import torch
+from datasets.loader import build_loader
+from util.errors import run_as_command
+
+class Large:
+    def __len__(self):
+        return 40
+    def __getitem__(self, index):
+        return torch.zeros(3, 600, 800), {"image_id": torch.tensor([index])}
+
+run_as_command(lambda: list(build_loader(Large(), [[i, i + 1] for i in range(39)], 2, torch.device("cpu"))))
+"""
+
+
+def test_a_really_small_shared_memory_does_so_too():
+    """What PyTorch does about it has changed between versions: a bus error, or a batch that never comes."""
+    mount = ("unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=10m tmpfs /dev/shm && exec "$@"', "sh")
+    if not shutil.which("unshare") or subprocess.run([*mount, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no right to mount a small /dev/shm")
+    result = run(*mount, sys.executable, "-c", SMALL_SHARED_MEMORY, timeout=120)
+    assert result.returncode == 2
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "/dev/shm" in last
+
+
+def test_what_was_skipped_passes_the_pinning_of_memory(monkeypatch):
+    """PyTorch rebuilds what a loader gives when it moves it to pinned memory, which takes a GPU."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self + 1)
+    skipped = [loader.Skipped("path", "reason")]
+    images, targets = loader.collate([(torch.zeros(3, 2, 2), {"labels": torch.zeros(1)})])
+    pinned = pin_memory(loader.Collated(images, targets, skipped))
+    assert isinstance(pinned, loader.Collated)
+    assert pinned.images.tensors.eq(1).all()
+    assert pinned.targets[0]["labels"].eq(1).all()
+    assert pinned.skipped == skipped
+    assert pin_memory(loader.Collated(None, [], skipped)) == (None, [], skipped)
+    error = UserError("as it is")
+    assert pin_memory(error) is error
+
+
+HANGING = """
+import os, signal, sys, time, torch
+from datasets.loader import build_loader, end_workers
+from util.errors import run_as_command
+
+class Hangs:
+    def __len__(self):
+        return 4
+    def __getitem__(self, index):
+        print(os.getpid(), flush=True)
+        time.sleep(3600)
+
+def main():
+    batches = iter(build_loader(Hangs(), [[0], [1]], 2, torch.device("cpu")))
+    try:
+        signal.alarm(1)
+        next(batches)
+    finally:
+        end_workers()
+
+def leave(*_):
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGALRM, leave if sys.argv[1] == "end" else signal.SIG_IGN)
+run_as_command(main)
+"""
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended, or is ended and waits for being asked."""
+    for _ in range(100):
+        try:
+            with open(f"/proc/{pid}/stat") as file:
+                if file.read().rsplit(")", 1)[1].split()[0] == "Z":
+                    return True
+        except OSError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_the_end_of_the_program_does_not_wait_for_hanging_loader_processes():
+    result = run(sys.executable, "-c", HANGING, "end", timeout=120)
+    assert (result.returncode, result.stderr) == (130, "interrupted\n")
+    pids = [int(line) for line in result.stdout.split()]
+    assert len(pids) == 2
+    assert all(gone(pid) for pid in pids)
+
+
+def test_a_killed_program_leaves_no_hanging_loader_processes():
+    with subprocess.Popen([sys.executable, "-c", HANGING, "stay"], cwd=ROOT, stdout=subprocess.PIPE, text=True) as program:
+        pids = [int(program.stdout.readline()) for _ in range(2)]
+        program.kill()
+    assert all(gone(pid) for pid in pids)
+
+
+def test_end_workers_leaves_nobody():
+    batches = iter(build_loader(Numbers(at=3, then=lambda: time.sleep(3600)), singly(), 2, CPU))
+    assert ids([next(batches)]) == [0]
+    assert multiprocessing.active_children()
+    loader.end_workers()
+    assert not multiprocessing.active_children()
