@@ -153,7 +153,8 @@ def evaluate(
     done: list[BatchResult] = []
     pending: PendingResult | None = None
     clock = Throughput()
-    for images, targets in batches:
+    for step, (images, targets) in enumerate(batches):
+        note("%s, batch %d", title, step)
         with autocast(amp, images.tensors.device):
             outputs = model(images)
         done += [pending.collect()] if pending else []
@@ -243,6 +244,7 @@ def _summarise(done: list[BatchResult], criterion: SetCriterion, ground_truth: C
     rounds = max(map(len, shares))
     in_order = [share[i] for i in range(rounds) for share in shares if i < len(share)]
     results = [detection for batch in in_order for detection in batch.detections]
+    note("COCO's figures of %d detections", len(results))
     evaluation = evaluate_boxes(ground_truth, results)
     names = in_order[0].losses if in_order else ()  # every image may have been left out as unreadable
     means = {name: math.fsum(batch.losses[name] for batch in in_order) / len(in_order) for name in names}

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from datasets import build_dataset
 from datasets.coco_eval import figures_table
-from datasets.loader import Prefetcher, build_loader
+from datasets.loader import BadImages, Prefetcher, build_loader, end_workers
 from datasets.samplers import EvalBatches, TrainBatches
 from engine import EpochMeans, Evaluation, evaluate, train_one_epoch, training_loss
 from models import build_model
@@ -35,7 +35,7 @@ from util.checkpoint_folder import BEST, CheckpointFolder, scheduled_name
 from util.config import Config, check_trainable, parse_config
 from util.deterministic import explaining_refusals, make_deterministic
 from util.diagnose import FiniteWatch
-from util.distributed import broadcast_from_main, equalise_buffers, is_main, process_group, rank, world_size
+from util.distributed import broadcast_from_main, equalise_buffers, is_main, process_group, rank, sum_over_processes, world_size
 from util.errors import NotSavedError, UserError, run_as_command
 from util.history import History
 from util.optim import build_schedule, build_updater
@@ -44,6 +44,7 @@ from util.preemption import StopRequest, StopVote
 from util.random_state import RandomGenerators
 from util.run_folder import open_folder, set_aside
 from util.training_state import Position, TrainingState, position_of
+from util.watchdog import note
 
 log = logging.getLogger("main")
 
@@ -57,16 +58,20 @@ def main(config: Config) -> None:
     """
     if config.run.deterministic:
         make_deterministic()
-    with StopRequest().installed() as stop, process_group(config.run.device) as device, explaining_refusals():
-        start_logging()
-        announce(config, device)
-        seed_everything(config.run.seed + rank())
-        check_operator(device)
-        check_precision(config.run.amp, device)
-        if config.run.eval:
-            evaluate_only(config, device)
-        else:
-            Training(config, device, stop).run()
+    processes = process_group(config.run.device, config.run.dist_timeout)
+    try:
+        with StopRequest().installed() as stop, processes as device, explaining_refusals():
+            start_logging()
+            announce(config, device)
+            seed_everything(config.run.seed + rank())
+            check_operator(device)
+            check_precision(config.run.amp, device)
+            if config.run.eval:
+                evaluate_only(config, device)
+            else:
+                Training(config, device, stop).run()
+    finally:
+        end_workers()
 
 
 def evaluate_only(config: Config, device: torch.device) -> None:
@@ -76,7 +81,7 @@ def evaluate_only(config: Config, device: torch.device) -> None:
     model, criterion, postprocessors = build_model(loading(config, source))
     checkpoint = load_checkpoint(model, source)
     model.to(device)
-    batches = eval_loader(dataset, config, device)
+    batches = eval_loader(dataset, config, device, BadImages(config.data.on_bad_image, config.data.max_bad_images))
     for suffix in ["", *(["_ema"] if "ema" in (checkpoint or {}) else [])]:
         if suffix:
             log.info("averaged weights: %s", load_state(model, checkpoint["ema"], str(source)))
@@ -98,8 +103,9 @@ class Training:
         self.votes = StopVote(stop)
         self.dataset, self.val_dataset = build_dataset("train", config), build_dataset("val", config)
         self.order = TrainBatches(len(self.dataset), config.optim.batch_size, rank(), world_size(), config.run.seed)
-        self.batches = build_loader(self.dataset, self.order, config.data.num_workers, device)
-        self.val_batches = eval_loader(self.val_dataset, config, device)
+        self.bad_images = BadImages(config.data.on_bad_image, config.data.max_bad_images)
+        self.batches = build_loader(self.dataset, self.order, config.data.num_workers, device, self.bad_images)
+        self.val_batches = eval_loader(self.val_dataset, config, device, self.bad_images)
 
         self.folder = open_folder(config.run.output_dir) if config.run.output_dir and is_main() else None
         self.checkpoints = CheckpointFolder(self.folder, config.run.keep) if self.folder else None
@@ -123,7 +129,10 @@ class Training:
         self.state = TrainingState(
             config, classes, self.model, self.updater, self.schedule, self.position,
             shared={"history": self.history},
-            own={"random": RandomGenerators(device), "means": self.means, "not_finite": self.watch},
+            own={
+                "random": RandomGenerators(device), "means": self.means, "not_finite": self.watch,
+                "bad_images": self.bad_images,
+            },
         )  # fmt: skip
         self.exact = self.state.restore(checkpoint, str(source))
         self._prepare_folder(source, checkpoint)
@@ -202,13 +211,18 @@ class Training:
         return {f"test_{prefix}{name}": value for name, value in evaluation.stats.items()}
 
     def _skipped(self) -> dict[str, int]:
-        """How many steps have been left out so far, for runs that are to go on then."""
-        return {"skipped_steps": self.watch.skipped} if self.config.run.on_nan == "skip" else {}
+        """How many steps and image files have been left out so far, for runs that are to go on then."""
+        steps = {"skipped_steps": self.watch.skipped} if self.config.run.on_nan == "skip" else {}
+        if self.config.data.on_bad_image == "stop":
+            return steps
+        # a file counts once for every process that has met it
+        return steps | {"bad_images": int(sum_over_processes(torch.tensor(self.bad_images.count)))}
 
     def _save(self, also: list[str] | None = None, must: bool = False) -> None:
         """Write a checkpoint, on the main process; all must call, and go on when it is written."""
         if not self.config.run.output_dir:
             return
+        note("saving after %d images of epoch %d", self.position.images, self.position.epoch)
         content = self.state.gather()
         if self.checkpoints and content:
             self.checkpoints.save(content, self.position, also or [], must=must)
@@ -331,9 +345,9 @@ def check_operator(device: torch.device) -> None:
         raise UserError(str(error)) from error
 
 
-def eval_loader(dataset, config: Config, device: torch.device) -> Prefetcher:
+def eval_loader(dataset, config: Config, device: torch.device, bad_images: BadImages) -> Prefetcher:
     batches = EvalBatches(len(dataset), config.optim.batch_size, rank(), world_size())
-    return build_loader(dataset, batches, config.data.num_workers, device)
+    return build_loader(dataset, batches, config.data.num_workers, device, bad_images, replace=False)
 
 
 def share_gradients(model: nn.Module, config: Config, device: torch.device) -> nn.Module:

@@ -112,6 +112,10 @@ class BadImages:
             raise UserError("the checkpoint's list of skipped images is damaged; resume from another checkpoint")
         self._paths = dict.fromkeys(paths)
 
+    def load_merged(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Go on from the records of any number of processes."""
+        self.load_state_dict({"paths": [path for state in states for path in state["paths"]]})
+
 
 class Skipped(NamedTuple):
     """A file that was not used. To be read together: "<path> <reason>"."""
