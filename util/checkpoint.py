@@ -102,7 +102,10 @@ def load_weights(model: nn.Module, path_or_url: str) -> LoadReport:
 
 def load_state(model: nn.Module, checkpoint: Mapping[str, Any], source: str) -> LoadReport:
     """As `load_weights`, from a checkpoint that has been read."""
-    state = _canonical(checkpoint.get("model", checkpoint), source)
+    state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, Mapping) else None
+    if not isinstance(state, Mapping):
+        raise UserError(f"--resume {source} is no checkpoint of a detector: its weights are no dict of tensors")
+    state = _canonical(state, source)
     own = model.state_dict(keep_vars=True)
     known = {name: tensor for name, tensor in state.items() if name in own}
     for name, tensor in known.items():
