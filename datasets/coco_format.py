@@ -20,6 +20,8 @@ from util.errors import UserError
 _FARTHEST = 1e9
 # pycocotools leaves objects above this out of the figures
 _LARGEST_AREA = 1e10
+# characters; messages show them
+_LONGEST_NAME = 1000
 # absolute, with a drive, upwards; then what no name has and no log line can show: control characters, lone surrogates
 _UNSAFE_NAME = re.compile(
     r"^$ | ^[/\\] | ^[A-Za-z]: | (^|[/\\])\.\.([/\\]|$) | [\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", re.VERBOSE
@@ -126,7 +128,7 @@ def _is_side(value: Any) -> bool:
 
 
 def _is_inside(value: Any) -> bool:
-    return isinstance(value, str) and not _UNSAFE_NAME.search(value)
+    return isinstance(value, str) and len(value) <= _LONGEST_NAME and not _UNSAFE_NAME.search(value)
 
 
 def _is_number(value: Any, low: float, high: float) -> bool:
@@ -164,7 +166,7 @@ _ID = _Field("id", _is_id, "a whole number, of 64 bits")
 _FIELDS = {
     "images": (
         _ID,
-        _Field("file_name", _is_inside, "the path of a file below the image folder"),
+        _Field("file_name", _is_inside, f"the path of a file below the image folder, of at most {_LONGEST_NAME} characters"),
         _Field("height", _is_side, "a whole number of pixels above 0"),
         _Field("width", _is_side, "a whole number of pixels above 0"),
     ),

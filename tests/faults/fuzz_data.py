@@ -99,7 +99,7 @@ def _run_case(run: Callable[[], None], watch: Watch, outcome: Outcome) -> str | 
             run()
     except UserError as error:
         text = str(error)
-        if len(text.splitlines()) != 1 or len(text) > 1000 or not text.isprintable():
+        if len(text.splitlines()) != 1 or len(text) > 2000 or not text.isprintable():
             return f"not one short line: {text!r}"
         outcome.refused[_kind_of(text)] += 1
     except (Exception, Misbehaviour):

@@ -102,7 +102,9 @@ def json_text(rng: Random, document: Any) -> bytes:
         text = re.sub(r'"(id|bbox|images|file_name)":', lambda found: f"{found[0]} 7, {found[0]}", text, count=1)
     elif kind == 1:
         text = text.replace("0", rng.choice(("[" * 5000 + "]" * 5000, "1" * 6000, "1e999", "-0", "Infinity", "0x1")), 1)
-    elif kind == 2:
+    elif kind == 2:  # below the reader's limit, but not below that of whoever walks through it
+        text = re.sub(r'"(description|name)": "[^"]*"', lambda found: f'"{found[1]}x": {"[" * 900}{"]" * 900}', text, count=1)
+    elif kind == 3:
         return text.encode(rng.choice(("utf-16", "utf-32", "utf-8-sig", "cp500")), "replace")
     return text.encode("utf-8", "surrogatepass")
 
