@@ -182,6 +182,9 @@ class Updater:
         """Take those entries back; the weight decay stays this run's. What the checkpoint lacks starts afresh, and is said."""
         weight_decay = self.optimizer.defaults["weight_decay"]
         self.optimizer.load_state_dict(checkpoint["optimizer"])
+        for parameter, state in self.optimizer.state.items():  # which it does not look at
+            if any(isinstance(x, Tensor) and x.dim() and x.shape != parameter.shape for x in state.values()):
+                raise ValueError(f"the state of a parameter of {list(parameter.shape)} has another shape")
         for group in self.optimizer.param_groups:
             group["weight_decay"] = weight_decay
         if self.scaler and "scaler" in checkpoint:

@@ -48,6 +48,8 @@ class Position:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch, self.images = int(state["epoch"]), int(state["images"])
+        if min(self.epoch, self.images) < 0:
+            raise ValueError(f"a position of {self.epoch} epochs and {self.images} images")
 
 
 class TrainingState:

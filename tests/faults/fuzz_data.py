@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import logging
 import random
 import re
 import shutil
@@ -36,12 +37,19 @@ from torch import nn
 
 from datasets.coco import CocoDetection
 from datasets.coco_eval import evaluate_boxes
-from datasets.loader import collate
+from datasets.loader import BadImages, collate
 from datasets.transforms import train_transform
+from engine import EpochMeans
 from tests.faults import fuzz_mutate
 from tests.faults.fuzz_watch import Misbehaviour, Watch
 from util.checkpoint import load_state, read_checkpoint, write_atomically
+from util.config import parse_config
+from util.diagnose import FiniteWatch
 from util.errors import UserError
+from util.history import History
+from util.optim import Updater, build_schedule, build_updater
+from util.random_state import RandomGenerators
+from util.training_state import Position, TrainingState
 
 SECONDS_PER_CASE = 20
 MEGAPIXELS = 2.0
@@ -173,17 +181,20 @@ class ImageCase:
 
 
 class CheckpointCase:
-    """A damaged checkpoint. Where its bytes were damaged and it loads all the same, the weights must be the undamaged ones."""
+    """A damaged checkpoint, from which a run goes on.
+
+    Where its bytes were damaged and it loads all the same, the weights must be the undamaged ones.
+    """
 
     def __init__(self, work: Path) -> None:
         self._file = work / "checkpoint.pth"
         self._model = _small_model()
-        self._weights = {name: tensor.clone() for name, tensor in self._model.state_dict().items()}
-        self._content = {
-            "model": self._weights, "epoch": 3, "args": {"lr": 1e-4, "bf": 1, "train_sizes": [48, 64]},
-            "optimizer": {"state": {0: {"step": torch.tensor(4.0)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]},
-            "random_states": [{"torch": torch.get_rng_state()}],
-        }  # fmt: skip
+        state, updater = _training(self._model)
+        updater.backward(sum(p.sum() for p in self._model.parameters()), 1)
+        updater.step()
+        self._content = state.gather()
+        self._weights = {name: tensor.clone() for name, tensor in self._content["model"].items()}
+        self._content["model"] = self._weights
         write_atomically(self._content, self._file)
         self._bytes = self._file.read_bytes()
         legacy = io.BytesIO()
@@ -203,7 +214,10 @@ class CheckpointCase:
 
     def run(self) -> None:
         model = _small_model()
-        load_state(model, read_checkpoint(self._file), str(self._file))
+        checkpoint = read_checkpoint(self._file)
+        load_state(model, checkpoint, str(self._file))
+        state, _ = _training(model)
+        state.restore(checkpoint, str(self._file))
         for name, tensor in model.state_dict().items():
             kept = self._weights[name]
             assert (tensor.shape, tensor.dtype) == (kept.shape, kept.dtype), name
@@ -257,7 +271,20 @@ def _small_model() -> nn.Module:
     )
 
 
+def _training(model: nn.Module) -> tuple[TrainingState, Updater]:
+    """All parts of a run's state."""
+    config = parse_config(["--ema_decay", "0.9", "--amp", "fp16"])
+    updater = build_updater(model, config)
+    shared = {"history": History(None)}
+    watch = FiniteWatch(model, lambda images, targets: images.tensors.sum(), {}, None)
+    random_state = RandomGenerators(torch.device("cpu"))
+    own = {"random": random_state, "means": EpochMeans(), "not_finite": watch, "bad_images": BadImages("skip", 9)}
+    schedule = build_schedule(updater.optimizer, config)
+    return TrainingState(config, {1: "one"}, model, updater, schedule, Position(), shared, own), updater
+
+
 def main() -> int:
+    logging.disable()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for kind in CASES:
         parser.add_argument(f"--{kind}", type=int, default=0, metavar="CASES", help=f"damaged {kind} to try")
