@@ -5,19 +5,22 @@
     python benchmark.py train --num_iters 10 --size 320 320 --bf 1 --insert_idx 0         # a training step, against --bf 0
     python benchmark.py op                                                                # the operator's backends, see op --help
 
---against_reference times the same with the attention operator in plain PyTorch too, side by side; --profile adds what the
-time goes to.
+--amp bf16 and, of a training step, --bf and --checkpoint_encoder are timed beside the same without them, and the memory of a
+training step is given at its peak. --against_reference times the same with the attention operator in plain PyTorch too;
+--profile adds what the time goes to.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -33,6 +36,7 @@ from util.distributed import choose_device
 from util.errors import UserError, run_as_command
 from util.nested_tensor import NestedTensor
 from util.optim import build_optimizer, clip_gradients
+from util.precision import autocast, check_precision
 
 OBJECTS = 7  # an image of COCO has 7.3 on average
 
@@ -42,6 +46,7 @@ def main() -> int | None:
         return op_benchmark.main(sys.argv[2:])
     args, config = _parse()
     device = choose_device(config.run.device)
+    check_precision(config.run.amp, device)
     torch.manual_seed(config.run.seed)
     images, targets = _batch(args, config, device)
     height, width = images.tensors.shape[-2:]
@@ -51,37 +56,80 @@ def main() -> int | None:
     return None
 
 
+@dataclass(frozen=True)
+class Variant:
+    """What is timed; `name` are its flags, `added` the last of them, which the variant before it lacks."""
+
+    name: str
+    added: str
+    config: Config
+
+
+def _variants(config: Config, training: bool) -> list[Variant]:
+    """From the plain detector to what was asked for, a flag more each, to be compared with the one before."""
+    plain_run = dataclasses.replace(config.run, amp="off")
+    plain_transformer = dataclasses.replace(config.transformer, checkpoint_encoder=False)
+    plain = dataclasses.replace(config, run=plain_run, transformer=plain_transformer)
+    variants = [Variant("", "", plain)]
+    if training:
+        variants = [Variant("--bf 0", "", dataclasses.replace(plain, batchformer=BatchFormerConfig()))]
+    if training and config.batchformer.bf:
+        flag = f"--bf {config.batchformer.bf}"
+        variants.append(Variant(flag, flag, plain))
+    more = [(f"--amp {config.run.amp}", "run", config.run.amp != "off")]
+    more.append(("--checkpoint_encoder", "transformer", training and config.transformer.checkpoint_encoder))
+    for flag, group, given in more:
+        if given:
+            before = variants[-1]
+            changed = dataclasses.replace(before.config, **{group: getattr(config, group)})
+            variants.append(Variant(f"{before.name} {flag}".strip(), flag, changed))
+    return variants
+
+
 def _inference(args: argparse.Namespace, config: Config, device: torch.device, images: NestedTensor, targets: list) -> None:
+    variants = _variants(config, training=False)
+    calls = [_inference_call(variant.config, device, images) for variant in variants]
+    against = [_with_reference_operator(calls[-1])] if args.against_reference else []
+    seconds = _time([*calls, *against], args, device)
+    names = [f"inference {variant.name}".strip() for variant in variants]
+    for i, name in enumerate(names):
+        _report(name, len(images), seconds[i])
+        if i:
+            print(f"{variants[i].added} takes {_ratio(seconds[i], seconds[i - 1]):.2f} times as long as without")
+    _report_against_reference(names[-1], len(images), seconds[len(calls) - 1], seconds[len(calls) :])
+    if args.profile:
+        _profile(calls[-1], device)
+
+
+def _inference_call(config: Config, device: torch.device, images: NestedTensor) -> Callable[[], None]:
     model, _ = _build(config, device)
     model.eval()
 
     def infer() -> None:
-        with torch.no_grad():
+        with torch.no_grad(), autocast(config.run.amp, device):
             model(images)
 
-    against = [_with_reference_operator(infer)] if args.against_reference else []
-    seconds, *others = _time([infer, *against], args, device)
-    _report("inference", len(images), seconds)
-    _report_against_reference("inference", len(images), seconds, others)
-    if args.profile:
-        _profile(infer, device)
+    return infer
 
 
 def _train(args: argparse.Namespace, config: Config, device: torch.device, images: NestedTensor, targets: list) -> None:
-    """Forward, losses, backward, clipping and optimiser; with BatchFormerV2 side by side with the same without."""
-    plain = dataclasses.replace(config, batchformer=BatchFormerConfig())
-    steps = [_training_step(plain, device, images, targets)]
-    if config.batchformer.bf:
-        steps.append(_training_step(config, device, images, targets))
+    """Forward, losses, backward, clipping and optimiser; time and memory of every flag side by side with the same without."""
+    variants = _variants(config, training=True)
+    steps = [_training_step(variant.config, device, images, targets) for variant in variants]
     against = [_with_reference_operator(steps[-1])] if args.against_reference else []
     seconds = _time([*steps, *against], args, device)
-    _report("training step, --bf 0", len(images), seconds[0])
-    if config.batchformer.bf:
-        _report(f"training step, --bf {config.batchformer.bf}", len(images), seconds[1])
-        ratio = statistics.median(seconds[1]) / statistics.median(seconds[0])
-        print(f"--bf {config.batchformer.bf} takes {ratio:.2f} times as long as --bf 0")
-    last = f"training step, --bf {config.batchformer.bf}"
-    _report_against_reference(last, len(images), seconds[len(steps) - 1], seconds[len(steps) :])
+    memory, what = _memory(steps, device)
+    names = [f"training step, {variant.name}" for variant in variants]
+    for i, name in enumerate(names):
+        _report(name, len(images), seconds[i], memory[i])
+        if i:
+            without = "--bf 0" if variants[i].added.startswith("--bf") else "without"
+            print(
+                f"{variants[i].added} takes {_ratio(seconds[i], seconds[i - 1]):.2f} times as long as {without}, and "
+                f"{memory[i] / memory[i - 1]:.2f} times the memory"
+            )
+    print(f"memory: {what}")
+    _report_against_reference(names[-1], len(images), seconds[len(steps) - 1], seconds[len(steps) :])
     if args.profile:
         _profile(steps[-1], device)
 
@@ -90,15 +138,46 @@ def _training_step(config: Config, device: torch.device, images: NestedTensor, t
     model, criterion = _build(config, device)
     model.train()
     optimizer = build_optimizer(model, config)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.run.amp == "fp16")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def step() -> None:
-        optimizer.zero_grad()
-        criterion.total(criterion(model(images), targets)).backward()
+        with autocast(config.run.amp, device):
+            outputs = model(images)
+        scaler.scale(criterion.total(criterion(outputs, targets))).backward()
+        scaler.unscale_(optimizer)
         clip_gradients(parameters, config.optim.clip_max_norm)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()  # here, so that no gradient is there before a step whose memory is counted
 
     return step
+
+
+def _memory(steps: Sequence[Callable[[], None]], device: torch.device) -> tuple[list[float], str]:
+    """Bytes that each step needs beyond weights and the optimiser's state, and what was counted."""
+    measured = [op_benchmark.peak_memory(step, device)[0] for step in steps]
+    if any(map(math.isnan, measured)):
+        return [float(_saved_bytes(step)) for step in steps], "tensors that autograd keeps for the backward of a step"
+    what = "what is allocated on the GPU" if device.type == "cuda" else "resident memory of the process"
+    return measured, f"{what} at the peak of a step, beyond what there was before it"
+
+
+def _saved_bytes(step: Callable[[], None]) -> int:
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step()
+    return sum(kept.values())
+
+
+def _ratio(seconds: Sequence[float], others: Sequence[float]) -> float:
+    return statistics.median(seconds) / statistics.median(others)
 
 
 def _with_reference_operator(function: Callable[[], None]) -> Callable[[], None]:
@@ -118,8 +197,7 @@ def _with_reference_operator(function: Callable[[], None]) -> Callable[[], None]
 def _report_against_reference(what: str, batch: int, seconds: list[float], others: list[list[float]]) -> None:
     for reference in others:
         _report(f"{what}, the operator in plain PyTorch", batch, reference)
-        ratio = statistics.median(seconds) / statistics.median(reference)
-        print(f"{what} takes {ratio:.1%} of the time that it takes with the operator in plain PyTorch")
+        print(f"{what} takes {_ratio(seconds, reference):.1%} of the time that it takes with the operator in plain PyTorch")
 
 
 def _profile(function: Callable[[], None], device: torch.device) -> None:
@@ -145,13 +223,13 @@ def _time(functions: Sequence[Callable], args: argparse.Namespace, device: torch
     return seconds
 
 
-def _report(what: str, batch: int, seconds: list[float]) -> None:
+def _report(what: str, batch: int, seconds: list[float], memory: float | None = None) -> None:
     middle = statistics.median(seconds)
-    print(
+    line = (
         f"{what}: {batch / middle:.2f} images/s ({middle * 1000:.1f} ms a batch in the median of {len(seconds)}, "
-        f"{min(seconds) * 1000:.1f} to {max(seconds) * 1000:.1f})",
-        flush=True,
+        f"{min(seconds) * 1000:.1f} to {max(seconds) * 1000:.1f})"
     )
+    print(line if memory is None else f"{line}, {memory / 2**20:.1f} MiB", flush=True)
 
 
 def _build(config: Config, device: torch.device) -> tuple[torch.nn.Module, torch.nn.Module]:

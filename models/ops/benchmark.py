@@ -14,12 +14,14 @@ from __future__ import annotations
 import argparse
 import ctypes
 import dataclasses
+import gc
 import math
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -201,23 +203,31 @@ def _recorded(function: Callable) -> Callable[[], None]:
 def _extra_memory(step: Callable, device: torch.device) -> float:
     """Bytes at the peak of a step beyond what was there before and what it returns; NaN where the system can't tell."""
     step()
+    peak, results = peak_memory(step, device)
+    return math.nan if math.isnan(peak) else max(peak - sum(one.nbytes for one in results), 0)
+
+
+def peak_memory(step: Callable, device: torch.device) -> tuple[float, Any]:
+    """Bytes at the peak of a call beyond what was there before, and what it returned.
+
+    Of PyTorch's allocator on a GPU; of the whole process elsewhere. NaN and None, without a call, where the system can't tell.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         results = step()
         torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        try:
-            ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system, and counts when it is taken again
-            Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-            before = _resident("VmRSS")
-            results = step()
-            peak = _resident("VmHWM")
-        except (OSError, AttributeError):
-            return math.nan
-    return max(0, peak - before - sum(one.nbytes for one in results))
+        return torch.cuda.max_memory_allocated() - before, results
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system, and counts when it is taken again
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+        before = _resident("VmRSS")
+    except (OSError, AttributeError):
+        return math.nan, None
+    results = step()
+    return _resident("VmHWM") - before, results
 
 
 def _resident(field: str) -> int:
