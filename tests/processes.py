@@ -15,7 +15,7 @@ from pathlib import Path
 from tests.helpers import ROOT
 
 
-def run_main_together(*flags: str, processes: int, output: Path, timeout: float = 120) -> str:
+def run_main_together(*flags: str, processes: int, output: Path, timeout: float = 300) -> str:
     """main.py with the variables that torchrun sets, one thread a process; gives what rank 0 printed.
 
     Args:

@@ -131,9 +131,13 @@ def test_places_are_float32_and_values_are_not(flags, device, amp):
 def test_heads_and_boxes_are_computed_in_float32_not_cast_to_it(flags, amp):
     """Hardly a number is one of the low type's. The proposals' logits, by which the queries are chosen, hardly tie."""
     model, images = build(*flags)[0], batch()[0]
+    of_heads = []
+    for head in {*model.class_embed, *model.bbox_embed}:
+        head.register_forward_hook(lambda head, inputs, output: of_heads.append(output))
     with autocast(amp, CPU):
         outputs = model.train()(images)
-    for tensor in all_outputs(outputs):
+    assert len(of_heads) == len(all_outputs(outputs))
+    for tensor in (*all_outputs(outputs), *of_heads):
         inner = tensor[(tensor != 0) & (tensor != 1)]
         assert (inner == inner.to(LOW_TYPES[amp])).float().mean() < 0.01
     if "enc_outputs" in outputs:
@@ -183,11 +187,21 @@ def test_losses_and_matching_are_float32_whatever_comes_in(flags, amp):
     outside = criterion(wide, targets)
     assert {loss.dtype for loss in inside.values()} == {torch.float32}
     assert all(torch.equal(inside[name], outside[name]) for name in outside)
-    flat = Targets.from_list(targets, outputs["num_streams"])
+
+
+def test_the_matching_tells_neighbours_of_the_low_type_apart(amp):
+    """Of two queries whose logits differ by one step of the type the better is taken; costs in that type would tie."""
+    low = LOW_TYPES[amp]
+    worse = torch.linspace(-6, 6, 100).to(low)
+    better = (worse.float() + worse.float().abs() * torch.finfo(low).eps).to(low)
+    assert (better > worse).all()
+    target = {"boxes": torch.full((1, 4), 0.5), "labels": torch.zeros(1, dtype=torch.int64)}
+    logits_1B21 = torch.stack([worse, better], 1)[None, ..., None]
+    boxes_1B24 = torch.full((1, 100, 2, 4), 0.5, dtype=low)
+    matcher = build()[1].matcher
     with autocast(amp, CPU):
-        matched = criterion.matcher([(lowered["pred_logits"][None], lowered["pred_boxes"][None], flat)])
-    wanted = criterion.matcher([(wide["pred_logits"][None], wide["pred_boxes"][None], flat)])
-    assert all(torch.equal(a, b) for a, b in zip(matched[0], wanted[0], strict=True))
+        ((query, _),) = matcher([(logits_1B21, boxes_1B24, Targets.from_list([target] * 100))])
+    assert torch.equal(query[0], 2 * torch.arange(100) + 1)
 
 
 def apply(function, value):
