@@ -12,6 +12,7 @@ from functools import cache
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -29,7 +30,7 @@ CPU = torch.device("cpu")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 TWO_STAGE = ("--with_box_refine", "--two_stage")
 ONE_STREAM = ("--bf", "7", "--share_bf", "0", "--insert_idx", "0")
-MODELS = [(), ("--with_box_refine",), TWO_STAGE, BATCHFORMER, ONE_STREAM, (*BATCHFORMER, *TWO_STAGE)]
+MODELS = [(), TWO_STAGE, BATCHFORMER, ONE_STREAM, (*BATCHFORMER, *TWO_STAGE)]
 SIZES = [(64, 80), (48, 72), (80, 60)]
 
 
@@ -158,6 +159,20 @@ def test_the_backbone_keeps_its_maps_low_and_the_tokens_are_float32(norm, levels
     assert len(projected) == int(levels)
 
 
+@pytest.mark.parametrize("flags", [(*BATCHFORMER, *TWO_STAGE), ONE_STREAM], ids=" ".join)
+def test_the_sums_along_the_residual_branches_are_float32(flags, amp):
+    """Every LayerNorm takes such a sum, or what the sums begin with: on a CPU, unlike a GPU, it would give what it gets."""
+    model, images = build(*flags)[0].train(), batch()[0]
+    types = []
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.register_forward_hook(lambda norm, inputs, output: types.append(output.dtype))
+    with autocast(amp, CPU):
+        model(images)
+    assert len(types) > 10
+    assert set(types) == {torch.float32}
+
+
 def test_frozen_statistics_in_low_precision():
     ours = NORMS["frozen_bn"](8)
     recipe.fill(ours)
@@ -271,7 +286,7 @@ def test_an_operator_that_the_device_lacks_is_named(monkeypatch):
         raise RuntimeError("\"conv2d_cpu\" not implemented for 'Half'\nand a trace")
 
     monkeypatch.setattr(F, "conv2d", missing)
-    monkeypatch.setattr(torch.nn.Conv2d, "_conv_forward", missing)
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", missing)
     with pytest.raises(UserError, match="conv2d_cpu.*not implemented for 'Half'.*use --amp bf16") as error:
         check_precision("fp16", CPU)
     assert "\n" not in str(error.value)
