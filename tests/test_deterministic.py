@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from tests.helpers import BATCHFORMER, ROOT, SMALL_IMAGES, SMALL_MODEL, run, run_main, write_coco
+from tests.helpers import BATCHFORMER, SMALL_IMAGES, SMALL_MODEL, run, run_main, write_coco
 from util.checkpoint import read_checkpoint
 from util.deterministic import explaining_refusals
 from util.errors import UserError
@@ -113,7 +113,6 @@ runpy.run_path("main.py", run_name="__main__")
 """
 
 
-@pytest.mark.skipif("make_deterministic" not in (ROOT / "main.py").read_text(), reason="main.py does not call it yet")
 def test_a_run_that_can_not_be_deterministic_ends_with_one_line(tmp_path):
     write_coco(tmp_path, num_train=2, num_val=1)
     flags = ("--coco_path", str(tmp_path), *SMALL_IMAGES, *SMALL_MODEL, "--num_workers", "0", "--device", "cpu", "--epochs", "1")
