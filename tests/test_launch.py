@@ -386,22 +386,23 @@ def test_launch_two_nodes_start_again_together(tmp_path: Path) -> None:
     assert attempts(tmp_path) == [["0", "1"], ["0", "1"]]
 
 
-def test_launch_a_node_that_went_down_joins_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("down", [0, 1])
+def test_launch_a_node_that_went_down_joins_again(tmp_path: Path, down: int) -> None:
     """The launcher and the process of a node are killed; the same command there brings it back into the running job."""
-    command = executable(tmp_path / "faulty", FAULTY_COMMAND + 'wait\n')
+    command = executable(tmp_path / "faulty", FAULTY_COMMAND.replace("== 1 ]]", f"== {down} ]]"))
     variables = {"MAX_RESTARTS": "1", "FAULT": "echo $$ >$REPORT/pid", "MASTER_PORT": free_port()}
     nodes = start_two_nodes(tmp_path, command, **variables)
     deadline = time.monotonic() + 60
-    while not ((tmp_path / "pid").exists() and (tmp_path / "attempts0").exists()):
+    while not ((tmp_path / "pid").exists() and (tmp_path / f"attempts{1 - down}").exists()):
         assert time.monotonic() < deadline, "the processes did not start"
         time.sleep(0.1)
-    nodes[1].kill()
+    nodes[down].kill()
     os.killpg(int((tmp_path / "pid").read_text()), signal.SIGKILL)
-    nodes[1].communicate()
+    nodes[down].communicate()
     time.sleep(2)
-    assert nodes[0].poll() is None, "node 0 must wait"
-    back = start_two_nodes(tmp_path, command, only=("1",), **variables)
-    for node in (nodes[0], *back):
+    assert nodes[1 - down].poll() is None, "the other node must wait"
+    back = start_two_nodes(tmp_path, command, only=(str(down),), **variables)
+    for node in (nodes[1 - down], *back):
         status, output = finish(node)
         assert status == 0, output
     assert attempts(tmp_path) == [["0", "1"], ["0", "1"]]

@@ -2,7 +2,7 @@
 # Runs a command as several processes, on this machine or on several, and ends all of them when one fails.
 # With several nodes, run it on each: the same MASTER_ADDR and MASTER_PORT (node 0's), its own NODE_RANK.
 # MAX_RESTARTS=3 starts all of them again after a crash, up to three times; --resume auto lets main.py go on.
-# SIGTERM and SIGUSR1 let main.py save and leave; what is still there after PREEMPT_SECONDS (120) is killed.
+# SIGTERM, SIGUSR1 and SIGUSR2 let main.py save and leave; what is still there after PREEMPT_SECONDS (120) is killed.
 # A node waits JOIN_SECONDS (1800) for the others. tools/run_node.py has the details.
 set -euo pipefail
 # shellcheck source=tools/env.sh

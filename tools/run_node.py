@@ -4,7 +4,7 @@
 
 The processes get torchrun's variables, and a store that outlives them. What torchrun does not do:
 
-- SIGTERM and SIGUSR1 go to the processes once, which may then save and leave with EXIT_PREEMPTED within PREEMPT_SECONDS. That is
+- SIGTERM, SIGUSR1 and SIGUSR2 go to the processes once, which may save and leave with EXIT_PREEMPTED in PREEMPT_SECONDS. That is
   this program's exit status too, and nothing is started again. The same signal a second time kills.
 - A failure anywhere ends the processes of all nodes; one line names the first that failed, and its exit status is given on.
 - MAX_RESTARTS: all processes of all nodes are started again after a crash. The nodes meet before every attempt, so one
@@ -43,11 +43,12 @@ from util.errors import (
     UserError,
 )
 
+ASK_TO_LEAVE = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (*ASK_TO_LEAVE, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 # Another attempt would end in the same way, or somebody wants the end.
 FINAL = (0, EXIT_USER_ERROR, EXIT_NOT_SAVED, EXIT_PREEMPTED, EXIT_INTERRUPTED)
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 CONSEQUENCES = (EXIT_PREEMPTED, EXIT_LOST_PROCESS)  # a process says so, and the cause is elsewhere
-LEAVE_SECONDS = 15.0  # between SIGTERM and SIGKILL, once a process of the job has failed
+LEAVE_SECONDS = 20.0  # between SIGTERM and SIGKILL, once a process of the job has failed
 EXPLAIN_SECONDS = 5.0  # a process that lost another tells so at once, and the other's end may be seen later
 BIND_SECONDS = 5.0  # until processes of an earlier job, ended just now, have let go of the port
 POLL_SECONDS = 0.1
@@ -464,7 +465,7 @@ def main(settings: Settings, command: list[str]) -> int:
             raise LostProcessError(str(error)) from error
         except KeyboardInterrupt:
             say(f"ended by {signal.Signals(signals.seen[0]).name} before the nodes had met")
-            return EXIT_PREEMPTED if signals.seen[0] in (signal.SIGTERM, signal.SIGUSR1) else 128 + signals.seen[0]
+            return EXIT_PREEMPTED if signals.seen[0] in ASK_TO_LEAVE else 128 + signals.seen[0]
         failure, again = run_once(settings, command, nodes, number, signals)
         if failure:
             say(failure.line)

@@ -64,6 +64,8 @@ def process_group(device_flag: str, timeout: float = 1800) -> Iterator[torch.dev
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             # longer than the watchdog's: that one knows the culprit
             limit = timedelta(seconds=2 * timeout)
+            interface = os.environ.get("GLOO_SOCKET_IFNAME", "of this machine's name")
+            watch.note("connecting to the other processes through the network interface %s (GLOO_SOCKET_IFNAME)", (interface,))
             try:
                 dist.init_process_group(backend, store=store, rank=own_rank, world_size=world, timeout=limit)
                 yield device

@@ -33,6 +33,8 @@ SHARE_OF_TIMEOUT = 0.85
 REMEDY = "start again with --resume auto"
 # A closed store and a broken exchange are certain, and only the culprit is not: wait so many seconds for news of it.
 SHORT_WAIT = 2.5
+# Seconds between two looks for those that have not arrived.
+ARRIVAL_TICK = 0.1
 # Seconds that a process may take to leave after an error, before it is ended.
 LEAVE_WITHIN = 30.0
 
@@ -247,7 +249,7 @@ class _Talk(threading.Thread):
             self._tell()
             self._store.set(f"peer {self._rank}", json.dumps(_this_process()))
             while not self._stopped:
-                self._wake.wait(self._tick)
+                self._wake.wait(self._tick if self.all_here.is_set() else min(self._tick, ARRIVAL_TICK * self.reads_every))
                 self._wake.clear()
                 told, self._told = self._told, threading.Event()
                 self._round += 1
@@ -421,7 +423,7 @@ class Watchdog:
 
     def _wait_for_verdict(self) -> Verdict | None:
         last, waited, closed_for, broken_for = time.monotonic(), 0.0, 0.0, 0.0
-        while not self._stopped.wait(self._tick):
+        while not self._stopped.wait(self._tick if self._jury else min(self._tick, ARRIVAL_TICK)):
             now = time.monotonic()
             # a process that was stopped and goes on must not take its own sleep for the silence of others
             seconds, last = min(now - last, self._limit / 4), now
@@ -542,7 +544,8 @@ def _born(pid: int) -> str:
 
 
 def _end_those_that_hang(peers: Sequence[Peer]) -> None:
-    """Kill those of this machine that do not read the verdict themselves. A stopped one does not answer SIGTERM."""
+    """Kill those of this machine that do not read the verdict themselves, with their loader workers where these can be told
+    by the group that a launcher made. A stopped process does not answer SIGTERM."""
     for _ in range(20):
         there = [peer for peer in peers if peer.machine == _machine() and peer.born and peer.born == _born(peer.pid)]
         if not there:
@@ -550,7 +553,7 @@ def _end_those_that_hang(peers: Sequence[Peer]) -> None:
         time.sleep(0.1)
     for peer in there:
         with contextlib.suppress(OSError):
-            os.kill(peer.pid, signal.SIGKILL)
+            (os.killpg if os.getpgid(peer.pid) == peer.pid else os.kill)(peer.pid, signal.SIGKILL)
 
 
 def _bounded(seconds: float, action: Callable[[], object]) -> None:
