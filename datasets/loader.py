@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
+import gc
 import logging
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.process
 import signal
 import sys
 import threading
@@ -52,7 +55,7 @@ def build_loader(
         collate_fn=_collate_guarded,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_leave_signals_to_parent,
+        worker_init_fn=_begin,
         # otherwise starting an epoch would draw from the generator that dropout uses
         generator=torch.Generator(),
     )
@@ -205,19 +208,33 @@ _SIGNALS_OF_A_JOB = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUS
 
 
 def end_workers() -> None:
-    """Kill the loader processes that are left. To be called before the program ends: one that hangs would be waited for."""
-    for process in multiprocessing.active_children():
+    """Kill the loader processes that are left: they ignore the signal by which Python would end them at its own end, and wait.
+
+    Called when the program ends; before, it does no harm.
+    """
+    _kill(multiprocessing.active_children())
+
+
+def _kill(processes: Sequence[multiprocessing.process.BaseProcess]) -> None:
+    for process in processes:
         process.kill()
+    for process in processes:
         process.join(5)  # seconds; a process in a system call that can't be interrupted does not even end by that
 
 
-def _leave_signals_to_parent(worker: int) -> None:
+atexit.register(end_workers)  # runs before what multiprocessing has registered
+
+
+def _begin(worker: int) -> None:
     """First thing in a loader process: outlive the signals of a job, and end with the training process however that ends."""
     for number in _SIGNALS_OF_A_JOB:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS_OF_A_JOB)
+    gc.freeze()
+    gc.enable()
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a hanging one would not see that its parent is gone
+        # a hanging one would not see that its parent (to Linux: the thread that started it) is gone
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Workers:
@@ -225,20 +242,22 @@ class Workers:
 
     def __init__(self, loader: DataLoader) -> None:
         before = multiprocessing.active_children()
-        with _signals_held():
-            self._iterator = iter(loader)
+        try:
+            with _undisturbed():
+                self._iterator = iter(loader)
+        except OSError as error:  # no memory for a process, no room in /dev/shm for a lock, too many open files
+            raise UserError(f"loader processes can't be started ({error}); {_MORE_MEMORY}") from None
         self._processes = [process for process in multiprocessing.active_children() if process not in before]
 
     def __iter__(self) -> Iterator[Any]:
-        while True:
-            try:
-                batch = next(self._iterator)
-            except StopIteration:
-                return
-            except Exception:
-                self._raise_if_killed()
-                raise
-            yield batch
+        try:
+            yield from self._iterator
+        except Exception:
+            self._raise_if_killed()
+            raise
+        finally:
+            # those that are left when the epoch was not finished: PyTorch ends them when the garbage collector comes by
+            _kill(self._processes)
 
     def _raise_if_killed(self) -> None:
         # the connection to a process breaks a moment before the process has ended
@@ -262,18 +281,24 @@ def _killed(pid: int | None, number: int) -> str:
 
 
 @contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
-    """Start processes that no signal of a job can hit before they ignore it.
+def _undisturbed() -> Iterator[None]:
+    """Start processes that no signal of a job hits before they ignore it, and that never collect garbage they were born with.
 
-    And without the handler by which PyTorch would raise, for a process that died, in the midst of anything the training process
+    That would run finalisers a second time, those of other loaders too; and to look at all annotations copies their memory.
+
+    PyTorch's handler is taken off by which the training process would hear of a process that died in the midst of anything it
     does. `Workers` asks when it waits for a batch.
     """
     in_main = threading.current_thread() is threading.main_thread()
     on_child = signal.getsignal(signal.SIGCHLD)
     held = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS_OF_A_JOB)
+    collects = gc.isenabled()
+    gc.disable()
     try:
         yield
     finally:
+        if collects:
+            gc.enable()
         if in_main and on_child is not None:  # None: not set from Python, so that PyTorch has not replaced it either
             signal.signal(signal.SIGCHLD, on_child)
         signal.pthread_sigmask(signal.SIG_SETMASK, held)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import shutil
@@ -122,6 +123,45 @@ def test_a_full_shared_memory_ends_the_run_instead_of_losing_a_batch(monkeypatch
         list(build_loader(Numbers(), singly(), 2, CPU))
 
 
+class Cycle:
+    """Garbage that only a collection finds, and that tells who found it."""
+
+    def __init__(self, file) -> None:
+        self._self, self._file = self, file
+
+    def __del__(self) -> None:
+        with open(self._file, "a") as file:
+            file.write(f"{os.getpid()}\n")
+
+
+def test_loader_processes_leave_the_garbage_they_were_born_with(tmp_path):
+    gc.collect()
+    gc.disable()
+    try:
+        Cycle(tmp_path / "pids")
+        list(build_loader(Numbers(at=3, then=gc.collect), singly(), 2, CPU))
+        assert not (tmp_path / "pids").exists()
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+    gc.collect()
+    assert (tmp_path / "pids").read_text() == f"{os.getpid()}\n"
+    list(build_loader(Numbers(), singly(), 2, CPU))
+    assert gc.isenabled()
+
+
+def test_processes_that_cannot_be_started_are_told_in_one_line(monkeypatch):
+    def fork():
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(os, "fork", fork)
+    with pytest.raises(UserError, match="Cannot allocate memory.*--num_workers"):
+        list(build_loader(Numbers(), singly(), 2, CPU))
+    monkeypatch.undo()
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert signal.SIGTERM not in held
+
+
 SMALL_SHARED_MEMORY = """
 import torch
 from datasets.loader import build_loader
@@ -166,7 +206,7 @@ def test_what_was_skipped_passes_the_pinning_of_memory(monkeypatch):
 
 HANGING = """
 import os, signal, sys, time, torch
-from datasets.loader import build_loader, end_workers
+from datasets.loader import build_loader
 from util.errors import run_as_command
 
 class Hangs:
@@ -178,11 +218,8 @@ class Hangs:
 
 def main():
     batches = iter(build_loader(Hangs(), [[0], [1]], 2, torch.device("cpu")))
-    try:
-        signal.alarm(1)
-        next(batches)
-    finally:
-        end_workers()
+    signal.alarm(1)
+    next(batches)
 
 def leave(*_):
     raise KeyboardInterrupt
@@ -218,6 +255,17 @@ def test_a_killed_program_leaves_no_hanging_loader_processes():
         pids = [int(program.stdout.readline()) for _ in range(2)]
         program.kill()
     assert all(gone(pid) for pid in pids)
+
+
+def test_an_epoch_that_is_not_finished_leaves_nobody():
+    batches = iter(build_loader(Numbers(at=3, then=lambda: time.sleep(3600)), singly(), 2, CPU))
+    assert ids([next(batches)]) == [0]
+    assert multiprocessing.active_children()
+    batches.close()
+    assert not multiprocessing.active_children()
+    with pytest.raises(ZeroDivisionError):
+        list(build_loader(Numbers(at=3, then=mistake), singly(), 2, CPU))
+    assert not multiprocessing.active_children(), "not even while the error is looked at"
 
 
 def test_end_workers_leaves_nobody():
