@@ -99,8 +99,8 @@ def test_two_processes_train_one_model(tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     checkpoint = read_checkpoint(out / "checkpoint.pth")
-    assert len(checkpoint["random_states"]) == 2
-    assert not torch.equal(checkpoint["random_states"][0]["torch"], checkpoint["random_states"][1]["torch"])
+    first, second = (process["random"]["torch"] for process in checkpoint["processes"])
+    assert not torch.equal(first, second)
     lines = [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [0, 1]
     assert "2 process(es)" in result.stdout

@@ -58,7 +58,9 @@ class StopRequest:
         raise Preempted(f"asked to leave by {who}; {saved}; start again with --resume auto")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.signal = self.signal or signal.Signals(number).name
+        if self.signal:  # is leaving already, or about to
+            return
+        self.signal = signal.Signals(number).name
         if not self._deferred:
             self.leave("nothing that is not in the newest checkpoint was lost")
 
