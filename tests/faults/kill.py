@@ -11,6 +11,7 @@ weights, optimiser, averages, random states, best result, log.txt.
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import random
 import re
@@ -98,6 +99,7 @@ class Run:
             ["./tools/run_dist_launch.sh", "2", "main.py", *flags], cwd=ROOT, env=environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
+        atexit.register(self._process.terminate)  # nothing goes on when this is interrupted
         self._lines: list[str] = []
         self._reader = threading.Thread(target=lambda: self._lines.extend(self._process.stdout or ()), daemon=True)
         self._reader.start()

@@ -13,6 +13,7 @@ code that it makes for a shape, up to 1024 pieces (ONEDNN_PRIMITIVE_CACHE_CAPACI
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import re
 import subprocess
@@ -50,6 +51,7 @@ def run(work: Path, epochs: int) -> list[tuple[int, int, int]]:
     process = subprocess.Popen(
         command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )  # fmt: skip
+    atexit.register(process.kill)  # nothing goes on when this is interrupted
     samples, output = [], []
     for line in process.stdout or ():
         output.append(line)
