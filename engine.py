@@ -18,6 +18,7 @@ from datasets.loader import Prefetcher
 from models.criterion import SetCriterion
 from util.diagnose import FiniteWatch, Step, Targets
 from util.distributed import broadcast_from_main, gather_on_main, is_main, world_size
+from util.errors import UserError
 from util.metrics import MeanOnDevice, Progress, memory_in_use
 from util.nested_tensor import NestedTensor
 from util.optim import Updater
@@ -243,10 +244,12 @@ def _summarise(done: list[BatchResult], criterion: SetCriterion, ground_truth: C
     # batch k went to process k modulo their number
     rounds = max(map(len, shares))
     in_order = [share[i] for i in range(rounds) for share in shares if i < len(share)]
+    if not in_order:
+        raise UserError("not one image of the validation set could be read: there is nothing to evaluate; mend the data")
     results = [detection for batch in in_order for detection in batch.detections]
+    results.sort(key=lambda detection: detection["image_id"])  # where batches were passed over, the turns have shifted
     note("COCO's figures of %d detections", len(results))
     evaluation = evaluate_boxes(ground_truth, results)
-    names = in_order[0].losses if in_order else ()  # every image may have been left out as unreadable
-    means = {name: math.fsum(batch.losses[name] for batch in in_order) / len(in_order) for name in names}
+    means = {name: math.fsum(batch.losses[name] for batch in in_order) / len(in_order) for name in in_order[0].losses}
     stats = published_names(means, criterion.weight_dict) | {"coco_eval_bbox": evaluation.stats.tolist()}
     return Evaluation(broadcast_from_main(stats), results, precision_tables(evaluation))

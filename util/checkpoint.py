@@ -135,7 +135,7 @@ def read_checkpoint(path_or_url: str | os.PathLike, flag: str = "--resume") -> d
         name = re.search(r"GLOBAL (\S+)", str(error))
         if name:
             raise UserError(
-                f"{flag} {path} was refused: it asks to run or build {name[1]}, and a checkpoint may hold data only; "
+                f"{flag} {path} was refused: it asks to run or build {ascii(name[1])[1:-1][:100]}, and a checkpoint may hold data only; "
                 "nothing was executed"
             ) from None
         raise unreadable(flag, path) from None
@@ -263,8 +263,8 @@ def _canonical(state: Mapping[str, Any], source: str) -> dict[str, Tensor]:
     for name, tensor in state.items():
         if not isinstance(name, str) or name.endswith(_MEANINGLESS):
             continue
-        if not isinstance(tensor, Tensor):
-            raise UserError(f"--resume {source} is no checkpoint of a detector: its entry {name!r} is no tensor")
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise UserError(f"--resume {source} is no checkpoint of a detector: its entry {name!a} is no plain tensor")
         name = name.removeprefix("module.")
         for alias, real in _ALIASES:
             if name.startswith(alias):
