@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import inspect
 import json
 import logging
 import os
@@ -356,10 +357,12 @@ def share_gradients(model: nn.Module, config: Config, device: torch.device) -> n
         return model
     # only then heads are there that no loss reaches
     unused = config.loss.no_aux_loss and config.transformer.with_box_refine
+    known = inspect.signature(DistributedDataParallel).parameters
+    sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its name before 2.13
     return DistributedDataParallel(
         model,
         device_ids=[device] if device.type == "cuda" else None,
-        broadcast_buffers=False,  # equalised once an epoch
+        **{sync_buffers: False},  # equalised once an epoch
         find_unused_parameters=unused,
         gradient_as_bucket_view=True,
     )

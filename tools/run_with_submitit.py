@@ -4,58 +4,109 @@ python tools/run_with_submitit.py --nodes 2 --gpus_per_node 8 --partition <p> --
 """
 
 import argparse
+import contextlib
 import os
+import signal
+import socket
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees only its own folder, not the project
 from util.config import make_parser, parse_config
-from util.errors import UserError, run_as_command
+from util.errors import EXIT_PREEMPTED, UserError, run_as_command
+from util.slurm_job import job_fields, why_job_is_ended
 
 ROOT = Path(__file__).resolve().parents[1]
+SIGNAL_SECONDS = 120  # from submitit's signal to the time limit
+MAX_TIMEOUTS = 1000  # a run of weeks in jobs of an hour
 
 
+@dataclass(frozen=True)
 class Training:
-    """main.py with `flags` as one task of a job, which writes to `job_dir`.
+    """main.py with `flags` as one task of a job; `restarts` counts how often submitit has started it again.
 
-    A job that Slurm starts again (preempted, out of time, or after a node failed) resumes from the checkpoint that it
-    wrote. One that lay in `job_dir` before is used only if the flags say so.
+    A job that is started again goes on with the newest checkpoint of its own: main.py does so because it sees
+    SLURM_RESTART_COUNT.
     """
 
-    def __init__(self, flags: list[str], job_dir: Path, threads: int) -> None:
-        self.flags = [*flags, "--output_dir", str(job_dir)]
-        self.saved = job_dir / "checkpoint.pth"
-        self.saved_before = self.time_of_checkpoint()
-        self.threads = threads
-
-    def time_of_checkpoint(self) -> int | None:
-        return self.saved.stat().st_mtime_ns if self.saved.is_file() else None
-
-    def flags_now(self) -> list[str]:
-        """The flags, with --resume if this job has written a checkpoint."""
-        own_checkpoint = self.time_of_checkpoint() != self.saved_before
-        return [*self.flags, "--resume", str(self.saved)] if own_checkpoint else self.flags
+    flags: tuple[str, ...]
+    threads: int
+    restarts: int = 0
 
     def __call__(self) -> None:
         from submitit import JobEnvironment
         from submitit.helpers import TorchDistributedEnvironment
 
+        job = JobEnvironment()
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
-        if JobEnvironment().num_nodes == 1:
+        if job.num_nodes == 1:
             os.environ["MASTER_ADDR"] = "127.0.0.1"  # not every machine can resolve its own name
         os.environ.setdefault("OMP_NUM_THREADS", str(self.threads))
+        os.environ.setdefault("SLURM_RESTART_COUNT", str(self.restarts))  # Slurm sets it, other clusters do not
 
         import main  # found because jobs start in the folder of their submission, which is the root
 
-        main.main(parse_config(self.flags_now()))
+        requeue = signal.getsignal(getattr(signal, f"SIG{job.USR_SIG}"))  # main.py listens to this signal itself
+        signals = SignalRecord()
+        try:
+            run_as_command(lambda: main.main(parse_config(self.flags)))
+        except SystemExit as end:
+            if end.code != EXIT_PREEMPTED or not callable(requeue):  # --cluster debug has no handler
+                raise
+            leave(job, requeue, signals.first())
 
     def checkpoint(self) -> Any:
-        """What submitit shall run when it requeues the job; main.py saves its state by itself."""
+        """What submitit shall run when it requeues the job; main.py has saved its state by itself."""
         from submitit.helpers import DelayedSubmission
 
-        return DelayedSubmission(self)
+        return DelayedSubmission(replace(self, restarts=self.restarts + 1))
+
+
+class SignalRecord:
+    """The signals that this process gets from now on and has handlers for, in their order."""
+
+    def __init__(self) -> None:
+        self._receiver, sender = socket.socketpair()
+        for end in (self._receiver, sender):
+            end.setblocking(False)
+        signal.set_wakeup_fd(sender.detach(), warn_on_full_buffer=False)
+
+    def first(self) -> int:
+        """The first that asked to leave, 0 if none did."""
+        with contextlib.suppress(BlockingIOError):
+            for number in self._receiver.recv(4096):
+                if number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+                    return number
+        return 0
+
+
+def leave(job: Any, requeue: Callable[[int, Any], Any], number: int) -> NoReturn:
+    """End this task, whose state is saved; the first one sees to it that the job comes back.
+
+    Args:
+        job: the submitit.JobEnvironment.
+        requeue: submitit's handler, which requeues the job and exits.
+        number: the signal that asked to leave.
+    """
+    if job.global_rank > 0:
+        sys.exit(0)  # another status would make Slurm end the first task
+    if must_come_back(job, number):
+        with contextlib.suppress(subprocess.CalledProcessError):  # Slurm has requeued it already
+            requeue(number, None)
+    sys.exit(EXIT_PREEMPTED)
+
+
+def must_come_back(job: Any, number: int) -> bool:
+    """Whether the job must be requeued, rather than being requeued by Slurm, cancelled, or ended because a task of it failed."""
+    if job.cluster != "slurm":
+        return number != signal.SIGTERM
+    fields = job_fields(job.job_id)
+    # a job that goes on gets SIGTERM when a task of it has failed
+    return bool(why_job_is_ended(fields)) or (fields.get("JobState") == "RUNNING" and number != signal.SIGTERM)
 
 
 def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -94,7 +145,9 @@ def submit(args: argparse.Namespace, training: Training) -> Any:
     try:
         import submitit
 
-        executor = submitit.AutoExecutor(folder=args.job_dir / "submitit", cluster=args.cluster)
+        executor = submitit.AutoExecutor(
+            folder=args.job_dir / "submitit", cluster=args.cluster, slurm_max_num_timeout=MAX_TIMEOUTS
+        )  # fmt: skip
         executor.update_parameters(
             name=args.job_dir.name,
             nodes=args.nodes,
@@ -104,6 +157,7 @@ def submit(args: argparse.Namespace, training: Training) -> Any:
             timeout_min=args.timeout,
             slurm_partition=args.partition,
             slurm_constraint=args.constraint,
+            slurm_signal_delay_s=SIGNAL_SECONDS,
             slurm_srun_args=["--kill-on-bad-exit=1"],
             slurm_additional_parameters={"requeue": True},
         )
@@ -119,13 +173,26 @@ def main(argv: Sequence[str]) -> None:
     if Path.cwd() != ROOT:
         raise UserError(f"run this from the project's root: cd {ROOT}")
     args.job_dir = args.job_dir.resolve()
-    training = Training(flags, args.job_dir, threads=1 if args.gpus_per_node else args.cpus_per_task)
+    threads = 1 if args.gpus_per_node else args.cpus_per_task
+    training = Training((*flags, "--output_dir", str(args.job_dir)), threads)
     parse_config(training.flags)  # a wrong flag shows here, not after hours in a queue
 
     job = submit(args, training)
     print(f"job {job.job_id}: logs in {job.paths.folder}", flush=True)
     if args.cluster != "slurm":
+        wait_for_end(job)
+
+
+def wait_for_end(job: Any) -> None:
+    """Raises UserError if the job ended with a line of its own, and submitit's error with a traceback if it failed otherwise."""
+    from submitit.core.utils import FailedJobError, UncompletedJobError
+
+    try:
         job.results()
+    except FailedJobError:
+        raise
+    except UncompletedJobError:
+        raise UserError(f"job {job.job_id} has ended early, see the last line of {job.paths.stderr}") from None
 
 
 if __name__ == "__main__":

@@ -132,10 +132,11 @@ def read_checkpoint(path_or_url: str | os.PathLike, flag: str = "--resume") -> d
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        name = re.search(r"GLOBAL (\S+)", str(error))
+        name = re.search(r"GLOBAL (\S{1,100})", str(error))
         if name:
+            told = ascii(name[1]).strip("'")  # whatever characters a hostile file has put there
             raise UserError(
-                f"{flag} {path} was refused: it asks to run or build {ascii(name[1])[1:-1][:100]}, and a checkpoint may hold data only; "
+                f"{flag} {path} was refused: it asks to run or build {told}, and a checkpoint may hold data only; "
                 "nothing was executed"
             ) from None
         raise unreadable(flag, path) from None
