@@ -18,14 +18,14 @@ from util.checkpoint import read_checkpoint
 from util.errors import EXIT_PREEMPTED, Preempted
 from util.preemption import StopRequest
 
-# two epochs of 7 steps; mid-epoch states have dropout, augmentation, loader workers, unfinished accumulation, averages, a scaler
+# two epochs of 9 steps; mid-epoch states have dropout, augmentation, loader workers, unfinished accumulation, averages, a scaler
 EVERYTHING = (*BATCHFORMER, "--accumulate_steps", "3", "--ema_decay", "0.9", "--amp", "bf16", "--num_workers", "2")
 OTHER = ("--amp", "fp16", "--backbone_norm", "bn", "--sgd", "--num_workers", "0", "--save_every", "2")
 
 
 @pytest.fixture
 def flags(tmp_path):
-    write_coco(tmp_path / "data", num_train=15, num_val=3)
+    write_coco(tmp_path / "data", num_train=9, num_val=3)
     sizes = (*SMALL_IMAGES, *SMALL_MODEL, "--epochs", "2", "--batch_size", "1")
     return ("--coco_path", str(tmp_path / "data"), *sizes, "--log_every", "1")
 
@@ -113,7 +113,7 @@ def test_another_number_of_processes_goes_on_and_says_what_changes(tmp_path, fla
     assert resumed.returncode == 0, resumed.stderr
     assert "No longer exact" in resumed.stdout
     steps = int(re.search(r"epoch 0 \[ *\d+/(\d+)\]", resumed.stdout)[1])
-    assert steps == (15 - seen) // 2, "only the images that are left"
+    assert steps == (9 - seen) // 2, "only the images that are left"
 
 
 def test_a_signal_outside_of_training_leaves_at_once_and_within_only_when_it_is_saved():
