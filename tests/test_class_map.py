@@ -127,7 +127,7 @@ def test_sparse_ids_are_mapped_and_come_back(sparse, tmp_path):
     annotations, out = sparse / "annotations/instances_val2017.json", tmp_path / "out"
     model = (*SMALL_MODEL[:-2], "--num_queries", "30")  # without --num_classes
     flags = ("--coco_path", str(sparse), *SMALL_IMAGES, *model, "--num_workers", "0", "--output_dir", str(out))
-    result = run_main(*flags, "--epochs", "12", "--eval_every", "12", "--lr", "1e-3", "--save_predictions")
+    result = run_main(*flags, "--epochs", "20", "--eval_every", "20", "--lr", "1e-3", "--save_predictions")
     assert result.returncode == 0, result.stderr
     assert "3 classes: two, three, one" in result.stdout
 
