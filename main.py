@@ -39,6 +39,7 @@ from util.deterministic import explaining_refusals, make_deterministic
 from util.diagnose import FiniteWatch
 from util.distributed import broadcast_from_main, equalise_buffers, is_main, process_group, rank, sum_over_processes, world_size
 from util.errors import NotSavedError, UserError, run_as_command
+from util.finetune import fine_tune
 from util.history import History
 from util.optim import build_schedule, build_updater
 from util.precision import check_precision
@@ -124,6 +125,8 @@ class Training:
         self.checkpoints = CheckpointFolder(self.folder, config.run.keep) if self.folder else None
         self.model, self.criterion, self.postprocessors = build_model(loading(config, source))
         load_checkpoint(self.model, checkpoint, source)
+        if config.run.finetune and source is None:  # else the run has begun and goes on
+            log.info("%s", fine_tune(self.model, config, self.classes))
         self.model.to(device)
         self.num_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.updater = build_updater(self.model, config)
@@ -309,13 +312,15 @@ def find_checkpoint(config: Config, folder: Path | None, going_on: bool) -> Sour
         return Source(newest, by_itself=True)
     if config.run.eval:
         raise UserError(f"--resume auto: there is no checkpoint in --output_dir {config.run.output_dir} to evaluate")
-    log.info("no checkpoint in %s yet: %s", config.run.output_dir, f"starting with {explicit}" if explicit else "starting afresh")
+    first = explicit or config.run.finetune
+    log.info("no checkpoint in %s yet: %s", config.run.output_dir, f"starting with {first}" if first else "starting afresh")
     return explicit
 
 
 def loading(config: Config, source: Source | None) -> Config:
     """The Config to build the model by: a checkpoint makes other weights of the backbone needless."""
-    return dataclasses.replace(config, run=dataclasses.replace(config.run, resume=source.path if source else ""))
+    weights = {"resume": source.path, "finetune": ""} if source else {"resume": ""}
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, **weights))
 
 
 def newest_checkpoint(folder: Path) -> str | UserError | None:

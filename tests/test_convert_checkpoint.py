@@ -322,6 +322,12 @@ def test_the_target_says_what_it_is(tmp_path, file):
         convert(tmp_path / "a.pth", tmp_path / "other", "--num_queries", "12")
 
 
+def test_resuming_from_a_folder_tells_how_to_convert_it(converted):
+    for source in (converted, converted / "model.safetensors"):
+        with pytest.raises(UserError, match="--resume.*tools/convert_checkpoint.py"):
+            read_checkpoint(source)
+
+
 # ---- transformers itself
 
 

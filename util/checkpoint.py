@@ -150,7 +150,11 @@ def canonical(checkpoint: Mapping[str, Any], source: str, flag: str = "--resume"
 
 def read_checkpoint(path_or_url: str | os.PathLike, flag: str = "--resume") -> dict[str, Any]:
     """The dict in a checkpoint file, on the CPU, nothing executed. Raises UserError, naming `flag`."""
-    path = local_file(str(path_or_url), flag)
+    given = str(path_or_url)
+    if given.endswith(".safetensors") or not is_address(given) and (Path(given) / "config.json").is_file():
+        convert = f"python tools/convert_checkpoint.py {given} <file>.pth"
+        raise UserError(f"{flag} {given} is in Hugging Face's layout; use {convert}, or train from it with --finetune")
+    path = local_file(given, flag)
     check_intact(path, flag)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):

@@ -92,7 +92,7 @@ def require_same_architecture(saved: Mapping[str, Any], flags: Mapping[str, Any]
         flags: this run's.
         source: flag and name of the checkpoint.
     """
-    differ = {name: saved[name] for name in ARCHITECTURE if name in saved and not _alike(name, saved[name], flags)}
+    differ = {name: saved[name] for name in ARCHITECTURE if name in saved and not _alike(name, saved, flags)}
     give = [f"--{name}" if value is True else f"--{name} {value}" for name, value in differ.items() if value is not False]
     if differ.get("backbone_norm") == "gn" and flags["backbone_weights"] == "imagenet":
         give.append("--backbone_weights none")
@@ -102,9 +102,9 @@ def require_same_architecture(saved: Mapping[str, Any], flags: Mapping[str, Any]
         raise UserError(f"{source} is of another detector: {' and '.join(remedy)}")
 
 
-def _alike(name: str, value: Any, flags: Mapping[str, Any]) -> bool:
-    if name == "num_queries" and flags["two_stage"]:
+def _alike(name: str, saved: Mapping[str, Any], flags: Mapping[str, Any]) -> bool:
+    if name == "num_queries" and saved.get("two_stage"):
         return True  # proposals have no weights
-    if name == "backbone_norm" and "gn" not in (value, flags[name]):
+    if name == "backbone_norm" and "gn" not in (saved[name], flags[name]):
         return True  # statistics may be frozen or go on
-    return bool(value == flags[name])
+    return bool(saved[name] == flags[name])
