@@ -16,7 +16,7 @@ from tests.faults.compare import differences
 from tests.helpers import BATCHFORMER, ROOT, SMALL_IMAGES, SMALL_MODEL, run_main, write_coco
 from util.checkpoint import read_checkpoint
 from util.errors import EXIT_PREEMPTED, Preempted
-from util.preemption import StopRequest
+from util.preemption import SIGNALS, StopRequest, StopVote
 
 # two epochs of 9 steps; mid-epoch states have dropout, augmentation, loader workers, unfinished accumulation, averages, a scaler
 EVERYTHING = (*BATCHFORMER, "--accumulate_steps", "3", "--ema_decay", "0.9", "--amp", "bf16", "--num_workers", "2")
@@ -65,6 +65,15 @@ def child_with_rank(rank: int):
         raise AssertionError("no such process")
 
     return find
+
+
+@pytest.fixture
+def _handlers_put_back():
+    """A request leaves the signals ignored."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("extra", [EVERYTHING, OTHER])
@@ -116,6 +125,7 @@ def test_another_number_of_processes_goes_on_and_says_what_changes(tmp_path, fla
     assert steps == (9 - seen) // 2, "only the images that are left"
 
 
+@pytest.mark.usefixtures("_handlers_put_back")
 def test_a_signal_outside_of_training_leaves_at_once_and_within_only_when_it_is_saved():
     with pytest.raises(Preempted, match="SIGTERM"), StopRequest().installed():
         os.kill(os.getpid(), signal.SIGTERM)
@@ -132,4 +142,19 @@ def test_a_signal_outside_of_training_leaves_at_once_and_within_only_when_it_is_
         assert stop.signal == "SIGUSR2"
         stop.leave("all is on the disk")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN, "leaving is not disturbed by a second signal"
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@pytest.mark.usefixtures("_handlers_put_back")
+def test_a_signal_between_the_last_vote_and_the_end_of_an_epoch_is_not_forgotten():
+    later = []
+    with pytest.raises(Preempted, match="SIGUSR1.*not in the newest checkpoint"), StopRequest().installed() as stop:
+        with stop.deferred():
+            with stop.deferred():
+                assert not StopVote(stop).agreed_now()
+                os.kill(os.getpid(), signal.SIGUSR1)
+            later.append("in the outer block")
+        later.append("in the evaluation")
+    assert later == ["in the outer block"]
+    with pytest.raises(OSError, match="full"), StopRequest().installed() as stop, stop.deferred():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        raise OSError("full: an error is told rather than that it was asked to leave")
