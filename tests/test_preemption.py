@@ -8,12 +8,12 @@ import signal
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 
 from tests.faults.compare import differences
-from tests.helpers import BATCHFORMER, ROOT, SMALL_IMAGES, SMALL_MODEL, run_main, write_coco
+from tests.helpers import BATCHFORMER, ROOT, SMALL_IMAGES, SMALL_MODEL, environment, write_coco
+from tests.processes import run_main_forked, run_main_together, training_processes
 from util.checkpoint import read_checkpoint
 from util.errors import EXIT_PREEMPTED, Preempted
 from util.preemption import SIGNALS, StopRequest, StopVote
@@ -32,39 +32,26 @@ def flags(tmp_path):
 
 def start(*flags: str, processes: int = 1) -> subprocess.Popen:
     command = [sys.executable, "-u", "main.py"] if processes == 1 else ["./tools/run_dist_launch.sh", str(processes), "main.py"]
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [*command, *flags], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*command, *flags], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )  # fmt: skip
 
 
-def interrupt(process: subprocess.Popen, line: str, number: int, find_pid=None) -> tuple[int, str]:
-    """Send signal `number` when `line` (a pattern) is printed; gives the exit code and the output."""
+def interrupt(process: subprocess.Popen, line: str, number: int, rank: int | None = None) -> tuple[int, str]:
+    """Send signal `number` when `line` (a pattern) is printed, to the launcher's process of a rank or to the process itself.
+
+    Gives the exit code and the output.
+    """
     output = []
     timer = threading.Timer(120, process.kill)
     timer.start()
     for text in process.stdout:
         output.append(text)
         if re.search(line, text) and number:
-            os.kill(find_pid(process) if find_pid else process.pid, number)
+            os.kill(process.pid if rank is None else training_processes(process.pid)[rank], number)
             number = 0
     timer.cancel()
     return process.wait(), "".join(output)
-
-
-def child_with_rank(rank: int):
-    def find(process: subprocess.Popen) -> int:
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-                environment = (folder / "environ").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if parent == process.pid and f"RANK={rank}".encode() in environment:
-                return int(folder.name)
-        raise AssertionError("no such process")
-
-    return find
 
 
 @pytest.fixture
@@ -79,7 +66,7 @@ def _handlers_put_back():
 @pytest.mark.parametrize("extra", [EVERYTHING, OTHER])
 def test_leaving_in_the_middle_of_an_epoch_and_going_on_is_never_having_stopped(tmp_path, flags, extra):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert run_main(*flags, *extra, "--output_dir", str(whole)).returncode == 0
+    assert run_main_forked(*flags, *extra, "--output_dir", str(whole)).returncode == 0
     run = (*flags, *extra, "--output_dir", str(parts), "--resume", "auto")
     code, output = interrupt(start(*run), r"epoch 0 \[ *3/", signal.SIGUSR1)
     assert code == EXIT_PREEMPTED, output
@@ -92,24 +79,23 @@ def test_leaving_in_the_middle_of_an_epoch_and_going_on_is_never_having_stopped(
     assert read_checkpoint(parts / "checkpoint.pth")["history"]["unfinished"] is not None
     code, output = interrupt(start(*run), r"epoch 1 \[ *5/", signal.SIGKILL)
     assert code == -signal.SIGKILL
-    resumed = run_main(*run)
+    resumed = run_main_forked(*run)
     assert resumed.returncode == 0, resumed.stderr
     assert differences(whole, parts) == []
     assert not list(parts.glob("earlier-*"))
-    again = run_main(*run)
+    again = run_main_forked(*run)
     assert again.returncode == 0
     assert "nothing is left to do" in again.stdout
 
 
 def test_one_of_two_processes_is_signalled_and_both_leave_together(tmp_path, flags):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert run_main(*flags, "--ema_decay", "0.9", "--output_dir", str(whole), processes=2).returncode == 0
+    run_main_together(*flags, "--ema_decay", "0.9", "--output_dir", str(whole), processes=2, output=tmp_path / "printed")
     run = (*flags, "--ema_decay", "0.9", "--output_dir", str(parts), "--resume", "auto")
-    code, output = interrupt(start(*run, processes=2), r"epoch 0 \[ *2/", signal.SIGUSR1, find_pid=child_with_rank(1))
+    code, output = interrupt(start(*run, processes=2), r"epoch 0 \[ *2/", signal.SIGUSR1, rank=1)
     assert code == EXIT_PREEMPTED, output
     assert len(list(parts.glob("resume_*.pth"))) == 1, "saved once"
-    resumed = run_main(*run, processes=2)
-    assert resumed.returncode == 0, resumed.stderr
+    run_main_together(*run, processes=2, output=tmp_path / "printed")
     assert differences(whole, parts) == []
 
 
@@ -118,10 +104,9 @@ def test_another_number_of_processes_goes_on_and_says_what_changes(tmp_path, fla
     code, output = interrupt(start(*run), r"epoch 0 \[ *3/", signal.SIGUSR1)
     assert code == EXIT_PREEMPTED, output
     seen = read_checkpoint(tmp_path / "checkpoint.pth")["position"]["images"]
-    resumed = run_main(*run, processes=2)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "No longer exact" in resumed.stdout
-    steps = int(re.search(r"epoch 0 \[ *\d+/(\d+)\]", resumed.stdout)[1])
+    printed = run_main_together(*run, processes=2, output=tmp_path / "printed")
+    assert "No longer exact" in printed
+    steps = int(re.search(r"epoch 0 \[ *\d+/(\d+)\]", printed)[1])
     assert steps == (9 - seen) // 2, "only the images that are left"
 
 
