@@ -19,16 +19,18 @@ from pathlib import Path
 from tests.helpers import ROOT, environment
 
 
-def run_main_forked(*flags: str) -> subprocess.CompletedProcess[str]:
-    """main.py in one process, as tests.helpers.run_main gives it."""
-    return run_forked("main.py", *flags)
+def run_main_forked(*flags: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """main.py in one process, as tests.helpers.run_main gives it. What libraries read when they are loaded `env` can't set."""
+    return run_forked("main.py", *flags, env=env)
 
 
-def run_forked(script: str, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def run_forked(
+    script: str, *arguments: str, env: dict[str, str] | None = None, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
     """A Python script of the project, by its path in it, with this process's environment and one thread."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
-        process = _forked(script, arguments, environment(), out, err)
+        process = _forked(script, arguments, environment(**(env or {})), out, err)
         process.start()
         process.join(timeout)
         if process.exitcode is None:

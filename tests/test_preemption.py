@@ -20,7 +20,7 @@ from util.preemption import SIGNALS, StopRequest, StopVote
 
 # two epochs of 9 steps; mid-epoch states have dropout, augmentation, loader workers, unfinished accumulation, averages, a scaler
 EVERYTHING = (*BATCHFORMER, "--accumulate_steps", "3", "--ema_decay", "0.9", "--amp", "bf16", "--num_workers", "2")
-OTHER = ("--amp", "fp16", "--backbone_norm", "bn", "--sgd", "--num_workers", "0", "--save_every", "2")
+OTHER = ("--amp", "fp16", "--backbone_norm", "bn", "--sgd", "--num_workers", "0", "--save_every", "4")
 
 
 @pytest.fixture

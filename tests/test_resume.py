@@ -294,15 +294,15 @@ def test_a_new_run_that_failed_at_its_start_does_not_go_on_with_the_one_before(t
     out = tmp_path / "out"
     flags = ("--coco_path", str(tmp_path / "data"), *SMALL_IMAGES, *SMALL_MODEL, "--num_workers", "0", "--epochs", "1",
              "--output_dir", str(out))  # fmt: skip
-    assert run_main(*flags).returncode == 0
+    assert run_main_forked(*flags).returncode == 0
     earlier = (out / "log.txt").read_text()
-    assert run_main(*flags, "--lr", "1e-5", "--batch_size", "9").returncode == 2  # too few images for that
+    assert run_main_forked(*flags, "--lr", "1e-5", "--batch_size", "9").returncode == 2  # too few images for that
 
-    result = run_main(*flags, "--lr", "1e-5", env={"TORCHELASTIC_RESTART_COUNT": "1"})
+    result = run_main_forked(*flags, "--lr", "1e-5", env={"TORCHELASTIC_RESTART_COUNT": "1"})
     assert result.returncode == 0, result.stderr
     assert (out / "earlier-1" / "log.txt").read_text() == earlier
     assert read_checkpoint(out / "checkpoint.pth")["args"]["lr"] == 1e-5
 
-    result = run_main(*flags, "--lr", "1e-5", env={"TORCHELASTIC_RESTART_COUNT": "1"})  # this one had begun
+    result = run_main_forked(*flags, "--lr", "1e-5", env={"TORCHELASTIC_RESTART_COUNT": "1"})  # this one had begun
     assert "nothing is left to do" in result.stdout
     assert not (out / "earlier-2").exists()
