@@ -20,14 +20,19 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
+from models import build_model
 from tests.helpers import ROOT, SMALL_IMAGES, SMALL_MODEL
 from tests.test_docs import PAGES, commands
+from util.config import parse_config
 
 SECONDS = 600
 SMALL = (*SMALL_IMAGES, *SMALL_MODEL[:-2], "--epochs", "1", "--num_workers", "0", "--batch_size", "2")
 PLACEHOLDERS = {
     "<ip of node 1>": "127.0.0.1",
     "<path to a checkpoint>": "exps/small/checkpoint.pth",
+    "<your data>": "data/small",
     "<partition>": "gpu",
     "<COCO layout>": "data/coco",
     "/path/to/coco": "{root}/data/small",
@@ -71,6 +76,13 @@ def lay_out(root: Path) -> None:
     for command in here:
         if not run(command, root):
             raise SystemExit("the pages can't be tried")
+    write_published(root / "r50_deformable_detr.pth")
+
+
+def write_published(path: Path) -> None:
+    """A checkpoint as those that were published: frozen statistics, COCO's 91 logits, a Namespace."""
+    config = parse_config([*SMALL_MODEL, "--backbone_norm", "frozen_bn", "--num_classes", "91"])
+    torch.save({"model": build_model(config)[0].state_dict(), "args": argparse.Namespace(**config.flags())}, path)
 
 
 def run(command: str, root: Path) -> bool:
