@@ -149,6 +149,7 @@ def draw_boxes(
     *,
     colors: Mapping[str, Color] | None = None,
     crowd: Sequence[bool] | None = None,
+    enlarge: bool = True,
 ) -> Image.Image:
     """Draw boxes with a tag of class and score each.
 
@@ -160,9 +161,10 @@ def draw_boxes(
         scores: n numbers, or None for ground truth.
         colors: class name -> colour, as `class_colors` gives. None: a colour by the name alone.
         crowd: n flags; a crowd region is dashed and hatched.
+        enlarge: a small picture, so that tags are small beside its objects.
 
     Returns:
-        an RGB picture `display_scale(image.size)` times the size of `image`.
+        an RGB picture `display_scale(image.size)` times the size of `image`; without `enlarge` as large as `image`.
 
     Raises:
         ValueError: the lengths disagree, `boxes` is not (n, 4), or `colors` lacks a label.
@@ -171,7 +173,7 @@ def draw_boxes(
     colors = _colors_by_name(labels) if colors is None else colors
     if missing := sorted(set(labels) - set(colors)):
         raise ValueError(f"colors has none for {', '.join(missing)}")
-    scale = display_scale(image.size)
+    scale = display_scale(image.size) if enlarge else 1
     canvas = _as_rgb(image)
     canvas = canvas.resize((canvas.width * scale, canvas.height * scale), Image.Resampling.LANCZOS)
     boxes, kept = _visible(boxes * scale, canvas.size)
