@@ -189,7 +189,7 @@ def load_detector(
     config = config_of({**content, "model": chosen}, source, **architecture)
     model, _, _ = build_model(config)
     load_state(model, {"model": chosen}, source).require_same_architecture()
-    classes = classes_of(content, source) or ClassMap(config.data.num_classes, ())
+    classes = classes_of(content, source) or ClassMap(config.data.num_logits, ())
     return Detector(
         model.to(where), config, classes, amp=amp, batch_size=batch_size, score_threshold=score_threshold,
         max_image_megapixels=max_image_megapixels,

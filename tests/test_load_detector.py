@@ -7,6 +7,7 @@ import json
 import logging
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ CLASSES = ClassMap(4, (Category(0, 3, "person"), Category(1, 17, "traffic light"
 PIXELS = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
 
 
+@cache
 def small_model(*flags: str) -> tuple[torch.nn.Module, dict]:
     """Random weights whose detections differ from each other, and the flags of it."""
     config = parse_config([*SMALL_MODEL, *SMALL_IMAGES, *flags])
@@ -70,7 +72,8 @@ def test_what_a_detection_is(detector):
         (0, 3, "person"), (1, 17, "traffic light"), (2, 1000, "dog"), (3, 3, "class 3"),
     }  # fmt: skip
     first = next(iter(found))
-    assert first == (found.names[0], found.scores[0].item(), tuple(found.boxes[0].tolist()), found.labels[0], found.category_ids[0])
+    assert first[:3] == (found.names[0], found.scores[0].item(), tuple(found.boxes[0].tolist()))
+    assert first[3:] == (found.labels[0], found.category_ids[0])
     assert str(found).splitlines()[0] == "48 detections on 80 x 60 pixels"
     assert found.names[0] in str(found).splitlines()[1]
 
@@ -172,36 +175,34 @@ def test_a_threshold_for_all(checkpoint, detector):
     assert same(load_detector(checkpoint, device="cpu", score_threshold=limit)(PIXELS), detector(PIXELS).above(limit))
 
 
-@pytest.mark.parametrize("amp", ["bf16"])
-def test_mixed_precision_gives_nearly_the_same(checkpoint, detector, amp):
-    found = load_detector(checkpoint, device="cpu", amp=amp)(PIXELS)
+def test_mixed_precision_gives_nearly_the_same(checkpoint, detector):
+    found = load_detector(checkpoint, device="cpu", amp="bf16")(PIXELS)
     assert not torch.equal(found.scores, detector(PIXELS).scores)
     torch.testing.assert_close(found.scores, detector(PIXELS).scores, atol=0.01, rtol=0)
 
 
 def test_detections_are_those_of_evaluation(tmp_path):
-    """main.py --eval --save_predictions, one image a batch and two; images of two sizes, so that there is padding."""
+    """main.py --eval --save_predictions: a batch of two images of different sizes, one padded, and a batch of one."""
     write_coco(tmp_path / "data", 1, 3)
     Image.fromarray(PIXELS).save(tmp_path / "data/val2017/000001.png")
     model, flags = small_model("--num_classes", "3")
     classes = ClassMap(3, tuple(Category(i, i + 1, name) for i, name in enumerate(("one", "two", "three"))))
     torch.save({"model": model.state_dict(), "args": flags, "classes": classes.to_plain()}, tmp_path / "checkpoint.pth")
     paths = sorted((tmp_path / "data/val2017").iterdir())
-    for batch_size in (1, 2):
-        result = run_main(
-            *SMALL_MODEL[:-2], *SMALL_IMAGES, "--coco_path", str(tmp_path / "data"), "--eval", "--resume",
-            str(tmp_path / "checkpoint.pth"), "--batch_size", str(batch_size), "--output_dir", str(tmp_path / "out"),
-            "--save_predictions", "--device", "cpu",
-        )  # fmt: skip
-        assert result.returncode == 0, result.stderr
-        evaluated = json.loads((tmp_path / "out/predictions.json").read_text())
-        found = load_detector(tmp_path / "checkpoint.pth", device="cpu", batch_size=batch_size)(paths)
-        rows = [(10 + i, *row) for i, one in enumerate(found) for row in one]
-        assert len(rows) == len(evaluated) == 3 * 36
-        for (image_id, _, score, (x0, y0, x1, y1), _, category_id), wanted in zip(rows, evaluated, strict=True):
-            assert (image_id, category_id) == (wanted["image_id"], wanted["category_id"])
-            assert score == pytest.approx(wanted["score"], abs=1e-6)
-            assert [x0, y0, x1 - x0, y1 - y0] == pytest.approx(wanted["bbox"], abs=1e-3)
+    result = run_main(
+        *SMALL_MODEL[:-2], *SMALL_IMAGES, "--coco_path", str(tmp_path / "data"), "--eval", "--resume",
+        str(tmp_path / "checkpoint.pth"), "--batch_size", "2", "--output_dir", str(tmp_path / "out"), "--save_predictions",
+        "--device", "cpu",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    evaluated = json.loads((tmp_path / "out/predictions.json").read_text())
+    found = load_detector(tmp_path / "checkpoint.pth", device="cpu", batch_size=2)(paths)
+    rows = [(10 + i, *row) for i, one in enumerate(found) for row in one]
+    assert len(rows) == len(evaluated) == 3 * 36
+    for (image_id, _, score, (x0, y0, x1, y1), _, category_id), wanted in zip(rows, evaluated, strict=True):
+        assert (image_id, category_id) == (wanted["image_id"], wanted["category_id"])
+        assert score == pytest.approx(wanted["score"], abs=1e-6)
+        assert [x0, y0, x1 - x0, y1 - y0] == pytest.approx(wanted["bbox"], abs=1e-3)
 
 
 # ---- checkpoints
@@ -211,7 +212,7 @@ ARCHITECTURES = [
     ("--with_box_refine", "--enc_n_points", "2", "--num_feature_levels", "3"),
     ("--with_box_refine", "--two_stage", "--enc_layers", "1"),
     ("--num_feature_levels", "1", "--position_embedding", "learned", "--dec_layers", "3"),
-    ("--backbone", "resnext50_32x4d", "--backbone_norm", "frozen_bn", "--num_classes", "91"),
+    ("--backbone_norm", "frozen_bn", "--num_classes", "91"),
     ("--backbone", "resnet34", "--backbone_norm", "bn", "--dec_n_points", "1"),
 ]
 
@@ -254,8 +255,9 @@ def test_a_published_checkpoint_needs_no_flags(tmp_path):
     state = model.state_dict()
     for part in ("class_embed", "bbox_embed"):
         state |= {f"transformer.decoder.{key}": value for key, value in state.items() if key.startswith(part)}
-    published = {name: flags[name] for name in ("backbone", "nheads", "enc_layers", "dec_layers", "with_box_refine", "num_queries")}
-    args = argparse.Namespace(**published, frozen_weights=None, masks=False, coco_panoptic_path=None, resume="x.pth", lr=2e-4)
+    names = ("backbone", "nheads", "enc_layers", "dec_layers", "with_box_refine", "num_queries", "lr")
+    published = {name: flags[name] for name in names}
+    args = argparse.Namespace(**published, frozen_weights=None, masks=False, coco_panoptic_path=None, resume="x.pth")
     torch.save({"model": state, "args": args, "epoch": 49, "optimizer": {}}, tmp_path / "published.pth")
     detector = load_detector(tmp_path / "published.pth", device="cpu", eval_size=64, max_size=96)
     found = detector(PIXELS)
@@ -288,10 +290,8 @@ def test_averaged_weights_are_taken_where_there_are_any(checkpoint, tmp_path):
     torch.save({**content, "model": averaged}, tmp_path / "averaged.pth")
     wanted = load_detector(tmp_path / "averaged.pth", device="cpu")(PIXELS)
     plain = load_detector(checkpoint, device="cpu")(PIXELS)
-    found = {weights: load_detector(tmp_path / "both.pth", device="cpu", weights=weights)(PIXELS) for weights in ("auto", "ema", "model")}
-    assert same(found["auto"], wanted)
-    assert same(found["ema"], wanted)
-    assert same(found["model"], plain)
+    for weights, expected in (("auto", wanted), ("ema", wanted), ("model", plain)):
+        assert same(load_detector(tmp_path / "both.pth", device="cpu", weights=weights)(PIXELS), expected), weights
     assert not same(wanted, plain)
     with pytest.raises(UserError, match="no averaged weights"):
         load_detector(checkpoint, weights="ema")
@@ -339,13 +339,8 @@ def test_a_missing_checkpoint_is_named():
         load_detector("missing.pth")
 
 
-def test_models_can_be_imported_without_the_libraries_of_the_detector():
-    """models.ops works with torch alone."""
-    code = (
-        "import sys\n"
-        "for name in ('torchvision', 'PIL', 'numpy', 'scipy', 'pycocotools'): sys.modules[name] = None\n"
-        "from models import load_detector\n"
-        "import models.ops.functions\n"
-    )
+def test_importing_the_package_loads_nothing():
+    """So models.ops works with torch alone, whatever load_detector needs."""
+    code = "import sys; sys.modules['torch'] = sys.modules['numpy'] = None; from models import load_detector"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

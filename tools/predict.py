@@ -187,7 +187,7 @@ def with_annotated_ids(sources: Sequence[Source], annotations: Path, detector: D
     from datasets.coco_format import read_annotations
 
     coco = read_annotations(annotations)
-    detector.classes.check(coco.cats.values(), str(annotations), "the checkpoint")
+    detector.classes.check(coco.cats.values(), str(annotations))
     ids = {info["file_name"]: number for number, info in coco.imgs.items()}
     taken: dict[str, Path] = {}
     for source in sources:
