@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from fractions import Fraction
@@ -272,6 +274,45 @@ def test_inputs_that_can_not_be_are_told_before_anything_is_loaded(run, tmp_path
     assert not Path("out").exists()
 
 
+def test_what_can_not_be_written_is_told_in_a_line(run, monkeypatch):
+    picture((80, 60)).save("a.png")
+
+    def full(self, path, **options):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert refusal(run, "a.png") == "out/a.png can't be written (No space left on device)"
+    json.loads(Path("out/predictions.json").read_text())
+    Path("out").rename("moved")
+    Path("folder").write_text("")
+    assert "folder" in refusal(run, "a.png", "--output_dir", "folder/out")
+
+
+def test_what_is_made_ahead_comes_in_order_with_its_errors():
+    made, closed = [], []
+
+    def items():
+        try:
+            for i in range(9):
+                made.append(i)
+                if i == 7:
+                    raise ValueError("the eighth")
+                yield i
+        finally:
+            closed.append(True)
+
+    taken = []
+    with pytest.raises(ValueError, match="the eighth"):
+        for item in predict.ahead(items(), 3):
+            taken.append(item)
+            assert len(made) <= len(taken) + 3
+    assert taken == list(range(7))
+    stopped = predict.ahead(items(), 3)
+    assert next(stopped) == 0
+    stopped.close()
+    assert closed == [True, True], "the generator is closed when nobody wants more"
+
+
 # ---- videos
 
 
@@ -336,6 +377,7 @@ def test_a_frame_without_detections_keeps_its_colours(run):
         assert abs(before.astype(int) - after).mean() < 3
 
 
+@pytest.mark.skipif(not hasattr(av.video.stream.VideoStream, "set_display_rotation"), reason="an older PyAV can't write rotation")
 @pytest.mark.parametrize(("turn", "white"), [(-90, np.s_[:, -10:]), (90, np.s_[:, :10]), (180, np.s_[-10:])])
 def test_a_video_of_a_telephone_is_upright(run, turn, white):
     write_video("clip.mp4", (320, 240), EVEN[:2], turn=turn)
@@ -413,6 +455,32 @@ def test_a_long_video_is_never_all_in_memory(run, monkeypatch):
 
 
 # ---- the command
+
+
+def test_the_commands_and_lines_of_the_documentation_run(run, checkpoint, tmp_path, capsys):
+    """Word for word, on small data under the names that docs/prediction.md uses."""
+    for folder in ("photos", "exps/run", "data/own/val2017", "data/own/annotations"):
+        Path(folder).mkdir(parents=True)
+    Path("exps/run/checkpoint.pth").symlink_to(checkpoint)
+    for name in ("photos/a.jpg", "street.jpg", "data/own/val2017/a.png"):
+        picture((80, 60)).save(name)
+    write_video("drive.mp4", (320, 240), EVEN[:2])
+    write_annotations(Path("data/own/annotations/instances_val2017.json"), {7: "a.png"}, NAMES)
+    blocks = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "docs/prediction.md").read_text(), re.DOTALL)
+    assert [kind for kind, _ in blocks].count("bash") == 2
+    namespace: dict = {}
+    for kind, text in blocks:
+        if kind == "python":
+            exec(text, namespace)
+            continue
+        python, tool, *flags = shlex.split(text)
+        assert (python, tool) == ("python", "tools/predict.py")
+        predict.main(flags)
+    assert {"photos/a.jpg", "street.jpg", "drive.mp4"} < files_in("predictions")
+    assert "a.png" not in files_in("predictions"), "the second command writes no pictures"
+    assert {row["image_id"] for row in json.loads(Path("predictions/predictions.json").read_text())} == {7}
+    assert "detections on 80 x 60 pixels" in capsys.readouterr().out
+    assert Image.open("drawn.png").width == 480
 
 
 def test_help_is_complete_and_needs_no_torch():

@@ -37,9 +37,7 @@ if TYPE_CHECKING:  # imported where they are used: --help needs no torch
     from util.images import BadImageError
     from util.video import VideoReader
 
-EXAMPLE = """example:
-  python tools/predict.py --resume exps/run/checkpoint.pth photos street.jpg drive.mp4 --output_dir predictions
-"""
+EXAMPLE = "python tools/predict.py --resume exps/run/checkpoint.pth photos street.jpg drive.mp4 --output_dir predictions"
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pnm", ".jp2")
 # what weights do not tell, should the checkpoint not say it either
 _MAY_BE_UNKNOWN = ("eval_size", "max_size", "dilation", "nheads", "num_queries", "position_embedding_scale")
@@ -375,16 +373,8 @@ class JsonRows:
 # ---- flags
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults where there are any, and keeps the lines of description and example."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, "", False) else super()._get_help_string(action)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = make_parser("tools/predict.py", __doc__)
-    parser.epilog, parser.formatter_class = EXAMPLE, _HelpFormatter
+    parser = make_parser("tools/predict.py", __doc__, EXAMPLE)
     add, unset = parser.add_argument, argparse.SUPPRESS
     add("inputs", nargs="+", help="pictures, videos, and folders, which are searched for pictures through all their folders")
     add("--resume", required=True, default=unset, help="the checkpoint, published or ours: a path or an https address")
