@@ -75,7 +75,7 @@ class Detections:
 
     def __repr__(self) -> str:
         width = max(map(len, self.names), default=0)
-        lines = [f"{len(self)} detections on {self.size[1]} x {self.size[0]} pixels"]
+        lines = [f"{len(self)} detection{'s' * (len(self) != 1)} on {self.size[1]} x {self.size[0]} pixels"]
         lines += [f"  {d.name:{width}}  {d.score:.2f}  [{', '.join(f'{x:.1f}' for x in d.box)}]" for d in self]
         return "\n".join(lines)
 
@@ -161,7 +161,7 @@ class Detector:
 
 
 def load_detector(
-    checkpoint: str | os.PathLike, *, device: str = "", amp: str = "off", batch_size: int = 1, score_threshold: float = 0.0,
+    checkpoint: str | os.PathLike, *, device: str | torch.device = "", amp: str = "off", batch_size: int = 1, score_threshold: float = 0.0,
     weights: str = "auto", max_image_megapixels: float = DataConfig.max_image_megapixels, **architecture: Any,
 ) -> Detector:  # fmt: skip
     """The detector of a checkpoint, published or ours; nothing in the file is executed.

@@ -17,7 +17,8 @@ from PIL import Image
 
 from models import build_model, load_detector
 from models.detector import Detections
-from tests.helpers import BATCHFORMER, ROOT, SMALL_IMAGES, SMALL_MODEL, run_main, write_coco
+from tests.helpers import BATCHFORMER, ROOT, SMALL_IMAGES, SMALL_MODEL, write_coco
+from tests.processes import run_main_forked
 from util.architecture import config_of
 from util.class_map import Category, ClassMap
 from util.config import parse_config
@@ -189,7 +190,7 @@ def test_detections_are_those_of_evaluation(tmp_path):
     classes = ClassMap(3, tuple(Category(i, i + 1, name) for i, name in enumerate(("one", "two", "three"))))
     torch.save({"model": model.state_dict(), "args": flags, "classes": classes.to_plain()}, tmp_path / "checkpoint.pth")
     paths = sorted((tmp_path / "data/val2017").iterdir())
-    result = run_main(
+    result = run_main_forked(
         *SMALL_MODEL[:-2], *SMALL_IMAGES, "--coco_path", str(tmp_path / "data"), "--eval", "--resume",
         str(tmp_path / "checkpoint.pth"), "--batch_size", "2", "--output_dir", str(tmp_path / "out"), "--save_predictions",
         "--device", "cpu",

@@ -18,7 +18,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from models import build_model, load_detector
-from tests.helpers import ROOT, SMALL_IMAGES, SMALL_MODEL, run_main
+from tests.helpers import ROOT, SMALL_IMAGES, SMALL_MODEL
+from tests.processes import run_main_forked
 from tools import predict
 from util.class_map import Category, ClassMap
 from util.config import parse_config
@@ -203,8 +204,8 @@ def test_annotations_give_the_ids_and_the_figures_are_those_of_evaluation(run, c
     assert {entry["id"]: entry["file_name"] for entry in entries} == names
     assert {entry["width"] for entry in entries} == {80}
     assert {row["category_id"] for row in results} == {3, 17, 1000, 1001}
-    evaluated = run_main(
-        *SMALL_MODEL[:-2], *SMALL_IMAGES, "--coco_path", "data", "--eval", "--resume", str(checkpoint), "--batch_size", "1",
+    evaluated = run_main_forked(
+        *SMALL_MODEL[:-2], *SMALL_IMAGES, "--eval", "--resume", str(checkpoint), "--batch_size", "1",
         "--output_dir", str(tmp_path / "eval"), "--save_predictions", "--device", "cpu", "--val_images", str(images),
         "--val_annotations", str(annotations),
     )  # fmt: skip
@@ -459,13 +460,13 @@ def test_a_long_video_is_never_all_in_memory(run, monkeypatch):
 
 def test_the_commands_and_lines_of_the_documentation_run(run, checkpoint, tmp_path, capsys):
     """Word for word, on small data under the names that docs/prediction.md uses."""
-    for folder in ("photos", "exps/run", "data/own/val2017", "data/own/annotations"):
+    for folder in ("photos", "exps/synthetic", "data/synthetic/val2017", "data/synthetic/annotations"):
         Path(folder).mkdir(parents=True)
-    Path("exps/run/checkpoint.pth").symlink_to(checkpoint)
-    for name in ("photos/a.jpg", "street.jpg", "data/own/val2017/a.png"):
+    Path("exps/synthetic/checkpoint.pth").symlink_to(checkpoint)
+    for name in ("photos/a.jpg", "street.jpg", "data/synthetic/val2017/a.png"):
         picture((80, 60)).save(name)
     write_video("drive.mp4", (320, 240), EVEN[:2])
-    write_annotations(Path("data/own/annotations/instances_val2017.json"), {7: "a.png"}, NAMES)
+    write_annotations(Path("data/synthetic/annotations/instances_val2017.json"), {7: "a.png"}, NAMES)
     blocks = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "docs/prediction.md").read_text(), re.DOTALL)
     assert [kind for kind, _ in blocks].count("bash") == 2
     namespace: dict = {}
