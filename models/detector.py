@@ -162,7 +162,8 @@ class Detector:
 
 def load_detector(
     checkpoint: str | os.PathLike, *, device: str | torch.device = "", amp: str = "off", batch_size: int = 1,
-    score_threshold: float = 0.0, weights: str = "auto", max_image_megapixels: float = DataConfig.max_image_megapixels, **architecture: Any,
+    score_threshold: float = 0.0, weights: str = "auto", max_image_megapixels: float = DataConfig.max_image_megapixels,
+    **architecture: Any,
 ) -> Detector:  # fmt: skip
     """The detector of a checkpoint, published or ours; nothing in the file is executed.
 

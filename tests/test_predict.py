@@ -275,6 +275,21 @@ def test_inputs_that_can_not_be_are_told_before_anything_is_loaded(run, tmp_path
     assert not Path("out").exists()
 
 
+def test_a_folder_that_can_not_be_searched_is_told(run, monkeypatch):
+    """Root may read all folders, so the refusal is the file system's by proxy."""
+    Path("in/secret").mkdir(parents=True)
+    picture((80, 60)).save("in/a.png")
+    scandir = os.scandir
+
+    def refusing(path):
+        if str(path).endswith("secret"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    assert "in/secret can't be searched for pictures (Permission denied)" in refusal(run, "in")
+
+
 def test_what_can_not_be_written_is_told_in_a_line(run, monkeypatch):
     picture((80, 60)).save("a.png")
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder would be searched instead
 
@@ -140,11 +140,15 @@ def find_sources(inputs: Sequence[Path]) -> list[Source]:
 
 
 def _pictures_in(folder: Path) -> Iterator[Path]:
-    for place, folders, files in os.walk(folder):
+    for place, folders, files in os.walk(folder, onerror=_refuse_folder):
         folders[:] = [name for name in folders if not name.startswith(".")]  # thumbnails of viewers, and the like
         for name in files:
             if not name.startswith(".") and name.lower().endswith(PICTURES):
                 yield Path(place, name)
+
+
+def _refuse_folder(error: OSError) -> NoReturn:
+    raise UserError(f"{error.filename} can't be searched for pictures ({error.strerror}); make it readable") from None
 
 
 def _natural(path: Path) -> list[Any]:
