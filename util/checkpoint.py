@@ -48,7 +48,7 @@ _FLAGS = (
     ("enc_output", "--two_stage"),
     ("pos_trans", "--two_stage"),
     ("transformer.bf.", "--share_bf, --bt_num_layers, --insert_idx or --bf"),
-    ("level_embed", "--num_feature_levels"),
+    ("level_embed", "--num_feature_levels or --hidden_dim"),
     ("encoder.layers.{i}.self_attn.sampling_offsets", "--enc_n_points, --num_feature_levels or --nheads"),
     ("encoder.layers.{i}.self_attn.attention_weights", "--enc_n_points, --num_feature_levels or --nheads"),
     ("decoder.layers.{i}.cross_attn.sampling_offsets", "--dec_n_points, --num_feature_levels or --nheads"),
@@ -103,7 +103,7 @@ def load_weights(model: nn.Module, path_or_url: str) -> LoadReport:
 
 def load_state(model: nn.Module, checkpoint: Mapping[str, Any], source: str, flag: str = "--resume") -> LoadReport:
     """As `load_weights`, from a checkpoint that has been read; errors name `flag`."""
-    state = canonical(checkpoint, source, flag)
+    state = weights_of(checkpoint, source, flag)
     own = model.state_dict(keep_vars=True)
     known = {name: tensor for name, tensor in state.items() if name in own}
     for name, tensor in known.items():
@@ -123,7 +123,7 @@ def load_state(model: nn.Module, checkpoint: Mapping[str, Any], source: str, fla
     )
 
 
-def canonical(checkpoint: Mapping[str, Any], source: str, flag: str = "--resume") -> dict[str, Tensor]:
+def weights_of(checkpoint: Mapping[str, Any], source: str, flag: str = "--resume") -> dict[str, Tensor]:
     """A checkpoint's weights under one name each: published aliases folded, bookkeeping entries left out.
 
     Raises UserError if they are something else than plain tensors.

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from util.architecture import require_same_architecture
 from util.checkpoint import LoadReport, load_state
 from util.class_map import ClassMap, classes_of
 from util.config import Config
-from util.errors import UserError
-from util.trained import choose_weights, num_logits, read_trained, require_same_architecture, saved_flags
+from util.trained import choose_weights, read_trained
 
 FLAG = "--finetune"
 _CLASS_HEAD = re.compile(r"class_embed\.(\d+)\.(weight|bias)")
@@ -74,11 +74,12 @@ def fine_tune(model: nn.Module, config: Config, classes: ClassMap) -> FineTuned:
     """
     source = config.run.finetune
     checkpoint = read_trained(source, FLAG)
-    require_same_architecture(saved_flags(checkpoint), config.flags(), f"{FLAG} {source}")
     state, which = choose_weights(checkpoint, source, FLAG)
-    known = classes_of({**checkpoint, "model": state}, f"{FLAG} {source}")
-    rows = matching_rows(known, num_logits(state, f"{FLAG} {source}"), classes)
-    heads = _class_heads(model, state, rows, config, source)
+    checkpoint = {**checkpoint, "model": state}
+    require_same_architecture(checkpoint, config.flags(), source, FLAG)
+    known = classes_of(checkpoint, f"{FLAG} {source}")
+    rows = matching_rows(known, len(state["class_embed.0.weight"]), classes)
+    heads = _class_heads(model, state, rows, config)
     report = load_state(model, {"model": state | heads}, source, FLAG)
     report.require_same_architecture()
     return FineTuned(report, which, classes, known, rows)
@@ -98,9 +99,7 @@ def matching_rows(known: ClassMap | None, num_known: int, classes: ClassMap) -> 
     return rows | {label: label for label in unused}
 
 
-def _class_heads(
-    model: nn.Module, state: Mapping[str, Tensor], rows: Mapping[int, int], config: Config, source: str
-) -> dict[str, Tensor]:
+def _class_heads(model: nn.Module, state: Mapping[str, Tensor], rows: Mapping[int, int], config: Config) -> dict[str, Tensor]:
     """The model's class heads with the rows that can be copied."""
     heads = {}
     for name, tensor in model.state_dict().items():
@@ -108,8 +107,6 @@ def _class_heads(
         if not match or name not in state:
             continue
         there = state[name]
-        if there.shape[1:] != tensor.shape[1:]:
-            raise UserError(f"{FLAG} {source} does not fit: {name} is {list(there.shape)} there; probably --hidden_dim differs")
         of_proposals = config.transformer.two_stage and int(match[1]) == config.transformer.dec_layers
         copied = _proposal_rows(len(tensor), len(there)) if of_proposals else rows
         heads[name] = tensor.clone()

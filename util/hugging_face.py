@@ -48,7 +48,6 @@ _FIELDS = {
     "dilation": ("dilation",),
     "position_embedding": ("position_embedding_type",),
     "dropout": ("dropout",),
-    "focal_alpha": ("focal_alpha",),
 }
 _BATCHFORMER_FLAGS = tuple(BatchFormerConfig.__dataclass_fields__)
 
@@ -105,7 +104,7 @@ def write_hugging_face(state: Mapping[str, Tensor], config: Config, classes: Cla
         save_file(converted.weights, temporary / WEIGHTS, metadata={"format": "pt"})
         if converted.batchformer:
             save_file(converted.batchformer, temporary / BATCHFORMER, metadata=_batchformer_flags(config))
-        (temporary / CONFIG).write_text(json.dumps(config_of(config, classes, num_classes), indent=2) + "\n")
+        (temporary / CONFIG).write_text(json.dumps(json_of(config, classes, num_classes), indent=2) + "\n")
         (temporary / PROCESSOR).write_text(json.dumps(_processor_of(config), indent=2) + "\n")
         temporary.replace(folder)
     except (OSError, SafetensorError) as error:
@@ -132,7 +131,7 @@ def refuse_what_transformers_lacks(config: Config) -> None:
             raise UserError(f"transformers has no Deformable DETR with {what}: this checkpoint can't be converted")
 
 
-def config_of(config: Config, classes: ClassMap | None, num_classes: int) -> dict[str, Any]:
+def json_of(config: Config, classes: ClassMap | None, num_classes: int) -> dict[str, Any]:
     """The contents of config.json."""
     if classes:
         names = dict.fromkeys(range(num_classes), _NO_CLASS) | classes.names
@@ -150,7 +149,6 @@ def config_of(config: Config, classes: ClassMap | None, num_classes: int) -> dic
         **{field: flags[flag] for flag, fields in _FIELDS.items() for field in fields},
         "num_queries": config.transformer.num_queries,
         "two_stage_num_proposals": config.transformer.num_queries,
-        "auxiliary_loss": not config.loss.no_aux_loss,
         "id2label": {str(label): name for label, name in names.items()},
         "label2id": {name: label for label, name in names.items()},
         **ids,
