@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from models import build_model
+from models import build_model, load_detector
 from tests.golden import recipe
 from tests.helpers import ROOT, run
 from util.checkpoint import load_weights, read_checkpoint, write_atomically
@@ -96,6 +96,16 @@ def test_a_file_of_a_folder_loads_evaluates_and_fits_its_own_flags(tmp_path, fil
     model = build_model(config_from_flags({**read_checkpoint(tmp_path / "b.pth")["args"], "backbone_weights": "none"}))[0]
     report = load_weights(model, str(tmp_path / "b.pth"))
     assert (report.missing, report.unexpected) == ((), ())
+
+
+def test_a_folder_predicts_as_the_file_does(tmp_path, file):
+    convert(file(*REFINED), tmp_path / "folder")
+    image = (recipe.images([(96, 128)])[0] * 50 + 128).clamp(0, 255).to(torch.uint8)
+    expected, found = (load_detector(tmp_path / name, device="cpu")(image) for name in ("a.pth", "folder"))
+    assert len(found.names) > 0
+    assert found.names == expected.names
+    assert torch.equal(found.boxes, expected.boxes)
+    assert torch.equal(found.category_ids, expected.category_ids)
 
 
 def test_a_published_file_needs_no_more_than_it_holds(tmp_path):

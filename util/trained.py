@@ -29,11 +29,12 @@ def choose_weights(checkpoint: Mapping[str, Any], source: str, flag: str, which:
 
     Raises UserError if the checkpoint has not got them.
     """
+    averaged = checkpoint.get("ema")
     if which == "auto":
-        which = "ema" if "ema" in checkpoint and not _averaged_are_worse(checkpoint) else "model"
-    if which == "ema" and "ema" not in checkpoint:
+        which = "model" if averaged is None or _averaged_are_worse(checkpoint) else "ema"
+    if which == "ema" and averaged is None:
         raise UserError(f"{flag} {source} has no averaged weights; a run keeps them with --ema_decay")
-    return weights_of(checkpoint["ema"] if which == "ema" else checkpoint, source, flag), which
+    return weights_of(averaged if which == "ema" else checkpoint, source, flag), which
 
 
 def _averaged_are_worse(checkpoint: Mapping[str, Any]) -> bool:
