@@ -58,7 +58,8 @@ def read_json(path: Path, without: Collection[str] = ()) -> Any:
         with _no_garbage_collection():
             return json.loads(read_regular_file(path), object_pairs_hook=functools.partial(_unique_keys, without=without))
     except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror}); --coco_path must hold it") from None
+        raise UserError(f"{path} can't be read ({error.strerror}); it must be a COCO instances file: check --coco_path, or "
+                        "--train_annotations and --val_annotations") from None
     except RecursionError:
         raise UserError(f"{path} is nested too deeply; it must be a COCO instances file") from None
     except ValueError as error:
@@ -93,20 +94,23 @@ def format_faults(content: Any, path: Path) -> Iterator[Fault]:
         message = f"{path} is not in COCO's instances format: it must be an object with {', '.join(_FIELDS)}"
         yield Fault("not_instances_format", "", content, message)
         return
-    lists_missing = False
+    incomplete = False
     known: dict[str, set[int]] = {}
     for name, fields in _FIELDS.items():
         entries = content.get(name)
         if not isinstance(entries, list):
             yield Fault("not_instances_format", "", None, f"{path} is not in COCO's instances format: it has no list {name!r}")
-            entries, lists_missing = [], True
+            entries, incomplete = [], True
         broken: set[int] = set()
         for field in fields:
             yield from _field_faults(entries, name, field, broken, path)
         yield from _id_faults(entries, name, broken, path)
         known[name] = {entry["id"] for entry in entries if _has_id(entry)}
         content[name] = _without(entries, broken)
-    if lists_missing:
+    if not incomplete and not known["categories"]:
+        yield Fault("no_categories", "", None, f"{path} has no categories: there is nothing to detect; add them")
+        incomplete = True
+    if incomplete:
         content["annotations"] = []  # nobody can say what they refer to
         return
     yield from _reference_faults(content, known, path)
@@ -176,7 +180,7 @@ def _reference_faults(content: dict[str, Any], known: dict[str, set[int]], path:
             message = f"{path}: annotation {number} has image_id {image}, which is no image's id; take it out or add the image"
             yield Fault("unknown_image", "annotations", annotation, message)
         if category not in known["categories"]:
-            message = f"{path}: annotation {number} has category_id {category}, which is no category's id; add the category"
+            message = f"{path}: annotation {number} has category_id {category}, which its categories lack; add the category"
             yield Fault("unknown_category", "annotations", annotation, message)
     content["annotations"] = kept
 

@@ -114,9 +114,7 @@ def check_classes(parts: Sequence[Part], num_classes: int | str) -> None:
     """Whether the categories fit --num_classes, and those of the later parts the first's, as training demands."""
     trained, *others = parts
     if not trained.categories:
-        if not trained.findings:
-            trained.add("no_categories", f"{trained.annotations} has no categories: there is nothing to detect; add them")
-        return
+        return  # which has been said
     try:
         classes = ClassMap.of(trained.categories, num_classes, str(trained.annotations))
     except UserError as error:
@@ -125,7 +123,7 @@ def check_classes(parts: Sequence[Part], num_classes: int | str) -> None:
     for part in others:
         for category in part.categories:
             try:
-                classes.check([category], str(part.annotations), str(trained.annotations))
+                classes.check([category], str(part.annotations))
             except UserError as error:
                 part.add("other_category", str(error), category_id=category["id"])
 

@@ -447,5 +447,5 @@ def test_mistakes_cost_one_line(tmp_path):
 
 def test_help_shows_defaults_and_an_example():
     text = " ".join(run(sys.executable, "tools/convert_dataset.py", "--help").stdout.split())
-    for wanted in ("--on_bad {stop,clip,skip}", "(default: stop)", "(default: 0.2)", "(default: crowd)", "example: python tools/"):
+    for wanted in ("--on_bad {stop,clip,skip}", "(default: stop)", "(default: 0.2)", "(default: crowd)", "example: python "):
         assert wanted in text
