@@ -182,7 +182,9 @@ def _check_boxes(part: Part, tolerance: float) -> None:
     sizes = np.array([[image["width"], image["height"]] for image in part.images], dtype=np.float64)[boxes.image]
     for kind, flagged in _box_faults(boxes.xywh, sizes, tolerance).items():
         for i in flagged.nonzero()[0].tolist():
-            _add_box(part, kind, i, _BOX_FAULTS[kind].format(tolerance=tolerance))
+            image = part.images[boxes.image[i]]
+            size = f"{image['width']:g} x {image['height']:g}"
+            _add_box(part, kind, i, _BOX_FAULTS[kind].format(size=size, tolerance=tolerance))
     box_area = boxes.xywh[:, 2] * boxes.xywh[:, 3]
     wrong = (boxes.area > _LARGEST_SHARE * box_area + 1) | (boxes.area == 0) & (box_area > 1)
     for i in (wrong & (box_area > 0)).nonzero()[0].tolist():
@@ -220,7 +222,6 @@ def _add_box(part: Part, kind: str, i: int, what: str, is_fault: bool = True) ->
     assert part.boxes is not None
     image, number = part.images[part.boxes.image[i]], int(part.boxes.ids[i])
     box = ", ".join(f"{value:g}" for value in part.boxes.xywh[i])
-    what = what.replace("{size}", f"{image['width']:g} x {image['height']:g}")
     part.add(
         kind, f"{part.annotations}: annotation {number} of image {image['id']} ({image['file_name']}), box [{box}], has {what}",
         is_fault=is_fault, image_id=image["id"], annotation_id=number, category_id=int(part.boxes.category_id[i]),
@@ -361,23 +362,23 @@ def quick_check(train: Any, val: Any, skip_missing: bool = False) -> UserError |
     for split, dataset in (("train", train), ("val", val)):
         missing = _missing_files(dataset)
         if missing:
-            said = f"{len(missing)} image files of {dataset.annotations} are missing, the first is {missing[0]}"
+            said = f"missing image files of {dataset.annotations}: {len(missing)}, first {missing[0]}"
             if not skip_missing:
                 return UserError(f"{said}; add them, take them out, or add --on_bad_image skip")
             notes.append(said)
-        notes += [f"{split}: {count} {_COUNTED[kind]}" for kind, count in _box_counts(dataset.coco).items() if count]
+        notes += [f"{_COUNTED[kind]} in {split}: {count}" for kind, count in _box_counts(dataset.coco).items() if count]
     shared = len(_paths(train) & _paths(val))
     if shared:
-        notes.append(f"{shared} images are in both train and val")
+        notes.append(f"images in both train and val: {shared}")
     if notes:
         log.warning("data: %s; python tools/check_data.py with these flags lists them", "; ".join(notes))
     return None
 
 
 _COUNTED = {
-    "degenerate_box": "boxes without width or height, which are left out of training",
-    "box_outside": "boxes outside of their image, which are left out of training",
-    "box_reaches_out": f"boxes that reach more than {BOX_TOLERANCE:g} pixels out of their image, which training cuts",
+    "degenerate_box": "boxes without width or height (training leaves them out)",
+    "box_outside": "boxes outside of their image (training leaves them out)",
+    "box_reaches_out": f"boxes that reach more than {BOX_TOLERANCE:g} pixels out of their image (training cuts them)",
 }
 
 

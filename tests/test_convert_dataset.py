@@ -129,8 +129,8 @@ def test_voc_is_converted_by_one_command(tmp_path):
     }
     assert boxes(val) == {"2007_c.jpg": []}
     assert {image["id"] for image in train["images"]}.isdisjoint(image["id"] for image in val["images"])
-    assert "1 difficult objects (crowd)" in said
-    assert "0 things left out; 3 classes" in said
+    assert "difficult objects (crowd): 1" in said
+    assert "3 classes; left out by --on_bad: 0" in said
     source, target = (tmp_path / place / "2007_a.jpg" for place in ("VOC2007/JPEGImages", "out/train2017"))
     assert source.samefile(target), "linked"
 
@@ -259,8 +259,8 @@ def test_yolo_is_converted_by_one_command(tmp_path):
     assert train["categories"] == val["categories"] == [{"id": i, "name": n} for i, n in enumerate(("car", "bus", "van"), 1)]
     assert boxes(train) == {"a.png": [("van", [0, 0, 100, 60], 0), ("car", [15, 0, 10, 30], 0)], "sub/b.png": []}
     assert boxes(val) == {"c.png": [("bus", [10, 6, 40, 48], 0)]}
-    assert "1 images without a file of labels" in said
-    assert "1 outlines, of which the boxes were taken" in said
+    assert "taken to have no objects: 1" in said
+    assert "outlines, of which the boxes were taken: 1" in said
     assert not (tmp_path / "source/images/val/c.png").samefile(tmp_path / "out/val2017/c.png")
 
 

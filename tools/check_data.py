@@ -110,7 +110,7 @@ def print_findings(findings: Sequence[Finding], show: int) -> None:
         if show and len(found) > show:
             print(f"  ... and {len(found) - show} more (--show 0 shows all)")
     faults = sum(finding.is_fault for finding in findings)
-    print(f"{faults or 'no'} faults, {len(findings) - faults or 'no'} warnings")
+    print(f"faults: {faults}, warnings: {len(findings) - faults}")
 
 
 def write_report(path: Path, summaries: dict[str, Summary], findings: Sequence[Finding]) -> None:

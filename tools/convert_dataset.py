@@ -66,10 +66,10 @@ def tell(folder: Path, data: Labelled, faults: Faults) -> None:
         print(f"left out: {len(faults.messages) - _MOST_LINES} more")
     for note, count in faults.notes.items():
         if count:
-            print(f"{count} {note}")
+            print(f"{note}: {count}")
     for part, images in data.parts.items():
         print(f"{part}: {len(images)} images with {sum(len(image.objects) for image in images)} objects")
-    print(f"{len(faults.messages)} things left out; {len(data.names)} classes in {folder}; "
+    print(f"{folder}: {len(data.names)} classes; left out by --on_bad: {len(faults.messages)}; "
           f"next: python tools/check_data.py --coco_path {folder}")  # fmt: skip
 
 

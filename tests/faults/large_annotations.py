@@ -76,8 +76,8 @@ def _objects(rng: np.random.Generator, first: int, sizes: np.ndarray, count: int
         angle = np.sort(rng.uniform(0, 2 * np.pi, number_of_points))
         x = np.clip(rng.uniform(0, width - 2) + radius * np.cos(angle), 0, width).round(2)
         y = np.clip(rng.uniform(0, height - 2) + radius * np.sin(angle), 0, height).round(2)
-        left, top = x.min(), y.min()
-        box = [round(v, 2) for v in (float(left), float(top), float(max(0.5, x.max() - left)), float(max(0.5, y.max() - top)))]
+        left, top = min(x.min(), width - 0.5), min(y.min(), height - 0.5)  # the outline may lie outside
+        box = [round(float(v), 2) for v in (left, top, max(0.5, x.max() - left), max(0.5, y.max() - top))]
         crowd = int(rng.random() < _CROWDS)
         outline = np.stack([x, y], 1).reshape(-1).tolist()
         segmentation = {"counts": [int(v) for v in outline], "size": [height, width]} if crowd else [outline]
