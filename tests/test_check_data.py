@@ -279,7 +279,7 @@ def test_what_may_be_meant_is_a_warning_and_no_fault(data, kind):
 )  # fmt: skip
 def test_files_that_are_no_annotations_are_one_fault(data, content, kind):
     data.annotations("val").unlink() if content is None else data.annotations("val").write_text(content)
-    said, findings = data.check("--images", "none", code=1)
+    said, findings = data.check("--no_images", code=1)
     assert [f["kind"] for f in findings] == [kind]
     assert findings[0]["split"] == "val"
     assert "faults: 1, " in said
@@ -305,9 +305,9 @@ def test_images_may_be_looked_at_by_their_headers_or_not_at_all(data):
     data.image(3, "val").unlink()
     data.image(3, "val").hardlink_to(data.image(7))
     data.write()
-    _, findings = data.check("--images", "headers", "--workers", "1", code=1)
+    _, findings = data.check("--headers_only", "--workers", "1", code=1)
     assert sorted(f["kind"] for f in findings) == ["missing_image", "overlap", "wrong_size"], "a link is seen, a copy is not"
-    assert data.check("--images", "none", code=0)[1] == []
+    assert data.check("--no_images", code=0)[1] == []
 
 
 def test_an_image_that_was_annotated_turned_is_explained(data):
@@ -328,14 +328,14 @@ def test_a_missing_folder_is_one_fault_and_four_flags_serve_too(data):
     flags = []
     for split in ("train", "val"):
         flags += [f"--{split}_images", str(data.root / f"{split}2017"), f"--{split}_annotations", str(data.annotations(split))]
-    assert data.check(*flags, "--coco_path", "nowhere", "--images", "headers", code=0)[1] == []
+    assert data.check(*flags, "--coco_path", "nowhere", "--headers_only", code=0)[1] == []
     (data.root / "val2017").rename(data.root / "elsewhere")
-    _, findings = data.check(*flags, "--images", "headers", code=1)
+    _, findings = data.check(*flags, "--headers_only", code=1)
     assert [(f["kind"], f["file"]) for f in findings] == [("missing_folder", str(data.root / "val2017"))]
 
 
 def test_ids_that_do_not_fit_a_given_number_of_classes_are_a_fault(data):
-    _, findings = data.check("--num_classes", "91", "--images", "none", code=1)
+    _, findings = data.check("--num_classes", "91", "--no_images", code=1)
     assert [f["kind"] for f in findings] == ["wrong_num_classes"]
     assert "category id 1000" in findings[0]["message"]
 
@@ -356,7 +356,7 @@ def test_generated_annotations_of_cocos_kind_have_no_fault(tmp_path):
 
 def test_mistakes_in_flags_cost_one_line(data):
     for flags, wanted in ((("--workers", "-1"), "--workers"), (("--lr", "x"), "--lr"), (("--report", "/nowhere/x"), "--report")):
-        result = run(sys.executable, "tools/check_data.py", "--coco_path", str(data.root), "--images", "none", *flags)
+        result = run(sys.executable, "tools/check_data.py", "--coco_path", str(data.root), "--no_images", *flags)
         assert result.returncode == 2
         (line,) = result.stderr.splitlines()
         assert wanted in line
@@ -364,7 +364,7 @@ def test_mistakes_in_flags_cost_one_line(data):
 
 def test_help_shows_defaults_and_an_example():
     text = " ".join(run(sys.executable, "tools/check_data.py", "--help").stdout.split())
-    for wanted in ("--images {whole,headers,none}", "(default: whole)", "--coco_path", "example: python ", "Exit code: 0"):
+    for wanted in ("--headers_only", "(default: 2.0)", "--coco_path", "example: python ", "Exit code: 0"):
         assert wanted in text
 
 

@@ -16,6 +16,7 @@ from datasets.images import Header, read_header
 from datasets.labelled import Corners, Faults, as_stored, shown_size, to_coco
 from datasets.voc import VocRules, read_voc
 from datasets.yolo import read_yolo
+from tests import layouts
 from tests.helpers import run
 from util.errors import UserError
 
@@ -89,13 +90,13 @@ def content(folder: Path, part: str) -> dict:
     return written
 
 
-def boxes(written: dict) -> dict[str, list[tuple]]:
+def boxes(written: dict, areas: bool = True) -> dict[str, list[tuple]]:
     """File name -> (class, box, crowd)."""
     names = {category["id"]: category["name"] for category in written["categories"]}
     found: dict[str, list[tuple]] = {image["file_name"]: [] for image in written["images"]}
     files = {image["id"]: image["file_name"] for image in written["images"]}
     for a in written["annotations"]:
-        assert a["area"] == pytest.approx(a["bbox"][2] * a["bbox"][3], abs=1e-3)
+        assert not areas or a["area"] == pytest.approx(a["bbox"][2] * a["bbox"][3], abs=1e-3)
         found[files[a["image_id"]]].append((names[a["category_id"]], a["bbox"], a["iscrowd"]))
     return found
 
@@ -449,3 +450,18 @@ def test_help_shows_defaults_and_an_example():
     text = " ".join(run(sys.executable, "tools/convert_dataset.py", "--help").stdout.split())
     for wanted in ("--on_bad {stop,clip,skip}", "(default: stop)", "(default: 0.2)", "(default: crowd)", "example: python "):
         assert wanted in text
+
+
+@pytest.mark.parametrize("layout", ["voc", "yolo"])
+def test_real_annotations_come_back_from_both_formats(tiny_coco, tmp_path, layout):
+    {"voc": layouts.write_voc, "yolo": layouts.write_yolo}[layout](tiny_coco, tmp_path)
+    parts, faults = read(tmp_path)
+    assert faults.messages == []
+    for part in ("train", "val"):
+        wanted = boxes(read_annotations(tiny_coco / f"annotations/instances_{part}2017.json").dataset, areas=False)
+        assert len(parts[part]) == len(wanted) == 50
+        for name, objects in parts[part].items():
+            expected = [entry for entry in wanted[name.removeprefix(f"{part}_")] if not entry[2]]
+            assert [entry[0] for entry in objects] == [entry[0] for entry in expected]
+            for (_, box, _), (_, original, _) in zip(objects, expected, strict=True):
+                assert box == pytest.approx(original, abs=2e-4)

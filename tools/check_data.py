@@ -36,7 +36,7 @@ from util.config import Config, make_parser, parse_with_config
 from util.errors import UserError, run_as_command
 
 EXIT_FAULTS = 1
-_EXAMPLE = "example: python tools/check_data.py --coco_path data/coco --report faults.json"
+EXAMPLE = "python tools/check_data.py --coco_path data/coco --report faults.json"
 
 
 def main() -> None:
@@ -63,11 +63,11 @@ def check(config: Config, args: argparse.Namespace) -> list[Part]:
         for split in ("train", "val")
     ]
     check_classes(parts, data.num_classes)
-    if args.images == "none":
+    if args.no_images:
         check_paths(parts)
     else:
         workers = args.workers or os.cpu_count() or 1
-        check_files(parts, whole=args.images == "whole", megapixels=data.max_image_megapixels, workers=workers)
+        check_files(parts, whole=not args.headers_only, megapixels=data.max_image_megapixels, workers=workers)
     return parts
 
 
@@ -128,13 +128,11 @@ def write_report(path: Path, summaries: dict[str, Summary], findings: Sequence[F
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = make_parser("tools/check_data.py", __doc__)
-    parser.epilog = _EXAMPLE
+    parser = make_parser("tools/check_data.py", __doc__, EXAMPLE)
     own = parser.add_argument_group("this tool's own")
-    own.add_argument(
-        "--images", choices=("whole", "headers", "none"), default="whole",
-        help="whole: decode them, as training does, and compare contents; headers: their sizes alone; none: annotations alone",
-    )  # fmt: skip
+    aside = own.add_mutually_exclusive_group()
+    aside.add_argument("--no_images", action="store_true", help="check the annotations alone, and open no image")
+    aside.add_argument("--headers_only", action="store_true", help="read the sizes of the images, and do not decode them")
     own.add_argument("--workers", type=int, default=0, help="processes that read images; 0: one for each core")
     own.add_argument("--box_tolerance", type=float, default=BOX_TOLERANCE, help="pixels by which a box may leave its image")
     own.add_argument("--show", type=int, default=20, help="lines to print of each kind of fault; 0: all")

@@ -20,6 +20,7 @@ from datasets.yolo import is_yolo, read_yolo
 from util.config import make_parser
 from util.errors import UserError, run_as_command
 
+EXAMPLE = "python tools/convert_dataset.py VOCdevkit/VOC2012 --output_dir data/voc2012"
 VAL_FRACTION = 0.2
 _MOST_LINES = 20
 
@@ -74,8 +75,7 @@ def tell(folder: Path, data: Labelled, faults: Faults) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = make_parser("tools/convert_dataset.py", __doc__)
-    parser.epilog = "example: python tools/convert_dataset.py VOCdevkit/VOC2012 --output_dir data/voc"
+    parser = make_parser("tools/convert_dataset.py", __doc__, EXAMPLE)
     parser.add_argument("source", help="folder or data.yaml to convert")
     parser.add_argument("--output_dir", required=True, help="folder to write; it must not hold anything yet")
     parser.add_argument("--format", choices=("auto", "voc", "yolo"), default="auto", help="format of the source")

@@ -20,6 +20,8 @@ from datasets.coco_layout import WAYS, write_part
 from util.config import make_parser
 from util.errors import UserError, run_as_command
 
+EXAMPLE = "python tools/subset_coco.py --split both --classes person car dog --output_dir data/coco3"
+
 
 def main() -> None:
     args = _parser().parse_args()
@@ -81,8 +83,7 @@ def restrict(content: dict[str, Any], image_ids: set[int]) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = make_parser("tools/subset_coco.py", __doc__)
-    parser.epilog = "example: python tools/subset_coco.py --split both --classes person car dog --output_dir data/coco3"
+    parser = make_parser("tools/subset_coco.py", __doc__, EXAMPLE)
     parser.add_argument("--coco_path", default="data/coco", help="folder in COCO's layout")
     parser.add_argument("--split", default="train", choices=("train", "val", "both"), help="part to take the images from")
     parser.add_argument("--classes", nargs="+", default=[], metavar="NAME", help="keep objects of these classes only")

@@ -1,7 +1,7 @@
 """Annotations of COCO's size, to see how long they take and how much memory.
 
     python tests/faults/large_annotations.py /tmp/large
-    /usr/bin/time -v python tools/check_data.py --coco_path /tmp/large --images none
+    /usr/bin/time -v python tools/check_data.py --coco_path /tmp/large --no_images
 
 Without pictures: 118,287 training images with 860,001 objects and 5,000 validation images with 36,781, in 80 categories with
 COCO's ids, polygons of COCO's length and its other fields, which makes files of about 450 and 19 MB. No object has a fault.
