@@ -58,10 +58,10 @@ def main() -> None:
 def check(config: Config, args: argparse.Namespace) -> list[Part]:
     """The training and the validation part of a Config, with all that was found."""
     data = config.data
-    parts = [
-        check_part(split, data.images_folder(split), data.annotations_file(split), args.box_tolerance)
-        for split in ("train", "val")
-    ]
+    parts = []
+    for split in ("train", "val"):
+        print(f"reading {data.annotations_file(split)}", flush=True)
+        parts.append(check_part(split, data.images_folder(split), data.annotations_file(split), args.box_tolerance))
     check_classes(parts, data.num_classes)
     if args.no_images:
         check_paths(parts)
