@@ -179,6 +179,9 @@ def _check_boxes(part: Part, tolerance: float) -> None:
     boxes = part.boxes
     if boxes is None or not len(boxes.ids):
         return
+    if (boxes.xywh <= 1).all():
+        part.add("boxes_in_shares", f"{part.annotations}: no box exceeds 1; boxes must be in pixels, not shares of the image")
+        return
     sizes = np.array([[image["width"], image["height"]] for image in part.images], dtype=np.float64)[boxes.image]
     for kind, flagged in _box_faults(boxes.xywh, sizes, tolerance).items():
         for i in flagged.nonzero()[0].tolist():

@@ -285,6 +285,14 @@ def test_files_that_are_no_annotations_are_one_fault(data, content, kind):
     assert "faults: 1, " in said
 
 
+def test_boxes_that_are_shares_of_the_image_are_one_fault(data):
+    for annotation in data.content["train"]["annotations"]:
+        x, y, width, height = annotation["bbox"]
+        annotation["bbox"] = [x / SIZE[0], y / SIZE[1], width / SIZE[0], height / SIZE[1]]
+    data.write()
+    assert [(f.kind, f.split) for part in checked(data) for f in part.findings] == [("boxes_in_shares", "train")]
+
+
 def test_entries_that_are_no_objects_and_broken_images_cause_no_further_faults(data):
     data.content["train"]["annotations"][7] = None
     data.content["train"]["images"][0]["id"] = "100"
