@@ -28,6 +28,8 @@ _ROLES = {"jpegimages", "images", "imgs", "annotations", "labels", "xmls"}
 _PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 # pixels; further out is no rounding, but another image or another unit
 _ROUNDING = 1.0
+# pixels; shorter sides are none once they are written
+_SHORTEST = 1e-3
 
 
 class Corners(NamedTuple):
@@ -89,16 +91,17 @@ class Faults:
         said = f"{where}: box from ({x0:g}, {y0:g}) to ({x1:g}, {y1:g})"
         if not all(map(math.isfinite, corners)):
             return self.add(f"{said} is not finite")
-        if x1 <= x0 or y1 <= y0:
+        if min(x1 - x0, y1 - y0) < _SHORTEST:
             return self.add(f"{said} has no width or no height")
-        if x1 <= 0 or y1 <= 0 or x0 >= width or y0 >= height:
+        within = Corners(max(x0, 0), max(y0, 0), min(x1, width), min(y1, height))
+        if min(within.x1 - within.x0, within.y1 - within.y0) < _SHORTEST:
             return self.add(f"{said} lies outside of the image of {width} x {height}")
         out = max(-x0, -y0, x1 - width, y1 - height)
         if out > _ROUNDING:
             if self.on_bad != "clip":
                 return self.add(f"{said} reaches {out:g} pixels out of the image of {width} x {height} (--on_bad clip cuts it)")
             self.notes["boxes cut at the border of their image"] += 1
-        return Corners(max(x0, 0), max(y0, 0), min(x1, width), min(y1, height))
+        return within
 
     def header(self, path: Path) -> Header | None:
         """Size and orientation of an image, or None if it can't be used."""

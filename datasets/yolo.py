@@ -148,7 +148,8 @@ def _images(entry: str, content: dict[str, Any], path: Path, faults: Faults) -> 
 
 def _find(entry: str, content: dict[str, Any], path: Path) -> Path:
     """Where a path of the YAML leads: from its `path`, or from the file itself if that is of another machine."""
-    root = str(content.get("path") or "")
+    root = content.get("path")
+    root = root if isinstance(root, str) else ""
     tried = [path.parent / root / entry, path.parent / entry, path.parent / entry.removeprefix("../")]
     for place in tried:
         if place.exists():

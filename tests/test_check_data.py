@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 import shutil
 import sys
 from collections.abc import Callable
@@ -15,10 +16,13 @@ import pytest
 from PIL import Image
 
 from datasets import build_dataset
+from datasets.coco_format import read_annotations
 from datasets.preflight import check_part, quick_check
+from tests.faults.fuzz_mutate import json_text, mutate_json
 from tests.faults.large_annotations import write_large
 from tests.helpers import SMALL_IMAGES, SMALL_MODEL, run, run_main
 from util.config import parse_config
+from util.errors import UserError
 
 NUM_IMAGES = 80  # so many that processes read them
 SIZE = (64, 48)
@@ -291,6 +295,22 @@ def test_boxes_that_are_shares_of_the_image_are_one_fault(data):
         annotation["bbox"] = [x / SIZE[0], y / SIZE[1], width / SIZE[0], height / SIZE[1]]
     data.write()
     assert [(f.kind, f.split) for part in checked(data) for f in part.findings] == [("boxes_in_shares", "train")]
+
+
+def test_what_training_refuses_of_damaged_annotations_is_among_the_faults(data):
+    path = data.annotations("val")
+    refused = 0
+    for number in range(150):
+        rng = random.Random(number)
+        path.write_bytes(json_text(rng, mutate_json(rng, data.content["val"])))
+        findings = check_part("val", data.root / "val2017", path).findings
+        assert all(len(finding.message.splitlines()) == 1 for finding in findings)
+        try:
+            read_annotations(path)
+        except UserError as error:
+            refused += 1
+            assert str(error) in [finding.message for finding in findings]
+    assert 30 < refused < 150
 
 
 def test_entries_that_are_no_objects_and_broken_images_cause_no_further_faults(data):

@@ -314,6 +314,8 @@ YOLO_FAULTS = {
     "line 1 has 4 columns": "0 0.5 0.5 0.1",
     "line 1: box from (nan": "0 nan 0.5 0.1 0.1",
     "line 1: box from (50, 30) to (50, 36) has no width": "0 0.5 0.55 0 0.1",
+    "line 1: box from (100, 30) to (100, 36) has no width": "0 1 0.55 1e-9 0.1",
+    "line 1: box from (100, 30) to (110, 36) lies outside": "0 1.05 0.55 0.1 0.1",
     "reaches 40 pixels out of the image of 100 x 60": "0 0.9 0.5 1 0.1",
     "is no text": b"\xff\xfe\x00",
 }
