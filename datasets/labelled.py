@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from datasets.coco_format import is_file_name
-from datasets.images import BadImageError, Header, read_header
 from util.config import DataConfig
 from util.errors import UserError
+from util.images import BadImageError, Header, read_header
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".jp2"}
 # folders that tell images from labels, and parts from each other; an image and its labels have the other names in common

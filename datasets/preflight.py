@@ -24,9 +24,9 @@ import numpy as np
 from tqdm import tqdm
 
 from datasets.coco_format import Fault, format_faults, read_json, shown
-from datasets.images import BadImageError, decode, read_header, read_image_file
 from util.class_map import ClassMap
 from util.errors import UserError
+from util.images import BadImageError, decode, read_header, read_image_file
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-from datasets.images import Header, read_regular_file
 from datasets.labelled import (
     IMAGE_SUFFIXES,
     Corners,
@@ -27,6 +26,7 @@ from datasets.labelled import (
     shown_size,
 )
 from util.errors import UserError
+from util.images import Header, read_regular_file
 
 _SETS = Path("ImageSets/Main")
 # training and validation set, in order of preference

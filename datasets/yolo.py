@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from datasets.coco_format import shown
-from datasets.images import Header, read_regular_file
 from datasets.labelled import (
     IMAGE_SUFFIXES,
     Corners,
@@ -27,6 +26,7 @@ from datasets.labelled import (
     shown_size,
 )
 from util.errors import UserError
+from util.images import Header, read_regular_file
 
 _YAML = (".yaml", ".yml")
 _CLASSES = ("classes.txt", "labels/classes.txt")

@@ -2,10 +2,10 @@
 
     python -m tests.run_docs [docs/own_data.md ...]
 
-What is made small: the published configurations get a small network, few epochs and small images; 8 processes become 2; COCO is a
-synthetic data set of the same layout; placeholders get a value. What a page needs and does not make (pictures, a folder in
-Pascal VOC's layout, checkpoints) is laid out before. Commands of Slurm are run by tests/faults/slurm/run.py instead. Prints a line a
-command, and ends with exit code 1 if any failed.
+What is made small: the published configurations get a small network, few epochs and small images; 8 processes become 2; COCO
+is a synthetic data set of the same layout; placeholders get a value. What a page needs and does not make (pictures, a folder in
+Pascal VOC's layout, checkpoints) is laid out before. Commands of Slurm are run by tests/faults/slurm/run.py instead. Prints a
+line a command, and ends with exit code 1 if any failed.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def main(arguments: list[str]) -> int:
 
 def lay_out(root: Path) -> None:
     """The project as git has it, kernels and environment beside, and what the pages take for given."""
-    tracked = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True)
-    for name in tracked.stdout.decode().split("\0"):
+    ls = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.run(ls, cwd=ROOT, check=True, capture_output=True).stdout.decode().split("\0"):
         if name and (ROOT / name).is_file():
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, root / name)
@@ -83,8 +83,9 @@ def run(command: str, root: Path) -> bool:
     started = time.monotonic()
     environment = {**os.environ, "PATH": f"{root}/.venv/bin:{os.environ['PATH']}", "VIRTUAL_ENV": f"{root}/.venv"}
     done = subprocess.run(
-        ["bash", "-c", small], cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=SECONDS
-    )
+        ["bash", "-c", small], cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        timeout=SECONDS,
+    )  # fmt: skip
     print(f"   {'ok     ' if done.returncode == 0 else 'FAILED '} {time.monotonic() - started:4.0f} s  {command}", flush=True)
     if done.returncode:
         print("      " + small, *done.stdout.splitlines()[-15:], sep="\n      ", flush=True)
@@ -97,7 +98,8 @@ def made_small(command: str, root: Path) -> str | None:
         return None
     for placeholder, value in PLACEHOLDERS.items():
         command = command.replace(placeholder, value.format(root=root))
-    command = re.sub(r"quickstart\.sh$", "quickstart.sh --short && cp -r exps/synthetic_short exps/synthetic && cp -r data/synthetic_short data/synthetic", command)
+    copied = " && ".join(f"cp -r {folder}/synthetic_short {folder}/synthetic" for folder in ("exps", "data"))
+    command = re.sub(r"quickstart\.sh$", f"quickstart.sh --short && {copied}", command)
     command = re.sub(r"run_with_submitit.py ", "run_with_submitit.py --cluster local --tasks_per_node 2 ", command)
     command = re.sub(r"--nodes \d+ --gpus_per_node \d+", "--nodes 1 --gpus_per_node 0", command)
     if "MASTER_ADDR" in command:  # both nodes on this machine

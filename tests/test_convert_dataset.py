@@ -12,13 +12,13 @@ import pytest
 from PIL import Image, ImageOps
 
 from datasets.coco_format import read_annotations
-from datasets.images import Header, read_header
 from datasets.labelled import Corners, Faults, as_stored, shown_size, to_coco
 from datasets.voc import VocRules, read_voc
 from datasets.yolo import read_yolo
 from tests import layouts
 from tests.helpers import run
 from util.errors import UserError
+from util.images import Header, read_header
 
 SIZE = (100, 60)
 
