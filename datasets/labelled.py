@@ -147,15 +147,22 @@ def files_by_key(
 ) -> dict[Key, Path]:
     """The files below `root` with one of these endings, in order; of these keys only, if they are given."""
     found: dict[Key, Path] = {}
-    for path in sorted(root.rglob("*")):
-        if path.suffix.lower() in suffixes and path.is_file():
-            key = key_of(path.relative_to(root))
-            if wanted is not None and key not in wanted:
-                continue
-            if key in found:
-                faults.add(f"{path} and {found[key]} can't be told apart: labels belong to images of the same name")
-            found.setdefault(key, path)
+    for path in files_below(root, suffixes):
+        key = key_of(path.relative_to(root))
+        if wanted is not None and key not in wanted:
+            continue
+        if key in found:
+            faults.add(f"{path} and {found[key]} can't be told apart: labels belong to images of the same name")
+        found.setdefault(key, path)
     return found
+
+
+def files_below(root: Path, suffixes: Container[str]) -> Iterator[Path]:
+    """In order, without what file managers leave behind: hidden files, and macOS' shadows of files."""
+    for path in sorted(root.rglob("*")):
+        hidden = any(name.startswith((".", "__MACOSX")) for name in path.relative_to(root).parts)
+        if path.suffix.lower() in suffixes and not hidden and path.is_file():
+            yield path
 
 
 def parts_by_folder(keys: Iterable[Key]) -> dict[str, list[Key]]:

@@ -18,6 +18,7 @@ from datasets.labelled import (
     Object,
     as_stored,
     checked_name,
+    files_below,
     files_by_key,
     key_of,
     names_in_part,
@@ -134,7 +135,7 @@ def _images(entry: str, content: dict[str, Any], path: Path, faults: Faults) -> 
     """The images of a folder, or of a file that lists them, in order."""
     place = _find(entry, content, path)
     if place.is_dir():
-        return [file for file in sorted(place.rglob("*")) if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
+        return list(files_below(place, IMAGE_SUFFIXES))
     images = []
     for number, line in enumerate(_lines(place), 1):
         if line.strip():

@@ -426,6 +426,17 @@ def test_images_of_the_same_name_in_several_folders_stay_several(tmp_path):
     assert {name: objects[0][0] for name, objects in parts["train"].items()} == {"0/x.png": "a", "1/x.png": "b"}
 
 
+def test_what_file_managers_leave_behind_is_passed_over(tmp_path):
+    write_voc(tmp_path / "voc")
+    write_yolo(tmp_path / "yolo")
+    before = read(tmp_path / "voc")[0], read(tmp_path / "yolo")[0]
+    for name in ("._2007_a.xml", ".cache/x.xml", "../__MACOSX/y.xml"):
+        write(tmp_path / "voc/Annotations" / name, "shadow")
+    for name in ("._a.png", ".thumbnails/a.png", "__MACOSX/a.png"):
+        write(tmp_path / "yolo/images/train" / name, "shadow")
+    assert (read(tmp_path / "voc")[0], read(tmp_path / "yolo")[0]) == before
+
+
 def test_symbolic_links_lead_to_the_source(tmp_path):
     write_voc(tmp_path / "source")
     convert(tmp_path / "source", "--output_dir", tmp_path / "out", "--images", "symlink")
