@@ -174,7 +174,7 @@ def test_the_tool_by_its_command_line(tmp_path, file):
     assert f"{folder}: weights" in done.stdout
     require_equal(read_hugging_face(folder, "source")["model"], detector()[0].state_dict())
     shown = run(sys.executable, "tools/convert_checkpoint.py", "--help")
-    assert "examples:" in shown.stdout
+    assert "example:" in shown.stdout
     assert "default: auto" in shown.stdout
 
 

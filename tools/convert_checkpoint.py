@@ -26,8 +26,7 @@ from util.errors import UserError, run_as_command
 
 log = logging.getLogger(__name__)
 
-EXAMPLE = """examples:
-  python tools/convert_checkpoint.py exps/run/checkpoint.pth converted
+EXAMPLE = """python tools/convert_checkpoint.py exps/run/checkpoint.pth converted
   python tools/convert_checkpoint.py https://huggingface.co/SenseTime/deformable-detr deformable_detr.pth"""
 # what weights do not tell (util/architecture.py)
 _MAY_BE_UNKNOWN = ("nheads", "dilation", "position_embedding_scale", "num_queries", "eval_size", "max_size")
