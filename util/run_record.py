@@ -1,0 +1,71 @@
+"""run.json in a run's output folder: its flags, classes, data and machine, for tools/report.py and for people."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from util.errors import UserError
+
+log = logging.getLogger(__name__)
+
+NAME = "run.json"
+KEPT_STARTS = 100  # a run that is preempted every hour for months still has a small record
+
+
+def write_record(folder: Path, content: Mapping[str, Any], environment: Mapping[str, Any], start: Mapping[str, Any]) -> None:
+    """Replace the record, and keep what it says of the run's earlier starts. What goes wrong is a warning, never an end.
+
+    Args:
+        folder: the run's.
+        content: what holds of the run as it is now, as plain data: flags, classes, data.
+        environment: of this start: versions, device, processes.
+        start: where this start went on: epoch, images, resume.
+    """
+    starts = _earlier_starts(folder)
+    changed = _changes(starts, content.get("flags", {}), folder)
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    starts = [*starts, {"at": now, **start, **environment, **({"changed_flags": changed} if changed else {})}]
+    record = {**content, "environment": dict(environment), "starts": [*starts[:1], *starts[1:][-KEPT_STARTS:]]}
+    temporary = folder / f".{NAME}.tmp"
+    try:
+        temporary.write_text(json.dumps(record, indent=1) + "\n")
+        os.replace(temporary, folder / NAME)
+    except OSError as error:
+        log.warning("%s could not be written (%s); training goes on", folder / NAME, error.strerror)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The record of a run; {} if there is none. Raises UserError if it can't be read."""
+    path = folder / NAME
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read ({getattr(error, 'strerror', None) or 'not JSON'}); move it away") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{path} is no record of a run: it must be a JSON object; move it away")
+    return record
+
+
+def _earlier_starts(folder: Path) -> list[dict[str, Any]]:
+    try:
+        starts = read_record(folder).get("starts", [])
+    except UserError as error:
+        log.warning("%s; it is written anew", error)
+        return []
+    return [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
+
+
+def _changes(starts: list[dict[str, Any]], flags: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The flags that were others at the start before, with their values then."""
+    before = read_record(folder).get("flags", {}) if starts else {}
+    if not isinstance(before, dict):
+        return {}
+    return {name: before[name] for name, value in flags.items() if name in before and before[name] != value}
