@@ -238,7 +238,7 @@ def _batch(args: argparse.Namespace, config: Config, device: torch.device) -> tu
     """Images and targets: the first of the validation set, or noise of --size."""
     count = config.optim.batch_size
     if args.size:
-        items = [_noise(*args.size, config.data.num_classes) for _ in range(count)]
+        items = [_noise(*args.size, config.data.num_logits) for _ in range(count)]
     else:
         dataset = _dataset(config)
         items = [dataset[i % len(dataset)] for i in range(count)]

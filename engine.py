@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from datasets.coco_eval import coco_results, evaluate_boxes, precision_tables
 from datasets.loader import Prefetcher
 from models.criterion import SetCriterion
+from util.class_map import ClassMap
 from util.diagnose import FiniteWatch, Step, Targets
 from util.distributed import broadcast_from_main, gather_on_main, is_main, world_size
 from util.errors import UserError
@@ -141,12 +142,13 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     model: nn.Module, criterion: SetCriterion, postprocessors: Mapping[str, Callable], batches: Prefetcher, ground_truth: COCO,
-    log_every: int = 10, *, amp: str = "off", title: str = "evaluate",
+    classes: ClassMap, log_every: int = 10, *, amp: str = "off", title: str = "evaluate",
 ) -> Evaluation:  # fmt: skip
     """COCO's figures and the losses over a data set; the same however many processes share the work.
 
-    `model` must not be wrapped: processes may have different numbers of batches. While the device works on a batch, the host
-    puts the detections of the batch before into COCO's format.
+    `classes` gives detections the category ids of `ground_truth`. `model` must not be wrapped: processes may have
+    different numbers of batches. While the device works on a batch, the host puts the detections of the batch before into COCO's
+    format.
     """
     model.eval()
     criterion.eval()
@@ -161,7 +163,7 @@ def evaluate(
         done += [pending.collect()] if pending else []
         losses = criterion(outputs, targets)
         sizes = torch.stack([target["orig_size"] for target in targets])
-        pending = PendingResult(targets, postprocessors["bbox"](outputs, sizes), losses)
+        pending = PendingResult(targets, postprocessors["bbox"](outputs, sizes), losses, classes)
         clock.add(len(images) * world_size())
         progress.step(f"{clock.rate():.2f} images/s" if progress.due() else None)
     done += [pending.collect()] if pending else []
@@ -180,7 +182,10 @@ class BatchResult:
 class PendingResult:
     """Detections and losses of a batch on their way to the host."""
 
-    def __init__(self, targets: Targets, detections: Sequence[dict[str, Tensor]], losses: dict[str, Tensor]) -> None:
+    def __init__(
+        self, targets: Targets, detections: Sequence[dict[str, Tensor]], losses: dict[str, Tensor], classes: ClassMap
+    ) -> None:
+        self._classes = classes
         self._image_ids = [target["image_id"].item() for target in targets]
         self._names = list(losses)
         self._losses = HostCopy(torch.stack([loss.float() for loss in losses.values()]))
@@ -191,7 +196,7 @@ class PendingResult:
             {"boxes": rows[:, :4], "scores": rows[:, 4], "labels": rows[:, 5].long()} for rows in self._detections.get()
         ]
         losses = dict(zip(self._names, self._losses.get().tolist(), strict=True))
-        return BatchResult(coco_results(self._image_ids, detections), losses)
+        return BatchResult(coco_results(self._image_ids, detections, self._classes), losses)
 
 
 class Throughput:

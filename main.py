@@ -33,7 +33,8 @@ from models import build_model
 from models.ops import backends
 from util.checkpoint import load_state, read_checkpoint, write_atomically
 from util.checkpoint_folder import BEST, CheckpointFolder, scheduled_name
-from util.config import Config, check_trainable, parse_config
+from util.class_map import AUTO, ClassMap, classes_of
+from util.config import Config, check_trainable, parse_config, with_num_classes
 from util.deterministic import explaining_refusals, make_deterministic
 from util.diagnose import FiniteWatch
 from util.distributed import broadcast_from_main, equalise_buffers, is_main, process_group, rank, sum_over_processes, world_size
@@ -43,7 +44,7 @@ from util.optim import build_schedule, build_updater
 from util.precision import check_precision
 from util.preemption import StopRequest, StopVote
 from util.random_state import RandomGenerators
-from util.run_folder import open_folder, set_aside
+from util.run_folder import announce_new, begun, is_announced, open_folder, set_aside
 from util.training_state import Position, TrainingState, position_of
 from util.watchdog import note
 
@@ -76,19 +77,21 @@ def main(config: Config) -> None:
 
 
 def evaluate_only(config: Config, device: torch.device) -> None:
-    folder = open_folder(config.run.output_dir) if config.run.output_dir and is_main() else None
-    source = find_checkpoint(config, folder)
-    dataset = build_dataset("val", config)
+    folder = output_folder(config)
+    source = find_checkpoint(config, folder, goes_on(config, folder))
+    checkpoint = read_checkpoint(source.path) if source else {}
+    dataset = build_dataset("val", config, trained_classes(config, checkpoint, source))
+    config = settle_classes(config, dataset.classes, checkpoint, source)
     model, criterion, postprocessors = build_model(loading(config, source))
-    checkpoint = load_checkpoint(model, source)
+    load_checkpoint(model, checkpoint, source)
     model.to(device)
     batches = eval_loader(dataset, config, device, BadImages(config.data.on_bad_image, config.data.max_bad_images))
-    for suffix in ["", *(["_ema"] if "ema" in (checkpoint or {}) else [])]:
+    for suffix in ["", *(["_ema"] if "ema" in checkpoint else [])]:
         if suffix:
             log.info("averaged weights: %s", load_state(model, checkpoint["ema"], str(source)))
         evaluation = evaluate(
-            model, criterion, postprocessors, batches, dataset.coco, config.run.log_every, amp=config.run.amp
-        )  # fmt: skip
+            model, criterion, postprocessors, batches, dataset.coco, dataset.classes, config.run.log_every, amp=config.run.amp
+        )
         log.info("%s", figures_table(evaluation.stats["coco_eval_bbox"]))
         if folder:
             save_predictions(folder / f"predictions{suffix}.json", evaluation, config)
@@ -100,19 +103,27 @@ class Training:
 
     def __init__(self, config: Config, device: torch.device, stop: StopRequest) -> None:
         check_trainable(config)
+        self.folder = output_folder(config)
+        self.goes_on = goes_on(config, self.folder)
+        if self.folder and not self.goes_on:
+            announce_new(self.folder)
+        source = find_checkpoint(config, self.folder, self.goes_on)
+        checkpoint = read_checkpoint(source.path) if source else None
+
+        self.dataset = build_dataset("train", config)
+        self.classes = self.dataset.classes
+        self.val_dataset = build_dataset("val", config, self.classes)
+        config = settle_classes(config, self.classes, checkpoint, source)
         self.config, self.device, self.stop = config, device, stop
         self.votes = StopVote(stop)
-        self.dataset, self.val_dataset = build_dataset("train", config), build_dataset("val", config)
         self.order = TrainBatches(len(self.dataset), config.optim.batch_size, rank(), world_size(), config.run.seed)
         self.bad_images = BadImages(config.data.on_bad_image, config.data.max_bad_images)
         self.batches = build_loader(self.dataset, self.order, config.data.num_workers, device, self.bad_images)
         self.val_batches = eval_loader(self.val_dataset, config, device, self.bad_images)
 
-        self.folder = open_folder(config.run.output_dir) if config.run.output_dir and is_main() else None
         self.checkpoints = CheckpointFolder(self.folder, config.run.keep) if self.folder else None
-        source = find_checkpoint(config, self.folder)
         self.model, self.criterion, self.postprocessors = build_model(loading(config, source))
-        checkpoint = load_checkpoint(self.model, source)
+        load_checkpoint(self.model, checkpoint, source)
         self.model.to(device)
         self.num_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.updater = build_updater(self.model, config)
@@ -126,9 +137,8 @@ class Training:
             Path(config.run.output_dir) if config.run.output_dir else None,
             skip=config.run.on_nan == "skip", max_steps=config.run.max_nan_steps,
         )  # fmt: skip
-        classes = {number: category["name"] for number, category in self.dataset.coco.cats.items()}
         self.state = TrainingState(
-            config, classes, self.model, self.updater, self.schedule, self.position,
+            config, self.classes, self.model, self.updater, self.schedule, self.position,
             shared={"history": self.history},
             own={
                 "random": RandomGenerators(device), "means": self.means, "not_finite": self.watch,
@@ -194,8 +204,8 @@ class Training:
 
     def _evaluate_weights(self, model: nn.Module, epoch: int, prefix: str) -> dict[str, Any]:
         evaluation = evaluate(
-            model, self.criterion, self.postprocessors, self.val_batches, self.val_dataset.coco, self.config.run.log_every,
-            amp=self.config.run.amp, title="evaluate the averaged weights" if prefix else "evaluate",
+            model, self.criterion, self.postprocessors, self.val_batches, self.val_dataset.coco, self.classes,
+            self.config.run.log_every, amp=self.config.run.amp, title="evaluate the averaged weights" if prefix else "evaluate",
         )  # fmt: skip
         figures = evaluation.stats["coco_eval_bbox"]
         log.info("%s", figures_table(figures))
@@ -242,17 +252,18 @@ class Training:
             return
         self.checkpoints.sweep()
         if source is None:
-            if not goes_on(self.config):
+            if not self.goes_on:
                 set_aside(self.folder)
         elif not source.by_itself:
             newer = self.checkpoints.newer_than(position_of(checkpoint or {}))
             if newer or self.history.lines_beyond():
                 set_aside(self.folder, [*newer, self.folder / "log.txt"])
         self.history.write()
+        begun(self.folder)
 
     def _nothing_left(self) -> None:
         epochs = self.config.optim.epochs
-        if goes_on(self.config):
+        if self.goes_on:
             log.info("all %d epochs have been trained and evaluated: nothing is left to do", epochs)
             return
         trained = self.position.epoch
@@ -270,16 +281,25 @@ class Source:
         return self.path
 
 
-def goes_on(config: Config) -> bool:
-    """Whether the run goes on with what its folder holds: told to, or started again by torchrun or Slurm."""
+def output_folder(config: Config) -> Path | None:
+    """The run's folder, made if need be, on the process that writes; the others have none."""
+    return open_folder(config.run.output_dir) if config.run.output_dir and is_main() else None
+
+
+def goes_on(config: Config, folder: Path | None) -> bool:
+    """Whether the run goes on with what its folder holds: told to, or started again by torchrun or Slurm after it had begun.
+
+    The same on all processes.
+    """
     restarts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-    return config.run.resume == "auto" or (bool(config.run.output_dir) and any(count not in ("", "0") for count in restarts))
+    restarted = bool(folder) and any(count not in ("", "0") for count in restarts)
+    return broadcast_from_main(config.run.resume == "auto" or bool(folder and restarted and not is_announced(folder)))
 
 
-def find_checkpoint(config: Config, folder: Path | None) -> Source | None:
+def find_checkpoint(config: Config, folder: Path | None, going_on: bool) -> Source | None:
     """What to load, the same on all processes: the newest good checkpoint of the folder if the run goes on, else --resume's."""
     explicit = Source(config.run.resume, by_itself=False) if config.run.resume not in ("", "auto") else None
-    if not goes_on(config) or config.run.eval and explicit:
+    if not going_on or config.run.eval and explicit:
         return explicit
     newest = broadcast_from_main(newest_checkpoint(folder) if folder else None)
     if isinstance(newest, UserError):
@@ -306,15 +326,33 @@ def newest_checkpoint(folder: Path) -> str | UserError | None:
     return str(found) if found else None
 
 
-def load_checkpoint(model: nn.Module, source: Source | None) -> dict[str, Any] | None:
-    """Load weights and say what fitted; gives the checkpoint. Raises UserError for another architecture."""
-    if source is None:
-        return None
-    checkpoint = read_checkpoint(source.path)
-    result = load_state(model, checkpoint, source.path)
+def trained_classes(config: Config, checkpoint: Mapping[str, Any], source: Source | None) -> ClassMap | None:
+    """What a checkpoint of ours was trained on, unless --num_classes says what labels are."""
+    return classes_of(checkpoint, str(source)) if "classes" in checkpoint and config.data.num_classes == AUTO else None
+
+
+def settle_classes(
+    config: Config, classes: ClassMap, checkpoint: Mapping[str, Any] | None, source: Source | None
+) -> Config:
+    """The Config with the number of logits that the data has. Raises UserError if the checkpoint was trained on other classes."""
+    trained = classes_of(checkpoint, str(source)) if checkpoint and "classes" in checkpoint else None
+    if trained:
+        classes.require_same(trained, str(source))
+    log.info("%d classes: %s", len(classes.categories), shortened(", ".join(classes.names.values())))
+    return with_num_classes(config, classes.num_classes)
+
+
+def load_checkpoint(model: nn.Module, checkpoint: Mapping[str, Any] | None, source: Source | None) -> None:
+    """Load weights and say what fitted. Raises UserError for another architecture."""
+    if checkpoint is None:
+        return
+    result = load_state(model, checkpoint, str(source))
     log.info("%s", result)
     result.require_same_architecture()
-    return checkpoint
+
+
+def shortened(text: str, longest: int = 200) -> str:
+    return text if len(text) <= longest else f"{text[:longest]} ..."
 
 
 def start_logging() -> None:
@@ -369,8 +407,9 @@ def share_gradients(model: nn.Module, config: Config, device: torch.device) -> n
 
 
 def save_tables(folder: Path, evaluation: Evaluation, epoch: int, prefix: str) -> None:
-    """Precision and recall in eval/latest.pth, and every 50 epochs in eval/<epoch>.pth."""
+    """Detections in eval/latest.json; precision and recall in eval/latest.pth, and every 50 epochs in eval/<epoch>.pth."""
     folder.mkdir(exist_ok=True)
+    write_results(folder / f"{prefix}latest.json", evaluation)
     for name in ["latest.pth", *([f"{epoch:03}.pth"] if epoch % 50 == 0 else [])]:
         write_atomically(evaluation.tables, folder / f"{prefix}{name}")
 
@@ -378,11 +417,15 @@ def save_tables(folder: Path, evaluation: Evaluation, epoch: int, prefix: str) -
 def save_predictions(path: Path, evaluation: Evaluation, config: Config) -> None:
     """The detections in COCO's results format, if asked for."""
     if config.run.save_predictions:
-        try:
-            path.write_text(json.dumps(evaluation.results))
-        except OSError as error:
-            raise NotSavedError(f"{path} could not be written ({error.strerror})") from None
+        write_results(path, evaluation)
         log.info("%d detections in %s", len(evaluation.results), path)
+
+
+def write_results(path: Path, evaluation: Evaluation) -> None:
+    try:
+        path.write_text(json.dumps(evaluation.results))
+    except OSError as error:
+        raise NotSavedError(f"{path} could not be written ({error.strerror})") from None
 
 
 if __name__ == "__main__":

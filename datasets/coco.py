@@ -19,6 +19,7 @@ from datasets.coco_format import read_annotations
 from datasets.images import BadImageError, decode, read_image_file
 from datasets.transforms import Area, eval_transform, train_transform
 from util.box_ops import xyxy_to_cxcywh
+from util.class_map import AUTO, ClassMap
 from util.config import DataConfig
 from util.errors import UserError
 
@@ -30,13 +31,13 @@ class CocoDetection(Dataset):
         images: folder of the images.
         annotations: COCO JSON.
         transform: maps (PIL image, {"boxes", "labels", "area", "iscrowd"}) to the same with a [3, H, W] float image.
-        num_classes: labels must lie in [0, num_classes).
+        classes: labels of the category ids; without it the annotations' categories and `num_classes` (see ClassMap.of) make it.
         seed: with the epoch and the index it decides the random choices of `transform`, whatever process makes them: those that
             it draws from torch, from NumPy's global generator and from Python's.
         max_megapixels: larger images are refused before they are decoded.
         cache: keep the bytes of the files in memory.
 
-    A target has `boxes` [n, 4] cxcywh in [0, 1], `labels` [n] int64, `area` [n], `iscrowd` [n], `image_id` [1],
+    A target has `boxes` [n, 4] cxcywh in [0, 1], `labels` [n] int64 (by `classes`), `area` [n], `iscrowd` [n], `image_id` [1],
     `orig_size` and `size` [2] (height, width). Crowds, and boxes without width or height, are left out.
 
     Raises:
@@ -44,17 +45,21 @@ class CocoDetection(Dataset):
     """
 
     def __init__(
-        self, images: Path, annotations: Path, transform: Callable, *, num_classes: int, seed: int,
-        max_megapixels: float = DataConfig.max_image_megapixels, cache: bool = False,
+        self, images: Path, annotations: Path, transform: Callable, *, seed: int, classes: ClassMap | None = None,
+        num_classes: int | str = AUTO, max_megapixels: float = DataConfig.max_image_megapixels, cache: bool = False,
     ) -> None:  # fmt: skip
         if not images.is_dir():
-            raise UserError(f"{images} does not exist; --coco_path must be a folder with train2017, val2017 and annotations")
+            raise UserError(f"{images} does not exist; it must be the folder of the images: {_FLAGS}")
         self.images, self.annotations = images, annotations
         self.coco = read_annotations(annotations)
         self.image_ids = sorted(self.coco.imgs)
         if not self.image_ids:
-            raise UserError(f"{annotations} has no images; check --coco_path")
-        _check_labels(self.coco, annotations, num_classes)
+            raise UserError(f"{annotations} has no images: {_FLAGS}")
+        categories = list(self.coco.cats.values())
+        self.classes = classes or ClassMap.of(categories, num_classes, str(annotations))
+        if classes:
+            classes.check(categories, str(annotations))
+        _check_categories(self.coco, annotations)
         self.epoch = 0
         self._transform, self._seed, self._max_megapixels = transform, seed, max_megapixels
         self._cache: dict[str, bytes] | None = {} if cache else None
@@ -66,7 +71,7 @@ class CocoDetection(Dataset):
         image_id = self.image_ids[index]
         image = self._read(self.coco.imgs[image_id])
         width, height = image.size
-        target = _target(self.coco.imgToAnns[image_id], height, width)
+        target = _target(self.coco.imgToAnns[image_id], self.classes, height, width)
         # seeded per item: the same augmentation for any number of processes and workers, and after a resume
         with _random_choices(_item_seed(self._seed, self.epoch, index)):
             image, target = self._transform(image, target)
@@ -103,31 +108,29 @@ class CocoDetection(Dataset):
         return f"take image {info['id']} out of {self.annotations}, or add --on_bad_image skip"
 
 
-def build_coco(image_set: str, data: DataConfig, seed: int) -> CocoDetection:
-    """The "train" or "val" part of the published folder layout."""
+def build_coco(image_set: str, data: DataConfig, seed: int, classes: ClassMap | None = None) -> CocoDetection:
+    """The "train" or "val" part of the published folder layout, or of the flags in its place."""
+    images = data.images_folder(image_set)
     root = Path(data.coco_path)
-    if not root.is_dir():
+    if root in images.parents and not root.is_dir():
         raise UserError(f"--coco_path {root} does not exist; it must be a folder with train2017, val2017 and annotations")
     if image_set == "train":
         transform = train_transform(data.train_sizes, data.max_size, data.crop_resize_sizes, data.crop_sizes, data.augmentation)
     else:
         transform = eval_transform(data.eval_size, data.max_size)
     dataset = CocoDetection(
-        root / f"{image_set}2017", root / "annotations" / f"instances_{image_set}2017.json", transform,
-        num_classes=data.num_classes, seed=seed, max_megapixels=data.max_image_megapixels, cache=data.cache_mode,
+        images, data.annotations_file(image_set), transform, seed=seed, classes=classes, num_classes=data.num_classes,
+        max_megapixels=data.max_image_megapixels, cache=data.cache_mode,
     )  # fmt: skip
     dataset.fill_cache(leave_out_bad=data.on_bad_image == "skip")
     return dataset
 
 
-def _check_labels(coco: COCO, path: Path, num_classes: int) -> None:
-    # on a GPU such a label would end in a device-side assert without a name
-    used = {annotation["category_id"] for annotation in coco.anns.values()} | set(coco.cats)
-    wrong = sorted(label for label in used if not 0 <= label < num_classes)
-    if wrong:
-        remedy = f"add --num_classes {max(used) + 1}" if wrong[0] >= 0 else "make the ids not negative"
-        raise UserError(f"{path} has category id {wrong[0]}, outside [0, --num_classes {num_classes}); {remedy}")
-    unknown = used - set(coco.cats)
+_FLAGS = "check --coco_path, or --train_images, --train_annotations, --val_images and --val_annotations"
+
+
+def _check_categories(coco: COCO, path: Path) -> None:
+    unknown = {annotation["category_id"] for annotation in coco.anns.values()} - set(coco.cats)
     if unknown:
         raise UserError(f"{path} has objects of category id {min(unknown)}, which its categories lack; add the category")
 
@@ -148,7 +151,7 @@ def _random_choices(seed: int) -> Iterator[None]:
         np.random.set_state(numpy)  # noqa: NPY002
 
 
-def _target(annotations: list[dict[str, Any]], height: int, width: int) -> dict[str, Any]:
+def _target(annotations: list[dict[str, Any]], classes: ClassMap, height: int, width: int) -> dict[str, Any]:
     """Boxes clamped to the image, without crowds."""
     kept = [annotation for annotation in annotations if not annotation["iscrowd"]]
     boxes = torch.tensor([annotation["bbox"] for annotation in kept], dtype=torch.float32).reshape(-1, 4)
@@ -157,7 +160,7 @@ def _target(annotations: list[dict[str, Any]], height: int, width: int) -> dict[
     boxes[:, 1::2].clamp_(0, height)
     target = {
         "boxes": boxes,
-        "labels": torch.tensor([annotation["category_id"] for annotation in kept], dtype=torch.int64),
+        "labels": torch.tensor([classes.label_of(annotation["category_id"]) for annotation in kept], dtype=torch.int64),
         "area": torch.tensor([annotation["area"] for annotation in kept], dtype=torch.float32),
         "iscrowd": torch.zeros(len(kept), dtype=torch.int64),
     }

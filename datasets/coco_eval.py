@@ -13,20 +13,25 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
+from util.class_map import ClassMap
+
 FIGURES = (
     "AP", "AP50", "AP75", "AP small", "AP medium", "AP large",
     "AR 1", "AR 10", "AR 100", "AR small", "AR medium", "AR large",
 )  # fmt: skip
 
 
-def coco_results(image_ids: Sequence[int], detections: Sequence[dict[str, Tensor]]) -> list[dict[str, Any]]:
-    """Detections (host tensors; boxes x0, y0, x1, y1 in pixels) in COCO's results format (x, y, width, height)."""
+def coco_results(
+    image_ids: Sequence[int], detections: Sequence[dict[str, Tensor]], classes: ClassMap
+) -> list[dict[str, Any]]:
+    """Detections (host tensors; boxes x0, y0, x1, y1 in pixels; labels) in COCO's results format (x, y, width, height; category
+    ids of the data set)."""
     results = []
     for image_id, detection in zip(image_ids, detections, strict=True):
         boxes = detection["boxes"].clone()
         boxes[:, 2:] -= boxes[:, :2]
         for box, label, score in zip(boxes.tolist(), detection["labels"].tolist(), detection["scores"].tolist(), strict=True):
-            results.append({"image_id": image_id, "category_id": label, "bbox": box, "score": score})
+            results.append({"image_id": image_id, "category_id": classes.id_of(label), "bbox": box, "score": score})
     return results
 
 

@@ -40,7 +40,8 @@ def read_annotations(path: Path) -> COCO:
     try:
         content = json.loads(read_regular_file(path), object_pairs_hook=_unique_keys)
     except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror}); --coco_path must hold it") from None
+        raise UserError(f"{path} can't be read ({error.strerror}); it must be a COCO instances file: check --coco_path, or "
+                        "--train_annotations and --val_annotations") from None
     except RecursionError:
         raise UserError(f"{path} is nested too deeply; it must be a COCO instances file") from None
     except ValueError as error:

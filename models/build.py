@@ -25,7 +25,7 @@ def build_model(config: Config) -> tuple[DeformableDETR, SetCriterion, dict[str,
     transformer = config.transformer
     class_heads, box_heads = build_heads(
         transformer.hidden_dim,
-        config.data.num_classes,
+        config.data.num_logits,
         transformer.dec_layers,
         transformer.with_box_refine,
         transformer.two_stage,

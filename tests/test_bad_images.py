@@ -170,7 +170,7 @@ def test_in_evaluation_it_counts_as_an_image_without_detections(data, caplog, wo
     loader = build_loader(dataset, EvalBatches(5, 2, 0, 1), workers, CPU, record, replace=False)
     assert [[t["image_id"].item() for t in targets] for _, targets in loader] == [[13], [14]], "an empty batch is passed over"
     caplog.clear()
-    result = evaluate(model, criterion, postprocessors, loader, dataset.coco)
+    result = evaluate(model, criterion, postprocessors, loader, dataset.coco, dataset.classes)
     assert {r["image_id"] for r in result.results} == {13, 14}
     assert record.count == 3
     assert "3 images of this pass were left out" in caplog.text

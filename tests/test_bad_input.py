@@ -112,8 +112,23 @@ def image_of_nothing(s):
 
 
 def label_outside(s):
+    s.edit("train", lambda c: c["categories"][0].update(id=17))
+    return [], ["17", "--num_classes 18", "--num_classes auto"]
+
+
+def object_without_category(s):
     s.edit("train", lambda c: c["annotations"][0].update(category_id=17))
-    return [], ["17", "--num_classes 18"]
+    return ["--num_classes", "auto"], ["17", "instances_train2017.json", "category"]
+
+
+def no_categories(s):
+    s.edit("train", lambda c: c.update(categories=[]))
+    return [], ["instances_train2017.json", "no categories"]
+
+
+def validation_of_other_categories(s):
+    s.edit("val", lambda c: c["categories"][1].update(name="zwei"))
+    return [], ["instances_val2017.json", "'zwei'", "'two'"]
 
 
 def empty_validation_set(s):
@@ -280,6 +295,12 @@ COMBINATIONS = [
     (["--crop_sizes", "600"], "--crop_sizes"),
     (["--crop_resize_sizes", "0"], "--crop_resize_sizes"),
     (["--num_classes", "0"], "--num_classes"),
+    (["--num_classes", "all"], "--num_classes"),
+    (["--train_images", "x"], "--train_annotations"),
+    (["--val_annotations", "x.json"], "--val_images"),
+    (["--finetune", "a.pth", "--resume", "b.pth"], "--finetune"),
+    (["--finetune", "a.pth", "--resume", "auto", "--eval", "--output_dir", "x"], "--finetune"),
+    (["--tensorboard"], "--output_dir"),
     (["--num_workers", "-1"], "--num_workers"),
     (["--log_every", "0"], "--log_every"),
     (["--batch_sise", "2"], "--batch_sise"),

@@ -118,9 +118,9 @@ def test_ids_are_unique_and_entries_are_objects(tmp_path, name):
 def test_objects_of_unknown_images_and_categories_are_refused(tmp_path):
     assert "image_id 7" in refusal(tmp_path, changed("annotations", "image_id", 7))
     (tmp_path / "images").mkdir()
-    for category, wanted in ((2, "categories lack"), (-1, "not negative"), (9, "--num_classes 10")):
+    for category in (2, -1, 9):
         (tmp_path / "instances.json").write_text(json.dumps(changed("annotations", "category_id", category)))
-        with pytest.raises(UserError, match=wanted):
+        with pytest.raises(UserError, match="categories lack"):
             CocoDetection(tmp_path / "images", tmp_path / "instances.json", None, num_classes=4, seed=0)
 
 

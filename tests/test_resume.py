@@ -281,3 +281,23 @@ def test_an_address_that_cannot_be_reached(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     with pytest.raises(UserError, match=r"example\.org.*no route to host.*give its path"):
         load_weights(small_model(), "https://example.org/a.pth")
+
+
+def test_a_new_run_that_failed_at_its_start_does_not_go_on_with_the_one_before(tmp_path):
+    """A launcher starts it again; what lies in the folder is still the earlier run's."""
+    write_coco(tmp_path / "data", 4, 2)
+    out = tmp_path / "out"
+    flags = ("--coco_path", str(tmp_path / "data"), *SMALL_IMAGES, *SMALL_MODEL, "--num_workers", "0", "--epochs", "1",
+             "--output_dir", str(out))  # fmt: skip
+    assert run_main(*flags).returncode == 0
+    earlier = (out / "log.txt").read_text()
+    assert run_main(*flags, "--lr", "1e-5", "--batch_size", "9").returncode == 2  # too few images for that
+
+    result = run_main(*flags, "--lr", "1e-5", env={"TORCHELASTIC_RESTART_COUNT": "1"})
+    assert result.returncode == 0, result.stderr
+    assert (out / "earlier-1" / "log.txt").read_text() == earlier
+    assert read_checkpoint(out / "checkpoint.pth")["args"]["lr"] == 1e-5
+
+    result = run_main(*flags, "--lr", "1e-5", env={"TORCHELASTIC_RESTART_COUNT": "1"})  # this one had begun
+    assert "nothing is left to do" in result.stdout
+    assert not (out / "earlier-2").exists()

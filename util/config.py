@@ -12,10 +12,12 @@ import argparse
 import dataclasses
 import math
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from util.class_map import AUTO, COCO_CLASSES
 from util.errors import UserError
 
 RESNETS = (
@@ -26,9 +28,19 @@ PUBLISHED_TRAIN_SIZES = tuple(range(480, 801, 32))
 LEARNED_POSITIONS = 50
 
 
-def flag(default: Any, help: str, *, choices: Sequence[Any] | None = None, repeat: bool = False) -> Any:
-    """A dataclass field that is a command-line flag. `repeat`: `--x 1 --x 2` besides `--x 1 2`."""
-    return field(default=default, metadata={"help": help, "choices": choices, "repeat": repeat})
+def flag(
+    default: Any, help: str, *, choices: Sequence[Any] | None = None, repeat: bool = False, parse: Callable | None = None
+) -> Any:
+    """A dataclass field that is a command-line flag. `repeat`: `--x 1 --x 2` besides `--x 1 2`. `parse`: makes a value of the
+    text; the field's type does without it."""
+    return field(default=default, metadata={"help": help, "choices": choices, "repeat": repeat, "parse": parse})
+
+
+def number_or_auto(text: str) -> int | str:
+    return text if text == AUTO else int(text)
+
+
+number_or_auto.__name__ = "number"  # argparse's messages say so
 
 
 @dataclass(frozen=True)
@@ -125,9 +137,18 @@ class DataConfig:
 
     dataset_file: str = flag("coco", "kind of data set: coco")
     coco_path: str = flag("./data/coco", "folder with train2017, val2017 and annotations/instances_{train,val}2017.json")
+    train_images: str = flag("", "folder of the images to train on, instead of train2017 in coco_path")
+    train_annotations: str = flag("", "their annotations: a COCO instances file")
+    val_images: str = flag("", "folder of the images to evaluate on, instead of val2017 in coco_path")
+    val_annotations: str = flag("", "their annotations")
     coco_panoptic_path: str = flag("", "folder of COCO panoptic (segmentation)")
     remove_difficult: bool = flag(False, "not used by COCO data")
-    num_classes: int = flag(91, "class logits; labels lie in [0, num_classes). COCO's raw category ids need 91")
+    num_classes: int | str = flag(
+        AUTO,
+        "class logits. auto: as many as the annotations have categories, whatever their ids; 91 for COCO's own categories, as "
+        "published. A number: category ids are labels, in [0, num_classes)",
+        parse=number_or_auto,
+    )
     cache_mode: bool = flag(False, "keep the image files in memory; every process keeps all of them")
     num_workers: int = flag(2, "loader processes per training process; 0 loads in the training process")
     train_sizes: tuple[int, ...] = flag(PUBLISHED_TRAIN_SIZES, "shorter sides to train with, in pixels")
@@ -146,6 +167,21 @@ class DataConfig:
     max_bad_images: int = flag(100, "with --on_bad_image skip: end the run when a process has met more than so many bad files")
     max_image_megapixels: float = flag(100.0, "refuse larger images before they are decoded")
 
+    @property
+    def num_logits(self) -> int:
+        """Width of the class head. For "auto" without a data set it is that of COCO."""
+        return COCO_CLASSES.num_classes if self.num_classes == AUTO else int(self.num_classes)
+
+    def images_folder(self, image_set: str) -> Path:
+        """Where the images of "train" or "val" are."""
+        given = {"train": self.train_images, "val": self.val_images}[image_set]
+        return Path(given) if given else Path(self.coco_path) / f"{image_set}2017"
+
+    def annotations_file(self, image_set: str) -> Path:
+        """The COCO instances file of "train" or "val"."""
+        given = {"train": self.train_annotations, "val": self.val_annotations}[image_set]
+        return Path(given) if given else Path(self.coco_path) / "annotations" / f"instances_{image_set}2017.json"
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -156,6 +192,9 @@ class RunConfig:
     seed: int = flag(42, "seed of weights, data order and augmentation")
     resume: str = flag(
         "", "a checkpoint to go on from or to evaluate: a path, an https address, or auto: the newest good one in output_dir"
+    )
+    finetune: str = flag(
+        "", "start from the weights of this checkpoint (ours, published, or Hugging Face's); a path or an https address"
     )
     start_epoch: int = flag(0, "first epoch, for a checkpoint that does not say")
     eval: bool = flag(False, "evaluate only")
@@ -170,6 +209,7 @@ class RunConfig:
     max_nan_steps: int = flag(10, "with --on_nan skip: end the run after more than so many such steps")
     dist_timeout: int = flag(1800, "seconds after which a process that is dead or makes no progress ends the whole job")
     save_predictions: bool = flag(False, "write the detections to <output_dir>/predictions.json (COCO results format)")
+    tensorboard: bool = flag(False, "write losses, rates, figures and pictures for TensorBoard to <output_dir>/tensorboard")
     log_every: int = flag(10, "steps between log lines; only then are the losses read back from the device")
 
 
@@ -250,6 +290,11 @@ def config_from_args(args: argparse.Namespace) -> Config:
 _DESCRIPTION = "Train and evaluate Deformable DETR with BatchFormerV2 on COCO-format data."
 
 
+def with_num_classes(config: Config, number: int) -> Config:
+    """The Config with the number of logits that a data set or a checkpoint has, in place of "auto"."""
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, num_classes=number))
+
+
 def config_from_flags(flags: Mapping[str, Any]) -> Config:
     """The Config of flags as a checkpoint has them; what they lack has its default, what is unknown is passed over.
 
@@ -299,7 +344,7 @@ def _add_flag(section: Any, item: dataclasses.Field, kind: Any) -> None:
         options |= {"nargs": "*", "type": typing.get_args(kind)[0]}
         options |= {"action": _Repeated, "nargs": "+"} if item.metadata["repeat"] else {}
     else:
-        options |= {"type": kind, "choices": item.metadata["choices"]}
+        options |= {"type": item.metadata["parse"] or kind, "choices": item.metadata["choices"]}
     # one metavar for both spellings keeps the help readable
     section.add_argument(*names, metavar=None if options.get("choices") else item.name.split("_")[-1].upper(), **options)
 
@@ -327,7 +372,7 @@ def _require(condition: bool, message: str) -> None:
 
 _POSITIVE = (
     "batch_size", "accumulate_steps", "epochs", "lr_drop", "enc_layers", "dec_layers", "dim_feedforward", "hidden_dim",
-    "nheads", "num_queries", "dec_n_points", "enc_n_points", "num_classes", "eval_size", "max_size", "num_feature_levels",
+    "nheads", "num_queries", "dec_n_points", "enc_n_points", "eval_size", "max_size", "num_feature_levels",
     "log_every", "bt_num_layers", "eval_every", "position_embedding_scale", "keep", "dist_timeout", "max_image_megapixels",
 )  # fmt: skip
 _NOT_NEGATIVE = (
@@ -350,6 +395,10 @@ def _check_numbers(config: Config) -> None:
         _require(flags[name] >= 0, f"--{name} {flags[name]} must not be negative")
     for name in ("dropout", "drop_path", "ema_decay"):
         _require(0 <= flags[name] < 1, f"--{name} {flags[name]} must lie in [0, 1)")
+    classes = flags["num_classes"]
+    _require(
+        classes == AUTO or isinstance(classes, int) and classes > 0, f"--num_classes {classes} must be auto, or a number above 0"
+    )
     drops = config.optim.lr_drop_epochs
     _require(
         all(e > 0 for e in drops) and list(drops) == sorted(set(drops)),
@@ -417,6 +466,10 @@ def _check_batchformer(config: Config) -> None:
 
 def _check_data(config: Config) -> None:
     data = config.data
+    for image_set in ("train", "val"):
+        images, annotations = getattr(data, f"{image_set}_images"), getattr(data, f"{image_set}_annotations")
+        given, lacking = ("images", "annotations") if images else ("annotations", "images")
+        _require(bool(images) == bool(annotations), f"--{image_set}_{given} needs --{image_set}_{lacking}: add it")
     for name in ("train_sizes", "crop_resize_sizes", "crop_sizes"):
         sizes = getattr(data, name)
         _require(bool(sizes) and min(sizes) > 0, f"--{name} {_text(sizes)} must be sizes in pixels above 0")
@@ -439,6 +492,12 @@ def _check_run(config: Config) -> None:
     )
     for name, wanted in (("save_every", run.save_every > 0), ("resume auto", run.resume == "auto")):
         _require(bool(run.output_dir) or not wanted, f"--{name} needs --output_dir: the folder of the checkpoints")
+    _require(bool(run.output_dir) or not run.tensorboard, "--tensorboard needs --output_dir: the folder to write to")
+    _require(
+        not run.finetune or run.resume in ("", "auto"),
+        "--finetune starts a run and --resume goes on with one; give one of them (--resume auto may stand beside --finetune)",
+    )
+    _require(not (run.finetune and run.eval), "--finetune trains and --eval does not; use --resume to evaluate a checkpoint")
     _require(
         run.eval or run.start_epoch < config.optim.epochs,
         f"--start_epoch {run.start_epoch} must be below --epochs {config.optim.epochs}, else nothing is left to train",
@@ -451,7 +510,8 @@ def check_trainable(config: Config) -> None:
     Raises UserError.
     """
     backbone, data = config.backbone, config.data
-    from_random = backbone.backbone_weights == "none" and config.run.resume in ("", "auto")
+    loaded = config.run.finetune or config.run.resume not in ("", "auto")
+    from_random = backbone.backbone_weights == "none" and not loaded
     _require(
         not (from_random and backbone.backbone_norm == "frozen_bn"),
         "--backbone_weights none with --backbone_norm frozen_bn can't learn: the frozen statistics fit no random network; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Iterable
@@ -12,6 +13,7 @@ from util.errors import UserError
 log = logging.getLogger(__name__)
 
 _MARKER = ".moving"  # in a folder into which an earlier run is being moved
+_NEW = ".new_run"  # in the folder of a run that has not set an earlier one aside yet
 _FILES = ("checkpoint*.pth", "resume_*.pth", "log.txt", "eval", "eval.pth", "nonfinite_*.pth")
 
 
@@ -26,6 +28,24 @@ def open_folder(name: str) -> Path:
     except OSError as error:
         raise UserError(f"--output_dir {folder} can't be written to ({error.strerror}); choose another") from None
     return folder
+
+
+def announce_new(folder: Path) -> None:
+    """Note that a new run is about to begin: until `begun`, what the folder holds is not this run's. Raises UserError."""
+    try:
+        (folder / _NEW).touch()
+    except OSError as error:
+        raise UserError(f"--output_dir {folder} can't be written to ({error.strerror}); choose another") from None
+
+
+def is_announced(folder: Path) -> bool:
+    return (folder / _NEW).exists()
+
+
+def begun(folder: Path) -> None:
+    """From now on what the folder holds belongs to the run."""
+    with contextlib.suppress(OSError):  # a leftover makes a restarted run begin anew, which loses nothing
+        (folder / _NEW).unlink(missing_ok=True)
 
 
 def set_aside(folder: Path, files: Iterable[Path] | None = None) -> None:

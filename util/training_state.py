@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from util.class_map import ClassMap
 from util.config import Config
 from util.distributed import gather_on_main, is_main, rank, world_size
 from util.errors import UserError
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 # flags that change nothing of what is learned
 _MAY_DIFFER = (
     "resume", "output_dir", "eval", "device", "num_workers", "log_every", "start_epoch", "save_predictions", "coco_path",
+    "train_images", "train_annotations", "val_images", "val_annotations", "finetune", "tensorboard",
     "cache_mode", "eval_every", "backbone_weights", "epochs", "save_every", "keep", "dist_timeout", "checkpoint_encoder",
     "max_bad_images", "max_nan_steps", "max_image_megapixels",
 )  # fmt: skip
@@ -61,10 +63,10 @@ class TrainingState:
     """
 
     def __init__(
-        self, config: Config, classes: Mapping[int, str], model: nn.Module, updater: Updater, schedule: LambdaLR,
+        self, config: Config, classes: ClassMap, model: nn.Module, updater: Updater, schedule: LambdaLR,
         position: Position, shared: Mapping[str, Stateful], own: Mapping[str, Stateful],
     ) -> None:  # fmt: skip
-        self._config, self._classes = config, dict(classes)
+        self._config, self._classes = config, classes
         self._model, self._updater, self._schedule, self._position = model, updater, schedule, position
         self._shared, self._own = dict(shared), dict(own)
 
@@ -80,7 +82,7 @@ class TrainingState:
             "lr_scheduler": self._schedule.state_dict(),
             "epoch": self._position.epoch - 1,  # as published: the last finished one
             "args": self._config.flags(),
-            "classes": self._classes,
+            "classes": self._classes.to_plain(),
             "position": self._position.state_dict(),
             **{name: part.state_dict() for name, part in self._shared.items()},
             "processes": processes,

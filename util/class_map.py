@@ -1,0 +1,165 @@
+"""Category ids of a data set <-> labels of the class head, and their names.
+
+COCO keeps its published head: 91 logits, and a category's id is its label. Every other data set gets as many logits as it has
+categories, in the order of their ids, which may be any. What leaves the program (detections, figures) has the data set's ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from util.errors import UserError
+
+AUTO = "auto"  # --num_classes: from the annotations
+
+
+class Category(NamedTuple):
+    """label: place among the logits; id: in the annotations."""
+
+    label: int
+    id: int
+    name: str
+
+
+@dataclass(frozen=True)
+class ClassMap:
+    """The categories of a data set, and how many logits the class head has (some may belong to no category)."""
+
+    num_classes: int
+    categories: tuple[Category, ...]
+
+    @classmethod
+    def of(cls, categories: Iterable[Mapping[str, Any]], num_classes: int | str, source: str) -> ClassMap:
+        """The map of COCO `categories` (dicts with id and name) for --num_classes `num_classes`.
+
+        AUTO: COCO's own for COCO's categories, else labels 0, 1, ... in the order of the ids. A number: ids are labels.
+
+        Raises:
+            UserError: there are no categories, or one has an id outside [0, num_classes); `source` names the file.
+        """
+        named = sorted((category["id"], category["name"]) for category in categories)
+        if not named:
+            raise UserError(f"{source} has no categories: there is nothing to detect; add them")
+        if num_classes == AUTO:
+            if named == [(category.id, category.name) for category in COCO_CLASSES.categories]:
+                return COCO_CLASSES
+            return cls(len(named), tuple(Category(label, *entry) for label, entry in enumerate(named)))
+        assert isinstance(num_classes, int)
+        wrong = next((number for number, _ in named if not 0 <= number < num_classes), None)
+        if wrong is not None:
+            more = f", or --num_classes {named[-1][0] + 1}" if wrong >= 0 else ""
+            raise UserError(
+                f"{source} has category id {wrong}, outside [0, --num_classes {num_classes}); "
+                f"use --num_classes auto, which takes any ids{more}"
+            )
+        return cls(num_classes, tuple(Category(number, number, name) for number, name in named))
+
+    def label_of(self, category_id: int) -> int:
+        """The label of a category id. Raises KeyError."""
+        return self._labels[category_id]
+
+    def id_of(self, label: int) -> int:
+        """The category id of a label; a label that belongs to no category (COCO's head has eleven) stays as it is."""
+        category = self._by_label.get(label)
+        return category.id if category else label
+
+    def name_of(self, label: int) -> str:
+        """The name of a label; one that belongs to no category has a number for a name."""
+        category = self._by_label.get(label)
+        return category.name if category else f"class {label}"
+
+    @property
+    def names(self) -> dict[int, str]:
+        """Label -> name."""
+        return {category.label: category.name for category in self.categories}
+
+    def check(self, categories: Iterable[Mapping[str, Any]], source: str) -> None:
+        """Raise UserError unless all `categories` of the file `source` are in this map, by id and name."""
+        known = {category.id: category.name for category in self.categories}
+        for category in categories:
+            number, name = category["id"], category["name"]
+            if known.get(number) != name:
+                instead = f" (there {number} is {known[number]!r})" if number in known else ""
+                raise UserError(
+                    f"{source} has category {number} {name!r}, which is not among the classes that the detector is for{instead}; "
+                    "give its categories the ids and names of the training annotations"
+                )
+
+    def require_same(self, other: ClassMap, source: str) -> None:
+        """Raise UserError unless `other`, that of the checkpoint `source`, gives every label the same name.
+
+        Ids may differ: they are the data set's own.
+        """
+        for label in sorted(self.names.keys() | other.names.keys()):
+            here, there = self.names.get(label), other.names.get(label)
+            if here != there:
+                raise UserError(
+                    f"--resume {source} was trained on other classes: its class {label} is {_quoted(there)}, in this data "
+                    f"it is {_quoted(here)}; to start from its weights use --finetune"
+                )
+
+    def to_plain(self) -> dict[str, Any]:
+        """As a checkpoint holds it: numbers, strings and lists."""
+        return {"num_classes": self.num_classes, "categories": [list(category) for category in self.categories]}
+
+    @classmethod
+    def from_plain(cls, plain: Any) -> ClassMap:
+        """The reverse of `to_plain`; raises ValueError for what it never gives."""
+        try:
+            number = plain["num_classes"]
+            categories = tuple(Category(label, identity, name) for label, identity, name in plain["categories"])
+            fits = type(number) is int and all(
+                type(label) is int and 0 <= label < number and type(identity) is int and isinstance(name, str)
+                for label, identity, name in categories
+            )
+        except (TypeError, KeyError, ValueError):
+            fits = False
+        if not fits or len({c.label for c in categories}) < len(categories) or len({c.id for c in categories}) < len(categories):
+            raise ValueError("these are no classes of a checkpoint")
+        return cls(number, categories)
+
+    @cached_property
+    def _labels(self) -> dict[int, int]:
+        return {category.id: category.label for category in self.categories}
+
+    @cached_property
+    def _by_label(self) -> dict[int, Category]:
+        return {category.label: category for category in self.categories}
+
+
+def classes_of(checkpoint: Mapping[str, Any], source: str) -> ClassMap | None:
+    """The classes that a checkpoint was trained on; COCO's for a published one, whose head has 91 logits; None if nobody knows.
+
+    Raises UserError if the entry can't be right; `source` names the file.
+    """
+    if "classes" in checkpoint:
+        try:
+            return ClassMap.from_plain(checkpoint["classes"])
+        except ValueError as error:
+            raise UserError(f"{source} is damaged: {error}") from None
+    weights = checkpoint.get("model", checkpoint)
+    shapes = {tuple(tensor.shape) for name, tensor in weights.items() if name.endswith("class_embed.0.bias")}
+    return COCO_CLASSES if shapes == {(COCO_CLASSES.num_classes,)} else None
+
+
+def _quoted(name: str | None) -> str:
+    return repr(name) if name is not None else "none"
+
+
+# of the 2017 instances annotations (cocodataset.org); the ids have gaps
+_COCO_NAMES = {
+    1: "person", 2: "bicycle", 3: "car", 4: "motorcycle", 5: "airplane", 6: "bus", 7: "train", 8: "truck", 9: "boat",
+    10: "traffic light", 11: "fire hydrant", 13: "stop sign", 14: "parking meter", 15: "bench", 16: "bird", 17: "cat", 18: "dog",
+    19: "horse", 20: "sheep", 21: "cow", 22: "elephant", 23: "bear", 24: "zebra", 25: "giraffe", 27: "backpack", 28: "umbrella",
+    31: "handbag", 32: "tie", 33: "suitcase", 34: "frisbee", 35: "skis", 36: "snowboard", 37: "sports ball", 38: "kite",
+    39: "baseball bat", 40: "baseball glove", 41: "skateboard", 42: "surfboard", 43: "tennis racket", 44: "bottle",
+    46: "wine glass", 47: "cup", 48: "fork", 49: "knife", 50: "spoon", 51: "bowl", 52: "banana", 53: "apple", 54: "sandwich",
+    55: "orange", 56: "broccoli", 57: "carrot", 58: "hot dog", 59: "pizza", 60: "donut", 61: "cake", 62: "chair", 63: "couch",
+    64: "potted plant", 65: "bed", 67: "dining table", 70: "toilet", 72: "tv", 73: "laptop", 74: "mouse", 75: "remote",
+    76: "keyboard", 77: "cell phone", 78: "microwave", 79: "oven", 80: "toaster", 81: "sink", 82: "refrigerator", 84: "book",
+    85: "clock", 86: "vase", 87: "scissors", 88: "teddy bear", 89: "hair drier", 90: "toothbrush",
+}  # fmt: skip
+COCO_CLASSES = ClassMap(91, tuple(Category(number, number, name) for number, name in _COCO_NAMES.items()))
