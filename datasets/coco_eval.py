@@ -14,11 +14,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from util.class_map import ClassMap
-
-FIGURES = (
-    "AP", "AP50", "AP75", "AP small", "AP medium", "AP large",
-    "AR 1", "AR 10", "AR 100", "AR small", "AR medium", "AR large",
-)  # fmt: skip
+from util.metrics import FIGURES
 
 
 def coco_results(

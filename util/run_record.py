@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import platform
+import subprocess
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from util.distributed import world_size
 from util.errors import UserError
 
 log = logging.getLogger(__name__)
 
+ROOT = Path(__file__).resolve().parents[1]
 NAME = "run.json"
 KEPT_STARTS = 100  # a run that is preempted every hour for months still has a small record
 
@@ -27,8 +34,8 @@ def write_record(folder: Path, content: Mapping[str, Any], environment: Mapping[
         environment: of this start: versions, device, processes.
         start: where this start went on: epoch, images, resume.
     """
-    starts = _earlier_starts(folder)
-    changed = _changes(starts, content.get("flags", {}), folder)
+    before = _record_before(folder)
+    starts, changed = _starts(before), _changes(before, content.get("flags", {}))
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     starts = [*starts, {"at": now, **start, **environment, **({"changed_flags": changed} if changed else {})}]
     record = {**content, "environment": dict(environment), "starts": [*starts[:1], *starts[1:][-KEPT_STARTS:]]}
@@ -38,6 +45,23 @@ def write_record(folder: Path, content: Mapping[str, Any], environment: Mapping[
         os.replace(temporary, folder / NAME)
     except OSError as error:
         log.warning("%s could not be written (%s); training goes on", folder / NAME, error.strerror)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What this process runs on: versions, device, processes, host, and the project's commit where git knows it."""
+    facts = {
+        "torch": torch.__version__, "python": platform.python_version(), "processes": world_size(), "host": platform.node(),
+        "device": str(device), "device_name": device_name(device),
+    }  # fmt: skip
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["git", "rev-parse", "HEAD"]
+        told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        facts["commit"] = told
+    return facts
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -54,18 +78,22 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _earlier_starts(folder: Path) -> list[dict[str, Any]]:
+def _record_before(folder: Path) -> dict[str, Any]:
     try:
-        starts = read_record(folder).get("starts", [])
+        return read_record(folder)
     except UserError as error:
         log.warning("%s; it is written anew", error)
-        return []
+        return {}
+
+
+def _starts(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    starts = record.get("starts", [])
     return [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
 
 
-def _changes(starts: list[dict[str, Any]], flags: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def _changes(record: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
     """The flags that were others at the start before, with their values then."""
-    before = read_record(folder).get("flags", {}) if starts else {}
+    before = record.get("flags", {})
     if not isinstance(before, dict):
         return {}
     return {name: before[name] for name, value in flags.items() if name in before and before[name] != value}

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from util.errors import UserError
+from util.metrics import FIGURES
 from util.visualizer import class_colors, draw_boxes, side_by_side
 
 if TYPE_CHECKING:
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FIGURES = (
-    "AP", "AP50", "AP75", "AP small", "AP medium", "AP large", "AR 1", "AR 10", "AR 100", "AR small", "AR medium", "AR large",
-)  # fmt: skip
 PICTURES = 4
 PICTURE_SIDE = 640  # pixels of the longer side
 THRESHOLD = 0.3  # detections that score less are not drawn
@@ -140,7 +138,8 @@ def detection_pictures(
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
             log.warning("no picture of %s for TensorBoard (%s)", images[image_id], error)
             continue
-        pictures[f"detections/{images[image_id].name}"] = side_by_side(*pair, ("Ground truth", f"Detections, score >= {THRESHOLD}"))
+        titles = "Ground truth", f"Detections, score >= {THRESHOLD}"
+        pictures[f"detections/{images[image_id].name}"] = side_by_side(*pair, titles)
     return pictures
 
 

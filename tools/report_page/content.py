@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools.coco import COCO
 
-from datasets.coco_eval import FIGURES
 from tools.report_page.runs import Result, Run, Tables
 from util.config import Config
+from util.metrics import FIGURES
 from util.plot_utils import Row, series
 
 LINES_SHOWN = 1000  # points of a curve; a screen has no more

@@ -14,13 +14,14 @@ from typing import Any
 
 from pycocotools.coco import COCO
 
-from datasets.coco_eval import FIGURES, evaluate_boxes, precision_tables
+from datasets.coco_eval import evaluate_boxes, precision_tables
 from datasets.coco_format import read_annotations
 from datasets.detection_errors import Errors, find_errors
 from tools.report_page import content
 from tools.report_page.mistakes import Album, error_table, worst
 from tools.report_page.runs import Result, Run, Tables, read_runs
 from util.errors import UserError
+from util.metrics import FIGURES
 
 FOLDER = Path(__file__).parent
 MAX_PICTURES = 600  # on the page, whatever the number of runs
@@ -40,34 +41,36 @@ def make_page(
 
 
 class GroundTruth:
-    """The annotations of the page, and the folder of their images; None where there are none."""
+    """The annotations of the page, and the folder of their images; None where there are none.
 
-    def __init__(self, coco: COCO | None, path: Path | None, images: Path | None) -> None:
-        self.coco, self.path, self.images = coco, path, images
+    named: the annotations were named by the user, and so belong to all runs.
+    """
+
+    def __init__(self, coco: COCO | None, path: Path | None, images: Path | None, named: bool = False) -> None:
+        self.coco, self.path, self.images, self._named = coco, path, images, named
 
     @classmethod
     def find(cls, runs: Sequence[Run], annotations: Path | None, images: Path | None, notes: list[str]) -> GroundTruth:
         """What was asked for, else what the first run says that has it on this machine; what lacks is noted."""
-        if annotations is None:
-            places = [(file, folder) for file, folder in map(validation_data, runs) if file]
-            here = [(file, folder) for file, folder in places if file.is_file()]
-            annotations = here[0][0] if here else None
-            images = images or next((folder for file, folder in here if file == annotations and folder and folder.is_dir()), None)
-            if annotations is None:
-                known = f"{places[0][0]} is not there" if places else "no run says what it was evaluated on"
-                notes.append(f"The annotations are missing ({known}), so no mistakes are shown; add --annotations and --images.")
-                return cls(None, None, None)
-        coco = read_annotations(annotations)
         if images is not None and not images.is_dir():
             raise UserError(f"--images {images} is no folder")
+        places = [(file, folder) for file, folder in map(validation_data, runs) if file]
+        here = [file for file, _ in places if file.is_file()]
+        path = annotations or (here[0] if here else None)
+        if path is None:
+            known = f"{places[0][0]} is not there" if places else "no run says what it was evaluated on"
+            notes.append(f"The annotations are missing ({known}), so no mistakes are shown; add --annotations and --images.")
+            return cls(None, None, None)
+        folders = [folder for file, folder in places if folder and folder.is_dir() and (annotations or file == path)]
+        images = images or (folders[0] if folders else None)
         if images is None:
             notes.append("The folder of the images is missing, so boxes are drawn on empty ground; add --images.")
-        return cls(coco, annotations, images)
+        return cls(read_annotations(path), path, images, named=annotations is not None)
 
-    def is_of(self, run: Run, asked_for: bool) -> bool:
+    def is_of(self, run: Run) -> bool:
         """Whether a run was evaluated on these annotations, as far as it says."""
         theirs, _ = validation_data(run)
-        if asked_for or theirs is None or self.path is None or theirs.resolve() == self.path.resolve():
+        if self._named or theirs is None or self.path is None or theirs.resolve() == self.path.resolve():
             return True
         return theirs.is_file() and filecmp.cmp(theirs, self.path, shallow=False)
 
@@ -143,7 +146,7 @@ def _errors(run: Run, result: Result, truth: GroundTruth, notes: list[str]) -> E
         return None
     if truth.coco is None:
         return None
-    if not truth.is_of(run, asked_for=False):
+    if not truth.is_of(run):
         notes.append(f"{name}: was evaluated on other annotations than {truth.path}, so its figures can't be compared with the "
                      "others' and its mistakes are left out; make a page of its own.")  # fmt: skip
         return None

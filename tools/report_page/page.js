@@ -17,7 +17,7 @@ function el(tag, attributes = {}, ...children) {
     else if (name === "style") for (const [property, v] of Object.entries(value)) node.style.setProperty(property, v);
     else if (value !== undefined && value !== null && value !== false) node.setAttribute(name, value === true ? "" : value);
   }
-  node.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  node.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
   return node;
 }
 
@@ -33,7 +33,7 @@ function signed(value, digits = 1) {
 function delta(value) {
   if (value === null) return null;
   const way = Number((100 * value).toFixed(1));
-  return el("span", { class: "delta " + (way > 0 ? "up" : way < 0 ? "down" : "muted") }, signed(value));
+  return [" ", el("span", { class: "delta " + (way > 0 ? "up" : way < 0 ? "down" : "muted") }, signed(value))];
 }
 
 function short(value) {
@@ -446,8 +446,7 @@ function addSummary() {
     some((r) => r.batch) && { title: "Total batch", cell: (r) => thousands(r.batch) },
     some((r) => r.data.train?.num_images) && { title: "Images (training + validation)",
       cell: (r) => `${thousands(r.data.train?.num_images)} + ${thousands(r.data.val?.num_images)}` },
-    rows.some((r) => r.environment.device_name) && { title: "Device", kind: "text",
-      cell: (r) => [r.environment.processes > 1 ? `${r.environment.processes} × ` : "", r.environment.device_name || "–"] },
+    rows.some((r) => r.environment.device_name) && { title: "Device", kind: "text", cell: (r) => deviceOf(r.environment) },
     { title: "Folder", kind: "text", cell: (r) => el("span", { class: "muted" }, r.folder) },
   ].filter(Boolean);
   section.append(table(columns, rows, { label: "Runs" }).node);
@@ -456,6 +455,11 @@ function addSummary() {
     section.append(el("h3", { style: { margin: "1.4rem 0 .5rem" } }, "Flags that differ"));
     section.append(other.length ? flagTable(other, "Flags that differ").node : el("p", { class: "muted" }, "None but the output folder."));
   }
+}
+
+function deviceOf({ device, device_name: name, processes }) {
+  if (!name) return "–";
+  return (processes > 1 ? `${processes} × ` : "") + (device === "cpu" ? `CPU, ${name}` : name);
 }
 
 const differs = (flag) => flag.values.some((value) => value !== flag.values[0]);
@@ -479,7 +483,7 @@ function tiles(evaluated) {
     const i = data.figures.indexOf(name);
     const change = others.length ? difference(news.stats[i], first.stats[i]) : null;
     return el("div", { class: "tile card" }, el("div", { class: "label" }, name),
-      el("div", { class: "value" }, percent(news.stats[i]), change === null ? null : [" ", delta(change)]),
+      el("div", { class: "value" }, percent(news.stats[i]), change === null ? null : delta(change)),
       change === null ? null : el("div", { class: "muted small" }, `from ${percent(first.stats[i])}`));
   })));
 }
@@ -676,13 +680,13 @@ function addMistakes() {
 function costTable(rows) {
   const results = data.results.map((result, i) => ({ ...result, row: rows[i] })).filter((result) => result.row);
   const most = Math.max(1e-6, ...results.flatMap((result) => Object.values(result.row.costs)));
-  const columns = [{ title: "Kind", kind: "text", cell: (k) => [KINDS[k][0], el("span", { class: "muted small" }, ` · ${KINDS[k][1]}`)] },
+  const columns = [{ title: "Kind", kind: "text", wrap: true, cell: (k) => [KINDS[k][0], el("span", { class: "muted small" }, ` · ${KINDS[k][1]}`)] },
     ...results.flatMap((result, i) => {
       const base = results[0];
       const change = (k) => (i === 0 ? null : result.row.costs[k] - base.row.costs[k]);
       return [
         { title: result.name, head: el("span", {}, resultLabel(result), el("br"), "costs AP50"), tint: (k) => tintOf(change(k) === null ? null : -change(k)),
-          cell: (k) => [percent(result.row.costs[k]), change(k) === null ? null : el("span", { class: "delta " + (change(k) > 5e-4 ? "down" : change(k) < -5e-4 ? "up" : "muted") }, signed(change(k))),
+          cell: (k) => [percent(result.row.costs[k]), change(k) === null ? null : [" ", el("span", { class: "delta " + (change(k) > 5e-4 ? "down" : change(k) < -5e-4 ? "up" : "muted") }, signed(change(k)))],
             el("span", { class: "meter", style: colourOf(result.run), "aria-hidden": "true" }, el("i", { style: { width: `${(100 * result.row.costs[k]) / most}%` } }))] },
         { title: `number, ${result.name}`, head: "number", cell: (k) => thousands(result.row.counts[k]) },
       ];
@@ -690,6 +694,7 @@ function costTable(rows) {
   return table(columns, Object.keys(KINDS), { label: "Kinds of mistakes, what they cost and how many there are" });
 }
 
+const AT_FIRST = 40; // pictures before "show all"
 const className = (id) => data.names[id] ?? `class ${id}`;
 
 function describe(entry) {
@@ -747,15 +752,20 @@ function gallery(entries, pictures) {
       el("div", { class: "words" }, el("div", {}, describe(entry)), el("div", { class: "muted about" },
         el("span", { class: "kind" }, KINDS[entry.kind][0]), data.results.length > 1 ? resultLabel(result) : null)));
   }
+  const more = el("button", { type: "button", id: "more-mistakes", onclick: () => { room = Infinity; fill(); } });
+  let room = AT_FIRST;
   function fill() {
     shown = entries.filter(fits);
     count.textContent = `${shown.length} of ${entries.length} pictures`;
-    list.replaceChildren(...shown.map(card));
+    list.replaceChildren(...shown.slice(0, room).map(card));
+    more.hidden = shown.length <= room;
+    more.textContent = `Show all ${shown.length}`;
     if (!shown.length) list.append(el("p", { class: "muted" }, "Nothing of this choice is among the worst."));
   }
   const dialog = byId("zoom");
   function enlarge(i) {
     const entry = shown[i];
+    const held = dialog.open && dialog.contains(document.activeElement) ? document.activeElement.className : "close";
     const step = (by, name) => el("button", { type: "button", class: `step-${name}`, disabled: !shown[i + by], onclick: () => enlarge(i + by) }, name === "next" ? "Next →" : "← Previous");
     dialog.replaceChildren(
       el("div", { class: "frame" }, scene(entry, pictures, true)),
@@ -771,6 +781,8 @@ function gallery(entries, pictures) {
       if (by && shown[i + by]) enlarge(i + by);
     };
     if (!dialog.open) dialog.showModal();
+    // the button that was pressed is gone: without its successor focused, keys would no longer reach the dialog
+    (dialog.querySelector(`button[class="${held}"]:not(:disabled)`) || dialog.querySelector(".close")).focus();
   }
   dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
   for (const control of [kind, run, one]) control.addEventListener("change", fill);
@@ -778,7 +790,8 @@ function gallery(entries, pictures) {
   fill();
   return el("div", { style: { "margin-top": "1.2rem" } },
     el("p", { class: "muted small" }, data.mistakes.choice, " ", colourKey({ object: true, detection: true })),
-    el("div", { class: "controls" }, el("label", {}, "Kind", kind), el("label", {}, "Run", run), el("label", {}, "Class", one), count), list);
+    el("div", { class: "controls" }, el("label", {}, "Kind", kind), el("label", {}, "Run", run), el("label", {}, "Class", one), count), list,
+    el("p", { class: "controls", style: { "margin-top": ".8rem" } }, more));
 }
 
 function colourKey(entry) {
