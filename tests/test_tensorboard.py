@@ -108,7 +108,8 @@ def test_the_record_tells_of_both_starts(trained):
 
 def test_a_line_of_the_log_has_its_names():
     row = {"train_loss": 1.0, "train_loss_ce_unscaled": 2.0, "test_loss": 3.0, "test_ema_loss": 4.0, "epoch": 5,
-           "n_parameters": 6, "test_coco_eval_bbox": [0.5, *[-1.0] * 11], "test_ema_coco_eval_bbox": [0.25] * 12, "train_lr": 1e-4}  # fmt: skip
+           "n_parameters": 6, "train_lr": 1e-4, "test_coco_eval_bbox": [0.5, *[-1.0] * 11],
+           "test_ema_coco_eval_bbox": [0.25] * 12}  # fmt: skip
     assert epoch_scalars(row) == {
         "train/loss": 1.0, "val/loss": 3.0, "val averaged/loss": 4.0, "val/AP": 0.5, "train/lr": 1e-4,
         **{f"val averaged/{figure}": 0.25 for figure in FIGURES},
