@@ -25,6 +25,11 @@ const percent = (value) => (value === null || value === undefined || value < 0 ?
 const known = (value) => value !== null && value !== undefined && !(value < 0);
 const difference = (value, base) => (known(value) && known(base) ? value - base : null);
 
+function meanOf(list) {
+  const some = list.filter(known);
+  return some.length ? some.reduce((a, b) => a + b, 0) / some.length : null;
+}
+
 function signed(value, digits = 1) {
   const text = Math.abs(100 * value).toFixed(digits);
   return Number(text) === 0 ? "±0.0" : (value > 0 ? "+" : "−") + text;
@@ -150,7 +155,7 @@ function table(columns, rows, { sortable = false, pinned = () => false, tall = f
       const tint = column.tint ? column.tint(row) : null;
       const cell = el("td", { class: [column.kind === "text" ? "text" : "", column.wrap ? "wrap" : "", tint ? "tinted" : ""].join(" ").trim() || null },
         column.cell(row));
-      if (tint) cell.style.setProperty("--tint", `rgb(var(--${tint > 0 ? "good" : "bad"}-tint) / ${(0.06 + 0.3 * Math.min(1, Math.abs(tint))).toFixed(3)})`);
+      if (tint) cell.style.setProperty("--tint", `rgb(var(--${tint > 0 ? "good" : "bad"}-tint) / ${(0.05 + 0.17 * Math.min(1, Math.abs(tint))).toFixed(3)})`);
       return cell;
     }))));
   }
@@ -313,7 +318,7 @@ class Chart {
         if (at >= low && at <= high) places.push([across(at), up(v)]);
       });
       group.append(el("path", { d: pen, class: `curve ${line.style || ""}`, style: colourOf(line.run) }));
-      if (places.length <= 30 && !this.options.smooth) {
+      if (!this.options.smooth && (places.length === 1 || (places.length <= 30 && lines.length <= 8))) {
         for (const [cx, cy] of places) group.append(el("circle", { cx, cy, r: 2.4, class: "point", style: colourOf(line.run) }));
       }
     }
@@ -570,9 +575,7 @@ function addClasses() {
   const mean = { name: "all classes", i: -1, objects: classes.every((one) => one.objects !== null) ? classes.reduce((n, one) => n + one.objects, 0) : null };
   const value = (result, figure, row) => {
     const list = result.values[figure];
-    if (row.i >= 0) return list[row.i];
-    const some = list.filter(known);
-    return some.length ? some.reduce((a, b) => a + b, 0) / some.length : null;
+    return row.i >= 0 ? list[row.i] : meanOf(list);
   };
   const view = el("select", { id: "class-view", "aria-label": "What the table shows" },
     el("optgroup", { label: "One figure, all runs" }, figures.map((figure) => el("option", { value: `figure:${figure}` }, figure))),
@@ -620,7 +623,7 @@ function addClasses() {
 function addPrecisionRecall() {
   const section = byId("precision-recall");
   const { recalls, ious, curves } = data.pr;
-  const { classes, figures, values } = data.classes;
+  const { classes, values } = data.classes;
   if (!curves.some(Boolean)) {
     section.append(el("p", { class: "note" }, "There are no tables of precision yet: these curves appear after an evaluation (eval/latest.pth in the run's folder)."));
     return;
@@ -629,6 +632,10 @@ function addPrecisionRecall() {
     classes.map((c, i) => [c.name, i + 1]).sort((a, b) => a[0].localeCompare(b[0], "en")).map(([name, i]) => el("option", { value: String(i) }, name)));
   const iou = el("select", { id: "pr-iou", "aria-label": "IoU" }, ious.map((name) => el("option", { value: name }, name)));
   const curve = (i) => curves[i]?.[iou.value][Number(one.value)] ?? null;
+  const precision = (i) => {
+    const list = values[i][{ 0.5: "AP50", 0.75: "AP75" }[iou.value] ?? "AP"];
+    return one.value === "0" ? meanOf(list) : list[Number(one.value) - 1];
+  };
   const lines = () => data.results.map((result, i) => ({ result, i })).filter(({ i }) => curve(i))
     .map(({ result, i }) => ({ name: result.name, run: result.run, style: result.weights === "ema" ? "dashed" : "", xs: recalls, ys: curve(i).map((v) => v / 1000) }));
   const chart = new Chart({
@@ -639,8 +646,7 @@ function addPrecisionRecall() {
   const areas = el("div", { class: "chips", style: { margin: "0 0 .6rem", "max-height": "none" } });
   const draw = () => {
     chart.draw();
-    const area = (i) => curve(i).reduce((a, b) => a + b, 0) / curve(i).length / 1000;
-    areas.replaceChildren(...data.results.map((result, i) => (curve(i) ? el("span", { class: "small" }, resultLabel(result), ` ${percent(area(i))}`) : null)).filter(Boolean));
+    areas.replaceChildren(...data.results.map((result, i) => (curve(i) ? el("span", { class: "small" }, resultLabel(result), ` ${percent(precision(i))}`) : null)).filter(Boolean));
   };
   one.addEventListener("change", draw);
   iou.addEventListener("change", draw);
