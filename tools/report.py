@@ -5,6 +5,7 @@ not done yet, or lacks files, works: the page says what is missing.
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,6 +47,7 @@ def check(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str]) -> None:
     args = get_parser().parse_args(argv)
     check(args)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     from tools.report_page.make import make_page  # torch, which takes seconds
 
     size = make_page(

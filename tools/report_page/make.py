@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import html
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,8 @@ from tools.report_page.mistakes import Album, error_table, worst
 from tools.report_page.runs import Result, Run, Tables, read_runs
 from util.errors import UserError
 from util.metrics import FIGURES
+
+log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
 MAX_PICTURES = 600  # on the page, whatever the number of runs
@@ -159,6 +162,7 @@ def _errors(run: Run, result: Result, truth: GroundTruth, notes: list[str]) -> E
         arrays = (tables[key].numpy() for key in ("precision", "recall", "scores"))
         result.tables = Tables(*arrays, tables["category_ids"], tables["stats"])
         result.stats = result.stats or result.tables.stats
+    log.info("%s: %d detections to sort", name, len(result.detections))  # hundreds of thousands take half a minute
     errors = find_errors(truth.coco, result.detections)
     if len(errors.objects.index) and abs(errors.average_precision() - result.tables.stats[1]) > 1e-6:
         pair = f"AP50 {100 * errors.average_precision():.1f} and {100 * result.tables.stats[1]:.1f}"
