@@ -46,7 +46,7 @@ from util.precision import check_precision
 from util.preemption import StopRequest, StopVote
 from util.random_state import RandomGenerators
 from util.run_folder import announce_new, begun, is_announced, open_folder, set_aside
-from util.run_record import device_name, environment, write_record
+from util.run_record import device_name, environment, read_record, write_record
 from util.tensorboard import Board, check_tensorboard, detection_pictures
 from util.training_state import Position, TrainingState, position_of
 from util.watchdog import note
@@ -88,6 +88,8 @@ def evaluate_only(config: Config, device: torch.device) -> None:
     checkpoint = read_checkpoint(source.path) if source else {}
     dataset = build_dataset("val", config, trained_classes(config, checkpoint, source))
     config = settle_classes(config, dataset.classes, checkpoint, source)
+    if folder and not read_record(folder):  # the record of a training stays
+        write_record(folder, run_facts(config, val=dataset), environment(device), {"checkpoint": str(source or "")})
     model, criterion, postprocessors = build_model(loading(config, source))
     load_checkpoint(model, checkpoint, source)
     model.to(device)
@@ -158,7 +160,7 @@ class Training:
         self.board = Board(self.folder / "tensorboard" if wanted else None, self._images_trained(), finished)
         if self.folder:
             start = {"epoch": self.position.epoch, "images": self.position.images, "checkpoint": str(source or "")}
-            write_record(self.folder, run_facts(config, self.dataset, self.val_dataset), environment(device), start)
+            write_record(self.folder, run_facts(config, train=self.dataset, val=self.val_dataset), environment(device), start)
 
     def run(self) -> None:
         log.info("%d trainable parameters, %d + %d images", self.num_parameters, len(self.dataset), len(self.val_dataset))
@@ -428,13 +430,13 @@ def share_gradients(model: nn.Module, config: Config, device: torch.device) -> n
     )
 
 
-def run_facts(config: Config, dataset, val_dataset) -> dict[str, Any]:
-    """What run.json says of a run, beside its machine."""
+def run_facts(config: Config, **datasets) -> dict[str, Any]:
+    """What run.json says of a run on data sets, "train" and "val", beside its machine."""
     data = {
         name: {"images": str(part.images.resolve()), "annotations": str(part.annotations.resolve()), "num_images": len(part)}
-        for name, part in (("train", dataset), ("val", val_dataset))
+        for name, part in datasets.items()
     }
-    return {"flags": config.flags(), "classes": dataset.classes.to_plain(), "data": data}
+    return {"flags": config.flags(), "classes": datasets["val"].classes.to_plain(), "data": data}
 
 
 def evaluation_pictures(dataset, evaluation: Evaluation) -> dict[str, Any]:

@@ -272,7 +272,7 @@ class Chart {
     const { x, y } = this.options;
     const f = this.frame;
     const { low, high, across, up } = this.scale;
-    const down = y.log ? this.logTicks(floor, top) : ticks(floor, top, Math.max(3, f.height / 55));
+    const down = y.log ? this.logTicks(floor, top) : ticks(floor, top, Math.max(4, f.height / 50));
     const nodes = down.flatMap((v) => [
       el("line", { class: "grid", x1: f.left, x2: f.right, y1: up(v), y2: up(v) }),
       el("text", { class: "axis", x: f.left - 6, y: up(v) + 4, "text-anchor": "end" }, y.percent ? Number((100 * v).toFixed(2)) : this.axisWord(v)),
@@ -446,13 +446,12 @@ function addSummary() {
     some((r) => averaged(r)?.[0]) && { title: "AP averaged", cell: (r) => percent(averaged(r)?.[0]) },
     { title: "AP50", cell: (r) => percent(final(r)?.[1]) },
     { title: "Best AP (epoch)", cell: (r) => (r.best ? `${percent(r.best.AP)} (${r.best.epoch})` : "–") },
-    { title: "Training loss", cell: (r) => short(r.loss) },
+    { title: "Loss", cell: (r) => short(r.loss) },
     { title: "Parameters", cell: (r) => (known(r.parameters) ? `${(r.parameters / 1e6).toFixed(2)} M` : "–") },
     some((r) => r.batch) && { title: "Total batch", cell: (r) => thousands(r.batch) },
-    some((r) => r.data.train?.num_images) && { title: "Images (training + validation)",
+    some((r) => r.data.train?.num_images) && { title: "Images",
       cell: (r) => `${thousands(r.data.train?.num_images)} + ${thousands(r.data.val?.num_images)}` },
     rows.some((r) => r.environment.device_name) && { title: "Device", kind: "text", cell: (r) => deviceOf(r.environment) },
-    { title: "Folder", kind: "text", cell: (r) => el("span", { class: "muted" }, r.folder) },
   ].filter(Boolean);
   section.append(table(columns, rows, { label: "Runs" }).node);
   const other = data.flags.filter((flag) => differs(flag) && !["output_dir", "resume"].includes(flag.name));
@@ -521,10 +520,12 @@ function addCurves() {
   }
   section.append(el("p", { class: "muted small controls" },
     "Point at a curve for its values, drag across it to zoom all curves, double-click for the whole range. With the keyboard: arrows, + and −, 0."));
+  const epochs = data.curves.flatMap((curve) => curve.epochs);
+  const x = { whole: true, title: "epoch", low: Math.min(...epochs), high: Math.max(...epochs) };
   const charts = PANELS.filter((panel) => curveLines(panel).length).map((panel) => new Chart({
     title: panel.title, lines: () => curveLines(panel), group: linked,
     styles: panel.dashed ? Object.fromEntries(["", "dashed", "dotted"].map((style, i) => [style, (panel.names || ["training", "validation"])[i]])) : null,
-    x: { whole: true, title: "epoch" }, y: { percent: panel.percent, log: panel.log },
+    x, y: { percent: panel.percent, log: panel.log },
   }));
   const keys = [...new Set(data.curves.flatMap((curve) => Object.keys(curve.values)))].sort();
   const choice = el("select", { id: "any-figure", "aria-label": "Figure of the log" }, keys.map((key) => el("option", { value: key }, key)));
@@ -532,8 +533,7 @@ function addCurves() {
   const share = () => /^(ema )?A[PR]/.test(choice.value);
   const y = {};
   const any = new Chart({
-    title: "Any figure of the log", heading: choice, lines: () => curveLines({ solid: choice.value }), group: linked,
-    x: { whole: true, title: "epoch" }, y,
+    title: "Any figure of the log", heading: choice, lines: () => curveLines({ solid: choice.value }), group: linked, x, y,
   });
   const set = () => { y.percent = share(); any.draw(); };
   choice.addEventListener("change", set);
@@ -809,10 +809,6 @@ function colourKey(entry) {
 
 function addConfiguration() {
   const section = byId("configuration");
-  if (!data.flags.length) {
-    section.append(el("p", { class: "note" }, "The flags are not known: no run has run.json or a checkpoint."));
-    return;
-  }
   const machine = ["torch", "python", "device", "device_name", "processes", "host", "commit"];
   const facts = [
     ...machine.map((key) => [key.replace("_", " "), (run) => run.environment[key]]),
@@ -820,12 +816,16 @@ function addConfiguration() {
       [`${split} images`, (run) => run.data[split]?.images], [`${split} annotations`, (run) => run.data[split]?.annotations],
       [`number of ${split} images`, (run) => run.data[split]?.num_images],
     ]),
-    ["started", (run) => run.started], ["continued, times", (run) => run.continued || null],
+    ["folder", (run) => run.folder], ["started", (run) => run.started], ["continued, times", (run) => run.continued || null],
   ].filter(([, get]) => data.runs.some((run) => get(run) !== undefined && get(run) !== null));
   if (facts.length) {
     section.append(table([{ title: "", kind: "text", cell: ([name]) => name },
       ...data.runs.map((run, i) => ({ title: run.name, head: runLabel(i, run.name), kind: "text", wrap: true, cell: ([, get]) => String(get(run) ?? "–") }))],
       facts, { label: "Machine and data" }).node);
+  }
+  if (!data.flags.length) {
+    section.append(el("p", { class: "note" }, "The flags are not known: no run has run.json or a checkpoint."));
+    return;
   }
   const filter = el("input", { type: "search", id: "flag-filter", placeholder: "Filter flags", "aria-label": "Filter flags" });
   const sorted = [...data.flags.filter(differs), ...data.flags.filter((flag) => !differs(flag))];
@@ -844,5 +844,11 @@ addPrecisionRecall();
 addMistakes();
 addConfiguration();
 startBar();
-addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((node) => { node.open = true; }));
+let themeBefore = null; // paper is white
+addEventListener("beforeprint", () => {
+  themeBefore = document.documentElement.dataset.theme;
+  setTheme("light");
+  document.querySelectorAll("details").forEach((node) => { node.open = true; });
+});
+addEventListener("afterprint", () => setTheme(themeBefore));
 document.documentElement.dataset.ready = "true";
