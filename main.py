@@ -46,7 +46,7 @@ from util.precision import check_precision
 from util.preemption import StopRequest, StopVote
 from util.random_state import RandomGenerators
 from util.run_folder import announce_new, begun, is_announced, open_folder, set_aside
-from util.run_record import device_name, environment, read_record, write_record
+from util.run_record import device_name, environment, has_record, write_record
 from util.tensorboard import Board, check_tensorboard, detection_pictures
 from util.training_state import Position, TrainingState, position_of
 from util.watchdog import note
@@ -88,7 +88,7 @@ def evaluate_only(config: Config, device: torch.device) -> None:
     checkpoint = read_checkpoint(source.path) if source else {}
     dataset = build_dataset("val", config, trained_classes(config, checkpoint, source))
     config = settle_classes(config, dataset.classes, checkpoint, source)
-    if folder and not read_record(folder):  # the record of a training stays
+    if folder and not has_record(folder):  # the record of a training stays
         write_record(folder, run_facts(config, val=dataset), environment(device), {"checkpoint": str(source or "")})
     model, criterion, postprocessors = build_model(loading(config, source))
     load_checkpoint(model, checkpoint, source)

@@ -16,7 +16,7 @@ from pycocotools.cocoeval import COCOeval
 
 from datasets.coco_format import read_annotations
 from datasets.detection_errors import FALSE_POSITIVES, average_precision, find_errors
-from tests.helpers import run
+from tests.helpers import SMALL_IMAGES, SMALL_MODEL, run, run_main
 from tests.report_runs import CATEGORIES, detections_of, log_row, write_data, write_run
 from tools import report
 from tools.report_page import content
@@ -256,6 +256,23 @@ def test_a_view_has_the_box_and_lies_in_the_image(box, size):
     assert left >= 0 and top >= 0 and left + width <= size[0] and top + height <= size[1]
     assert left <= max(box[0], 0) and top <= max(box[1], 0)
     assert left + width >= min(box[0] + box[2], size[0]) and top + height >= min(box[1] + box[3], size[1])
+
+
+def test_a_real_run_and_an_evaluation_by_itself(trained_run, tmp_path):
+    alone = tmp_path / "alone"
+    data = ["--coco_path", str(trained_run.parent / "data"), "--batch_size", "2", "--num_workers", "0"]
+    flags = [*data, *SMALL_IMAGES, *SMALL_MODEL, "--eval", "--save_predictions", "--output_dir", str(alone)]
+    result = run_main(*flags, "--resume", str(trained_run / "checkpoint.pth"))
+    assert result.returncode == 0, result.stderr
+    told = page_data(trained_run, alone, threshold=0.0)
+    assert told["notes"] == ["alone: has no log.txt yet, so it has no curves; they appear after its first epoch."]
+    last = json.loads((trained_run / "log.txt").read_text().splitlines()[-1])
+    ours, averaged, evaluated, _ = (result["stats"] for result in told["results"])
+    assert ours == evaluated == last["test_coco_eval_bbox"] and averaged == last["test_ema_coco_eval_bbox"]
+    assert told["curves"][0]["values"]["train_loss"][-1] == pytest.approx(last["train_loss"], rel=1e-5)
+    assert [one["name"] for one in told["classes"]["classes"]] == ["one", "two", "three"]
+    assert told["runs"][0]["continued"] == 1 and told["runs"][0]["of"] == 3 == told["runs"][0]["epochs"]
+    assert told["mistakes"]["entries"] and all(entry["picture"] is not None for entry in told["mistakes"]["entries"])
 
 
 # ---- what lacks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import numpy as np
@@ -9,7 +10,6 @@ import pytest
 from PIL import Image
 
 import util.tensorboard
-from tests.helpers import SMALL_IMAGES, SMALL_MODEL, run_main, write_coco
 from util.checkpoint import read_checkpoint
 from util.errors import UserError
 from util.metrics import FIGURES
@@ -19,6 +19,7 @@ from util.tensorboard import Board, check_tensorboard, detection_pictures, epoch
 accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
 
+@functools.cache
 def read(folder):
     events = accumulators.EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0})
     events.Reload()
@@ -29,49 +30,28 @@ def points(folder, tag) -> list[tuple[int, float]]:
     return [(point.step, point.value) for point in read(folder).Scalars(tag)]
 
 
-# ---- a training, left after its first epoch and gone on with
+# ---- a training that was gone on with
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Trains 2 epochs of 4 steps, then goes on from the middle of the second, with one epoch more."""
-    folder = tmp_path_factory.mktemp("run")
-    write_coco(folder / "data", num_train=8, num_val=3)
-    flags = (
-        "--coco_path", str(folder / "data"), *SMALL_IMAGES, *SMALL_MODEL, "--batch_size", "2", "--num_workers", "0",
-        "--log_every", "1", "--save_every", "3", "--tensorboard", "--output_dir", str(folder / "out"), "--device", "cpu",
-    )  # fmt: skip
-    result = run_main(*flags, "--epochs", "2")
-    assert result.returncode == 0, result.stderr
-    for file in folder.glob("out/checkpoint*.pth"):
-        file.unlink()
-    (folder / "out" / "resume_0002_000000000.pth").unlink()
-    result = run_main(*flags, "--epochs", "3", "--resume", "auto")
-    assert result.returncode == 0, result.stderr
-    assert "resume_0001_000000006.pth" in result.stdout
-    assert result.stderr == "", "no warnings"
-    return folder / "out"
-
-
-def test_every_step_is_there_once(trained):
-    steps = points(trained / "tensorboard" / "steps", "steps/loss")
+def test_every_step_is_there_once(trained_run):
+    steps = points(trained_run / "tensorboard" / "steps", "steps/loss")
     assert [step for step, _ in steps] == [*range(2, 25, 2)], "images, of 3 epochs of 4 steps of 2"
     assert all(np.isfinite(value) for _, value in steps)
-    tags = read(trained / "tensorboard" / "steps").Tags()["scalars"]
+    tags = read(trained_run / "tensorboard" / "steps").Tags()["scalars"]
     shown = {"loss_ce", "loss_bbox", "loss_giou", "class_error", "grad_norm", "images_per_second"}
     assert {f"steps/{name}" for name in shown} <= set(tags)
     assert not any(tag.endswith("_unscaled") for tag in tags)
 
 
-def test_rates_are_those_of_the_groups(trained):
-    folder = trained / "tensorboard" / "steps"
+def test_rates_are_those_of_the_groups(trained_run):
+    folder = trained_run / "tensorboard" / "steps"
     for group, rate in {"transformer and heads": 2e-4, "backbone": 2e-5, "slow linear layers": 2e-5}.items():
         assert points(folder, f"lr/{group}")[-1][1] == pytest.approx(rate)
 
 
-def test_epochs_are_those_of_the_log_each_once(trained):
-    lines = [json.loads(line) for line in (trained / "log.txt").read_text().splitlines()]
-    folder = trained / "tensorboard" / "epochs"
+def test_epochs_are_those_of_the_log_each_once(trained_run):
+    lines = [json.loads(line) for line in (trained_run / "log.txt").read_text().splitlines()]
+    folder = trained_run / "tensorboard" / "epochs"
     for tag, key in {"train/loss": "train_loss", "val/loss_bbox": "test_loss_bbox", "train/grad_norm": "train_grad_norm"}.items():
         told = points(folder, tag)
         assert [step for step, _ in told] == [0, 1, 2]
@@ -84,8 +64,8 @@ def test_epochs_are_those_of_the_log_each_once(trained):
         assert [value for _, value in told] == pytest.approx([value for _, value in known])
 
 
-def test_pictures_are_there_once_an_epoch(trained):
-    events = read(trained / "tensorboard" / "epochs")
+def test_pictures_are_there_once_an_epoch(trained_run):
+    events = read(trained_run / "tensorboard" / "epochs")
     tags = events.Tags()["images"]
     assert tags == [f"detections/{i:06}.png" for i in range(3)]
     for tag in tags:
@@ -94,11 +74,11 @@ def test_pictures_are_there_once_an_epoch(trained):
         assert pictures[0].width > 2 * 480 and pictures[0].height > 300, "ground truth beside detections, enlarged"
 
 
-def test_the_record_tells_of_both_starts(trained):
-    record = read_record(trained)
+def test_the_record_tells_of_both_starts(trained_run):
+    record = read_record(trained_run)
     assert [(start["epoch"], start["images"]) for start in record["starts"]] == [(0, 0), (1, 6)]
     assert record["starts"][1]["changed_flags"] == {"epochs": 2, "resume": ""}
-    assert record["flags"] == read_checkpoint(trained / "checkpoint.pth")["args"]
+    assert record["flags"] == read_checkpoint(trained_run / "checkpoint.pth")["args"]
     assert record["data"]["val"]["num_images"] == 3 and record["environment"]["processes"] == 1
     assert [name for _, _, name in record["classes"]["categories"]] == ["one", "two", "three"]
 

@@ -64,6 +64,10 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
 
 
+def has_record(folder: Path) -> bool:
+    return (folder / NAME).exists()
+
+
 def read_record(folder: Path) -> dict[str, Any]:
     """The record of a run; {} if there is none. Raises UserError if it can't be read."""
     path = folder / NAME
