@@ -13,11 +13,12 @@ from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
 from datasets import build_dataset
 from datasets.loader import build_loader, collate
 from datasets.samplers import EvalBatches, TrainBatches
-from datasets.transforms import MEAN, STD, Area, RandomCrop, RandomShorterSide, resized
+from datasets.transforms import Area, RandomCrop, RandomShorterSide
 from tests.golden_cases import FOLDER
 from tests.helpers import SMALL_IMAGES, write_coco
 from util.box_ops import cxcywh_to_xyxy
 from util.config import parse_config
+from util.image_input import MEAN, STD, resized
 
 
 def config_for(folder, *flags):
@@ -122,7 +123,7 @@ def test_crowds_degenerate_boxes_and_empty_images(tmp_path):
     write_coco(tmp_path, num_train=2, annotations={0: boxes, 1: []}, size=(64, 64))
     dataset = build_dataset("val", config_for(tmp_path, *SMALL_IMAGES))
     image, target = dataset[0]
-    assert target["labels"].tolist() == [1, 2]
+    assert target["labels"].tolist() == [0, 1]
     torch.testing.assert_close(cxcywh_to_xyxy(target["boxes"]) * 64, torch.tensor([[10.0, 10, 30, 30], [50, 40, 64, 64]]))
     image, target = dataset[1]
     assert target["boxes"].shape == (0, 4)

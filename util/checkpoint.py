@@ -48,7 +48,7 @@ _FLAGS = (
     ("enc_output", "--two_stage"),
     ("pos_trans", "--two_stage"),
     ("transformer.bf.", "--share_bf, --bt_num_layers, --insert_idx or --bf"),
-    ("level_embed", "--num_feature_levels"),
+    ("level_embed", "--num_feature_levels or --hidden_dim"),
     ("encoder.layers.{i}.self_attn.sampling_offsets", "--enc_n_points, --num_feature_levels or --nheads"),
     ("encoder.layers.{i}.self_attn.attention_weights", "--enc_n_points, --num_feature_levels or --nheads"),
     ("decoder.layers.{i}.cross_attn.sampling_offsets", "--dec_n_points, --num_feature_levels or --nheads"),
@@ -102,10 +102,7 @@ def load_weights(model: nn.Module, path_or_url: str) -> LoadReport:
 
 def load_state(model: nn.Module, checkpoint: Mapping[str, Any], source: str) -> LoadReport:
     """As `load_weights`, from a checkpoint that has been read."""
-    state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, Mapping) else None
-    if not isinstance(state, Mapping):
-        raise UserError(f"--resume {source} is no checkpoint of a detector: its weights are no dict of tensors")
-    state = _canonical(state, source)
+    state = weights_of(checkpoint, source)
     own = model.state_dict(keep_vars=True)
     known = {name: tensor for name, tensor in state.items() if name in own}
     for name, tensor in known.items():
@@ -122,6 +119,14 @@ def load_state(model: nn.Module, checkpoint: Mapping[str, Any], source: str) -> 
         missing=tuple(name for name in own if name not in known and not name.endswith(_OPTIONAL)),
         unexpected=tuple(name for name in state if name not in own and not name.endswith(_OPTIONAL)),
     )
+
+
+def weights_of(checkpoint: Mapping[str, Any], source: str) -> dict[str, Tensor]:
+    """The weights in a checkpoint that has been read, each tensor under one name. Raises UserError if they are none."""
+    state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, Mapping) else None
+    if not isinstance(state, Mapping):
+        raise UserError(f"--resume {source} is no checkpoint of a detector: its weights are no dict of tensors")
+    return _canonical(state, source)
 
 
 def read_checkpoint(path_or_url: str | os.PathLike, flag: str = "--resume") -> dict[str, Any]:
