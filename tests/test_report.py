@@ -342,6 +342,37 @@ def test_broken_files_of_an_evaluation_are_said(made, tmp_path):
     assert told["results"][0]["stats"] is not None, "the log still has the figures"
 
 
+@pytest.mark.parametrize("record", [
+    {"flags": 3, "data": [], "environment": "x", "starts": [1, {"at": 2}], "classes": []},
+    {"flags": {"epochs": "many", "batch_size": None}, "data": {"val": 7}, "environment": {"processes": "two"},
+     "classes": {"a": 1}, "starts": {}},
+])  # fmt: skip
+@pytest.mark.parametrize("row", [
+    {"epoch": "one"}, {"train_loss": 1}, {"epoch": 7, "train_loss": "low", "n_parameters": "all"},
+    {"epoch": 7, "test_coco_eval_bbox": [None] * 12}, {"epoch": 7, "test_coco_eval_bbox": [0.5]},
+    {"epoch": float("nan")}, {"epoch": True},
+])  # fmt: skip
+def test_edited_files_cost_what_they_say_at_most(made, tmp_path, record, row):
+    folder = shutil.copytree(made[0], tmp_path / "edited")
+    (folder / "run.json").write_text(json.dumps(record))
+    with open(folder / "log.txt", "a") as log:
+        log.write(json.dumps(row) + "\n" + json.dumps(log_row(8)) + "\n")
+    told = page_data(folder)
+    assert told["curves"][0]["values"]["train_loss"][-1] == pytest.approx(10 / 9, rel=1e-5)
+    json.dumps(told, allow_nan=False)
+
+
+@pytest.mark.parametrize("change", [
+    {"bbox": [1, 2, 3]}, {"bbox": None}, {"score": "high"}, {"image_id": [1]}, {"category_id": 1.5},
+])  # fmt: skip
+def test_detections_in_another_format_are_said(made, tmp_path, change):
+    folder = shutil.copytree(made[0], tmp_path / "odd")
+    results = json.loads((folder / "eval" / "latest.json").read_text())
+    (folder / "eval" / "latest.json").write_text(json.dumps([{**results[0], **change}]))
+    told = page_data(folder)
+    assert any("not in COCO's results format" in note for note in told["notes"]) and told["mistakes"]["entries"] == []
+
+
 def test_detections_alone_give_the_tables_too(made, tmp_path):
     folder = shutil.copytree(made[0], tmp_path / "untabled")
     stats = read_checkpoint(folder / "eval" / "latest.pth")["stats"]

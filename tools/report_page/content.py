@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools.coco import COCO
 
-from tools.report_page.runs import Result, Run, Tables
+from tools.report_page.runs import Result, Run, Tables, figures_in
 from util.config import Config
 from util.metrics import FIGURES
 from util.plot_utils import Row, series
@@ -40,15 +40,15 @@ def results_of(runs: Sequence[Run]) -> list[tuple[int, Run, Result]]:
 
 def summary(run: Run) -> dict[str, Any]:
     """State, best result, size and machine of a run."""
-    epochs, flags = len({row["epoch"] for row in run.rows if "epoch" in row}), run.flags
+    epochs, flags = len({row["epoch"] for row in run.rows}), run.flags
+    last = run.rows[-1] if run.rows else {}
     ap = [(value, int(epoch)) for epoch, value in zip(*series(run.rows, "AP"), strict=True) if math.isfinite(value)]
     best = max(ap, key=lambda pair: pair[0], default=None)
     environment, starts = run.record.get("environment") or {}, run.record.get("starts") or []
     return {
         "name": run.name, "folder": str(run.folder), "epochs": epochs, "of": flags.get("epochs"),
         "best": {"AP": best[0] / 100, "epoch": best[1]} if best else None,
-        "loss": number(run.rows[-1].get("train_loss")) if run.rows else None,
-        "parameters": run.rows[-1].get("n_parameters") if run.rows else None,
+        "loss": number(last.get("train_loss")), "parameters": number(last.get("n_parameters")),
         "batch": total_batch(flags, environment), "environment": environment, "data": run.record.get("data") or {},
         "started": starts[0].get("at") if starts else None, "continued": max(0, len(starts) - 1),
     }  # fmt: skip
@@ -78,7 +78,7 @@ def _flag(value: Any) -> str | None:
 
 def curves(run: Run) -> dict[str, Any]:
     """Epochs, and by name of the figure its values at them: the figures of log.txt and COCO's, "ema" before averaged weights'."""
-    epochs = sorted({float(row["epoch"]) for row in run.rows if isinstance(row.get("epoch"), int | float)})
+    epochs = sorted({float(row["epoch"]) for row in run.rows})
     epochs = epochs[:: -(-len(epochs) // LINES_SHOWN)] if epochs else []
     places = {epoch: place for place, epoch in enumerate(epochs)}
     values = {}
@@ -99,7 +99,7 @@ def _all_series(rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
     found = {key: list(zip(*series(rows, key), strict=True)) for key in kept}
     for prefix, key in (("", "test_coco_eval_bbox"), ("ema ", "test_ema_coco_eval_bbox")):
         for place, name in enumerate(FIGURES):
-            points = {row["epoch"]: row[key][place] for row in rows if isinstance(row.get(key), list) and len(row[key]) == 12}
+            points = {row["epoch"]: figures[place] for row in rows if (figures := figures_in(row, key))}
             found[f"{prefix}{name}"] = [(epoch, value if value >= 0 else math.nan) for epoch, value in sorted(points.items())]
     return found
 

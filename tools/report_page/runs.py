@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,12 +79,12 @@ def _read_run(name: str, folder: Path) -> Run:
         raise UserError(f"{folder} is no folder; give the --output_dir of a run")
     run = Run(name, folder, [], {})
     try:
-        run.rows = read_log(folder / "log.txt")
+        run.rows = [row for row in read_log(folder / "log.txt") if is_number(row.get("epoch"))]
     except FileNotFoundError:
         run.notes.append("has no log.txt yet, so it has no curves; they appear after its first epoch")
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}") from None
-    run.record = read_record(folder) or _record_of_checkpoint(run)
+    run.record = _sane(read_record(folder)) or _record_of_checkpoint(run)
     for weights in _FILES:
         if result := _result(run, weights):
             run.results.append(result)
@@ -92,6 +93,15 @@ def _read_run(name: str, folder: Path) -> Run:
     if not run.results:
         run.notes.append("has not been evaluated yet; its figures appear after its first evaluation (--eval_every)")
     return run
+
+
+def _sane(record: dict[str, Any]) -> dict[str, Any]:
+    """The entries that are of their kind, whoever has edited the file."""
+    kinds = {"flags": dict, "classes": dict, "data": dict, "environment": dict, "starts": list}
+    sane = {name: value for name, value in record.items() if isinstance(value, kinds.get(name, object))}
+    sane["starts"] = [start for start in sane.get("starts", []) if isinstance(start, dict)]
+    sane["data"] = {name: value for name, value in sane.get("data", {}).items() if isinstance(value, dict)}
+    return sane if record else {}
 
 
 def _record_of_checkpoint(run: Run) -> dict[str, Any]:
@@ -150,14 +160,32 @@ def _read_detections(path: Path) -> list[dict[str, Any]]:
         detections = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} can't be read ({getattr(error, 'strerror', None) or 'not JSON'})") from None
-    needed = {"image_id", "category_id", "bbox", "score"}
-    if not isinstance(detections, list) or not all(isinstance(d, dict) and d.keys() >= needed for d in detections):
-        raise UserError(f"{path} is not in COCO's results format: a list of {', '.join(sorted(needed))}")
+    if not isinstance(detections, list) or not all(map(_is_detection, detections)):
+        raise UserError(f"{path} is not in COCO's results format: a list of image_id, category_id, bbox [x, y, w, h] and score")
     return detections
+
+
+def _is_detection(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not is_number(entry.get("score")):
+        return False
+    ids, box = (entry.get("image_id"), entry.get("category_id")), entry.get("bbox")
+    return all(type(i) is int for i in ids) and isinstance(box, list) and len(box) == 4 and all(map(is_number, box))
 
 
 def last_figures(rows: Sequence[Row], weights: str) -> list[float] | None:
     """The twelve figures of the last evaluation in the log."""
     key = f"test_{weights}_coco_eval_bbox" if weights else "test_coco_eval_bbox"
-    found = [row[key] for row in rows if isinstance(row.get(key), list) and len(row[key]) == 12]
-    return [float(value) for value in found[-1]] if found else None
+    found = list(filter(None, (figures_in(row, key) for row in rows)))
+    return found[-1] if found else None
+
+
+def figures_in(row: Row, key: str) -> list[float] | None:
+    """The twelve figures under a key of the log; None if they are not there."""
+    values = row.get(key)
+    if not isinstance(values, list) or len(values) != 12 or not all(map(is_number, values)):
+        return None
+    return [float(value) for value in values]
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
