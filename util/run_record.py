@@ -61,7 +61,9 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    """A GPU's name, or how many threads of a CPU are used."""
+    threads = torch.get_num_threads()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{threads} thread{'s' if threads > 1 else ''}"
 
 
 def has_record(folder: Path) -> bool:
