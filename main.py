@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from datasets import build_dataset
 from datasets.coco_eval import figures_table
 from datasets.loader import BadImages, Prefetcher, build_loader, end_workers
+from datasets.preflight import quick_check
 from datasets.samplers import EvalBatches, TrainBatches
 from engine import EpochMeans, Evaluation, evaluate, train_one_epoch, training_loss
 from models import build_model
@@ -121,6 +122,7 @@ class Training:
         self.dataset = build_dataset("train", config)
         self.classes = self.dataset.classes
         self.val_dataset = build_dataset("val", config, self.classes)
+        check_data(self.dataset, self.val_dataset, config)
         config = settle_classes(config, self.classes, checkpoint, source)
         self.config, self.device, self.stop = config, device, stop
         self.votes = StopVote(stop)
@@ -411,6 +413,13 @@ def check_operator(device: torch.device) -> None:
 def eval_loader(dataset, config: Config, device: torch.device, bad_images: BadImages) -> Prefetcher:
     batches = EvalBatches(len(dataset), config.optim.batch_size, rank(), world_size())
     return build_loader(dataset, batches, config.data.num_workers, device, bad_images, replace=False)
+
+
+def check_data(train, val, config: Config) -> None:
+    """The quick part of tools/check_data.py, on the main process. Raises UserError, on all, for what would end the run later."""
+    error = broadcast_from_main(quick_check(train, val, config.data.on_bad_image == "skip") if is_main() else None)
+    if error:
+        raise error
 
 
 def share_gradients(model: nn.Module, config: Config, device: torch.device) -> nn.Module:

@@ -30,6 +30,7 @@ PLACEHOLDERS = {
     "<path to a checkpoint>": "exps/small/checkpoint.pth",
     "<partition>": "gpu",
     "<COCO layout>": "data/coco",
+    "--classes person car dog": "--classes square star",
     "/path/to/coco": "{root}/data/small",
 }
 SLURM = ("run_dist_slurm", "sbatch", "scancel", "squeue")
@@ -66,6 +67,7 @@ def lay_out(root: Path) -> None:
     here = [
         "python -m datasets.synthetic --output_dir data/small --train_images 16 --val_images 8 --image_size 96",
         f"python main.py --coco_path data/small --output_dir exps/small {' '.join(SMALL)}",
+        "ln -s small data/coco",
         "python -m tests.layouts data",  # the same images in the layouts of Pascal VOC and YOLO
     ]
     for command in here:
