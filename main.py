@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import inspect
@@ -42,11 +43,13 @@ from util.distributed import broadcast_from_main, equalise_buffers, is_main, pro
 from util.errors import NotSavedError, UserError, run_as_command
 from util.finetune import fine_tune
 from util.history import History
-from util.optim import build_schedule, build_updater
+from util.optim import GROUPS, build_schedule, build_updater
 from util.precision import check_precision
 from util.preemption import StopRequest, StopVote
 from util.random_state import RandomGenerators
 from util.run_folder import announce_new, begun, is_announced, open_folder, set_aside
+from util.run_record import device_name, environment, has_record, write_record
+from util.tensorboard import Board, check_tensorboard, detection_pictures
 from util.training_state import Position, TrainingState, position_of
 from util.watchdog import note
 
@@ -70,10 +73,13 @@ def main(config: Config) -> None:
             seed_everything(config.run.seed + rank())
             check_operator(device)
             check_precision(config.run.amp, device)
+            check_tensorboard(config.run.tensorboard)
             if config.run.eval:
                 evaluate_only(config, device)
             else:
-                Training(config, device, stop).run()
+                training = Training(config, device, stop)
+                with contextlib.closing(training.board):
+                    training.run()
     finally:
         end_workers()
 
@@ -84,6 +90,8 @@ def evaluate_only(config: Config, device: torch.device) -> None:
     checkpoint = read_checkpoint(source.path) if source else {}
     dataset = build_dataset("val", config, trained_classes(config, checkpoint, source))
     config = settle_classes(config, dataset.classes, checkpoint, source)
+    if folder and not has_record(folder):  # the record of a training stays
+        write_record(folder, run_facts(config, val=dataset), environment(device), {"checkpoint": str(source or "")})
     model, criterion, postprocessors = build_model(loading(config, source))
     load_checkpoint(model, checkpoint, source)
     model.to(device)
@@ -152,6 +160,12 @@ class Training:
         )  # fmt: skip
         self.exact = self.state.restore(checkpoint, str(source))
         self._prepare_folder(source, checkpoint)
+        finished = self.position.epoch - (self.history.unfinished is not None)
+        wanted = self.folder and config.run.tensorboard
+        self.board = Board(self.folder / "tensorboard" if wanted else None, self._images_trained(), finished)
+        if self.folder:
+            start = {"epoch": self.position.epoch, "images": self.position.images, "checkpoint": str(source or "")}
+            write_record(self.folder, run_facts(config, train=self.dataset, val=self.val_dataset), environment(device), start)
 
     def run(self) -> None:
         log.info("%d trainable parameters, %d + %d images", self.num_parameters, len(self.dataset), len(self.val_dataset))
@@ -175,7 +189,7 @@ class Training:
                 self.wrapped, self.criterion, self.batches, self.updater, self.device, epoch,
                 watch=self.watch, means=self.means, amp=self.config.run.amp, log_every=self.config.run.log_every,
                 first_step=self.position.images // self.order.images_per_step if self.exact else 0,
-                after_step=self._after_step,
+                after_step=self._after_step, after_window=self._after_window,
             )  # fmt: skip
             self.schedule.step()
             equalise_buffers(self.model)
@@ -198,6 +212,14 @@ class Training:
         if leave:
             self.stop.leave(f"saved after epoch {self.position.epoch}, {self.position.images} images")
 
+    def _images_trained(self) -> int:
+        return self.position.epoch * self.order.images + self.position.images
+
+    def _after_window(self, means: Mapping[str, float]) -> None:
+        rates = {f"lr/{name}": group["lr"] for name, group in zip(GROUPS, self.updater.optimizer.param_groups, strict=True)}
+        shown = {f"steps/{name}": value for name, value in means.items() if not name.endswith("_unscaled")}
+        self.board.step(shown | rates, self._images_trained() + self.order.images_per_step)
+
     def _evaluate(self, epoch: int) -> None:
         entries: dict[str, Any] = {}
         if (epoch + 1) % self.config.run.eval_every == 0 or epoch + 1 == self.config.optim.epochs:
@@ -205,7 +227,8 @@ class Training:
             if self.updater.averaged:
                 self.updater.averaged.take_buffers()
                 entries |= self._evaluate_weights(self.updater.averaged.model, epoch, "ema_")
-        self.history.finish_epoch(entries | {"epoch": epoch, "n_parameters": self.num_parameters})
+        line = self.history.finish_epoch(entries | {"epoch": epoch, "n_parameters": self.num_parameters})
+        self.board.epoch(line)
 
     def _evaluate_weights(self, model: nn.Module, epoch: int, prefix: str) -> dict[str, Any]:
         evaluation = evaluate(
@@ -215,6 +238,8 @@ class Training:
         figures = evaluation.stats["coco_eval_bbox"]
         log.info("%s", figures_table(figures))
         is_best = self.history.is_best(figures[0], epoch, prefix.strip("_") or "model")
+        if not prefix:
+            self.board.pictures(lambda: evaluation_pictures(self.val_dataset, evaluation), epoch)
         if self.checkpoints and self.folder:
             if is_best:
                 self.checkpoints.name_newest(BEST)
@@ -371,8 +396,7 @@ def start_logging() -> None:
 
 def announce(config: Config, device: torch.device) -> None:
     log.info("flags: %s", json.dumps(config.flags()))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    log.info("device: %s (%s), %d process(es), torch %s", device, name, world_size(), torch.__version__)
+    log.info("device: %s (%s), %d process(es), torch %s", device, device_name(device), world_size(), torch.__version__)
     if config.batchformer.bf and config.optim.batch_size == 1:
         log.warning("BatchFormerV2 relates the images of a process's batch: --batch_size 1 gives it nothing to relate")
 
@@ -418,6 +442,22 @@ def share_gradients(model: nn.Module, config: Config, device: torch.device) -> n
         find_unused_parameters=unused,
         gradient_as_bucket_view=True,
     )
+
+
+def run_facts(config: Config, **datasets) -> dict[str, Any]:
+    """What run.json says of a run on data sets, "train" and "val", beside its machine."""
+    data = {
+        name: {"images": str(part.images.resolve()), "annotations": str(part.annotations.resolve()), "num_images": len(part)}
+        for name, part in datasets.items()
+    }
+    return {"flags": config.flags(), "classes": datasets["val"].classes.to_plain(), "data": data}
+
+
+def evaluation_pictures(dataset, evaluation: Evaluation) -> dict[str, Any]:
+    """Pictures by name, for TensorBoard."""
+    files = {image_id: dataset.file_of(image_id) for image_id in dataset.image_ids}
+    names = {category.id: category.name for category in dataset.classes.categories}
+    return detection_pictures(files, dataset.coco.imgToAnns, evaluation.results, names)
 
 
 def save_tables(folder: Path, evaluation: Evaluation, epoch: int, prefix: str) -> None:

@@ -7,12 +7,19 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from util.errors import UserError
 
 # how an image gets into the folder
 WAYS = ("link", "symlink", "copy")
+
+
+class Part(NamedTuple):
+    """content: COCO's instances format. files: where each of its file names lies."""
+
+    content: dict[str, Any]
+    files: dict[str, Path]
 
 
 def new_folder(name: str) -> Path:

@@ -25,7 +25,9 @@ from util.images import BadImageError, Header, read_header
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".jp2"}
 # folders that tell images from labels, and parts from each other; an image and its labels have the other names in common
 _ROLES = {"jpegimages", "images", "imgs", "annotations", "labels", "xmls"}
-_PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+# share of the images for validation where nobody says
+VAL_FRACTION = 0.2
 # pixels; further out is no rounding, but another image or another unit
 _ROUNDING = 1.0
 # pixels; shorter sides are none once they are written
@@ -170,7 +172,7 @@ def parts_by_folder(keys: Iterable[Key]) -> dict[str, list[Key]]:
     keys = list(keys)
     parts: dict[str, list[Key]] = {}
     for key in keys:
-        name = next((_PARTS[folder.lower()] for folder in key[:-1] if folder.lower() in _PARTS), "")
+        name = next((PARTS[folder.lower()] for folder in key[:-1] if folder.lower() in PARTS), "")
         parts.setdefault(name, []).append(key)
     if "train" in parts and ("val" in parts or "test" in parts) and "" not in parts:
         return {"train": parts["train"], "val": parts.get("val") or parts["test"]}
@@ -181,7 +183,7 @@ def names_in_part(files: Iterable[tuple[Key, Path]]) -> Iterator[tuple[str, Path
     """(name, path): unique names below the folder of a part, without the part's own."""
     taken: set[str] = set()
     for key, path in files:
-        folders = [name for name in key[:-1] if name.lower() not in _PARTS]
+        folders = [name for name in key[:-1] if name.lower() not in PARTS]
         name = "/".join((*folders, path.name))
         number = 1
         while name.lower() in taken:

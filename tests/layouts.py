@@ -1,6 +1,6 @@
 """A COCO-format data set in the layouts of Pascal VOC and YOLO: what tools/convert_dataset.py must make the same boxes of again.
 
-    python -m tests.layouts data      # data/small -> data/voc, data/yolo
+    python -m tests.layouts data      # data/small -> data/voc, data/yolo, data/labelled
 """
 
 from __future__ import annotations
@@ -48,6 +48,14 @@ def write_yolo(coco: Path, folder: Path) -> None:
     _write(folder / "data.yaml", json.dumps({"train": "images/train", "val": "images/val", "names": list(names.values())}))
 
 
+def write_labelled(coco: Path, folder: Path) -> None:
+    """One instances file and its images in a folder beside it, as labelling tools export them."""
+    content = json.loads((coco / "annotations/instances_train2017.json").read_text())
+    for path, _, _ in _images(coco, "train"):
+        _copy(path, folder / "images" / path.name)
+    _write(folder / "result.json", json.dumps(content))
+
+
 def _voc_object(name: str, box: list[float]) -> str:
     x, y, width, height = box
     sides = {"xmin": x + 1, "ymin": y + 1, "xmax": x + width, "ymax": y + height}
@@ -82,3 +90,4 @@ if __name__ == "__main__":
     root = Path(sys.argv[1])
     write_voc(root / "small", root / "voc")
     write_yolo(root / "small", root / "yolo")
+    write_labelled(root / "small", root / "labelled")

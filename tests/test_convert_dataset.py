@@ -16,7 +16,7 @@ from datasets.labelled import Corners, Faults, as_stored, shown_size, to_coco
 from datasets.voc import VocRules, read_voc
 from datasets.yolo import read_yolo
 from tests import layouts
-from tests.helpers import run
+from tests.helpers import run, write_coco
 from util.errors import UserError
 from util.images import Header, read_header
 
@@ -401,6 +401,69 @@ def test_boxes_of_turned_images_are_those_of_the_stored_pixels(tmp_path):
     assert faults.notes["images with an EXIF orientation: boxes turned to the pixels as stored"] == 1
 
 
+def test_a_single_instances_file_is_parted_and_keeps_its_ids(tmp_path):
+    write_coco(tmp_path / "coco", 10, 2)
+    content = json.loads((tmp_path / "coco/annotations/instances_train2017.json").read_text())
+    for category in content["categories"]:
+        category["id"] *= 100
+    for annotation in content["annotations"]:
+        annotation["category_id"] *= 100
+    (tmp_path / "coco/annotations/instances_train2017.json").write_text(json.dumps(content))
+    layouts.write_labelled(tmp_path / "coco", tmp_path / "labelled")
+    said = convert(tmp_path / "labelled", "--output_dir", tmp_path / "out", "--val_fraction", "0.3")
+    parts = [read_annotations(tmp_path / f"out/annotations/instances_{part}2017.json").dataset for part in ("train", "val")]
+    assert [len(part["images"]) for part in parts] == [7, 3]
+    assert "train: 7 images with 14 objects" in said
+    for name in ("images", "annotations"):
+        assert sorted((e for part in parts for e in part[name]), key=lambda e: e["id"]) == content[name]
+    assert [part["categories"] for part in parts] == [content["categories"]] * 2
+    for name, part in zip(("train", "val"), parts, strict=True):
+        files = {path.name for path in (tmp_path / f"out/{name}2017").iterdir()}
+        assert files == {image["file_name"] for image in part["images"]}
+        of_part = {image["id"] for image in part["images"]}
+        assert {annotation["image_id"] for annotation in part["annotations"]} == of_part
+
+
+@pytest.mark.parametrize("names", [
+    ("train/_annotations.coco.json", "valid/_annotations.coco.json", "train", "valid"),
+    ("annotations/instances_train.json", "annotations/instances_test.json", "images/train", "images/test"),
+    ("annotations/instances_train2017.json", "annotations/instances_val2017.json", "a/train2017", "a/val2017"),
+], ids=["beside", "images", "coco"])  # fmt: skip
+def test_instances_files_for_each_part_may_lie_as_tools_export_them(tmp_path, names):
+    write_coco(tmp_path / "coco", 3, 2, size=(20, 24))
+    for part, file, folder in zip(("train", "val"), names[:2], names[2:], strict=True):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+        (tmp_path / "in" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"coco/annotations/instances_{part}2017.json").rename(tmp_path / "in" / file)
+        for path in (tmp_path / f"coco/{part}2017").iterdir():
+            path.rename(tmp_path / "in" / folder / f"{path.name}")
+    convert(tmp_path / "in", "--output_dir", tmp_path / "out")
+    for part, folder in zip(("train", "val"), names[2:], strict=True):  # both parts have files of the same names
+        files = sorted((tmp_path / f"out/{part}2017").iterdir())
+        assert len(files) == {"train": 3, "val": 2}[part]
+        assert all(file.samefile(tmp_path / "in" / folder / file.name) for file in files)
+
+
+def test_folders_that_an_instances_file_may_mean_are_not_guessed(tmp_path):
+    write_coco(tmp_path / "coco", 3, 3)
+    (tmp_path / "coco/annotations/instances_val2017.json").unlink()
+    (tmp_path / "coco/annotations/instances_train2017.json").rename(tmp_path / "coco/result.json")
+    assert "several folders" in convert(tmp_path / "coco", "--output_dir", tmp_path / "out", code=2)
+
+
+def test_images_that_an_instances_file_names_must_be_found_once(tmp_path):
+    write_coco(tmp_path / "coco", 3, 2)
+    layouts.write_labelled(tmp_path / "coco", tmp_path / "in")
+    (tmp_path / "in/images/000001.png").rename(tmp_path / "in/000001.png")
+    convert(tmp_path / "in", "--output_dir", tmp_path / "found")  # by its bare name
+    (tmp_path / "in/more").mkdir()
+    (tmp_path / "in/more/000001.png").write_bytes(b"another")
+    assert "there are 2 of that name" in convert(tmp_path / "in", "--output_dir", tmp_path / "a", code=2)
+    for place in ("", "more/"):
+        (tmp_path / f"in/{place}000001.png").unlink()
+    assert "000001.png" in convert(tmp_path / "in", "--output_dir", tmp_path / "b", code=2)
+
+
 def test_a_source_without_validation_images_is_split_alike_every_time(tmp_path):
     for i in range(10):
         write_image(tmp_path / f"source/images/{i}.jpg")
@@ -450,7 +513,7 @@ def test_mistakes_cost_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     out = ("--output_dir", tmp_path / "out")
     assert "does not exist" in convert(tmp_path / "nowhere", *out, code=2)
-    assert "neither Pascal VOC's nor YOLO's" in convert(tmp_path / "empty", *out, code=2)
+    assert "neither of Pascal" in convert(tmp_path / "empty", *out, code=2)
     assert "--format voc or --format yolo" in convert(tmp_path / "both", *out, code=2)
     assert "has a validation part already" in convert(tmp_path / "voc", *out, "--val_fraction", "0.5", code=2)
     assert "is not empty" in convert(tmp_path / "voc", "--output_dir", tmp_path / "both", code=2)

@@ -1,8 +1,9 @@
-"""Convert a data set in Pascal VOC's or YOLO's format to COCO's, in the layout that --coco_path takes.
+"""Convert a data set in Pascal VOC's, YOLO's or COCO's format to the layout of folders that --coco_path takes.
 
 SOURCE is one of: a folder of Pascal VOC (JPEGImages, Annotations, ImageSets/Main) or any folder of images with an XML file of the
-same name each; a data.yaml of Ultralytics or the folder with it; a folder with classes.txt, images and labels. A source that does
-not say which images are for validation is split at random. Images are linked, and nothing of the source is changed.
+same name each; a data.yaml of Ultralytics or the folder with it; a folder with classes.txt, images and labels; a COCO instances
+file with its images beside it or below, or a folder with one, or with one for each part. A source that does not say which images
+are for validation is split at random. Images are linked, and nothing of the source is changed.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder would be searched instead
 
-from datasets.coco_layout import WAYS, new_folder, write_part
-from datasets.labelled import Faults, Labelled, split_off, to_coco
+from datasets.coco_folder import is_coco, read_coco
+from datasets.coco_layout import WAYS, Part, new_folder, write_part
+from datasets.labelled import VAL_FRACTION, Faults, Labelled, split_off, to_coco
 from datasets.voc import VocRules, is_voc, read_voc
 from datasets.yolo import is_yolo, read_yolo
 from util.config import make_parser
 from util.errors import UserError, run_as_command
 
 EXAMPLE = "python tools/convert_dataset.py VOCdevkit/VOC2012 --output_dir data/voc2012"
-VAL_FRACTION = 0.2
 _MOST_LINES = 20
 
 
@@ -31,7 +32,40 @@ def main() -> None:
         raise UserError(f"--val_fraction {args.val_fraction} must lie between 0 and 1")
     folder = new_folder(args.output_dir)
     faults = Faults(args.on_bad)
-    data = read(args, faults)
+    parts = read(args, faults)
+    for part, (content, files) in parts.items():
+        write_part(folder, part, content, files, args.images)
+    tell(folder, parts, faults)
+
+
+def read(args: argparse.Namespace, faults: Faults) -> dict[str, Part]:
+    """The parts of the source. Raises UserError."""
+    source = Path(args.source)
+    if not source.exists():
+        raise UserError(f"{source} does not exist; it must be a folder, a data.yaml or a COCO instances file")
+    source_format = args.format if args.format != "auto" else format_of(source)
+    if source_format == "coco":
+        return read_coco(source, args.val_fraction, args.seed)
+    if source_format == "yolo":
+        return parted(read_yolo(source, faults), args)
+    return parted(read_voc(source, VocRules(args.difficult, args.first_pixel, args.train_set, args.val_set), faults), args)
+
+
+def format_of(source: Path) -> str:
+    """By what the source looks like. Raises UserError."""
+    looks = [name for name, fits in (("voc", is_voc), ("yolo", is_yolo), ("coco", is_coco)) if fits(source)]
+    if not looks:
+        raise UserError(
+            f"{source} has no XML files, no data.yaml or classes.txt and no COCO instances file: it is in neither of Pascal "
+            "VOC's, YOLO's and COCO's formats"
+        )
+    if len(looks) > 1:
+        raise UserError(f"{source} has files of several formats; add --format {' or --format '.join(looks)}")
+    return looks[0]
+
+
+def parted(data: Labelled, args: argparse.Namespace) -> dict[str, Part]:
+    """The parts of `data` in COCO's format; without a validation part one is drawn. Raises UserError."""
     empty = [part for part, images in data.parts.items() if not images]
     if empty or not data.names:
         raise UserError(f"{args.source} has no {f'{empty[0]} images' if empty else 'objects'} that can be used")
@@ -39,27 +73,11 @@ def main() -> None:
         split_off(data, args.val_fraction or VAL_FRACTION, args.seed)
     elif args.val_fraction is not None:
         raise UserError(f"--val_fraction {args.val_fraction}: {args.source} has a validation part already; leave the flag out")
-    for part, content in to_coco(data).items():
-        write_part(folder, part, content, {image.name: image.path for image in data.parts[part]}, args.images)
-    tell(folder, data, faults)
+    files = {part: {image.name: image.path for image in images} for part, images in data.parts.items()}
+    return {part: Part(content, files[part]) for part, content in to_coco(data).items()}
 
 
-def read(args: argparse.Namespace, faults: Faults) -> Labelled:
-    """The source, by --format or by what it looks like. Raises UserError."""
-    source = Path(args.source)
-    if not source.exists():
-        raise UserError(f"{source} does not exist; it must be a folder, or a data.yaml")
-    looks = {"voc": is_voc(source), "yolo": is_yolo(source)}
-    if args.format == "auto" and not any(looks.values()):
-        raise UserError(f"{source} has no XML files, data.yaml or classes.txt: it is in neither Pascal VOC's nor YOLO's format")
-    if args.format == "auto" and all(looks.values()):
-        raise UserError(f"{source} has files of Pascal VOC's and of YOLO's format; add --format voc or --format yolo")
-    if args.format == "voc" or args.format == "auto" and looks["voc"]:
-        return read_voc(source, VocRules(args.difficult, args.first_pixel, args.train_set, args.val_set), faults)
-    return read_yolo(source, faults)
-
-
-def tell(folder: Path, data: Labelled, faults: Faults) -> None:
+def tell(folder: Path, parts: dict[str, Part], faults: Faults) -> None:
     """What was written, what was done to it and what was left out."""
     for message in faults.messages[:_MOST_LINES]:
         print(f"left out: {message}")
@@ -68,17 +86,17 @@ def tell(folder: Path, data: Labelled, faults: Faults) -> None:
     for note, count in faults.notes.items():
         if count:
             print(f"{note}: {count}")
-    for part, images in data.parts.items():
-        print(f"{part}: {len(images)} images with {sum(len(image.objects) for image in images)} objects")
-    print(f"{folder}: {len(data.names)} classes; left out by --on_bad: {len(faults.messages)}; "
+    for part, (content, _) in parts.items():
+        print(f"{part}: {len(content['images'])} images with {len(content['annotations'])} objects")
+    print(f"{folder}: {len(parts['train'].content['categories'])} classes; left out by --on_bad: {len(faults.messages)}; "
           f"next: python tools/check_data.py --coco_path {folder}")  # fmt: skip
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser("tools/convert_dataset.py", __doc__, EXAMPLE)
-    parser.add_argument("source", help="folder or data.yaml to convert")
+    parser.add_argument("source", help="folder, data.yaml or instances file to convert")
     parser.add_argument("--output_dir", required=True, help="folder to write; it must not hold anything yet")
-    parser.add_argument("--format", choices=("auto", "voc", "yolo"), default="auto", help="format of the source")
+    parser.add_argument("--format", choices=("auto", "voc", "yolo", "coco"), default="auto", help="format of the source")
     parser.add_argument(
         "--images", choices=WAYS, default="link",
         help="hard links (copies where the disk is another one), symbolic links, or copies of the images",
