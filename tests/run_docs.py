@@ -1,11 +1,11 @@
-"""Runs every command of README.md and docs/, one page after the other, in a copy of the project and at a small size.
+"""Runs every command of README.md and docs/, each page in a copy of the project of its own and at a small size.
 
     python -m tests.run_docs [docs/own_data.md ...]
 
-What is made small: the published configurations get a small network, few epochs and small images; 8 processes become 2; COCO
-is a synthetic data set of the same layout; placeholders get a value. What a page needs and does not make (pictures, a folder in
-Pascal VOC's layout, checkpoints) is laid out before. Commands of Slurm are run by tests/faults/slurm/run.py instead. Prints a
-line a command, and ends with exit code 1 if any failed.
+What is made small: the configurations get a small network, few epochs and small images; 8 processes become 2; COCO is a synthetic
+data set in the same layout; placeholders get a value. What a page takes for given (pictures, a folder in Pascal VOC's layout,
+checkpoints) is laid out before. What only a cluster or a GPU takes is not run: tests/faults/slurm/run.py and the tests marked
+gpu do that. Prints a line a command, and ends with exit code 1 if any failed.
 """
 
 from __future__ import annotations
@@ -18,28 +18,40 @@ import subprocess
 import sys
 import tempfile
 import time
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 from models import build_model
 from tests.helpers import ROOT, SMALL_IMAGES, SMALL_MODEL
 from tests.test_docs import PAGES, commands
 from util.config import parse_config
+from util.video import VideoWriter
 
-SECONDS = 600
+SECONDS = 900
 SMALL = (*SMALL_IMAGES, *SMALL_MODEL[:-2], "--epochs", "1", "--num_workers", "0", "--batch_size", "2")
-PLACEHOLDERS = {
-    "<ip of node 1>": "127.0.0.1",
-    "<path to a checkpoint>": "exps/small/checkpoint.pth",
-    "<your data>": "data/small",
-    "<partition>": "gpu",
-    "<COCO layout>": "data/coco",
-    "--classes person car dog": "--classes square star",
-    "/path/to/coco": "{root}/data/small",
+ELSEWHERE = {
+    "cluster": ("run_dist_slurm", "sbatch", "scancel"),
+    "gpu": ("gpu_check.sh", "test.sh -m gpu"),
 }
-SLURM = ("run_dist_slurm", "sbatch", "scancel", "squeue")
-"""Commands that only a cluster takes."""
+# what is made small; the order counts
+REPLACED = (
+    (r"<ip of node 1>", "127.0.0.1"),
+    (r"<path to a checkpoint>", "exps/small/checkpoint.pth"),
+    (r"<your data>|<COCO layout>", "data/small"),
+    (r"<partition>", "gpu"),
+    (r"<a folder in [^>]*>", "data/voc"),
+    (r"<pictures, folders, a video>", "photos street.jpg drive.mp4"),
+    (r"/path/to/coco", "small"),
+    (r"--classes person car dog", "--classes square star"),
+    (r"quickstart\.sh$", "quickstart.sh --short && for f in exps data; do cp -rT $f/synthetic_short $f/synthetic; done"),
+    (r"tools/test\.sh$", "tools/test.sh tests/test_layers.py"),
+    (r"run_with_submitit\.py ", "run_with_submitit.py --cluster local --tasks_per_node 2 "),
+    (r"--nodes \d+ --gpus_per_node \d+", "--nodes 1 --gpus_per_node 0"),
+)
 
 
 def main(arguments: list[str]) -> int:
@@ -48,13 +60,13 @@ def main(arguments: list[str]) -> int:
     chosen = [page.resolve() for page in parser.parse_args(arguments).pages] or PAGES
     failed = []
     with tempfile.TemporaryDirectory(prefix="docs-") as folder:
-        root = Path(folder) / "project"
-        lay_out(root)
-        for page in chosen:
+        given, root = Path(folder) / "given", Path(folder) / "project"
+        lay_out(given)
+        for page in filter(commands, chosen):
+            shutil.copytree(given, root, symlinks=True)
             print(f"== {page.relative_to(ROOT)}", flush=True)
-            for command in commands(page):
-                if not run(command, root):
-                    failed.append(command)
+            failed += [f"{page.name}: {command}" for command in commands(page) if not run(command, root)]
+            shutil.rmtree(root)
     print(f"{len(failed)} commands failed", *failed, sep="\n  ")
     return bool(failed)
 
@@ -73,12 +85,17 @@ def lay_out(root: Path) -> None:
         "python -m datasets.synthetic --output_dir data/small --train_images 16 --val_images 8 --image_size 96",
         f"python main.py --coco_path data/small --output_dir exps/small {' '.join(SMALL)}",
         "ln -s small data/coco",
-        "python -m tests.layouts data",  # the same images in the layouts of Pascal VOC and YOLO
+        "python -m tests.layouts data",  # the same images in other layouts
+        # a step that is not finite, for the page that runs it again
+        f"! python main.py --coco_path data/small --output_dir exps/x --lr 1e30 --clip_max_norm 0 {' '.join(SMALL)}",
+        "mv exps/x/nonfinite_*.pth exps/x/nonfinite_0003_000120_process0.pth",
+        "for name in baseline batchformer synthetic; do cp -r exps/small exps/$name; done",
     ]
     for command in here:
         if not run(command, root):
             raise SystemExit("the pages can't be tried")
     write_published(root / "r50_deformable_detr.pth")
+    write_pictures(root)
 
 
 def write_published(path: Path) -> None:
@@ -87,12 +104,24 @@ def write_published(path: Path) -> None:
     torch.save({"model": build_model(config)[0].state_dict(), "args": argparse.Namespace(**config.flags())}, path)
 
 
+def write_pictures(root: Path) -> None:
+    """A folder of pictures, a picture and a video."""
+    pictures = sorted((root / "data/small/val2017").iterdir())
+    shutil.copytree(root / "data/small/val2017", root / "photos")
+    Image.open(pictures[0]).save(root / "street.jpg")
+    image = np.asarray(Image.open(pictures[0]).convert("RGB").resize((96, 96)))
+    video = VideoWriter(root / "drive.mp4", (96, 96), Fraction(10))
+    for i in range(4):
+        video.add(Image.fromarray(np.roll(image, 8 * i, axis=1)), Fraction(i, 10))
+    video.close()
+
+
 def run(command: str, root: Path) -> bool:
-    small = made_small(command, root)
-    if small is None:
-        print(f"   cluster  {command}", flush=True)
+    where = next((name for name, parts in ELSEWHERE.items() if any(part in command for part in parts)), None)
+    if where:
+        print(f"   {where:7}         {command}", flush=True)
         return True
-    started = time.monotonic()
+    started, small = time.monotonic(), made_small(command)
     environment = {**os.environ, "PATH": f"{root}/.venv/bin:{os.environ['PATH']}", "VIRTUAL_ENV": f"{root}/.venv"}
     done = subprocess.run(
         ["bash", "-c", small], cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -104,19 +133,14 @@ def run(command: str, root: Path) -> bool:
     return done.returncode == 0
 
 
-def made_small(command: str, root: Path) -> str | None:
-    """The command as it is tried; None for one of Slurm's."""
-    if any(name in command for name in SLURM):
-        return None
-    for placeholder, value in PLACEHOLDERS.items():
-        command = command.replace(placeholder, value.format(root=root))
-    copied = " && ".join(f"cp -r {folder}/synthetic_short {folder}/synthetic" for folder in ("exps", "data"))
-    command = re.sub(r"quickstart\.sh$", f"quickstart.sh --short && {copied}", command)
-    command = re.sub(r"run_with_submitit.py ", "run_with_submitit.py --cluster local --tasks_per_node 2 ", command)
-    command = re.sub(r"--nodes \d+ --gpus_per_node \d+", "--nodes 1 --gpus_per_node 0", command)
+def made_small(command: str) -> str:
+    """The command as it is tried."""
+    for pattern, value in REPLACED:
+        command = re.sub(pattern, value, command)
+    command = command.replace("ln -s ", "ln -sfn ")
     if "MASTER_ADDR" in command:  # both nodes on this machine
         command = re.sub(r"GPUS_PER_NODE=\d+", "GPUS_PER_NODE=1", command).replace("_launch.sh 16", "_launch.sh 2")
-        command = re.sub(r"NODE_RANK=\d", "NODE_RANK=0", command) + small_flags(command)
+        command = re.sub(r"NODE_RANK=\S+", "NODE_RANK=0", command) + small_flags(command)
         return f"{command.replace('NODE_RANK=0', 'NODE_RANK=1')} & {command} && wait"
     command = re.sub(r"GPUS_PER_NODE=\d+", "GPUS_PER_NODE=2", command)
     command = re.sub(r"_launch\.sh (8|16)\b", "_launch.sh 2", command)
@@ -125,10 +149,10 @@ def made_small(command: str, root: Path) -> str | None:
 
 def small_flags(command: str) -> str:
     """Flags behind a run of main.py, which replace those before."""
-    if not re.search(r"configs/|main\.py|run_with_submitit|benchmark.py", command) or "op" in command.split():
+    if not re.search(r"configs/|main\.py|finetune\.py|run_with_submitit|benchmark\.py", command) or " op" in command:
         return ""
-    epochs = re.search(r"--epochs (\d+)", command)
-    return " " + " ".join(SMALL) + (" --epochs 2" if epochs else "")
+    small = " ".join(SMALL) + (" --epochs 2" if re.search(r"--epochs \d", command) else "")
+    return f" {small}" + (" --size 96 96 --num_iters 2 --warm_iters 1" if "benchmark.py" in command else "")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to pictures: environment, synthetic data, a small Deformable DETR with BatchFormerV2 trained on it,
-# its evaluation, a curve of the run, and its detections beside the ground truth. About ten minutes on two CPU cores after
-# the installation. Run it again and it goes on from what is there.
+# its evaluation, a curve of the run, a report, and its detections beside the ground truth. About ten minutes on two CPU cores
+# after the installation. Run it again and it goes on from what is there.
 #   ./tools/quickstart.sh           the whole of it
 #   ./tools/quickstart.sh --short   the same path in a minute, too short to learn anything
 set -euo pipefail
@@ -29,7 +29,9 @@ echo "== evaluation on held-out images"
 "${config[@]}" --resume "$run/checkpoint.pth" --eval --save_predictions
 echo "== pictures"
 python tools/plot_logs.py "$run" --output "$run/curve.png"
+python tools/report.py "$run" --output "$run/report.html"
 python tools/draw_detections.py --annotations "$data/annotations/instances_val2017.json" --images "$data/val2017" \
   --predictions "$run/predictions.json" --output_dir "$run/pictures"
 echo
-echo "The curve of the run is $run/curve.png, detections beside the ground truth are $run/pictures/contact_sheet.png"
+echo "Detections beside the ground truth are $run/pictures/contact_sheet.png, the curve of the run is $run/curve.png,"
+echo "and all about it in one page for a browser is $run/report.html"
