@@ -16,12 +16,12 @@ from torch.utils.data import Dataset
 from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
 
 from datasets.coco_format import read_annotations
-from datasets.images import BadImageError, decode, read_image_file
 from datasets.transforms import Area, eval_transform, train_transform
 from util.box_ops import xyxy_to_cxcywh
 from util.class_map import AUTO, ClassMap
 from util.config import DataConfig
 from util.errors import UserError
+from util.images import BadImageError, decode, read_image_file
 
 
 class CocoDetection(Dataset):

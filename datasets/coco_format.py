@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from pycocotools.coco import COCO
 
-from datasets.images import read_regular_file
 from util.errors import UserError
+from util.images import read_regular_file
 
 # pixels; float32 holds the corners of such boxes well enough, and pycocotools the areas
 _FARTHEST = 1e9

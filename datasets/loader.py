@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from datasets.images import BadImageError
 from util.errors import UserError
+from util.images import BadImageError
 from util.nested_tensor import NestedTensor
 
 log = logging.getLogger(__name__)

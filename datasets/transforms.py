@@ -11,9 +11,10 @@ import torchvision.transforms.v2.functional as F
 from torchvision.transforms import v2
 from torchvision.tv_tensors import Image, TVTensor
 
+from util.image_input import normalize, resize, resized
+
 # has no say for an image less than 50 times as long as wide; one of a single column would grow to gigabytes
 _LONGEST_BEFORE_CROP = 2**15
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which the backbones were trained on
 
 
 def train_transform(
@@ -42,26 +43,6 @@ def eval_transform(size: int, max_size: int) -> v2.Transform:
     return v2.Compose([RandomShorterSide([size], max_size), normalize()])
 
 
-def normalize() -> v2.Transform:
-    """PIL image -> float32 [3, H, W], normalised."""
-    return v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
-
-
-def resized(height: int, width: int, size: int, max_size: int | None) -> tuple[int, int]:
-    """(height, width) with the shorter side at `size`, or less where the longer would exceed `max_size`.
-
-    As published: the limited side is rounded and the other truncated, so the longer one may exceed `max_size` by a pixel or two.
-    """
-    shorter, longer = min(height, width), max(height, width)
-    if max_size is not None and longer / shorter * size > max_size:
-        size = round(max_size * shorter / longer)
-    if shorter == size:
-        return height, width
-    if width < height:
-        return max(int(size * height / width), 1), max(size, 1)
-    return max(size, 1), max(int(size * width / height), 1)
-
-
 class Area(TVTensor):
     """[n] areas in pixels of the image beside them; resizing scales them, cropping leaves them, as published."""
 
@@ -82,7 +63,7 @@ class RandomShorterSide(v2.Transform):
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         if isinstance(inpt, Area):
             return inpt * params["area_scale"]
-        return F.resize(inpt, params["size"], v2.InterpolationMode.BILINEAR, antialias=True)
+        return resize(inpt, params["size"])
 
 
 class RandomCrop(v2.Transform):

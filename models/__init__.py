@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 
@@ -13,4 +14,11 @@ def build_model(config: Any):
     return build(config)
 
 
-__all__ = ["build_model"]
+def load_detector(checkpoint: str | os.PathLike, **options: Any):
+    """The detector of a checkpoint, to be called with images; see models.detector.load_detector for the options."""
+    from models.detector import load_detector as load
+
+    return load(checkpoint, **options)
+
+
+__all__ = ["build_model", "load_detector"]

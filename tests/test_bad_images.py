@@ -19,7 +19,6 @@ from PIL import Image
 from datasets import build_dataset
 from datasets.coco import CocoDetection
 from datasets.coco_eval import evaluate_boxes
-from datasets.images import FORMATS, BadImageError, decode
 from datasets.loader import BadImages, build_loader
 from datasets.samplers import EvalBatches, TrainBatches
 from engine import evaluate
@@ -28,6 +27,7 @@ from tests.golden import recipe
 from tests.helpers import SMALL_IMAGES, SMALL_MODEL, run, write_coco
 from util.config import parse_config
 from util.errors import UserError
+from util.images import FORMATS, BadImageError, decode
 
 CPU = torch.device("cpu")
 WORKERS = pytest.mark.parametrize("workers", [0, 2])
@@ -253,7 +253,7 @@ from PIL import Image
 
 Image.MAX_IMAGE_PIXELS = 5000  # it warns above this, and refuses above twice this
 
-from datasets.images import decode
+from util.images import decode
 from util.errors import run_as_command
 
 path = Path(sys.argv[1])

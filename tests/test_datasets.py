@@ -13,11 +13,12 @@ from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
 from datasets import build_dataset
 from datasets.loader import build_loader, collate
 from datasets.samplers import EvalBatches, TrainBatches
-from datasets.transforms import MEAN, STD, Area, RandomCrop, RandomShorterSide, resized
+from datasets.transforms import Area, RandomCrop, RandomShorterSide
 from tests.golden_cases import FOLDER
 from tests.helpers import SMALL_IMAGES, write_coco
 from util.box_ops import cxcywh_to_xyxy
 from util.config import parse_config
+from util.image_input import MEAN, STD, resized
 
 
 def config_for(folder, *flags):

@@ -18,6 +18,8 @@ from util.plot_utils import plot_run, read_log, series
 from util.visualizer import (
     INK,
     OKABE_ITO,
+    _lay_out,
+    _style_for,
     class_colors,
     contact_sheet,
     display_scale,
@@ -204,6 +206,25 @@ def test_long_names_are_cut_but_not_their_scores():
     x0, _, x1, _ = extent(np.asarray(draw(name, 0.25)).any(axis=-1))
     assert 100 < x1 - x0 < 400
     draw("two\nlines", 0.5)
+
+
+def test_names_of_other_alphabets_are_drawn():
+    """Letters that a font lacks would all be the same box."""
+    image, box = Image.new("RGB", (640, 427)), [[300, 200, 340, 240]]
+    drawn = {draw_boxes(image, box, [name], colors={name: OKABE_ITO[1]}).tobytes() for name in ("é", "ü", "ж", "λ", "ł", "…")}
+    assert len(drawn) == 6
+
+
+def test_in_a_crowd_long_names_give_way():
+    size, name = (2000, 100), "a rather long class name of a data set"
+    boxes = random_boxes(60, size).clip(0, [*size, *size])
+    words, rects = {}, {}
+    for n in (1, 60):
+        _, words[n], rects[n] = _lay_out(boxes[:n], [(name, " 0.50")] * n, size, _style_for(size))
+    assert words[1] == [f"{name} 0.50"]
+    assert max(map(len, words[60])) < 0.8 * len(words[1][0])
+    assert all(word.endswith("… 0.50") for word in words[60])
+    assert shared_area(rects[60]) < 0.2 * (rects[60][:, 2:] - rects[60][:, :2]).prod(axis=1).sum()
 
 
 def test_crowd_regions_look_different():

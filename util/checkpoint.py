@@ -102,10 +102,7 @@ def load_weights(model: nn.Module, path_or_url: str) -> LoadReport:
 
 def load_state(model: nn.Module, checkpoint: Mapping[str, Any], source: str) -> LoadReport:
     """As `load_weights`, from a checkpoint that has been read."""
-    state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, Mapping) else None
-    if not isinstance(state, Mapping):
-        raise UserError(f"--resume {source} is no checkpoint of a detector: its weights are no dict of tensors")
-    state = _canonical(state, source)
+    state = weights_of(checkpoint, source)
     own = model.state_dict(keep_vars=True)
     known = {name: tensor for name, tensor in state.items() if name in own}
     for name, tensor in known.items():
@@ -122,6 +119,14 @@ def load_state(model: nn.Module, checkpoint: Mapping[str, Any], source: str) -> 
         missing=tuple(name for name in own if name not in known and not name.endswith(_OPTIONAL)),
         unexpected=tuple(name for name in state if name not in own and not name.endswith(_OPTIONAL)),
     )
+
+
+def weights_of(checkpoint: Mapping[str, Any], source: str) -> dict[str, Tensor]:
+    """The weights in a checkpoint that has been read, each tensor under one name. Raises UserError if they are none."""
+    state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, Mapping) else None
+    if not isinstance(state, Mapping):
+        raise UserError(f"--resume {source} is no checkpoint of a detector: its weights are no dict of tensors")
+    return _canonical(state, source)
 
 
 def read_checkpoint(path_or_url: str | os.PathLike, flag: str = "--resume") -> dict[str, Any]:

@@ -149,6 +149,7 @@ def draw_boxes(
     *,
     colors: Mapping[str, Color] | None = None,
     crowd: Sequence[bool] | None = None,
+    enlarge: bool = True,
 ) -> Image.Image:
     """Draw boxes with a tag of class and score each.
 
@@ -160,9 +161,10 @@ def draw_boxes(
         scores: n numbers, or None for ground truth.
         colors: class name -> colour, as `class_colors` gives. None: a colour by the name alone.
         crowd: n flags; a crowd region is dashed and hatched.
+        enlarge: a small picture, so that tags are small beside its objects.
 
     Returns:
-        an RGB picture `display_scale(image.size)` times the size of `image`.
+        an RGB picture `display_scale(image.size)` times the size of `image`; without `enlarge` as large as `image`.
 
     Raises:
         ValueError: the lengths disagree, `boxes` is not (n, 4), or `colors` lacks a label.
@@ -171,7 +173,7 @@ def draw_boxes(
     colors = _colors_by_name(labels) if colors is None else colors
     if missing := sorted(set(labels) - set(colors)):
         raise ValueError(f"colors has none for {', '.join(missing)}")
-    scale = display_scale(image.size)
+    scale = display_scale(image.size) if enlarge else 1
     canvas = _as_rgb(image)
     canvas = canvas.resize((canvas.width * scale, canvas.height * scale), Image.Resampling.LANCZOS)
     boxes, kept = _visible(boxes * scale, canvas.size)
@@ -261,6 +263,47 @@ def _draw_crowd(canvas: Image.Image, box: NDArray[np.float64], color: Color, sty
         canvas.paste(fill, (x0, y0, x1, y1), Image.fromarray(mask.astype(np.uint8)))
 
 
+# ---- letters ----
+
+
+def _font(size: float, text: str) -> Font:
+    """A font that has all letters of `text`, where there is one on this machine."""
+    letters = frozenset(letter for letter in text if letter > "~" and letter != "…")
+    path = _font_file(letters) if letters else None
+    return ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
+
+
+def _is_default(font: Font) -> bool:
+    return not isinstance(getattr(font, "path", None), str)
+
+
+@cache
+def _font_file(letters: frozenset[str]) -> str | None:
+    """The file of the font that has most of `letters`: Matplotlib's own (Latin, Greek, Cyrillic), else one of the system's."""
+    from matplotlib import font_manager, get_data_path
+
+    best, most = None, 0
+    for path in (f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", *sorted(font_manager.findSystemFonts())):
+        if (count := _letters_in(path, letters)) > most:
+            best, most = path, count
+        if most == len(letters):
+            break
+    return best
+
+
+def _letters_in(path: str, letters: frozenset[str]) -> int:
+    """How many of `letters` a font draws."""
+    from fontTools.ttLib import TTFont, TTLibError
+
+    try:
+        ImageFont.truetype(path, 12)
+        with TTFont(path, fontNumber=0, lazy=True) as font:
+            known = font.getBestCmap() or {}
+    except (OSError, TTLibError):  # a font that can't be used is none
+        return 0
+    return sum(ord(letter) in known for letter in letters)
+
+
 # ---- tags ----
 
 
@@ -303,8 +346,10 @@ def _lay_out(
     """Font, words and rectangles (n, 4) of the tags. In a crowded picture the letters shrink until tags fit apart."""
     best = None
     for shrink in (1.0, 0.85, 0.7):
-        font = ImageFont.load_default(max(style.font_size * shrink, min(style.font_size, 10)))
-        longest = min(size[0], max(0.45 * size[0], 16 * style.font_size)) - _tag_size("", font)[0]
+        font = _font(max(style.font_size * shrink, min(style.font_size, 10)), "".join(name for name, _ in texts))
+        # in a crowd long names give way, too: one takes the room of three others
+        room = shrink**2 * min(max(0.45 * size[0], 16 * style.font_size), 24 * style.font_size)
+        longest = min(size[0], room) - _tag_size("", font)[0]
         words = [_shorten(name, rest, font, longest) for name, rest in texts]
         rects = place_tags(boxes, np.array([_tag_size(word, font) for word in words]), size, style.border)
         hidden = np.nan_to_num(np.triu(_overlap(rects, rects), k=1) / _area(rects))  # (n, n): shares of each tag
@@ -323,7 +368,7 @@ def _tag_size(word: str, font: Font) -> tuple[int, int]:
 
 def _letter_height(font: Font) -> tuple[int, int]:
     """How far letters reach above and below their line; the font's own metrics add space that looks off-centre."""
-    _, top, _, bottom = font.getbbox("dg", anchor="ls")
+    _, top, _, bottom = font.getbbox("dg" if _is_default(font) else "dgÉ", anchor="ls")
     return -round(top), round(bottom)
 
 
@@ -409,7 +454,7 @@ def _draw_tag(
 def side_by_side(left: Image.Image, right: Image.Image, titles: tuple[str, str]) -> Image.Image:
     """Two pictures on white paper, each under its title, tops aligned. A title too long for its picture is cut."""
     gap = max(8, round(0.012 * max(left.width, right.width)))
-    font = ImageFont.load_default(max(14, round(0.026 * max(left.width, right.width))))
+    font = _font(max(14, round(0.026 * max(left.width, right.width))), "".join(titles))
     top = sum(font.getmetrics()) + gap
     page = Image.new("RGB", (left.width + right.width + 3 * gap, max(left.height, right.height) + top + gap), PAPER)
     draw = ImageDraw.Draw(page)

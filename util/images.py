@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from util.errors import UserError
 
@@ -69,8 +69,11 @@ def read_image_file(path: Path, megapixels: float, otherwise: str) -> bytes:
         raise BadImageError(str(path), f"can't be read ({error.strerror or error})", f"add the file, {otherwise}") from None
 
 
-def decode(content: bytes, path: Path, megapixels: float, otherwise: str) -> Image.Image:
+def decode(content: bytes, path: Path, megapixels: float, otherwise: str, *, upright: bool = False) -> Image.Image:
     """The image in the bytes of the file `path`, as RGB.
+
+    `upright`: turned as the file's EXIF orientation says, which is how viewers show it. Data sets leave it: their boxes refer
+    to the pixels as they are stored.
 
     Raises BadImageError if it is no whole image of one of FORMATS, or larger than `megapixels` by its header: then nothing of
     it is decoded. `otherwise` ends the remedy.
@@ -82,7 +85,7 @@ def decode(content: bytes, path: Path, megapixels: float, otherwise: str) -> Ima
             image = Image.open(io.BytesIO(content), formats=FORMATS)
             if image.width * image.height > limit:
                 raise Image.DecompressionBombError(f"{image.width * image.height} pixels")
-            return _rgb(image)
+            return as_rgb(_turned_upright(image) if upright else image)
     except UnidentifiedImageError:
         reason = f"can't be decoded (no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image)"
     except Image.DecompressionBombError as error:
@@ -107,7 +110,21 @@ def _pillow_limit(pixels: int) -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = None
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+# EXIF orientation -> what undoes it (Exif 3.0, section 4.6.5.1.6)
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+
+
+def _turned_upright(image: Image.Image) -> Image.Image:
+    orientation = None
+    with contextlib.suppress(Exception):  # metadata that can't be read don't make the picture bad
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
     """Grayscale, palette, CMYK and transparent images as RGB; 16-bit ones are scaled, which Pillow would clip to white."""
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

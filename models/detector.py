@@ -1,0 +1,208 @@
+"""A trained detector as a function of images.
+
+    detector = load_detector("checkpoint.pth")
+    for found in detector("street.jpg").above(0.5):
+        print(found.name, found.score, found.box)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.build import build_model
+from models.deformable_detr import DeformableDETR
+from models.postprocess import PostProcess
+from util.architecture import config_of
+from util.checkpoint import load_state, read_checkpoint
+from util.class_map import ClassMap, classes_of
+from util.config import Config, DataConfig
+from util.distributed import choose_device
+from util.errors import UserError
+from util.image_input import ImageLike, as_picture, prepare
+from util.nested_tensor import NestedTensor
+from util.precision import LOW_TYPES, autocast, check_precision
+
+WEIGHTS = ("auto", "model", "ema")
+
+
+class Detection(NamedTuple):
+    """One box: x0, y0, x1, y1 in pixels; `label` is its place among the logits, `category_id` its id in the annotations."""
+
+    name: str
+    score: float
+    box: tuple[float, float, float, float]
+    label: int
+    category_id: int
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Detections:
+    """What was found on one image, best first. n detections, tensors on the CPU.
+
+    boxes: [n, 4] float32 x0, y0, x1, y1 in pixels of the image that was given; scores: [n] float32 in [0, 1]; labels: [n] int64
+    places among the logits; category_ids: [n] int64 ids of the data set that the detector was trained on; names: n names of the
+    classes; size: (height, width) of the image.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    category_ids: Tensor
+    names: tuple[str, ...]
+    size: tuple[int, int]
+
+    def above(self, score: float) -> Detections:
+        """Those that score at least `score`."""
+        keep = (self.scores >= score).nonzero().flatten()
+        return replace(
+            self, boxes=self.boxes[keep], scores=self.scores[keep], labels=self.labels[keep],
+            category_ids=self.category_ids[keep], names=tuple(self.names[i] for i in keep.tolist()),
+        )  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __iter__(self) -> Iterator[Detection]:
+        columns = (self.names, self.scores.tolist(), self.boxes.tolist(), self.labels.tolist(), self.category_ids.tolist())
+        for name, score, box, label, category_id in zip(*columns, strict=True):
+            yield Detection(name, score, tuple(box), label, category_id)
+
+    def __repr__(self) -> str:
+        width = max(map(len, self.names), default=0)
+        lines = [f"{len(self)} detections on {self.size[1]} x {self.size[0]} pixels"]
+        lines += [f"  {d.name:{width}}  {d.score:.2f}  [{', '.join(f'{x:.1f}' for x in d.box)}]" for d in self]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An image as the network wants it, float32 [3, H, W] on the CPU, and the size (height, width) that it came in."""
+
+    pixels: Tensor
+    size: tuple[int, int]
+
+
+class Detector:
+    """Images to detections, as evaluation makes them: same resizing, normalisation and choice of the 100 best.
+
+    Images of a batch are padded to the largest, which changes their detections a little; with batch_size 1 none has a say in
+    another's.
+
+    Args:
+        model: the network, on its device.
+        config: how to resize (eval_size, max_size).
+        classes: ids and names of the labels.
+        amp: mixed precision, "off", "bf16" or "fp16".
+        batch_size: images that the network gets at once, of a list.
+        score_threshold: leave out detections that score less.
+        max_image_megapixels: refuse larger files.
+    """
+
+    def __init__(
+        self, model: DeformableDETR, config: Config, classes: ClassMap, *, amp: str = "off", batch_size: int = 1,
+        score_threshold: float = 0.0, max_image_megapixels: float = DataConfig.max_image_megapixels,
+    ) -> None:  # fmt: skip
+        if batch_size < 1:
+            raise UserError(f"--batch_size {batch_size} must be at least 1")
+        self.model, self.config, self.classes = model.eval(), config, classes
+        self.amp, self.batch_size, self.score_threshold = amp, batch_size, score_threshold
+        self.max_image_megapixels = max_image_megapixels
+        self.device = next(model.parameters()).device
+        self._postprocess = PostProcess()
+
+    def __call__(self, images: ImageLike | Sequence[ImageLike]) -> Detections | list[Detections]:
+        """Detections of an image, or a list of them for a list of images; see util.image_input.as_picture for what an image is.
+
+        A file is taken upright, as its EXIF orientation says and viewers show it, and boxes refer to it so.
+
+        Raises:
+            UserError (a ValueError): a file or an array can't be used as an image.
+            TypeError: it is something else.
+        """
+        if not isinstance(images, list | tuple):
+            return self.detect([self.prepare(images)])[0]
+        found = []
+        for start in range(0, len(images), self.batch_size):
+            found += self.detect([self.prepare(image) for image in images[start : start + self.batch_size]])
+        return found
+
+    def prepare(self, image: ImageLike) -> Prepared:
+        """An image resized and normalised; several threads may do this."""
+        picture = as_picture(image, self.max_image_megapixels)
+        data = self.config.data
+        return Prepared(prepare(picture, data.eval_size, data.max_size), (picture.height, picture.width))
+
+    @torch.no_grad()
+    def detect(self, batch: Sequence[Prepared]) -> list[Detections]:
+        """Detections of images that go through the network together."""
+        images = NestedTensor.from_images([item.pixels for item in batch]).to(self.device)
+        sizes = torch.tensor([item.size for item in batch], device=self.device)
+        with autocast(self.amp, self.device):
+            outputs = self.model(images)
+        found = self._postprocess(outputs, sizes)
+        return [self._named(one, item.size).above(self.score_threshold) for one, item in zip(found, batch, strict=True)]
+
+    def _named(self, found: dict[str, Tensor], size: tuple[int, int]) -> Detections:
+        labels = found["labels"].cpu()
+        return Detections(
+            boxes=found["boxes"].float().cpu(),
+            scores=found["scores"].float().cpu(),
+            labels=labels,
+            category_ids=torch.tensor([self.classes.id_of(label) for label in labels.tolist()], dtype=torch.int64),
+            names=tuple(self.classes.name_of(label) for label in labels.tolist()),
+            size=size,
+        )
+
+
+def load_detector(
+    checkpoint: str | os.PathLike, *, device: str = "", amp: str = "off", batch_size: int = 1, score_threshold: float = 0.0,
+    weights: str = "auto", max_image_megapixels: float = DataConfig.max_image_megapixels, **architecture: Any,
+) -> Detector:  # fmt: skip
+    """The detector of a checkpoint, published or ours; nothing in the file is executed.
+
+    Args:
+        checkpoint: a path or an https address.
+        device: "cuda", "cuda:1", "mps" or "cpu"; by default CUDA where there is one, else the CPU.
+        amp, batch_size, score_threshold, max_image_megapixels: see Detector.
+        weights: "ema" the averaged weights (--ema_decay), "model" the others, "auto" the averaged where the file has them.
+        architecture: flags of main.py that go before what the checkpoint says (util/architecture.py tells what it can't say);
+            eval_size and max_size, the sides that images are resized to.
+
+    Raises:
+        UserError (a ValueError): the file can't be read, holds no detector, or does not fit `architecture`; an option can't be.
+    """
+    source = os.fspath(checkpoint)
+    if weights not in WEIGHTS:
+        raise UserError(f"--weights {weights!r} must be one of {', '.join(WEIGHTS)}")
+    if amp not in ("off", *LOW_TYPES):
+        raise UserError(f"--amp {amp!r} must be one of off, {', '.join(LOW_TYPES)}")
+    where = choose_device(device)
+    check_precision(amp, where)
+    content = read_checkpoint(source)
+    chosen = _chosen_weights(content, weights, source)
+    config = config_of({**content, "model": chosen}, source, **architecture)
+    model, _, _ = build_model(config)
+    load_state(model, {"model": chosen}, source).require_same_architecture()
+    classes = classes_of(content, source) or ClassMap(config.data.num_classes, ())
+    return Detector(
+        model.to(where), config, classes, amp=amp, batch_size=batch_size, score_threshold=score_threshold,
+        max_image_megapixels=max_image_megapixels,
+    )  # fmt: skip
+
+
+def _chosen_weights(checkpoint: dict[str, Any], weights: str, source: str) -> Any:
+    averaged = checkpoint.get("ema")
+    if weights == "ema" and averaged is None:
+        raise UserError(f"--weights ema: {source} has no averaged weights; it was trained without --ema_decay")
+    if weights == "model" or averaged is None:
+        return checkpoint.get("model", checkpoint)
+    try:
+        return averaged["model"]
+    except (TypeError, KeyError):
+        raise UserError(f"--resume {source} is damaged: its averaged weights can't be found; use --weights model") from None

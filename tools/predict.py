@@ -1,0 +1,414 @@
+"""Detect objects in pictures and videos: annotated copies of them, and the detections in COCO's results format.
+
+Written to --output_dir: every picture and video under its own name, in folders as the inputs are; predictions.json, a list of
+{image_id, category_id, bbox [x, y, width, height] in pixels, score}; and images.json, which says what the ids mean, in COCO's
+instances format without annotations. A picture is taken upright, as viewers show it, and so is a frame of a video; with
+--annotations pictures are taken as they are stored, as in training and evaluation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import re
+import sys
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder would be searched instead
+
+from util.config import BackboneConfig, DataConfig, TransformerConfig, make_parser
+from util.errors import UserError, run_as_command
+
+if TYPE_CHECKING:  # imported where they are used: --help needs no torch
+    from fractions import Fraction
+
+    from PIL import Image
+    from tqdm import tqdm
+
+    from models.detector import Detections, Detector, Prepared
+    from util.images import BadImageError
+    from util.video import VideoReader
+
+EXAMPLE = """example:
+  python tools/predict.py --resume exps/run/checkpoint.pth photos street.jpg drive.mp4 --output_dir predictions
+"""
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pnm", ".jp2")
+# what weights do not tell, should the checkpoint not say it either
+_MAY_BE_UNKNOWN = ("eval_size", "max_size", "dilation", "nheads", "num_queries", "position_embedding_scale")
+T = TypeVar("T")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Do what the flags say. Raises UserError."""
+    args = _parser().parse_args(argv)
+    sources = find_sources([Path(path) for path in args.inputs])
+    check_output(args.output_dir, args.inputs, sources)
+
+    from models import load_detector
+
+    architecture = {name: getattr(args, name) for name in _MAY_BE_UNKNOWN if name in args}
+    detector = load_detector(
+        args.resume, device=args.device, amp=args.amp, batch_size=args.batch_size, score_threshold=args.score_threshold,
+        weights=args.weights, max_image_megapixels=args.max_image_megapixels, **architecture,
+    )  # fmt: skip
+    if args.annotations:
+        sources = with_annotated_ids(sources, args.annotations, detector)
+    with _told_in_a_line(args.output_dir):
+        run = predict(detector, sources, args)
+    report(run)
+
+
+def predict(detector: Detector, sources: Sequence[Source], args: argparse.Namespace) -> Prediction:
+    """Write everything; gives the account of it."""
+    from tqdm import tqdm
+
+    folder = args.output_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    categories = json.dumps([{"id": category.id, "name": category.name} for category in detector.classes.categories])
+    head = f'{{"annotations": [], "categories": {categories},\n"images": '
+    total = sum(not source.is_video for source in sources)
+    with (
+        JsonRows(folder / "predictions.json") as results,
+        JsonRows(folder / "images.json", head, "}") as images,
+        tqdm(total=total, unit="picture", disable=None) as progress,  # none where nobody looks at it
+    ):
+        run = Prediction(detector, args, results, images, progress)
+        run.run(sources)
+    return run
+
+
+def report(run: Prediction) -> None:
+    """Say what was done and what could not be. Raises UserError if that is everything."""
+    for error in run.bad:
+        print(f"left out: {error.path} {error.reason}", file=sys.stderr)
+    if not run.num_shots:
+        raise UserError(f"none of the {len(run.bad)} files could be used")
+    args = run.args
+    left_out = f"; {len(run.bad)} files were left out" if run.bad else ""
+    found = f"{run.num_found} detections that score {args.score_threshold:g} and more"
+    print(f"{run.num_shots} pictures, {found}, in {args.output_dir}{left_out}")
+
+
+@contextlib.contextmanager
+def _told_in_a_line(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or folder} can't be written ({error.strerror or error})") from None
+
+
+# ---- what to predict
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file. `name` is its path below what all inputs have in common; `image_id` None: the next number."""
+
+    path: Path
+    name: str
+    image_id: int | None = None
+
+    @property
+    def is_video(self) -> bool:
+        from util.video import SUFFIXES
+
+        return self.path.suffix.lower() in SUFFIXES
+
+
+def find_sources(inputs: Sequence[Path]) -> list[Source]:
+    """The files of `inputs`, each once, folders searched for pictures through all their folders, in natural order.
+
+    Raises UserError for a path that is not there, and a folder without pictures.
+    """
+    found: dict[Path, None] = {}
+    for path in inputs:
+        if not path.exists():
+            raise UserError(f"{path} does not exist; give pictures, videos, or folders of pictures")
+        inside = sorted(_pictures_in(path), key=_natural) if path.is_dir() else [path]
+        if not inside:
+            raise UserError(f"{path} holds no pictures ({', '.join(PICTURES)}); videos are given by name")
+        found |= dict.fromkeys(Path(os.path.abspath(file)) for file in inside)
+    tops = [os.path.abspath(path if path.is_dir() else path.parent) for path in inputs]
+    common = os.path.commonpath(tops)
+    return [Source(file, file.relative_to(common).as_posix()) for file in found]
+
+
+def _pictures_in(folder: Path) -> Iterator[Path]:
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]  # thumbnails of viewers, and the like
+        for name in files:
+            if not name.startswith(".") and name.lower().endswith(PICTURES):
+                yield Path(place, name)
+
+
+def _natural(path: Path) -> list[Any]:
+    """2.jpg before 10.jpg."""
+    return [[int(word) if word.isdigit() else word for word in re.split(r"([0-9]+)", part.casefold())] for part in path.parts]
+
+
+def check_output(output_dir: Path, inputs: Sequence[str], sources: Sequence[Source]) -> None:
+    """Raise UserError if the pictures to come would be taken for inputs the next time, or take an input's place."""
+    output = os.path.realpath(output_dir)
+    if os.path.exists(output) and not os.path.isdir(output):
+        raise UserError(f"--output_dir {output_dir} is a file; name a folder")
+    for path in inputs:
+        folder = os.path.realpath(path)
+        if os.path.isdir(folder) and os.path.commonpath([folder, output]) == folder:
+            raise UserError(f"--output_dir {output_dir} lies in the input folder {path}; name a folder outside of it")
+    copies: dict[str, Source] = {}
+    for source in sources:
+        if (twin := copies.setdefault(output_name(source), source)) is not source:
+            raise UserError(f"{twin.path} and {source.path} would have one copy, {output_name(source)}; predict them apart")
+    originals = {os.path.realpath(source.path) for source in sources}
+    for source in sources:
+        if os.path.realpath(output_dir / output_name(source)) in originals:
+            raise UserError(f"--output_dir {output_dir} would replace the input {source.path}; name another folder")
+
+
+def output_name(source: Source) -> str:
+    """What the annotated copy is called: the same, where that is a format to write."""
+    kept = (".mp4",) if source.is_video else (".jpg", ".jpeg", ".png")
+    return source.name if source.path.suffix.lower() in kept else source.name + (".mp4" if source.is_video else ".png")
+
+
+def with_annotated_ids(sources: Sequence[Source], annotations: Path, detector: Detector) -> list[Source]:
+    """Names and ids as in a COCO file: an image is the one whose file name there is the longest end of the file's path.
+
+    Raises UserError for a file that is not in there, two that are the same, and a category that the detector does not know.
+    """
+    from datasets.coco_format import read_annotations
+
+    coco = read_annotations(annotations)
+    detector.classes.check(coco.cats.values(), str(annotations), "the checkpoint")
+    ids = {info["file_name"]: number for number, info in coco.imgs.items()}
+    taken: dict[str, Path] = {}
+    for source in sources:
+        if source.is_video:
+            raise UserError(f"--annotations are of pictures and {source.path} is a video; give them apart")
+        parts = source.path.parts
+        name = next((end for i in range(1, len(parts)) if (end := "/".join(parts[i:])) in ids), None)
+        if name is None:
+            raise UserError(f"{source.path} is not in --annotations {annotations}; leave one of them out")
+        if name in taken:
+            raise UserError(f"{taken[name]} and {source.path} are both {name} of --annotations {annotations}; leave out one")
+        taken[name] = source.path
+    return [Source(path, name, ids[name]) for name, path in taken.items()]
+
+
+# ---- prediction
+
+
+@dataclass(frozen=True)
+class Shot:
+    """A picture, or a frame of a video: for the eye, for the network, and as images.json has it."""
+
+    picture: Image.Image
+    prepared: Prepared
+    entry: dict[str, Any]
+    source: Source
+    seconds: Fraction | None = None
+
+
+class Prediction:
+    """From files to files. Reading, detecting and drawing go on at the same time, with a few pictures in memory.
+
+    Args:
+        args: the command's flags.
+    """
+
+    def __init__(self, detector: Detector, args: argparse.Namespace, results: JsonRows, images: JsonRows, progress: tqdm) -> None:
+        from util.visualizer import class_colors
+
+        self.detector, self.args, self.results, self.images, self.progress = detector, args, results, images, progress
+        self.colors = class_colors([detector.classes.name_of(label) for label in range(detector.classes.num_classes)])
+        self.bad: list[BadImageError] = []
+        self.num_shots = self.num_found = 0
+        self._otherwise = "or add --on_bad_image skip"
+        self._next_id = itertools.count(1)
+
+    def run(self, sources: Sequence[Source]) -> None:
+        """All files. Raises BadImageError for one that can't be used, or notes it with --on_bad_image skip."""
+        for is_video, group in itertools.groupby(sources, key=lambda source: source.is_video):
+            if not is_video:
+                self._pictures(list(group))
+                continue
+            for source in group:
+                with self._bad_noted():
+                    self._video(source)
+
+    def _pictures(self, sources: Sequence[Source]) -> None:
+        with contextlib.closing(self._predicted(self._read_pictures(sources))) as predicted:
+            for shot, found in predicted:
+                self._note(shot, found)
+                if not self.args.no_pictures:
+                    path = self._output(shot.source)
+                    # at full chroma: coloured letters would blur otherwise
+                    self._drawn(shot, found, enlarge=True).save(path, quality=92, subsampling=0)
+
+    def _video(self, source: Source) -> None:
+        from util.video import VideoReader, VideoWriter
+
+        with VideoReader(source.path, self._otherwise) as video, contextlib.ExitStack() as stack:
+            self.progress.total += video.num_frames
+            predicted = stack.enter_context(contextlib.closing(self._predicted(self._read_video(video, source))))
+            writer: VideoWriter | None = None
+            for shot, found in predicted:
+                self._note(shot, found)
+                if self.args.no_pictures:
+                    continue
+                if writer is None:
+                    writer = VideoWriter(self._output(source), shot.picture.size, video.rate, video.pixel_aspect)
+                    stack.callback(writer.close)
+                writer.add(self._drawn(shot, found, enlarge=False), shot.seconds)
+
+    def _read_pictures(self, sources: Sequence[Source]) -> Iterator[Shot]:
+        from util.image_input import read_picture
+
+        for source in sources:
+            number = next(self._next_id) if source.image_id is None else source.image_id
+            with self._bad_noted():
+                megapixels, upright = self.args.max_image_megapixels, self.args.annotations is None
+                picture = read_picture(source.path, megapixels, self._otherwise, upright=upright)
+                yield self._shot(picture, {"id": number, "file_name": source.name}, source)
+
+    def _read_video(self, video: VideoReader, source: Source) -> Iterator[Shot]:
+        for index, frame in enumerate(video):
+            seconds = round(float(frame.seconds), 6)
+            entry = {"id": next(self._next_id), "file_name": source.name, "frame": index, "seconds": seconds}
+            yield self._shot(frame.picture, entry, source, frame.seconds)
+
+    def _shot(self, picture: Image.Image, entry: dict[str, Any], source: Source, seconds: Fraction | None = None) -> Shot:
+        entry = entry | {"width": picture.width, "height": picture.height}
+        return Shot(picture, self.detector.prepare(picture), entry, source, seconds)
+
+    def _predicted(self, shots: Iterator[Shot]) -> Iterator[tuple[Shot, Detections]]:
+        size = self.detector.batch_size
+        return ahead(self._detections(ahead(shots, 2 * size)), size)
+
+    def _detections(self, shots: Iterator[Shot]) -> Iterator[tuple[Shot, Detections]]:
+        with contextlib.closing(shots):
+            while batch := list(itertools.islice(shots, self.detector.batch_size)):
+                yield from zip(batch, self.detector.detect([shot.prepared for shot in batch]), strict=True)
+
+    def _note(self, shot: Shot, found: Detections) -> None:
+        from datasets.coco_eval import coco_results
+
+        detections = {"boxes": found.boxes, "scores": found.scores, "labels": found.labels}
+        for result in coco_results([shot.entry["id"]], [detections], self.detector.classes):
+            self.results.add(result)
+        self.images.add(shot.entry)
+        self.num_shots, self.num_found = self.num_shots + 1, self.num_found + len(found)
+        self.progress.update()
+
+    def _drawn(self, shot: Shot, found: Detections, *, enlarge: bool) -> Image.Image:
+        from util.visualizer import draw_boxes
+
+        boxes, scores = found.boxes.numpy(), found.scores.tolist()
+        return draw_boxes(shot.picture, boxes, found.names, scores, colors=self.colors, enlarge=enlarge)
+
+    def _output(self, source: Source) -> Path:
+        path = self.args.output_dir / output_name(source)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    @contextlib.contextmanager
+    def _bad_noted(self) -> Iterator[None]:
+        from util.images import BadImageError
+
+        try:
+            yield
+        except BadImageError as error:
+            if self.args.on_bad_image == "stop":
+                raise
+            self.bad.append(error)
+
+
+def ahead(items: Iterator[T], depth: int) -> Iterator[T]:
+    """The items of a generator, up to `depth` of them made in another thread before they are asked for."""
+    end = object()
+    pool = ThreadPoolExecutor(1)
+    waiting = deque(pool.submit(next, items, end) for _ in range(depth))
+    try:
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(pool.submit(next, items, end))
+            yield item
+    finally:
+        pool.shutdown(cancel_futures=True)  # first, because a generator that runs can't be closed
+        items.close()
+
+
+# ---- files
+
+
+class JsonRows:
+    """A JSON list written as it grows, an entry a line; closed as a whole list even where an error ends it.
+
+    Args:
+        head, tail: what stands before and after the list.
+    """
+
+    def __init__(self, path: Path, head: str = "", tail: str = "") -> None:
+        self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
+        self._file.write(f"{head}[")
+        self._separator, self._tail = "\n", tail
+
+    def add(self, entry: dict[str, Any]) -> None:
+        self._file.write(self._separator + json.dumps(entry))
+        self._separator = ",\n"
+
+    def __enter__(self) -> JsonRows:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._file:
+            self._file.write(f"\n]{self._tail}\n")
+
+
+# ---- flags
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the defaults where there are any, and keeps the lines of description and example."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, "", False) else super()._get_help_string(action)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = make_parser("tools/predict.py", __doc__)
+    parser.epilog, parser.formatter_class = EXAMPLE, _HelpFormatter
+    add, unset = parser.add_argument, argparse.SUPPRESS
+    add("inputs", nargs="+", help="pictures, videos, and folders, which are searched for pictures through all their folders")
+    add("--resume", required=True, default=unset, help="the checkpoint, published or ours: a path or an https address")
+    add("--output_dir", type=Path, required=True, default=unset, help="folder to write, outside of the inputs")
+    add("--score_threshold", type=float, default=0.3, help="leave out detections that score less, in pictures and files")
+    add("--annotations", type=Path,
+        help="a COCO file with the pictures' ids; without it they are numbered from 1 in the order of the inputs")
+    add("--no_pictures", action="store_true", help="write no annotated pictures and videos")
+    add("--batch_size", type=int, default=1, help="pictures at once; in a batch the padding changes detections a little")
+    add("--device", default="", help="cuda, cpu, cuda:1, mps; default: cuda where there is one, else cpu")
+    add("--amp", default="off", choices=("off", "bf16", "fp16"), help="mixed precision")
+    add("--weights", default="auto", choices=("auto", "model", "ema"),
+        help="ema: the averaged weights of --ema_decay; model: the others; auto: the averaged where the checkpoint has them")
+    add("--on_bad_image", default="stop", choices=("stop", "skip"), help="stop at a file that can't be used, or leave it out")
+    add("--max_image_megapixels", type=float, default=DataConfig.max_image_megapixels,
+        help="refuse larger pictures before they are decoded")
+    group = parser.add_argument_group("flags of main.py that a checkpoint may lack", "default: what it says, else main.py's own")
+    for config in (DataConfig, BackboneConfig, TransformerConfig):
+        for item in fields(config):
+            if item.name in _MAY_BE_UNKNOWN:
+                kind = {"action": "store_true"} if item.default is False else {"type": type(item.default)}
+                group.add_argument(f"--{item.name}", default=unset, help=item.metadata["help"], **kind)
+    return parser
+
+
+if __name__ == "__main__":
+    run_as_command(main)

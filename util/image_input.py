@@ -1,0 +1,107 @@
+"""From a picture to the detector's input: one size and normalisation for training, evaluation and prediction."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision.transforms.v2.functional as F
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+
+from util.errors import UserError
+from util.images import as_rgb, decode, read_image_file
+
+ImageLike = str | os.PathLike | Image.Image | np.ndarray | Tensor
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which the backbones were trained on
+
+
+def read_picture(path: Path, megapixels: float, otherwise: str, *, upright: bool = True) -> Image.Image:
+    """The RGB picture in a file; by default as viewers show it (util.images.decode). Raises BadImageError."""
+    return decode(read_image_file(path, megapixels, otherwise), path, megapixels, otherwise, upright=upright)
+
+
+def as_picture(image: ImageLike, megapixels: float) -> Image.Image:
+    """An RGB picture of what programs have images in.
+
+    Args:
+        image: a path; a PIL image, whose pixels are taken as they lie; an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]; a
+            tensor [1, H, W], [3, H, W] or [4, H, W] on any device. Three channels are RGB, of four the last is left out. Numbers
+            are uint8, or floats in [0, 1], which are rounded to 8 bits.
+        megapixels: larger files are refused before they are decoded.
+
+    Raises:
+        BadImageError: the file can't be used.
+        UserError: the array is none of these; the message says which it should be.
+        TypeError: it is something else.
+    """
+    if isinstance(image, str | os.PathLike):
+        return read_picture(Path(image), megapixels, "or leave it out")
+    if isinstance(image, Image.Image):
+        return as_rgb(image)
+    if isinstance(image, Tensor):
+        return _picture_of_tensor(image)
+    if isinstance(image, np.ndarray):
+        return _picture_of_array(image)
+    raise TypeError(f"an image is a path, a PIL image, an array or a tensor, not {type(image).__name__}")
+
+
+def _picture_of_tensor(image: Tensor) -> Image.Image:
+    if image.dim() != 3 or image.shape[0] not in (1, 3, 4):
+        raise UserError(f"a tensor of shape {list(image.shape)} is no image: it must be [3, H, W]; give several as a list")
+    wide = image.detach().float() if image.is_floating_point() else image.detach()
+    return _picture_of_array(wide.permute(1, 2, 0).cpu().numpy())
+
+
+def _picture_of_array(image: np.ndarray) -> Image.Image:
+    if image.ndim not in (2, 3) or image.ndim == 3 and image.shape[2] not in (1, 3, 4) or 0 in image.shape:
+        raise UserError(f"an array of shape {list(image.shape)} is no image: it must be [H, W, 3]; give several as a list")
+    if np.issubdtype(image.dtype, np.floating):
+        if not ((image >= 0) & (image <= 1)).all():  # not so for NaN either
+            raise UserError("an image of floats must lie in [0, 1]; divide by 255, or give uint8")
+        image = (image * 255).round().astype(np.uint8)
+    if image.dtype != np.uint8:
+        raise UserError(f"an image of {image.dtype} can't be used: give uint8, or floats in [0, 1]")
+    grey = image.ndim == 2 or image.shape[2] == 1
+    return as_rgb(Image.fromarray(np.ascontiguousarray(image.reshape(image.shape[:2]) if grey else image[..., :3])))
+
+
+def prepare(image: Image.Image, size: int, max_size: int) -> Tensor:
+    """An RGB picture as evaluation gives it to the detector: float32 [3, H, W], normalised.
+
+    Args:
+        size: the shorter side, in pixels.
+        max_size: limit of the longer side (see `resized`).
+    """
+    height, width = resized(image.height, image.width, size, max_size)
+    return normalize()(resize(image, [height, width])).as_subclass(Tensor)
+
+
+def normalize() -> v2.Transform:
+    """PIL image -> float32 [3, H, W], normalised."""
+    return v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+
+
+def resize(inpt: Any, size: list[int]) -> Any:
+    """An image, or boxes on one, brought to `size` (height, width)."""
+    return F.resize(inpt, size, v2.InterpolationMode.BILINEAR, antialias=True)
+
+
+def resized(height: int, width: int, size: int, max_size: int | None) -> tuple[int, int]:
+    """(height, width) with the shorter side at `size`, or less where the longer would exceed `max_size`.
+
+    As published: the limited side is rounded and the other truncated, so the longer one may exceed `max_size` by a pixel or two.
+    """
+    shorter, longer = min(height, width), max(height, width)
+    if max_size is not None and longer / shorter * size > max_size:
+        size = round(max_size * shorter / longer)
+    if shorter == size:
+        return height, width
+    if width < height:
+        return max(int(size * height / width), 1), max(size, 1)
+    return max(size, 1), max(int(size * width / height), 1)
