@@ -39,23 +39,26 @@ _BODY = "backbone.0.body."
 _SIZES = ("eval_size", "max_size")
 
 
-def config_of(checkpoint: Mapping[str, Any], source: str, **overrides: Any) -> Config:
+def config_of(checkpoint: Mapping[str, Any], source: str, *, batchformer: bool = False, **overrides: Any) -> Config:
     """The Config of the detector in a checkpoint, published or ours, for prediction: it starts without other weights.
 
     Args:
         checkpoint: as `read_checkpoint` gives it.
         source: the file, for messages.
+        batchformer: with BatchFormerV2 as it was trained, off in evaluation.
         overrides: flags of main.py that go before what the checkpoint says: those of the backbone and the transformer, eval_size
             and max_size.
 
     Raises:
-        UserError: it holds no Deformable DETR, or an override is no such flag or can't be.
+        UserError: it holds no Deformable DETR, an override is no such flag or can't be, or `batchformer` and it has none.
     """
     known = {f.name for group in (BackboneConfig, TransformerConfig) for f in fields(group)} | {*_SIZES}
     if unknown := sorted(overrides.keys() - known):
         raise UserError(f"{unknown[0]} is no flag of a detector's architecture; there are {', '.join(sorted(known))}")
     state = weights_of(checkpoint, source)
-    said = _flags_in(checkpoint, known)
+    said = _flags_in(checkpoint, known, batchformer)
+    if batchformer and not said.get("bf"):
+        raise UserError(f"--resume {source} was trained without BatchFormerV2 (--bf), or does not say how it was trained")
     try:
         seen = _seen_in(state, {**said, **overrides})
     except KeyError as error:
@@ -71,14 +74,16 @@ def config_of(checkpoint: Mapping[str, Any], source: str, **overrides: Any) -> C
     return config_from_flags(chosen)
 
 
-def _flags_in(checkpoint: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
+def _flags_in(checkpoint: Mapping[str, Any], known: set[str], batchformer: bool) -> dict[str, Any]:
     """The flags of the architecture among the checkpoint's `args`: a dict, or a published file's Namespace."""
     args = checkpoint.get("args", {})
     flags = vars(args) if isinstance(args, argparse.Namespace) else args
     if not isinstance(flags, Mapping):
         return {}
-    if flags.get("eval_bf"):  # else BatchFormerV2 has no say in evaluation, and needs no module
+    if batchformer or flags.get("eval_bf"):  # else BatchFormerV2 has no say in evaluation, and needs no module
         known = known | {f.name for f in fields(BatchFormerConfig)}
+    if batchformer:
+        flags = {**flags, "eval_bf": False}
     return {name: flags[name] for name in known if flags.get(name) is not None}
 
 
