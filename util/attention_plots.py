@@ -8,15 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize, to_rgba
+from matplotlib.colors import Colormap, Normalize, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 from PIL import Image
@@ -30,6 +32,7 @@ AROUND_EVEN = mpl.colormaps["PuOr"]
 # Okabe and Ito's that letters can be read on; with more levels they repeat
 LEVEL_COLORS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00", "#999999")
 QUERY_COLOR, REFERENCE_COLOR, REGION_COLOR = "#00E5FF", "#FFFFFF", "#FFD400"
+CASING = [withStroke(linewidth=2, foreground="black")]
 PANEL = 3.4  # inches, the longer side of an image
 ZOOM_BELOW = 0.6  # a region smaller than this part of the image is shown enlarged
 
@@ -79,9 +82,7 @@ def plot_samples(picture: Image.Image, samples: Samples, title: str, heads: Sequ
             _draw_samples(cells[1 + level], picture, samples, heads, [level], scale, region)
             cells[1 + level].set_title(_level_title(samples, level, heads, picture.size, region))
         _draw_shares(cells[levels + 1], samples, heads)
-        figure.colorbar(ScalarMappable(scale, WEIGHTS), ax=cells, shrink=0.8, aspect=30, pad=0.01).set_label(
-            "weight of a sampling point (those of a head sum to 1)"
-        )
+        _color_bar(figure, cells, scale, WEIGHTS, "weight of a sampling point (those of a head sum to 1)")
         columns = max(1, int(figure.get_figwidth() / 1.8))  # of the legend
         figure.legend(handles=_sample_legend(samples, region), loc="outside lower left", ncols=columns)
     return figure
@@ -266,9 +267,8 @@ def plot_batch_attention(sheets: Sequence[Image.Image], positions: Sequence[Posi
             for head, axes in enumerate(row[1:]):
                 _draw_matrix(axes, position, position.weights[head], scale)
                 axes.set(xlim=(0, count), ylim=(count, 0), title=f"head {head}")
-        bar = figure.colorbar(ScalarMappable(scale, SHARES), ax=cells, shrink=0.8, aspect=30, pad=0.01)
-        bar.set_label("attention weight (those of a row sum to 1)")
-        _mark(bar.ax, 1 / count, scale, f"1/{count}")
+        bar = _color_bar(figure, cells, scale, SHARES, "attention weight (those of a row sum to 1)")
+        _mark(bar, 1 / count, f"even: 1/{count}")
         label = "padding at this position, in the image of the row or of the column"
         figure.legend(handles=[_hatched(label)], loc="outside lower left")
     return figure
@@ -303,11 +303,10 @@ def plot_other_shares(
         for level, (share, part) in enumerate(zip(shares, inside, strict=True)):
             size = f"{share.shape[2]} x {share.shape[1]}"
             cells[0, 1 + level].set_title(f"level {level}, {size}\nmean {part.mean():.0%}", fontsize=8)
-        percent = PercentFormatter(1, 0)
-        bar = figure.colorbar(ScalarMappable(scale, AROUND_EVEN), ax=cells, shrink=0.8, aspect=30, pad=0.01, format=percent)
-        bar.set_label("share of the attention that goes to the other images")
-        bar.ax.set_ylim(max(scale.vmin, 0), min(scale.vmax, 1))
-        _mark(bar.ax, even, scale, f"{count - 1}/{count}")
+        bar = _color_bar(figure, cells, scale, AROUND_EVEN, "share of the attention that goes to the other images")
+        bar.yaxis.set_major_formatter(PercentFormatter(1, 0))
+        bar.set_ylim(max(scale.vmin, 0), min(scale.vmax, 1))
+        _mark(bar, even, f"even: {count - 1}/{count}")
         figure.legend(handles=[_hatched("padding")], loc="outside lower left")
     return figure
 
@@ -339,11 +338,11 @@ def _draw_thumbnails(axes: Axes, sheets: Sequence[Image.Image], position: Positi
         for x, y in ((number + 0.5 - width / 2, -0.06 - height), (-0.06 - width, number + 0.5 - height / 2)):
             axes.imshow(sheet, extent=(x, x + width, y + height, y), interpolation="lanczos")
             place = x + position.x * width, y + position.y * height
-            axes.plot(*place, "o", markersize=6, color="black")
-            axes.plot(*place, "o", markersize=4, color=REGION_COLOR)
+            axes.plot(*place, "o", markersize=6, color="black", clip_on=False)
+            axes.plot(*place, "o", markersize=4, color=REGION_COLOR, clip_on=False)
         for other in range(count) if count <= 8 else ():
-            ink = "black" if weights[number, other] > 0.6 * axes.images[0].norm.vmax else "white"
-            axes.text(other + 0.5, number + 0.5, f"{weights[number, other]:.2f}", ha="center", va="center", fontsize=7, color=ink)
+            text = f"{weights[number, other]:.2f}"
+            axes.text(other + 0.5, number + 0.5, text, ha="center", va="center", fontsize=7, color="white", path_effects=CASING)
     axes.set(xlim=(-0.1 - width, count), ylim=(count, -0.1 - height), xticks=[], yticks=[])
     axes.set(xlabel="image that is looked at", ylabel="image that looks")
     axes.xaxis.set_label_position("top")
@@ -368,9 +367,15 @@ def _hatched(label: str) -> Patch:
     return Patch(facecolor="white", edgecolor="0.5", hatch="////", label=label)
 
 
-def _mark(axes: Axes, value: float, scale: Normalize, name: str) -> None:
-    """A line on a colour bar where attention would be even."""
-    if value <= scale.vmax:
-        axes.axhline(value, color="white", linewidth=3.5)
-        axes.axhline(value, color="black", linewidth=1.5)
-    axes.text(0.5, 1.01, f"even: {name}", transform=axes.transAxes, ha="center", va="bottom", fontsize=8)
+def _color_bar(figure: Figure, cells: Any, scale: Normalize, colors: Colormap, label: str) -> Axes:
+    """At the right of `cells`, which keep their anchors."""
+    bar = figure.colorbar(ScalarMappable(scale, colors), ax=cells, shrink=0.8, aspect=30, pad=0.01, panchor=False)
+    bar.set_label(label)
+    return bar.ax
+
+
+def _mark(bar: Axes, value: float, label: str) -> None:
+    """A line across a colour bar."""
+    bar.axhline(value, color="white", linewidth=3.5)
+    bar.axhline(value, color="black", linewidth=1.5)
+    bar.text(0.5, 1.01, label, transform=bar.transAxes, ha="center", va="bottom", fontsize=8)
