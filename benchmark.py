@@ -260,11 +260,11 @@ def _noise(height: int, width: int, num_classes: int) -> tuple[torch.Tensor, dic
 
 def _parse() -> tuple[argparse.Namespace, Config]:
     parser = make_parser("benchmark.py", __doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.usage = "python benchmark.py [inference|train|op] [flags]"
     own = parser.add_argument_group("benchmark")
     own.add_argument("what", nargs="?", default="inference", choices=("inference", "train", "op"), help="what to time")
     for name, default, text in (("num", 300, "timed iterations"), ("warm", 5, "iterations before that are not counted")):
-        own.add_argument(f"--{name}_iters", f"--{name}-iters", type=int, default=default, help=f"{text} ({default})")
+        own.add_argument(f"--{name}_iters", f"--{name}-iters", type=int, default=default, help=text)
     own.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="noise of this size instead of the data set")
     own.add_argument("--against_reference", action="store_true", help="the same with the attention operator in plain PyTorch too")
     own.add_argument("--profile", action="store_true", help="what the time of one iteration goes to")

@@ -673,11 +673,16 @@ HELP = {
 }
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the defaults, and keeps the line break of the example."""
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m datasets.synthetic",
         description="Writes a synthetic detection data set of textured shapes in COCO's layout.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="example:\n  python -m datasets.synthetic --output_dir data/shapes --train_images 200 --num_classes 3",
+        formatter_class=_HelpFormatter,
     )
     parser.add_argument("--output_dir", default="data/synthetic", help="folder of the data set")
     for field in fields(Settings):

@@ -76,7 +76,7 @@ class Detections:
 
     def __repr__(self) -> str:
         width = max(map(len, self.names), default=0)
-        lines = [f"{len(self)} detections on {self.size[1]} x {self.size[0]} pixels"]
+        lines = [f"{len(self)} detection{'s' * (len(self) != 1)} on {self.size[1]} x {self.size[0]} pixels"]
         lines += [f"  {d.name:{width}}  {d.score:.2f}  [{', '.join(f'{x:.1f}' for x in d.box)}]" for d in self]
         return "\n".join(lines)
 
@@ -171,9 +171,9 @@ class Detector:
 
 
 def load_detector(
-    checkpoint: str | os.PathLike, *, device: str = "", amp: str = "off", batch_size: int = 1, score_threshold: float = 0.0,
-    weights: str = "auto", max_image_megapixels: float = DataConfig.max_image_megapixels, batchformer: bool = False,
-    **architecture: Any,
+    checkpoint: str | os.PathLike, *, device: str | torch.device = "", amp: str = "off", batch_size: int = 1,
+    score_threshold: float = 0.0, weights: str = "auto", max_image_megapixels: float = DataConfig.max_image_megapixels,
+    batchformer: bool = False, **architecture: Any,
 ) -> Detector:  # fmt: skip
     """The detector of a checkpoint, published or ours; nothing in the file is executed.
 
@@ -201,7 +201,7 @@ def load_detector(
     config = config_of({**content, "model": chosen}, source, batchformer=batchformer, **architecture)
     model, _, _ = build_model(config)
     load_state(model, {"model": chosen}, source).require_same_architecture()
-    classes = classes_of(content, source) or ClassMap(config.data.num_classes, ())
+    classes = classes_of(content, source) or ClassMap(config.data.num_logits, ())
     return Detector(
         model.to(where), config, classes, amp=amp, batch_size=batch_size, score_threshold=score_threshold,
         max_image_megapixels=max_image_megapixels,

@@ -50,13 +50,21 @@ def write_coco(
 
 
 def run_main(*flags: str, processes: int = 1, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-    """main.py as a user starts it: by itself, or under the launcher."""
+    """main.py as a user starts it: by itself, or under the launcher.
+
+    Loading the libraries takes seconds: tests.processes.run_main_forked is for what is not about starting or ending.
+    """
     command = [sys.executable, "main.py"] if processes == 1 else ["./tools/run_dist_launch.sh", str(processes), "main.py"]
     return run(*command, *flags, env=env)
 
 
 def run(*command: str, env: dict[str, str] | None = None, cwd: Path = ROOT, timeout: int = 300) -> subprocess.CompletedProcess:
     """A command in the project's root, in this environment, with one thread a process."""
+    variables = environment(**(env or {}))
+    return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """This process's environment for a child: this Python first on PATH, one thread a process, and `variables`."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "VIRTUAL_ENV": sys.prefix, **(env or {})}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "VIRTUAL_ENV": sys.prefix, **variables}

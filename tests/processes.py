@@ -1,6 +1,6 @@
-"""Runs of main.py in processes forked from one that has loaded the libraries: a dozen start in a second.
+"""Processes of the program: runs in processes forked from one that has loaded the libraries, and who of a job is who.
 
-tests.helpers.run_main starts the program as a user does, which takes seconds a process.
+Loading them takes seconds a process; forked, a dozen start in one. tests.helpers.run_main starts the program as a user does.
 """
 
 from __future__ import annotations
@@ -9,10 +9,35 @@ import multiprocessing
 import os
 import runpy
 import socket
+import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, environment
+
+
+def run_main_forked(*flags: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """main.py in one process, as tests.helpers.run_main gives it. What libraries read when they are loaded `env` can't set."""
+    return run_forked("main.py", *flags, env=env)
+
+
+def run_forked(
+    script: str, *arguments: str, env: dict[str, str] | None = None, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """A Python script of the project, by its path in it, with this process's environment and one thread."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        process = _forked(script, arguments, environment(**(env or {})), out, err)
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            raise subprocess.TimeoutExpired([script, *arguments], timeout, out.read_bytes(), err.read_bytes())
+        return subprocess.CompletedProcess([script, *arguments], process.exitcode, out.read_text(), err.read_text())
 
 
 def run_main_together(*flags: str, processes: int, output: Path, timeout: float = 300) -> str:
@@ -25,14 +50,12 @@ def run_main_together(*flags: str, processes: int, output: Path, timeout: float 
         AssertionError: a process did not end with 0 in `timeout` seconds; with what it printed last.
     """
     output.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["main"])
-    shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     logs = [output / f"process{rank}.txt" for rank in range(processes)]
-    workers = [
-        context.Process(target=_run, args=(flags, shared | {"RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {}, log))
-        for rank, log in enumerate(logs)
-    ]
+    workers = []
+    for rank, log in enumerate(logs):
+        own = shared | {"RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {}
+        workers.append(_forked("main.py", flags, environment(**{name: str(value) for name, value in own.items()}), log, log))
     for worker in workers:
         worker.start()
     try:
@@ -46,21 +69,51 @@ def run_main_together(*flags: str, processes: int, output: Path, timeout: float 
     return logs[0].read_text()
 
 
-def _run(flags: tuple[str, ...], variables: dict[str, object], log: Path) -> None:
-    """In the new process: become main.py."""
+def _forked(script: str, arguments: tuple[str, ...], variables: dict[str, str], out: Path, err: Path) -> ForkServerProcess:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["main"])
+    return context.Process(target=_become, args=(script, arguments, variables, out, err))
+
+
+def _become(script: str, arguments: tuple[str, ...], variables: dict[str, str], out: Path, err: Path) -> None:
+    """In the new process: become the script."""
     import torch
 
-    with open(log, "w", buffering=1) as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    for number, path in ((1, out), (2, err)):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)  # both may be the same
+        os.dup2(file, number)
+        os.close(file)
+    sys.stdout.reconfigure(line_buffering=True)
     torch.set_num_threads(1)
-    os.environ.update({name: str(value) for name, value in variables.items()})
+    multiprocessing.set_start_method(None, force=True)  # what the program itself starts is forked, as otherwise
+    os.environ.clear()
+    os.environ.update(variables)
     os.chdir(ROOT)
-    sys.argv = ["main.py", *flags]
-    runpy.run_path(str(ROOT / "main.py"), run_name="__main__")
+    sys.argv = [script, *arguments]
+    runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def variables_of_processes() -> Iterator[tuple[int, int, dict[str, str]]]:
+    """(pid, its parent's, environment) of every process that may be looked at."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            entries = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
+        except (OSError, IndexError):  # it has ended meanwhile
+            continue
+        yield int(folder.name), parent, dict(entry.split("=", 1) for entry in entries if "=" in entry)
+
+
+def training_processes(launcher: int) -> dict[int, int]:
+    """Rank to pid of the training processes that a launcher has started; loader workers are their children."""
+    return {
+        int(variables["RANK"]): pid
+        for pid, parent, variables in variables_of_processes()
+        if parent == launcher and "RANK" in variables
+    }

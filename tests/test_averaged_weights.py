@@ -6,7 +6,8 @@ import json
 
 import torch
 
-from tests.helpers import SMALL_IMAGES, SMALL_MODEL, run_main, write_coco
+from tests.helpers import SMALL_IMAGES, SMALL_MODEL, write_coco
+from tests.processes import run_main_forked
 from util.checkpoint import read_checkpoint
 from util.config import parse_config
 from util.optim import AveragedWeights, Updater, build_optimizer
@@ -40,7 +41,7 @@ def test_averages_are_evaluated_and_saved_beside_the_weights(tmp_path):
     write_coco(tmp_path / "data", 4, 2)
     out = tmp_path / "out"
     flags = ("--coco_path", str(tmp_path / "data"), *SMALL_IMAGES, *SMALL_MODEL, "--output_dir", str(out), "--save_predictions")
-    result = run_main(*flags, "--epochs", "2", "--ema_decay", "0.5")
+    result = run_main_forked(*flags, "--epochs", "2", "--ema_decay", "0.5")
     assert result.returncode == 0, result.stderr
     lines = [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
     assert all(len(line["test_ema_coco_eval_bbox"]) == len(line["test_coco_eval_bbox"]) == 12 for line in lines)
@@ -48,7 +49,7 @@ def test_averages_are_evaluated_and_saved_beside_the_weights(tmp_path):
     checkpoint = read_checkpoint(out / "checkpoint.pth")
     assert checkpoint["ema"]["updates"] == 4
     assert checkpoint["ema"]["model"].keys() == checkpoint["model"].keys()
-    evaluated = run_main(*flags, "--eval", "--resume", str(out / "checkpoint.pth"))
+    evaluated = run_main_forked(*flags, "--eval", "--resume", str(out / "checkpoint.pth"))
     assert evaluated.returncode == 0, evaluated.stderr
     assert evaluated.stdout.count("AP50") == 2
     assert "averaged weights: " in evaluated.stdout

@@ -12,6 +12,7 @@ import torch
 from main import main
 from models import build_model
 from tests.helpers import SMALL_IMAGES, SMALL_MODEL, run_main, write_coco
+from tests.processes import run_main_forked
 from util.config import check_trainable, parse_config
 from util.errors import UserError, run_as_command
 
@@ -235,7 +236,7 @@ def test_a_loader_process_reports_the_same_way(scene):
 def test_evaluation_reports_the_same_way(scene):
     path = scene.weights("w.pth")
     truncate(scene.image("val", 1))
-    result = run_main(
+    result = run_main_forked(
         "--coco_path", str(scene.data), *SMALL_IMAGES, *SMALL_MODEL, "--num_workers", "0", "--eval", "--resume", str(path)
     )  # fmt: skip
     assert result.returncode == 2

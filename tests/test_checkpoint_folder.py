@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import util.checkpoint_folder
-from tests.helpers import SMALL_IMAGES, SMALL_MODEL, run, run_main, write_coco
+from tests.helpers import SMALL_IMAGES, SMALL_MODEL, run, write_coco
+from tests.processes import run_main_forked
 from util import checkpoint
 from util.checkpoint import check_intact, read_checkpoint, write_atomically
 from util.checkpoint_folder import CheckpointFolder
@@ -220,9 +221,9 @@ def test_going_on_from_an_earlier_checkpoint_sets_the_later_ones_aside(tmp_path)
     write_coco(tmp_path / "data", 4, 2)
     out = tmp_path / "out"
     flags = ("--coco_path", str(tmp_path / "data"), *SMALL_IMAGES, *SMALL_MODEL, "--lr_drop", "2", "--output_dir", str(out))
-    assert run_main(*flags, "--epochs", "4").returncode == 0
+    assert run_main_forked(*flags, "--epochs", "4").returncode == 0
     log = (out / "log.txt").read_text()
-    again = run_main(*flags, "--epochs", "3", "--resume", str(out / "checkpoint0001.pth"))
+    again = run_main_forked(*flags, "--epochs", "3", "--resume", str(out / "checkpoint0001.pth"))
     assert again.returncode == 0, again.stderr
     assert (out / "log.txt").read_text().splitlines() == log.splitlines()[:3]
     assert (out / "earlier-1" / "log.txt").read_text() == log

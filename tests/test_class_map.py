@@ -13,7 +13,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from datasets import build_dataset
-from tests.helpers import SMALL_IMAGES, SMALL_MODEL, run_main, write_coco
+from tests.helpers import SMALL_IMAGES, SMALL_MODEL, write_coco
+from tests.processes import run_main_forked
 from util.checkpoint import read_checkpoint
 from util.class_map import AUTO, COCO_CLASSES, Category, ClassMap, classes_of
 from util.config import parse_config
@@ -127,7 +128,7 @@ def test_sparse_ids_are_mapped_and_come_back(sparse, tmp_path):
     annotations, out = sparse / "annotations/instances_val2017.json", tmp_path / "out"
     model = (*SMALL_MODEL[:-2], "--num_queries", "30")  # without --num_classes
     flags = ("--coco_path", str(sparse), *SMALL_IMAGES, *model, "--num_workers", "0", "--output_dir", str(out))
-    result = run_main(*flags, "--epochs", "20", "--eval_every", "20", "--lr", "1e-3", "--save_predictions")
+    result = run_main_forked(*flags, "--epochs", "20", "--eval_every", "20", "--lr", "1e-3", "--save_predictions")
     assert result.returncode == 0, result.stderr
     assert "3 classes: two, three, one" in result.stdout
 
@@ -142,7 +143,7 @@ def test_sparse_ids_are_mapped_and_come_back(sparse, tmp_path):
     assert last["test_coco_eval_bbox"] == figures_by_hand(annotations, out / "predictions.json")
     assert max(last["test_coco_eval_bbox"]) > 0
 
-    result = run_main(*flags, "--eval", "--resume", str(out / "checkpoint.pth"), "--save_predictions")
+    result = run_main_forked(*flags, "--eval", "--resume", str(out / "checkpoint.pth"), "--save_predictions")
     assert result.returncode == 0, result.stderr
     assert json.loads((out / "predictions.json").read_text()) == predictions
 
@@ -150,13 +151,13 @@ def test_sparse_ids_are_mapped_and_come_back(sparse, tmp_path):
 def test_going_on_with_other_classes_is_refused(sparse, tmp_path):
     out = tmp_path / "out"
     model = ("--num_workers", "0", *SMALL_IMAGES, *SMALL_MODEL[:-2], "--epochs")
-    assert run_main("--coco_path", str(sparse), *model, "1", "--output_dir", str(out)).returncode == 0
+    assert run_main_forked("--coco_path", str(sparse), *model, "1", "--output_dir", str(out)).returncode == 0
     write_coco(tmp_path / "data", 4, 3)  # the same names, in another order
     for more, told in (
         (("--output_dir", str(out), "--resume", "auto"), ("'two'", "'one'", "--finetune")),
         (("--resume", str(out / "checkpoint.pth"), "--eval"), ("instances_val2017.json", "1 'one'", "training annotations")),
     ):
-        result = run_main("--coco_path", str(tmp_path / "data"), *model, "2", *more)
+        result = run_main_forked("--coco_path", str(tmp_path / "data"), *model, "2", *more)
         assert result.returncode == 2
         (line,) = result.stderr.strip().splitlines()
         assert all(part in line for part in told), line

@@ -123,7 +123,7 @@ def test_crowds_degenerate_boxes_and_empty_images(tmp_path):
     write_coco(tmp_path, num_train=2, annotations={0: boxes, 1: []}, size=(64, 64))
     dataset = build_dataset("val", config_for(tmp_path, *SMALL_IMAGES))
     image, target = dataset[0]
-    assert target["labels"].tolist() == [1, 2]
+    assert target["labels"].tolist() == [0, 1]
     torch.testing.assert_close(cxcywh_to_xyxy(target["boxes"]) * 64, torch.tensor([[10.0, 10, 30, 30], [50, 40, 64, 64]]))
     image, target = dataset[1]
     assert target["boxes"].shape == (0, 4)

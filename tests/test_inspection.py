@@ -74,7 +74,7 @@ def test_nothing_stays_behind_in_the_network(images):
     with pytest.raises(KeyError), recording(model) as record:
         run(model, images, in_training=True)
         raise KeyError
-    assert not any(module._forward_hooks for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert not any(module.training for module in model.modules())
     assert len(record.batch) == 2
 
@@ -113,6 +113,20 @@ def test_recorded_attention_across_the_batch_gives_the_modules_output_again(kind
         mixed = torch.einsum("smij,jsmd->ismd", weights, value).flatten(-2)
         torch.testing.assert_close(module.out_proj(mixed), output[0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+
+
+def test_what_is_left_out_is_not_recorded(images):
+    model = small_model(*TWO_STREAMS)
+    with recording(model) as full:
+        run(model, images, in_training=True)
+    with recording(model, deformable=False) as record:
+        run(model, images, in_training=True)
+    assert not record.encoder
+    assert not record.decoder
+    assert torch.equal(record.batch[1], full.batch[1])
+    assert record.spatial_shapes == full.encoder[1].spatial_shapes
+    # of the batch, which the second encoder layer got twice
+    assert torch.equal(record.padding_mask.repeat(2, 1), full.encoder[1].padding_mask)
 
 
 def test_in_evaluation_no_image_attends_to_another(images):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import free_port
 from util.errors import EXIT_LOST_PROCESS, EXIT_PREEMPTED, EXIT_USER_ERROR
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,12 +106,6 @@ def all_end(pids: list[int], seconds: float = 10) -> bool:
             return True
         time.sleep(0.1)
     return False
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def start_two_nodes(

@@ -8,19 +8,19 @@ import signal
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 
 from tests.faults.compare import differences
-from tests.helpers import BATCHFORMER, ROOT, SMALL_IMAGES, SMALL_MODEL, run_main, write_coco
+from tests.helpers import BATCHFORMER, ROOT, SMALL_IMAGES, SMALL_MODEL, environment, write_coco
+from tests.processes import run_main_forked, run_main_together, training_processes
 from util.checkpoint import read_checkpoint
 from util.errors import EXIT_PREEMPTED, Preempted
-from util.preemption import StopRequest
+from util.preemption import SIGNALS, StopRequest, StopVote
 
 # two epochs of 9 steps; mid-epoch states have dropout, augmentation, loader workers, unfinished accumulation, averages, a scaler
 EVERYTHING = (*BATCHFORMER, "--accumulate_steps", "3", "--ema_decay", "0.9", "--amp", "bf16", "--num_workers", "2")
-OTHER = ("--amp", "fp16", "--backbone_norm", "bn", "--sgd", "--num_workers", "0", "--save_every", "2")
+OTHER = ("--amp", "fp16", "--backbone_norm", "bn", "--sgd", "--num_workers", "0", "--save_every", "4")
 
 
 @pytest.fixture
@@ -32,45 +32,41 @@ def flags(tmp_path):
 
 def start(*flags: str, processes: int = 1) -> subprocess.Popen:
     command = [sys.executable, "-u", "main.py"] if processes == 1 else ["./tools/run_dist_launch.sh", str(processes), "main.py"]
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [*command, *flags], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*command, *flags], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )  # fmt: skip
 
 
-def interrupt(process: subprocess.Popen, line: str, number: int, find_pid=None) -> tuple[int, str]:
-    """Send signal `number` when `line` (a pattern) is printed; gives the exit code and the output."""
+def interrupt(process: subprocess.Popen, line: str, number: int, rank: int | None = None) -> tuple[int, str]:
+    """Send signal `number` when `line` (a pattern) is printed, to the launcher's process of a rank or to the process itself.
+
+    Gives the exit code and the output.
+    """
     output = []
     timer = threading.Timer(120, process.kill)
     timer.start()
     for text in process.stdout:
         output.append(text)
         if re.search(line, text) and number:
-            os.kill(find_pid(process) if find_pid else process.pid, number)
+            os.kill(process.pid if rank is None else training_processes(process.pid)[rank], number)
             number = 0
     timer.cancel()
     return process.wait(), "".join(output)
 
 
-def child_with_rank(rank: int):
-    def find(process: subprocess.Popen) -> int:
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-                environment = (folder / "environ").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if parent == process.pid and f"RANK={rank}".encode() in environment:
-                return int(folder.name)
-        raise AssertionError("no such process")
-
-    return find
+@pytest.fixture
+def _handlers_put_back():
+    """A request leaves the signals ignored."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("extra", [EVERYTHING, OTHER])
 def test_leaving_in_the_middle_of_an_epoch_and_going_on_is_never_having_stopped(tmp_path, flags, extra):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert run_main(*flags, *extra, "--output_dir", str(whole)).returncode == 0
+    assert run_main_forked(*flags, *extra, "--output_dir", str(whole)).returncode == 0
     run = (*flags, *extra, "--output_dir", str(parts), "--resume", "auto")
     code, output = interrupt(start(*run), r"epoch 0 \[ *3/", signal.SIGUSR1)
     assert code == EXIT_PREEMPTED, output
@@ -83,24 +79,23 @@ def test_leaving_in_the_middle_of_an_epoch_and_going_on_is_never_having_stopped(
     assert read_checkpoint(parts / "checkpoint.pth")["history"]["unfinished"] is not None
     code, output = interrupt(start(*run), r"epoch 1 \[ *5/", signal.SIGKILL)
     assert code == -signal.SIGKILL
-    resumed = run_main(*run)
+    resumed = run_main_forked(*run)
     assert resumed.returncode == 0, resumed.stderr
     assert differences(whole, parts) == []
     assert not list(parts.glob("earlier-*"))
-    again = run_main(*run)
+    again = run_main_forked(*run)
     assert again.returncode == 0
     assert "nothing is left to do" in again.stdout
 
 
 def test_one_of_two_processes_is_signalled_and_both_leave_together(tmp_path, flags):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert run_main(*flags, "--ema_decay", "0.9", "--output_dir", str(whole), processes=2).returncode == 0
+    run_main_together(*flags, "--ema_decay", "0.9", "--output_dir", str(whole), processes=2, output=tmp_path / "printed")
     run = (*flags, "--ema_decay", "0.9", "--output_dir", str(parts), "--resume", "auto")
-    code, output = interrupt(start(*run, processes=2), r"epoch 0 \[ *2/", signal.SIGUSR1, find_pid=child_with_rank(1))
+    code, output = interrupt(start(*run, processes=2), r"epoch 0 \[ *2/", signal.SIGUSR1, rank=1)
     assert code == EXIT_PREEMPTED, output
     assert len(list(parts.glob("resume_*.pth"))) == 1, "saved once"
-    resumed = run_main(*run, processes=2)
-    assert resumed.returncode == 0, resumed.stderr
+    run_main_together(*run, processes=2, output=tmp_path / "printed")
     assert differences(whole, parts) == []
 
 
@@ -109,13 +104,13 @@ def test_another_number_of_processes_goes_on_and_says_what_changes(tmp_path, fla
     code, output = interrupt(start(*run), r"epoch 0 \[ *3/", signal.SIGUSR1)
     assert code == EXIT_PREEMPTED, output
     seen = read_checkpoint(tmp_path / "checkpoint.pth")["position"]["images"]
-    resumed = run_main(*run, processes=2)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "No longer exact" in resumed.stdout
-    steps = int(re.search(r"epoch 0 \[ *\d+/(\d+)\]", resumed.stdout)[1])
+    printed = run_main_together(*run, processes=2, output=tmp_path / "printed")
+    assert "No longer exact" in printed
+    steps = int(re.search(r"epoch 0 \[ *\d+/(\d+)\]", printed)[1])
     assert steps == (9 - seen) // 2, "only the images that are left"
 
 
+@pytest.mark.usefixtures("_handlers_put_back")
 def test_a_signal_outside_of_training_leaves_at_once_and_within_only_when_it_is_saved():
     with pytest.raises(Preempted, match="SIGTERM"), StopRequest().installed():
         os.kill(os.getpid(), signal.SIGTERM)
@@ -132,4 +127,19 @@ def test_a_signal_outside_of_training_leaves_at_once_and_within_only_when_it_is_
         assert stop.signal == "SIGUSR2"
         stop.leave("all is on the disk")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN, "leaving is not disturbed by a second signal"
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@pytest.mark.usefixtures("_handlers_put_back")
+def test_a_signal_between_the_last_vote_and_the_end_of_an_epoch_is_not_forgotten():
+    later = []
+    with pytest.raises(Preempted, match="SIGUSR1.*not in the newest checkpoint"), StopRequest().installed() as stop:
+        with stop.deferred():
+            with stop.deferred():
+                assert not StopVote(stop).agreed_now()
+                os.kill(os.getpid(), signal.SIGUSR1)
+            later.append("in the outer block")
+        later.append("in the evaluation")
+    assert later == ["in the outer block"]
+    with pytest.raises(OSError, match="full"), StopRequest().installed() as stop, stop.deferred():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        raise OSError("full: an error is told rather than that it was asked to leave")

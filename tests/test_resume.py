@@ -14,7 +14,8 @@ import torch
 from models import build_model
 from tests.faults.compare import differences
 from tests.golden import recipe
-from tests.helpers import BATCHFORMER, SMALL_IMAGES, SMALL_MODEL, run_main, write_coco
+from tests.helpers import BATCHFORMER, SMALL_IMAGES, SMALL_MODEL, write_coco
+from tests.processes import run_main_forked
 from util.checkpoint import load_weights, read_checkpoint, write_atomically
 from util.config import parse_config
 from util.errors import UserError
@@ -38,9 +39,9 @@ def test_stop_and_resume_is_bit_identical_to_never_stopping(tmp_path, data, extr
     """Three epochs in one go, and one epoch followed by two more; with dropout and augmentation."""
     common = (*data, *extra, "--lr_drop", "2")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert run_main(*common, "--epochs", "3", "--output_dir", str(whole)).returncode == 0
-    assert run_main(*common, "--epochs", "1", "--output_dir", str(parts)).returncode == 0
-    resumed = run_main(*common, "--epochs", "3", "--output_dir", str(parts), "--resume", str(parts / "checkpoint.pth"))
+    assert run_main_forked(*common, "--epochs", "3", "--output_dir", str(whole)).returncode == 0
+    assert run_main_forked(*common, "--epochs", "1", "--output_dir", str(parts)).returncode == 0
+    resumed = run_main_forked(*common, "--epochs", "3", "--output_dir", str(parts), "--resume", str(parts / "checkpoint.pth"))
     assert resumed.returncode == 0, resumed.stderr
     assert "WARNING" not in resumed.stdout
     assert differences(whole, parts) == []
@@ -52,16 +53,18 @@ def test_stop_and_resume_is_bit_identical_to_never_stopping(tmp_path, data, extr
 
 def test_resume_says_what_changed_and_ends_clearly(tmp_path, data):
     out = tmp_path / "out"
-    assert run_main(*data, "--epochs", "1", "--output_dir", str(out)).returncode == 0
+    assert run_main_forked(*data, "--epochs", "1", "--output_dir", str(out)).returncode == 0
     before = (out / "checkpoint.pth").read_bytes()
-    done = run_main(*data, "--epochs", "1", "--output_dir", str(out), "--resume", str(out / "checkpoint.pth"))
+    done = run_main_forked(*data, "--epochs", "1", "--output_dir", str(out), "--resume", str(out / "checkpoint.pth"))
     assert done.returncode == 2
     assert "raise --epochs" in done.stderr
-    other = run_main(*data, *BATCHFORMER, "--epochs", "2", "--output_dir", str(out), "--resume", str(out / "checkpoint.pth"))
+    other = run_main_forked(
+        *data, *BATCHFORMER, "--epochs", "2", "--output_dir", str(out), "--resume", str(out / "checkpoint.pth")
+    )  # fmt: skip
     assert other.returncode == 2
     assert "--bf" in other.stderr
     assert (out / "checkpoint.pth").read_bytes() == before
-    changed = run_main(
+    changed = run_main_forked(
         *data, "--lr", "1e-5", "--epochs", "2", "--output_dir", str(out), "--resume", str(out / "checkpoint.pth")
     )  # fmt: skip
     assert changed.returncode == 0, changed.stderr
@@ -73,9 +76,9 @@ def test_resume_says_what_changed_and_ends_clearly(tmp_path, data):
 def test_a_second_run_does_not_overwrite_the_first(tmp_path, data):
     out = tmp_path / "out"
     flags = (*data, "--epochs", "1", "--output_dir", str(out))
-    assert run_main(*flags).returncode == 0
+    assert run_main_forked(*flags).returncode == 0
     first = (out / "checkpoint.pth").read_bytes()
-    second = run_main(*flags, "--seed", "7")
+    second = run_main_forked(*flags, "--seed", "7")
     assert second.returncode == 0
     assert "earlier-1" in second.stdout
     assert (out / "earlier-1" / "checkpoint.pth").read_bytes() == first
@@ -84,7 +87,7 @@ def test_a_second_run_does_not_overwrite_the_first(tmp_path, data):
 
 def test_checkpoints_come_with_the_published_names_and_times(tmp_path, data):
     out = tmp_path / "out"
-    result = run_main(*data, "--epochs", "6", "--lr_drop", "3", "--eval_every", "4", "--output_dir", str(out))
+    result = run_main_forked(*data, "--epochs", "6", "--lr_drop", "3", "--eval_every", "4", "--output_dir", str(out))
     assert result.returncode == 0, result.stderr
     names = {p.name for p in out.glob("*.pth")}
     published = {"checkpoint.pth", "checkpoint0002.pth", "checkpoint0004.pth", "checkpoint0005.pth"}
@@ -126,7 +129,7 @@ def test_published_checkpoints_load_and_evaluate_like_ours(tmp_path, data):
     for name, value in model.state_dict().items():
         assert torch.equal(fresh.state_dict()[name], value)
     # the documented evaluation names no BatchFormer flags: its weights are then the only ones left over
-    result = run_main(
+    result = run_main_forked(
         *data, "--with_box_refine", "--resume", str(tmp_path / "published.pth"), "--eval", "--output_dir", str(tmp_path / "out"),
         "--save_predictions",
     )  # fmt: skip
@@ -140,7 +143,9 @@ def test_published_checkpoints_load_and_evaluate_like_ours(tmp_path, data):
 
 def test_training_goes_on_from_published_weights(tmp_path, data):
     published(small_model(), tmp_path / "published.pth", optimizer={"state": {}, "param_groups": []}, lr_scheduler={})
-    result = run_main(*data, "--resume", str(tmp_path / "published.pth"), "--epochs", "1", "--output_dir", str(tmp_path / "out"))
+    result = run_main_forked(
+        *data, "--resume", str(tmp_path / "published.pth"), "--epochs", "1", "--output_dir", str(tmp_path / "out")
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "the optimiser starts afresh" in result.stdout
 
@@ -289,15 +294,15 @@ def test_a_new_run_that_failed_at_its_start_does_not_go_on_with_the_one_before(t
     out = tmp_path / "out"
     flags = ("--coco_path", str(tmp_path / "data"), *SMALL_IMAGES, *SMALL_MODEL, "--num_workers", "0", "--epochs", "1",
              "--output_dir", str(out))  # fmt: skip
-    assert run_main(*flags).returncode == 0
+    assert run_main_forked(*flags).returncode == 0
     earlier = (out / "log.txt").read_text()
-    assert run_main(*flags, "--lr", "1e-5", "--batch_size", "9").returncode == 2  # too few images for that
+    assert run_main_forked(*flags, "--lr", "1e-5", "--batch_size", "9").returncode == 2  # too few images for that
 
-    result = run_main(*flags, "--lr", "1e-5", env={"TORCHELASTIC_RESTART_COUNT": "1"})
+    result = run_main_forked(*flags, "--lr", "1e-5", env={"TORCHELASTIC_RESTART_COUNT": "1"})
     assert result.returncode == 0, result.stderr
     assert (out / "earlier-1" / "log.txt").read_text() == earlier
     assert read_checkpoint(out / "checkpoint.pth")["args"]["lr"] == 1e-5
 
-    result = run_main(*flags, "--lr", "1e-5", env={"TORCHELASTIC_RESTART_COUNT": "1"})  # this one had begun
+    result = run_main_forked(*flags, "--lr", "1e-5", env={"TORCHELASTIC_RESTART_COUNT": "1"})  # this one had begun
     assert "nothing is left to do" in result.stdout
     assert not (out / "earlier-2").exists()

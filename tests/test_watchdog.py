@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.test_launch import environment, executable, free_port, run
+from tests.processes import free_port
+from tests.test_launch import environment, executable, run
 from util import watchdog
 from util.errors import EXIT_LOST_PROCESS, EXIT_PREEMPTED, EXIT_USER_ERROR
 from util.watchdog import Jury, Peer, Progress, State

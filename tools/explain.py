@@ -88,7 +88,7 @@ def explain_attention(args: argparse.Namespace) -> list[Path]:
         outputs = detector.outputs(prepared)
     if args.pixel:
         part, attentions = "encoder", record.encoder
-        targets = _tokens(args, picture.size, attentions[0].spatial_shapes)
+        targets = _tokens(args, picture.size, record.spatial_shapes)
     else:
         part, attentions = "decoder", record.decoder
         targets = _queries(args, picture.size, detector.detections(outputs, prepared)[0], outputs["pred_boxes"][0].float().cpu())
@@ -187,7 +187,7 @@ def explain_batchformer(args: argparse.Namespace) -> list[Path]:
     detector = _detector(args, batchformer=True)
     pictures = [_read(path) for path in args.images]
     batch = [detector.prepare(picture) for picture in pictures]
-    with recording(detector.model) as record, as_in_training(detector.model):
+    with recording(detector.model, deformable=False) as record, as_in_training(detector.model):
         mixed = detector.outputs(batch)
     sizes = [tuple(item.pixels.shape[1:]) for item in batch]
     whole = max(height for height, _ in sizes), max(width for _, width in sizes)
@@ -202,15 +202,15 @@ def _batch_pages(detector: Detector, record: Record, sheets: list[Image.Image], 
 
     flags, count = detector.config.batchformer, len(sheets)
     layers = [(layer, depth) for layer in sorted(set(flags.insert_idx)) for depth in range(flags.bt_num_layers)]
-    shapes = record.encoder[0].spatial_shapes
-    padded = _maps(record.encoder[0].padding_mask[:count].T, shapes)
+    shapes = record.spatial_shapes
+    padded = _maps(record.padding_mask.T, shapes)
     written = []
     for (layer, depth), weights in zip(layers, record.batch, strict=True):
         name = f"layer{layer}" if flags.bt_num_layers == 1 else f"layer{layer}_{depth}"
         after = f"after encoder layer {layer}" + (f", BatchFormerV2's own layer {depth}" if flags.bt_num_layers > 1 else "")
         others = 1 - weights.mean(1).diagonal(dim1=1, dim2=2)  # [S, N]
-        inside = ~record.encoder[0].padding_mask[:count].T
-        print(f"{after}: {others[inside].mean():.1%} of the attention goes to other images (even: {1 - 1 / count:.1%})")
+        share = others[~record.padding_mask.T].mean()
+        print(f"{after}: {share:.1%} of the attention goes to other images (even: {1 - 1 / count:.1%})")
         positions = _positions(weights, shapes, padded, args)
         title = f"Which images of a batch attend to which: {after}"
         written.append(_save(plot_batch_attention(sheets, positions, title), args.output_dir, f"positions_{name}.png"))

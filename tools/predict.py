@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder would be searched instead
 
@@ -37,9 +37,7 @@ if TYPE_CHECKING:  # imported where they are used: --help needs no torch
     from util.images import BadImageError
     from util.video import VideoReader
 
-EXAMPLE = """example:
-  python tools/predict.py --resume exps/run/checkpoint.pth photos street.jpg drive.mp4 --output_dir predictions
-"""
+EXAMPLE = "python tools/predict.py --resume exps/run/checkpoint.pth photos street.jpg drive.mp4 --output_dir predictions"
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pnm", ".jp2")
 # what weights do not tell, should the checkpoint not say it either
 _MAY_BE_UNKNOWN = ("eval_size", "max_size", "dilation", "nheads", "num_queries", "position_embedding_scale")
@@ -142,11 +140,15 @@ def find_sources(inputs: Sequence[Path]) -> list[Source]:
 
 
 def _pictures_in(folder: Path) -> Iterator[Path]:
-    for place, folders, files in os.walk(folder):
+    for place, folders, files in os.walk(folder, onerror=_refuse_folder):
         folders[:] = [name for name in folders if not name.startswith(".")]  # thumbnails of viewers, and the like
         for name in files:
             if not name.startswith(".") and name.lower().endswith(PICTURES):
                 yield Path(place, name)
+
+
+def _refuse_folder(error: OSError) -> NoReturn:
+    raise UserError(f"{error.filename} can't be searched for pictures ({error.strerror}); make it readable") from None
 
 
 def _natural(path: Path) -> list[Any]:
@@ -187,7 +189,7 @@ def with_annotated_ids(sources: Sequence[Source], annotations: Path, detector: D
     from datasets.coco_format import read_annotations
 
     coco = read_annotations(annotations)
-    detector.classes.check(coco.cats.values(), str(annotations), "the checkpoint")
+    detector.classes.check(coco.cats.values(), str(annotations))
     ids = {info["file_name"]: number for number, info in coco.imgs.items()}
     taken: dict[str, Path] = {}
     for source in sources:
@@ -375,16 +377,8 @@ class JsonRows:
 # ---- flags
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults where there are any, and keeps the lines of description and example."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, "", False) else super()._get_help_string(action)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = make_parser("tools/predict.py", __doc__)
-    parser.epilog, parser.formatter_class = EXAMPLE, _HelpFormatter
+    parser = make_parser("tools/predict.py", __doc__, EXAMPLE)
     add, unset = parser.add_argument, argparse.SUPPRESS
     add("inputs", nargs="+", help="pictures, videos, and folders, which are searched for pictures through all their folders")
     add("--resume", required=True, default=unset, help="the checkpoint, published or ours: a path or an https address")

@@ -18,18 +18,13 @@ source tools/setup.sh
 
 data=data/$name
 run=exps/$name
-config=(./configs/synthetic.sh --coco_path "$data" --output_dir "$run" --epochs "$epochs" --eval_every 4)
+config=(./configs/synthetic.sh --coco_path "$data" --output_dir "$run" --epochs "$epochs" --eval_every 4
+  --bf 1 --share_bf 0 --insert_idx 0)
 
 echo "== synthetic data set in $data"
 python -m datasets.synthetic --output_dir "$data" --train_images "$images" --val_images "$val_images" --num_classes 3 --max_objects 4
-if [[ -e $run/log.txt && $(wc -l <"$run/log.txt") -ge $epochs ]]; then
-  echo "== training: done already, in $run"
-else
-  echo "== training in $run"
-  resume=()
-  [[ ! -e $run/checkpoint.pth ]] || resume=(--resume "$run/checkpoint.pth")
-  "${config[@]}" "${resume[@]}"
-fi
+echo "== training in $run"
+"${config[@]}" --resume auto
 echo "== evaluation on held-out images"
 "${config[@]}" --resume "$run/checkpoint.pth" --eval --save_predictions
 echo "== pictures"

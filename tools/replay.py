@@ -3,7 +3,6 @@
 A run saves such a step as nonfinite_<epoch>_<step>_process<n>.pth in its --output_dir: batch, weights, random state and flags.
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,14 +22,12 @@ from util.errors import UserError, run_as_command
 from util.nested_tensor import NestedTensor
 from util.random_state import set_torch_state
 
-EXAMPLE = "example: python tools/replay.py exps/run/nonfinite_0003_000120_process0.pth"
+EXAMPLE = "python tools/replay.py exps/run/nonfinite_0003_000120_process0.pth"
 
 
 def main(argv: Sequence[str]) -> int:
     """Exit status 0 if the step went wrong again, 1 if it was finite this time."""
-    parser = make_parser("tools/replay.py", __doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = EXAMPLE
+    parser = make_parser("tools/replay.py", __doc__, EXAMPLE)
     parser.add_argument("dump", help="the file that the run saved")
     where = "cuda, cpu, ...; default: cuda where there is one. The same bits as in the run only on the device of the run"
     parser.add_argument("--device", default="", help=where)

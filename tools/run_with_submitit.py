@@ -1,7 +1,4 @@
-"""Submits main.py to Slurm through submitit, and goes on from its own checkpoint when Slurm requeues the job.
-
-python tools/run_with_submitit.py --nodes 2 --gpus_per_node 8 --partition <p> --job_dir exps/<name> -- <main.py's flags>
-"""
+"""Submits main.py to Slurm through submitit, and goes on from its own checkpoint when Slurm requeues the job."""
 
 import argparse
 import contextlib
@@ -20,6 +17,8 @@ from util.config import make_parser, parse_config
 from util.errors import EXIT_PREEMPTED, UserError, run_as_command
 from util.slurm_job import job_fields, why_job_is_ended
 
+EXAMPLE = """python tools/run_with_submitit.py --nodes 2 --gpus_per_node 8 --partition gpu --job_dir exps/batchformer -- \\
+      --batch_size 3 --bf 1 --share_bf 0 --insert_idx 0"""
 ROOT = Path(__file__).resolve().parents[1]
 SIGNAL_SECONDS = 120  # from submitit's signal to the time limit
 MAX_TIMEOUTS = 1000  # a run of weeks in jobs of an hour
@@ -111,9 +110,9 @@ def must_come_back(job: Any, number: int) -> bool:
 
 def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The arguments of this script, and main.py's flags, which stand behind `--`. Raises UserError."""
-    parser = make_parser("tools/run_with_submitit.py", "Submit main.py to Slurm, and resume it when Slurm requeues it.")
+    parser = make_parser("tools/run_with_submitit.py", "Submit main.py to Slurm, and resume it when Slurm requeues it.", EXAMPLE)
     parser.usage = "python tools/run_with_submitit.py --job_dir DIR [options] -- <main.py's flags>"
-    parser.epilog = "Further options of sbatch: by its variables, such as SBATCH_ACCOUNT."
+    parser.description += " Further options of sbatch: by its variables, such as SBATCH_ACCOUNT."
 
     def add(name: str, **options: Any) -> None:
         parser.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), **options)

@@ -48,7 +48,7 @@ _FLAGS = (
     ("enc_output", "--two_stage"),
     ("pos_trans", "--two_stage"),
     ("transformer.bf.", "--share_bf, --bt_num_layers, --insert_idx or --bf"),
-    ("level_embed", "--num_feature_levels"),
+    ("level_embed", "--num_feature_levels or --hidden_dim"),
     ("encoder.layers.{i}.self_attn.sampling_offsets", "--enc_n_points, --num_feature_levels or --nheads"),
     ("encoder.layers.{i}.self_attn.attention_weights", "--enc_n_points, --num_feature_levels or --nheads"),
     ("decoder.layers.{i}.cross_attn.sampling_offsets", "--dec_n_points, --num_feature_levels or --nheads"),

@@ -249,7 +249,9 @@ class Config:
 
 def parse_config(argv: Sequence[str] | None = None) -> Config:
     """Flags (default: the command line's) to a Config. Raises UserError for what argparse or a check refuses."""
-    return config_from_args(add_config_flags(_Parser("main.py", description=_DESCRIPTION)).parse_args(argv))
+    parser = _Parser("main.py", _DESCRIPTION, _EXAMPLE)
+    parser.usage = "python main.py [flags]"
+    return config_from_args(add_config_flags(parser).parse_args(argv))
 
 
 def parse_with_config(
@@ -264,9 +266,9 @@ def parse_with_config(
     return args, config_from_args(args)
 
 
-def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """A parser that raises UserError instead of ending the process, and shows defaults in its help."""
-    return _Parser(prog, description=description)
+def make_parser(prog: str, description: str, example: str = "") -> argparse.ArgumentParser:
+    """A parser that raises UserError instead of ending the process, and shows defaults and the `example` in its help."""
+    return _Parser(prog, description, example)
 
 
 def add_config_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -288,6 +290,9 @@ def config_from_args(args: argparse.Namespace) -> Config:
 
 
 _DESCRIPTION = "Train and evaluate Deformable DETR with BatchFormerV2 on COCO-format data."
+_EXAMPLE = """\
+  python main.py --coco_path data/coco --output_dir exps/batchformer --batch_size 3 --bf 1 --share_bf 0 --insert_idx 0
+  python main.py --coco_path data/coco --resume exps/batchformer/checkpoint.pth --eval"""
 
 
 def with_num_classes(config: Config, number: int) -> Config:
@@ -310,17 +315,22 @@ def config_from_flags(flags: Mapping[str, Any]) -> Config:
         raise UserError(f"these flags of a checkpoint can't be used: {error}") from None
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the defaults that say something, and keeps the line breaks of descriptions and examples."""
+
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default in (None, "", False, (), argparse.SUPPRESS):
             return action.help
+        if isinstance(action.default, tuple):
+            return f"{action.help} (default: {_text(action.default)})"
         return super()._get_help_string(action)
 
 
 class _Parser(argparse.ArgumentParser):
-    def __init__(self, prog: str, description: str) -> None:
+    def __init__(self, prog: str, description: str, example: str = "") -> None:
+        epilog = f"example:\n  {example.strip()}" if example else None
         # abbreviations would let a typing error train something else
-        super().__init__(prog, description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
+        super().__init__(prog, description=description, epilog=epilog, allow_abbrev=False, formatter_class=_HelpFormatter)
 
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"{message} (python {self.prog} --help lists the flags)")

@@ -21,6 +21,7 @@ from util.distributed import world_size
 from util.errors import Preempted
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+NOTHING_LOST = "nothing that is not in the newest checkpoint was lost"
 
 
 class StopRequest:
@@ -45,12 +46,18 @@ class StopRequest:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within the block a request is only noted; whoever runs there asks `agreed`, saves and leaves."""
+        """Within the block a request is only noted; whoever runs there asks `agreed`, saves and leaves.
+
+        Who comes to the end has saved everything. A request since the last vote is followed there, as one a moment later would
+        be: without a vote, as the other processes have nothing to save either.
+        """
         self._deferred += 1
         try:
             yield
         finally:
             self._deferred -= 1
+        if self.signal and not self._deferred:
+            self.leave(NOTHING_LOST)
 
     def leave(self, saved: str) -> NoReturn:
         """Raise Preempted; `saved` says what is on the disk."""
@@ -62,7 +69,7 @@ class StopRequest:
             return
         self.signal = signal.Signals(number).name
         if not self._deferred:
-            self.leave("nothing that is not in the newest checkpoint was lost")
+            self.leave(NOTHING_LOST)
 
 
 class StopVote:

@@ -46,7 +46,7 @@ class VideoReader:
         UserError: PyAV is not installed.
     """
 
-    def __init__(self, path: Path, otherwise: str) -> None:
+    def __init__(self, path: Path, otherwise: str = "or leave it out") -> None:
         self._av = _pyav(path)
         self._path, self._otherwise = path, otherwise
         try:

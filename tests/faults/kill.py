@@ -26,7 +26,8 @@ from collections import Counter
 from pathlib import Path
 
 from tests.faults.compare import differences
-from tests.helpers import BATCHFORMER, ROOT, SMALL_IMAGES, SMALL_MODEL, write_coco
+from tests.helpers import BATCHFORMER, ROOT, SMALL_IMAGES, SMALL_MODEL, environment, write_coco
+from tests.processes import training_processes
 from util.errors import EXIT_LOST_PROCESS
 
 CASES = {
@@ -91,13 +92,9 @@ class Run:
     """main.py in two processes under the launcher."""
 
     def __init__(self, flags: list[str], restarts: int) -> None:
-        environment = {
-            **os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
-            "MAX_RESTARTS": str(restarts),
-        }  # fmt: skip
         self._process = subprocess.Popen(
-            ["./tools/run_dist_launch.sh", "2", "main.py", *flags], cwd=ROOT, env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            ["./tools/run_dist_launch.sh", "2", "main.py", *flags], cwd=ROOT, env=environment(MAX_RESTARTS=str(restarts)),
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         atexit.register(self._process.terminate)  # nothing goes on when this is interrupted
         self._lines: list[str] = []
@@ -121,18 +118,8 @@ class Run:
         return "".join(self._lines)
 
     def trainers(self) -> list[int]:
-        """The two training processes, by rank; loader workers are their children."""
-        found = {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-                environment = (folder / "environ").read_bytes()
-            except (OSError, IndexError):
-                continue
-            rank = re.search(rb"\0RANK=(\d)\0", environment)
-            if parent == self._process.pid and rank:
-                found[int(rank[1])] = int(folder.name)
-        return [found[rank] for rank in sorted(found)]
+        """The training processes that there are, by rank."""
+        return [pid for _, pid in sorted(training_processes(self._process.pid).items())]
 
     def moment(self, folder: Path) -> str:
         if list(folder.glob(".*.tmp")):

@@ -48,12 +48,17 @@ def main() -> int:
     return 0 if all(sound) else 1
 
 
-def prepare(work: Path, timeout: int) -> tuple[list[str], Path]:
+def training_flags(work: Path, timeout: int) -> list[str]:
+    """Of a run on data that are made here; the output folder is to follow them."""
     write_coco(work / "data", num_train=26, num_val=6)
-    flags = [
+    return [
         "--coco_path", str(work / "data"), *SMALL_IMAGES, *SMALL_MODEL, "--epochs", "3", "--batch_size", "1", "--log_every", "1",
         "--save_every", "4", "--num_workers", "1", "--dist_timeout", str(timeout), "--resume", "auto", "--output_dir",
     ]  # fmt: skip
+
+
+def prepare(work: Path, timeout: int) -> tuple[list[str], Path]:
+    flags = training_flags(work, timeout)
     run = Run([*flags, str(work / "whole")], restarts=0)
     assert run.wait() == 0, run.output()
     return flags, work / "whole"

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import os
 import re
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.helpers import BATCHFORMER, ROOT, SMALL_IMAGES, SMALL_MODEL, write_coco
+from tests.helpers import BATCHFORMER, ROOT, SMALL_IMAGES, SMALL_MODEL, environment, write_coco
 
 STEPS = 50  # iterations of an epoch
 START = 500  # from here on memory must be flat
@@ -49,7 +48,7 @@ def run(work: Path, epochs: int) -> list[tuple[int, int, int]]:
         "--log_every", str(STEPS // 2), "--lr_backbone", "0", "--ema_decay", "0.999", "--output_dir", str(work / "out"),
     ]  # fmt: skip
     process = subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )  # fmt: skip
     atexit.register(process.kill)  # nothing goes on when this is interrupted
     samples, output = [], []

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from tests.faults.compare import differences
-from tests.helpers import ROOT, SMALL_IMAGES, SMALL_MODEL, write_coco
+from tests.helpers import ROOT, SMALL_IMAGES, SMALL_MODEL, environment, write_coco
 from util.checkpoint import read_checkpoint
 from util.checkpoint_folder import CheckpointFolder
 from util.errors import EXIT_NOT_SAVED, NotSavedError
@@ -56,7 +56,7 @@ def main() -> int:
         return 2
     if "IN_NAMESPACE" not in os.environ:
         command = ["unshare", "--mount", sys.executable, "-m", "tests.faults.storage"]
-        return subprocess.run(command, env={**os.environ, "IN_NAMESPACE": "1"}, check=False).returncode
+        return subprocess.run(command, env=environment(IN_NAMESPACE="1"), check=False).returncode
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:  # the mounts end with the namespace
         work = Path(name)
         write_coco(work / "data", num_train=8, num_val=2)
@@ -69,15 +69,16 @@ def main() -> int:
     return 0
 
 
-def run(work: Path, folder: Path, at: str = "", fault: Callable[[], None] | None = None, **environment: str) -> tuple[int, str]:
+def run(work: Path, folder: Path, at: str = "", fault: Callable[[], None] | None = None, **variables: str) -> tuple[int, str]:
     """A run of 8 saves into `folder`; `fault` strikes when the pattern `at` is printed. Gives exit code and output."""
     command = [
         sys.executable, "-u", "main.py", "--coco_path", str(work / "data"), *SMALL_IMAGES, *SMALL_MODEL,
         "--output_dir", str(folder), "--epochs", "2", "--log_every", "1", "--save_every", "1", "--keep", "2",
         "--resume", "auto",
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(**variables), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )  # fmt: skip
     output = []
     for line in process.stdout or ():
         output.append(line)

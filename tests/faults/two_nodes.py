@@ -24,7 +24,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.faults.compare import differences
-from tests.helpers import ROOT, SMALL_IMAGES, SMALL_MODEL, write_coco
+from tests.faults.one_node import training_flags
+from tests.helpers import ROOT, environment
 from util.errors import EXIT_LOST_PROCESS
 
 SWITCH = f"switch{os.getpid()}"
@@ -45,16 +46,12 @@ def main() -> int:
 
 
 def results(work: Path, timeout: int) -> Iterator[bool]:
-    write_coco(work / "data", num_train=26, num_val=6)
-    flags = [
-        "--coco_path", str(work / "data"), *SMALL_IMAGES, *SMALL_MODEL, "--epochs", "3", "--batch_size", "1", "--log_every", "1",
-        "--save_every", "4", "--num_workers", "1", "--dist_timeout", str(timeout), "--resume", "auto", "--output_dir",
-    ]  # fmt: skip
+    flags = training_flags(work, timeout)
     whole = [Node(node, [*flags, str(work / "whole")]) for node in (0, 1)]
     yield report("left alone", [node.wait() for node in whole] == [0, 0], f"exit codes {codes(whole)}", whole)
     yield from cut_off([*flags, str(work / "cut")], work / "cut", work / "whole", timeout)
-    yield from link_fails([*flags, str(work / "link")], work / "link", work / "whole")
-    yield from comes_back([*flags, str(work / "back")], work / "back", work / "whole")
+    yield link_fails([*flags, str(work / "link")], work / "link", work / "whole")
+    yield comes_back([*flags, str(work / "back")], work / "back", work / "whole")
 
 
 def cut_off(flags: list[str], folder: Path, whole: Path, timeout: int) -> Iterator[bool]:
@@ -76,13 +73,10 @@ def cut_off(flags: list[str], folder: Path, whole: Path, timeout: int) -> Iterat
     yield report("cut off: both ended", sound, what, nodes)
     for node, line in enumerate(told):
         print(f"    node {node}: {line}")
-    again = [Node(node, flags) for node in (0, 1)]
-    sound = [node.wait() for node in again] == [0, 0]
-    wrong = differences(whole, folder) if sound else ["did not end"]
-    yield report("cut off, started again by hand", sound and not wrong, str(wrong or "identical"), again)
+    yield ends_alike("cut off, started again by hand", [Node(node, flags) for node in (0, 1)], folder, whole)
 
 
-def link_fails(flags: list[str], folder: Path, whole: Path) -> Iterator[bool]:
+def link_fails(flags: list[str], folder: Path, whole: Path) -> bool:
     """The interface of node 1 goes down, and up again when both have noticed: with MAX_RESTARTS=1 they meet by themselves."""
     nodes = [Node(node, flags, MAX_RESTARTS="1") for node in (0, 1)]
     nodes[0].wait_for(r"epoch 1 \[ *6/")
@@ -90,12 +84,10 @@ def link_fails(flags: list[str], folder: Path, whole: Path) -> Iterator[bool]:
     for node in nodes:
         node.wait_for("starting again: attempt 1 of 1")
     link("up")
-    sound = [node.wait() for node in nodes] == [0, 0]
-    wrong = differences(whole, folder) if sound else ["did not end"]
-    yield report("link down and up, met again", sound and not wrong, str(wrong or "identical"), nodes)
+    return ends_alike("link down and up, met again", nodes, folder, whole)
 
 
-def comes_back(flags: list[str], folder: Path, whole: Path) -> Iterator[bool]:
+def comes_back(flags: list[str], folder: Path, whole: Path) -> bool:
     """Node 1 loses its power, and comes back: the same command there joins the job, which waits with MAX_RESTARTS=1."""
     nodes = [Node(node, flags, MAX_RESTARTS="1") for node in (0, 1)]
     nodes[0].wait_for(r"epoch 1 \[ *6/")
@@ -104,9 +96,14 @@ def comes_back(flags: list[str], folder: Path, whole: Path) -> Iterator[bool]:
     nodes[0].wait_for("starting again: attempt 1 of 1")
     unblock()
     nodes[1] = Node(1, flags, MAX_RESTARTS="1")
+    return ends_alike("power off, started there again, joined", nodes, folder, whole)
+
+
+def ends_alike(name: str, nodes: list[Node], folder: Path, whole: Path) -> bool:
+    """Wait for the end, and compare it with that of the run that was left alone."""
     sound = [node.wait() for node in nodes] == [0, 0]
     wrong = differences(whole, folder) if sound else ["did not end"]
-    yield report("power off, started there again, joined", sound and not wrong, str(wrong or "identical"), nodes)
+    return report(name, sound and not wrong, str(wrong or "identical"), nodes)
 
 
 def report(name: str, sound: bool, what: str, nodes: list[Node]) -> bool:
@@ -125,15 +122,12 @@ class Node:
     """The published two-node command in a namespace."""
 
     def __init__(self, number: int, flags: list[str], **variables: str) -> None:
-        environment = {
-            **os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
-            "MASTER_ADDR": ADDRESSES[0], "NODE_RANK": str(number), "GPUS_PER_NODE": "1", "JOIN_SECONDS": "120", **variables,
-        }  # fmt: skip
+        place = {"MASTER_ADDR": ADDRESSES[0], "NODE_RANK": str(number), "GPUS_PER_NODE": "1", "JOIN_SECONDS": "120"}
         named = ["unshare", "--uts", "sh", "-c", f'hostname node{number}; exec "$@"', "sh"]
         command = ["./tools/run_dist_launch.sh", "2", "main.py", *flags]
         self.process = subprocess.Popen(
-            ["ip", "netns", "exec", NAMES[number], *named, *command], cwd=ROOT, env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            ["ip", "netns", "exec", NAMES[number], *named, *command], cwd=ROOT,
+            env=environment(**place, **variables), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         self._number = number
         self.lines: list[str] = []

@@ -9,6 +9,7 @@ Sets up a Slurm on this machine by setup.sh (root, Debian packages) unless SLURM
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import signal
@@ -20,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.faults.compare import differences
-from tests.helpers import BATCHFORMER, ROOT, SMALL_IMAGES, SMALL_MODEL, write_coco
+from tests.helpers import BATCHFORMER, ROOT, SMALL_IMAGES, SMALL_MODEL, environment, write_coco
+from tests.processes import variables_of_processes
 from util.errors import EXIT_PREEMPTED, EXIT_USER_ERROR
 from util.slurm_job import job_fields
 
@@ -130,16 +132,11 @@ def end_soon(job: str, seconds: int) -> None:
 
 def task_pid(rank: int, job: str) -> int:
     """The process id of a job's task: what Slurm's daemon has started in a step, and not the batch script."""
-    wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode(), b"SLURM_STEP_ID=0"}
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = (process / "stat").read_text().rsplit(")", 1)[1].split()[1]
-            started_by = Path("/proc", parent, "comm").read_text()
-            environment = (process / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if started_by.startswith("slurmstepd") and wanted <= set(environment):
-            return int(process.name)
+    wanted = {"SLURM_JOB_ID": job, "SLURM_PROCID": str(rank), "SLURM_STEP_ID": "0"}.items()
+    for pid, parent, variables in variables_of_processes():
+        with contextlib.suppress(OSError):  # the parent has ended meanwhile
+            if wanted <= variables.items() and Path(f"/proc/{parent}/comm").read_text().startswith("slurmstepd"):
+                return pid
     raise AssertionError(f"no process of rank {rank} of job {job}")
 
 
@@ -170,6 +167,14 @@ def resubmitted(run: Run, process: subprocess.Popen, reason: str, jobs: int = 2)
     expect(told == [reason] * (jobs - 1), f"told: {told}")
     expect(len(run.own_jobs()) == jobs, f"{len(run.own_jobs())} jobs")
     return f"{reason}: submitted again"
+
+
+def requeued(run: Run, by: str, reason: str = "") -> str:
+    """Wait until the job is pending again and has ended well; the script must have told the reason, if it was the script."""
+    run.wait_for_requeue()
+    run.wait_for_completion()
+    expect(f"{reason}: requeued" in run.text or not reason, "told")
+    return f"requeued by {by}"
 
 
 def preempted(run: Run) -> str:
@@ -230,9 +235,8 @@ def batch_preempted(run: Run) -> str:
     run.submit_batch()
     run.stop_in_the_middle()
     preempt()
-    run.wait_for_requeue()
-    run.wait_for_completion()
-    return f"{saved_mid_epoch(run, ANY)}; requeued by Slurm"
+    end = requeued(run, "Slurm")
+    return f"{saved_mid_epoch(run, ANY)}; {end}"
 
 
 def batch_preempted_by_cancelling(run: Run) -> str:
@@ -241,60 +245,49 @@ def batch_preempted_by_cancelling(run: Run) -> str:
         run.submit_batch()
         run.stop_in_the_middle()
         preempt()
-        run.wait_for_requeue()
-        run.wait_for_completion()
+        end = requeued(run, "the script", "was preempted")
     finally:
         slurm("scontrol", "update", "partition=low", "preemptmode=requeue")
-    expect("was preempted: requeued" in run.text, "told")
-    return f"{saved_mid_epoch(run, ANY)}; requeued by the script"
+    return f"{saved_mid_epoch(run, ANY)}; {end}"
 
 
 def batch_time_limit(run: Run) -> str:
     run.submit_batch()
     run.stop_in_the_middle()
     end_soon(run.job, 1)
-    run.wait_for_requeue()
-    run.wait_for_completion()
-    expect("ran out of time: requeued" in run.text, "told")
-    return f"{saved_mid_epoch(run, ANY)}; requeued by the script"
+    end = requeued(run, "the script", "ran out of time")
+    return f"{saved_mid_epoch(run, ANY)}; {end}"
 
 
 def batch_signal(run: Run) -> str:
     run.submit_batch("--signal=USR1@60")
     run.stop_in_the_middle()
     end_soon(run.job, 60)
-    run.wait_for_requeue()
-    run.wait_for_completion()
-    expect("was asked to leave: requeued" in run.text, "told")
-    return f"{saved_mid_epoch(run, 'SIGUSR1')}; requeued by the script"
+    end = requeued(run, "the script", "was asked to leave")
+    return f"{saved_mid_epoch(run, 'SIGUSR1')}; {end}"
 
 
 def batch_task_killed(run: Run) -> str:
     run.submit_batch()
     run.wait_for(MIDDLE)
     os.kill(task_pid(1, run.job), signal.SIGKILL)
-    run.wait_for_requeue()
-    run.wait_for_completion()
-    expect("lost a process: requeued" in run.text, "told")
-    return "requeued by the script"
+    return requeued(run, "the script", "lost a process")
 
 
 def submitit_preempted(run: Run) -> str:
     run.submit_submitit()
     run.stop_in_the_middle()
     preempt()
-    run.wait_for_requeue()
-    run.wait_for_completion()
-    return f"{saved_mid_epoch(run, ANY)}; requeued by Slurm"
+    end = requeued(run, "Slurm")
+    return f"{saved_mid_epoch(run, ANY)}; {end}"
 
 
 def submitit_time_limit(run: Run) -> str:
     run.submit_submitit()
     run.stop_in_the_middle()
     end_soon(run.job, 120)
-    run.wait_for_requeue()
-    run.wait_for_completion()
-    return f"{saved_mid_epoch(run, 'SIGUSR2')}; requeued by submitit"
+    end = requeued(run, "submitit")
+    return f"{saved_mid_epoch(run, 'SIGUSR2')}; {end}"
 
 
 def wrong_flag(run: Run) -> str:
@@ -397,8 +390,7 @@ def main() -> int:
         os.environ["SLURM_CONF"] = str(args.folder / "slurm.conf")
     work = args.folder / "runs" / time.strftime("%Y%m%d-%H%M%S")
     work.mkdir(parents=True)
-    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    os.environ |= {"VIRTUAL_ENV": sys.prefix, "GRES": "none", "CPUS_PER_TASK": "1"}
+    os.environ |= environment(GRES="none", CPUS_PER_TASK="1")
     try:
         return 0 if run_cases(args.only, work) else 1
     finally:

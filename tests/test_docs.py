@@ -1,0 +1,74 @@
+"""The documentation: links lead somewhere, messages are the program's, commands are such as it takes."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import ROOT
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SOURCES = ["main.py", "engine.py", "benchmark.py", "models", "datasets", "util", "tools"]
+
+
+def by_name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=by_name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = target.partition("#")
+        file = page.parent / name if name else page
+        assert file.exists(), target
+        if anchor:
+            assert anchor in {_anchor(heading) for heading in re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)}, target
+
+
+def _anchor(heading: str) -> str:
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_messages_of_the_troubleshooting_page_are_the_programs():
+    known = _texts()
+    rows = re.findall(r"^\| `([^`]+)` (\(PyTorch's\) )?\|", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(rows) > 25
+    for message, of_others in rows:
+        parts = [part.strip() for part in message.split("…") if part.strip(" ;,().")]
+        if not of_others:
+            assert any(_in_order(parts, text) for text in known), message
+
+
+def _in_order(parts: list[str], text: str) -> bool:
+    place = 0
+    for part in parts:
+        place = text.find(part, place)
+        if place < 0:
+            return False
+        place += len(part)
+    return True
+
+
+def _texts() -> list[str]:
+    """Every text in the program; what an f-string puts in is left out."""
+    files = [file for name in SOURCES for file in sorted((ROOT / name).rglob("*.py")) or [ROOT / name]]
+    texts = [(ROOT / "tools/env.sh").read_text()]
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                texts.append("…".join(part.value for part in node.values if isinstance(part, ast.Constant)))
+    return texts
+
+
+def commands(page: Path) -> list[str]:
+    """The commands of a page's ```bash blocks, continued lines joined, comments left out."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    lines = (re.sub(r"(^|\s+)#.*$", "", line) for line in "\n".join(blocks).replace("\\\n", " ").splitlines())
+    return [" ".join(line.split()) for line in lines if line.strip()]
