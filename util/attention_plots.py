@@ -16,12 +16,15 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, Normalize, to_rgba
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 from PIL import Image
+
+from util.visualizer import font_file
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1
 
@@ -313,7 +316,8 @@ def plot_other_shares(
 
 def _page(size: tuple[float, float], title: str) -> Figure:
     figure = Figure(figsize=size, layout="constrained")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", parse_math=False)
+    font = FontProperties(fname=font_file(title), weight="bold", size=11)  # class names come in any alphabet
+    figure.suptitle(title, x=0.01, ha="left", fontproperties=font, parse_math=False)
     return figure
 
 
