@@ -60,8 +60,10 @@ def test_the_best_detections_are_explained_by_default(folder, tmp_path):
 def test_chosen_queries_layers_and_a_pixel_get_a_picture_each(folder, tmp_path):
     names = attention(folder, tmp_path / "query", "--query", "3", "11", "--layer", "0", "1", "--head", "2")
     assert names == [f"a_query{query}_decoder{layer}.png" for query in (11, 3) for layer in (0, 1)]
-    names = attention(folder, tmp_path / "pixel", "--pixel", "63.5", "0", "--level", "0", "3")
-    assert names == [f"a_pixel63.5_0_level{level}_encoder1.png" for level in (0, 3)]
+    names = attention(folder, tmp_path / "pixel", "--pixel", "63.5", "0", "--level", "0", "3", "--format", "jpg")
+    assert names == [f"a_pixel63.5_0_level{level}_encoder1.jpg" for level in (0, 3)]
+    with Image.open(tmp_path / "pixel" / names[0]) as picture:
+        assert picture.format == "JPEG"
 
 
 @pytest.mark.parametrize(
@@ -177,8 +179,8 @@ def test_titles_count_the_points_that_are_not_seen():
     content = samples()
     content.points[:, 1] = -500.0
     titles = [axes.get_title("left") for axes in plot_samples(Image.new("RGB", (60, 60)), content, "", heads=[0]).axes]
-    assert any(title.startswith("level 1") and "4 of 4 points beyond" in title for title in titles)
-    assert not any(title.startswith("level 0") and "beyond" in title for title in titles)
+    assert any(title.startswith("level 1") and "4/4 points outside" in title for title in titles)
+    assert not any(title.startswith("level 0") and "outside" in title for title in titles)
 
 
 @pytest.mark.parametrize("count", [2, 3, 12])

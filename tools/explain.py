@@ -1,11 +1,11 @@
 """Show what a detector looks at.
 
 attention: the sampling points and weights of a detection or query (decoder), or of a pixel (encoder), over the image. Written
-are pictures <image>_<what>_<part><layer>.png.
+are pictures <image>_<what>_<part><layer>.
 
 batchformer: how BatchFormerV2 relates the images of a batch in training: which attend to which at chosen positions
-(positions_layer<i>.png), how much every position looks at other images (others_layer<i>.png), and what the plain and the mixed
-stream detect (streams.png).
+(positions_layer<i>), how much every position looks at other images (others_layer<i>), and what the plain and the mixed
+stream detect (streams).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from util.config import DataConfig, make_parser
 from util.errors import UserError, run_as_command
 
 if TYPE_CHECKING:  # imported where they are used: --help needs no torch
+    from matplotlib.figure import Figure
     from PIL import Image
     from torch import Tensor
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:  # imported where they are used: --help needs no torch
     from util.attention_plots import Position, Samples
 
 BEST = 3  # detections shown if none is chosen
+PAIRS_IN_A_ROW = 2
+QUALITY = 88  # of JPEG
 
 EXAMPLES = {
     "attention": """examples:
@@ -101,7 +104,7 @@ def explain_attention(args: argparse.Namespace) -> list[Path]:
         if len(heads) < num_heads:
             title += f", head {', '.join(map(str, heads))}"
         figure = plot_samples(picture, _samples(attentions[layer], target, picture.size), title, heads)
-        written.append(_save(figure, args.output_dir, f"{args.image.stem}_{target.name}_{part}{layer}.png"))
+        written.append(_save(figure, args, f"{args.image.stem}_{target.name}_{part}{layer}"))
     return written
 
 
@@ -213,10 +216,10 @@ def _batch_pages(detector: Detector, record: Record, sheets: list[Image.Image], 
         print(f"{after}: {share:.1%} of the attention goes to other images (even: {1 - 1 / count:.1%})")
         positions = _positions(weights, shapes, padded, args)
         title = f"Which images of a batch attend to which: {after}"
-        written.append(_save(plot_batch_attention(sheets, positions, title), args.output_dir, f"positions_{name}.png"))
+        written.append(_save(plot_batch_attention(sheets, positions, title), args, f"positions_{name}"))
         title = f"Attention to the other images, {after}"
         figure = plot_other_shares(sheets, _maps(others, shapes), padded, title)
-        written.append(_save(figure, args.output_dir, f"others_{name}.png"))
+        written.append(_save(figure, args, f"others_{name}"))
     return written
 
 
@@ -266,10 +269,8 @@ def _streams(
         )
         above = f"(score >= {args.score_threshold:g})"
         pairs.append(side_by_side(left, right, (f"plain stream, as in evaluation {above}", f"mixed stream {above}")))
-    path = args.output_dir / "streams.png"
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    columns = 2 if len(pairs) > 1 else 1
-    contact_sheet([pairs[i : i + columns] for i in range(0, len(pairs), columns)]).save(path)
+    path = _path(args, "streams")
+    contact_sheet([pairs[i : i + PAIRS_IN_A_ROW] for i in range(0, len(pairs), PAIRS_IN_A_ROW)]).save(path, quality=QUALITY)
     return path
 
 
@@ -288,10 +289,15 @@ def _read(path: Path) -> Image.Image:
     return read_picture(path, DataConfig.max_image_megapixels, "or leave it out")
 
 
-def _save(figure, folder: Path, name: str) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / name)
-    return folder / name
+def _save(figure: Figure, args: argparse.Namespace, name: str) -> Path:
+    path = _path(args, name)
+    figure.savefig(path, pil_kwargs={"quality": QUALITY} if args.format == "jpg" else {})
+    return path
+
+
+def _path(args: argparse.Namespace, name: str) -> Path:
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    return args.output_dir / f"{name}.{args.format}"
 
 
 # ---- flags
@@ -324,6 +330,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     add, unset = parser.add_argument, argparse.SUPPRESS
     add("--resume", required=True, default=unset, help="the checkpoint, published or ours: a path or an https address")
     add("--output_dir", type=Path, required=True, default=unset, help="folder to write")
+    add("--format", default="png", choices=("png", "jpg"), help="of the pictures; jpg is smaller")
     add("--device", default="", help="cuda, cpu, cuda:1, mps; default: cuda where there is one, else cpu")
     add("--weights", default="auto", choices=("auto", "model", "ema"),
         help="ema: the averaged weights of --ema_decay; model: the others; auto: the averaged where the checkpoint has them")

@@ -178,7 +178,7 @@ def _level_title(samples: Samples, level: int, heads: Sequence[int], size: tuple
     points = samples.points[heads, level].reshape(-1, 2)
     x0, y0, x1, y1 = region or (0, 0, *size)
     unseen = int((~((points >= (x0, y0)) & (points <= (x1, y1))).all(1)).sum())
-    hidden = f", {unseen} of {len(points)} points beyond" if unseen else ""
+    hidden = f", {unseen}/{len(points)} points outside" if unseen else ""
     return f"level {level}, {width} x {height}\n{share:.0%} of the weight{hidden}"
 
 
