@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # imported where they are used: --help needs no torch
 
 BEST = 3  # detections shown if none is chosen
 PAIRS_IN_A_ROW = 2
-QUALITY = 88  # of JPEG
+QUALITY = 80  # of JPEG
 
 EXAMPLES = {
     "attention": """examples:
