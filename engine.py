@@ -55,6 +55,7 @@ def train_one_epoch(
     model: nn.Module, criterion: SetCriterion, batches: Prefetcher, updater: Updater, device: torch.device, epoch: int, *,
     watch: FiniteWatch, means: EpochMeans, amp: str = "off", first_step: int = 0, log_every: int = 10,
     after_step: Callable[[int], None] = lambda step: None,
+    after_window: Callable[[Mapping[str, float]], None] = lambda means: None,
 ) -> dict[str, float]:  # fmt: skip
     """Train on the batches that are left of an epoch.
 
@@ -70,6 +71,7 @@ def train_one_epoch(
         amp: mixed precision of the forward pass.
         first_step: how many steps of the epoch have been made.
         after_step: called with the steps made so far; may save, or end the run by an exception.
+        after_window: called every `log_every` steps, and after the last, with their means in this process (published names).
 
     Returns:
         the epoch's means over all processes, under the published names (without "train_").
@@ -103,7 +105,13 @@ def train_one_epoch(
         means.losses.update(losses)
         watch.expect(Step(epoch, step, images, targets, random_before), losses, total, norm, scale)
         clock.add(len(images) * world_size())
-        progress.step(_line(means, criterion, updater.lr, clock, device) if progress.due() else None)
+        line = None
+        if progress.due():  # the one place of a training step, besides the matching, that waits for the device
+            window = published_names(means.losses.window() | means.norms.window(), criterion.weight_dict)
+            window["images_per_second"] = clock.rate()
+            after_window(window)
+            line = _line(window, updater.lr, device)
+        progress.step(line)
         after_step(step + 1)
         random_before = torch_state(device)
         note("epoch %d, step %d: waiting for the batch", epoch, step + 1)
@@ -223,11 +231,10 @@ def published_names(means: Mapping[str, float], weights: Mapping[str, float]) ->
     return named | {"loss": sum(scaled.values())} | scaled | unscaled
 
 
-def _line(means: EpochMeans, criterion: SetCriterion, lr: float, clock: Throughput, device: torch.device) -> str:
-    """The one place of a training step, besides the matching, that waits for the device: every `log_every` steps."""
-    stats = published_names(means.losses.window() | means.norms.window(), criterion.weight_dict)
-    norm = f"{stats['grad_norm']:.3g}" if "grad_norm" in stats else "-"
-    return f"loss {stats['loss']:.4f}  lr {lr:.1e}  grad norm {norm}  {clock.rate():.2f} images/s  mem {memory_in_use(device)}"
+def _line(window: Mapping[str, float], lr: float, device: torch.device) -> str:
+    norm = f"{window['grad_norm']:.3g}" if "grad_norm" in window else "-"
+    speed = f"{window['images_per_second']:.2f} images/s"
+    return f"loss {window['loss']:.4f}  lr {lr:.1e}  grad norm {norm}  {speed}  mem {memory_in_use(device)}"
 
 
 def _without_exchange(model: nn.Module) -> Any:

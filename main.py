@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import inspect
@@ -27,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from datasets import build_dataset
 from datasets.coco_eval import figures_table
 from datasets.loader import BadImages, Prefetcher, build_loader, end_workers
+from datasets.preflight import quick_check
 from datasets.samplers import EvalBatches, TrainBatches
 from engine import EpochMeans, Evaluation, evaluate, train_one_epoch, training_loss
 from models import build_model
@@ -39,12 +41,15 @@ from util.deterministic import explaining_refusals, make_deterministic
 from util.diagnose import FiniteWatch
 from util.distributed import broadcast_from_main, equalise_buffers, is_main, process_group, rank, sum_over_processes, world_size
 from util.errors import NotSavedError, UserError, run_as_command
+from util.finetune import fine_tune
 from util.history import History
-from util.optim import build_schedule, build_updater
+from util.optim import GROUPS, build_schedule, build_updater
 from util.precision import check_precision
 from util.preemption import StopRequest, StopVote
 from util.random_state import RandomGenerators
 from util.run_folder import announce_new, begun, is_announced, open_folder, set_aside
+from util.run_record import device_name, environment, has_record, write_record
+from util.tensorboard import Board, check_tensorboard, detection_pictures
 from util.training_state import Position, TrainingState, position_of
 from util.watchdog import note
 
@@ -68,10 +73,13 @@ def main(config: Config) -> None:
             seed_everything(config.run.seed + rank())
             check_operator(device)
             check_precision(config.run.amp, device)
+            check_tensorboard(config.run.tensorboard)
             if config.run.eval:
                 evaluate_only(config, device)
             else:
-                Training(config, device, stop).run()
+                training = Training(config, device, stop)
+                with contextlib.closing(training.board):
+                    training.run()
     finally:
         end_workers()
 
@@ -82,6 +90,8 @@ def evaluate_only(config: Config, device: torch.device) -> None:
     checkpoint = read_checkpoint(source.path) if source else {}
     dataset = build_dataset("val", config, trained_classes(config, checkpoint, source))
     config = settle_classes(config, dataset.classes, checkpoint, source)
+    if folder and not has_record(folder):  # the record of a training stays
+        write_record(folder, run_facts(config, val=dataset), environment(device), {"checkpoint": str(source or "")})
     model, criterion, postprocessors = build_model(loading(config, source))
     load_checkpoint(model, checkpoint, source)
     model.to(device)
@@ -113,6 +123,7 @@ class Training:
         self.dataset = build_dataset("train", config)
         self.classes = self.dataset.classes
         self.val_dataset = build_dataset("val", config, self.classes)
+        check_data(self.dataset, self.val_dataset, config)
         config = settle_classes(config, self.classes, checkpoint, source)
         self.config, self.device, self.stop = config, device, stop
         self.votes = StopVote(stop)
@@ -124,6 +135,8 @@ class Training:
         self.checkpoints = CheckpointFolder(self.folder, config.run.keep) if self.folder else None
         self.model, self.criterion, self.postprocessors = build_model(loading(config, source))
         load_checkpoint(self.model, checkpoint, source)
+        if config.run.finetune and source is None:  # else the run has begun and goes on
+            log.info("%s", fine_tune(self.model, config, self.classes))
         self.model.to(device)
         self.num_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.updater = build_updater(self.model, config)
@@ -147,6 +160,12 @@ class Training:
         )  # fmt: skip
         self.exact = self.state.restore(checkpoint, str(source))
         self._prepare_folder(source, checkpoint)
+        finished = self.position.epoch - (self.history.unfinished is not None)
+        wanted = self.folder and config.run.tensorboard
+        self.board = Board(self.folder / "tensorboard" if wanted else None, self._images_trained(), finished)
+        if self.folder:
+            start = {"epoch": self.position.epoch, "images": self.position.images, "checkpoint": str(source or "")}
+            write_record(self.folder, run_facts(config, train=self.dataset, val=self.val_dataset), environment(device), start)
 
     def run(self) -> None:
         log.info("%d trainable parameters, %d + %d images", self.num_parameters, len(self.dataset), len(self.val_dataset))
@@ -170,7 +189,7 @@ class Training:
                 self.wrapped, self.criterion, self.batches, self.updater, self.device, epoch,
                 watch=self.watch, means=self.means, amp=self.config.run.amp, log_every=self.config.run.log_every,
                 first_step=self.position.images // self.order.images_per_step if self.exact else 0,
-                after_step=self._after_step,
+                after_step=self._after_step, after_window=self._after_window,
             )  # fmt: skip
             self.schedule.step()
             equalise_buffers(self.model)
@@ -193,6 +212,14 @@ class Training:
         if leave:
             self.stop.leave(f"saved after epoch {self.position.epoch}, {self.position.images} images")
 
+    def _images_trained(self) -> int:
+        return self.position.epoch * self.order.images + self.position.images
+
+    def _after_window(self, means: Mapping[str, float]) -> None:
+        rates = {f"lr/{name}": group["lr"] for name, group in zip(GROUPS, self.updater.optimizer.param_groups, strict=True)}
+        shown = {f"steps/{name}": value for name, value in means.items() if not name.endswith("_unscaled")}
+        self.board.step(shown | rates, self._images_trained() + self.order.images_per_step)
+
     def _evaluate(self, epoch: int) -> None:
         entries: dict[str, Any] = {}
         if (epoch + 1) % self.config.run.eval_every == 0 or epoch + 1 == self.config.optim.epochs:
@@ -200,7 +227,8 @@ class Training:
             if self.updater.averaged:
                 self.updater.averaged.take_buffers()
                 entries |= self._evaluate_weights(self.updater.averaged.model, epoch, "ema_")
-        self.history.finish_epoch(entries | {"epoch": epoch, "n_parameters": self.num_parameters})
+        line = self.history.finish_epoch(entries | {"epoch": epoch, "n_parameters": self.num_parameters})
+        self.board.epoch(line)
 
     def _evaluate_weights(self, model: nn.Module, epoch: int, prefix: str) -> dict[str, Any]:
         evaluation = evaluate(
@@ -210,6 +238,8 @@ class Training:
         figures = evaluation.stats["coco_eval_bbox"]
         log.info("%s", figures_table(figures))
         is_best = self.history.is_best(figures[0], epoch, prefix.strip("_") or "model")
+        if not prefix:
+            self.board.pictures(lambda: evaluation_pictures(self.val_dataset, evaluation), epoch)
         if self.checkpoints and self.folder:
             if is_best:
                 self.checkpoints.name_newest(BEST)
@@ -309,13 +339,15 @@ def find_checkpoint(config: Config, folder: Path | None, going_on: bool) -> Sour
         return Source(newest, by_itself=True)
     if config.run.eval:
         raise UserError(f"--resume auto: there is no checkpoint in --output_dir {config.run.output_dir} to evaluate")
-    log.info("no checkpoint in %s yet: %s", config.run.output_dir, f"starting with {explicit}" if explicit else "starting afresh")
+    first = explicit or config.run.finetune
+    log.info("no checkpoint in %s yet: %s", config.run.output_dir, f"starting with {first}" if first else "starting afresh")
     return explicit
 
 
 def loading(config: Config, source: Source | None) -> Config:
     """The Config to build the model by: a checkpoint makes other weights of the backbone needless."""
-    return dataclasses.replace(config, run=dataclasses.replace(config.run, resume=source.path if source else ""))
+    weights = {"resume": source.path, "finetune": ""} if source else {"resume": ""}
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, **weights))
 
 
 def newest_checkpoint(folder: Path) -> str | UserError | None:
@@ -364,8 +396,7 @@ def start_logging() -> None:
 
 def announce(config: Config, device: torch.device) -> None:
     log.info("flags: %s", json.dumps(config.flags()))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    log.info("device: %s (%s), %d process(es), torch %s", device, name, world_size(), torch.__version__)
+    log.info("device: %s (%s), %d process(es), torch %s", device, device_name(device), world_size(), torch.__version__)
     if config.batchformer.bf and config.optim.batch_size == 1:
         log.warning("BatchFormerV2 relates the images of a process's batch: --batch_size 1 gives it nothing to relate")
 
@@ -389,6 +420,13 @@ def eval_loader(dataset, config: Config, device: torch.device, bad_images: BadIm
     return build_loader(dataset, batches, config.data.num_workers, device, bad_images, replace=False)
 
 
+def check_data(train, val, config: Config) -> None:
+    """The quick part of tools/check_data.py, on the main process. Raises UserError, on all, for what would end the run later."""
+    error = broadcast_from_main(quick_check(train, val, config.data.on_bad_image == "skip") if is_main() else None)
+    if error:
+        raise error
+
+
 def share_gradients(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
     """The model whose gradients are averaged over processes; the model itself if there is one."""
     if world_size() == 1:
@@ -404,6 +442,22 @@ def share_gradients(model: nn.Module, config: Config, device: torch.device) -> n
         find_unused_parameters=unused,
         gradient_as_bucket_view=True,
     )
+
+
+def run_facts(config: Config, **datasets) -> dict[str, Any]:
+    """What run.json says of a run on data sets, "train" and "val", beside its machine."""
+    data = {
+        name: {"images": str(part.images.resolve()), "annotations": str(part.annotations.resolve()), "num_images": len(part)}
+        for name, part in datasets.items()
+    }
+    return {"flags": config.flags(), "classes": datasets["val"].classes.to_plain(), "data": data}
+
+
+def evaluation_pictures(dataset, evaluation: Evaluation) -> dict[str, Any]:
+    """Pictures by name, for TensorBoard."""
+    files = {image_id: dataset.file_of(image_id) for image_id in dataset.image_ids}
+    names = {category.id: category.name for category in dataset.classes.categories}
+    return detection_pictures(files, dataset.coco.imgToAnns, evaluation.results, names)
 
 
 def save_tables(folder: Path, evaluation: Evaluation, epoch: int, prefix: str) -> None:

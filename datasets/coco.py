@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from pycocotools.coco import COCO
 from torch.utils.data import Dataset
 from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
 
@@ -59,7 +58,6 @@ class CocoDetection(Dataset):
         self.classes = classes or ClassMap.of(categories, num_classes, str(annotations))
         if classes:
             classes.check(categories, str(annotations))
-        _check_categories(self.coco, annotations)
         self.epoch = 0
         self._transform, self._seed, self._max_megapixels = transform, seed, max_megapixels
         self._cache: dict[str, bytes] | None = {} if cache else None
@@ -127,12 +125,6 @@ def build_coco(image_set: str, data: DataConfig, seed: int, classes: ClassMap | 
 
 
 _FLAGS = "check --coco_path, or --train_images, --train_annotations, --val_images and --val_annotations"
-
-
-def _check_categories(coco: COCO, path: Path) -> None:
-    unknown = {annotation["category_id"] for annotation in coco.anns.values()} - set(coco.cats)
-    if unknown:
-        raise UserError(f"{path} has objects of category id {min(unknown)}, which its categories lack; add the category")
 
 
 @contextlib.contextmanager

@@ -14,11 +14,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from util.class_map import ClassMap
-
-FIGURES = (
-    "AP", "AP50", "AP75", "AP small", "AP medium", "AP large",
-    "AR 1", "AR 10", "AR 100", "AR small", "AR medium", "AR large",
-)  # fmt: skip
+from util.metrics import FIGURES
 
 
 def coco_results(
@@ -40,14 +36,24 @@ def evaluate_boxes(ground_truth: COCO, results: list[dict[str, Any]]) -> COCOeva
 
     The outcome does not depend on which process found a detection: results are put in order of their image.
     """
-    known = [dict(r) for r in results if r["category_id"] in ground_truth.cats]  # loadRes adds entries to them
-    known.sort(key=lambda r: r["image_id"])  # stable: the order within an image stays
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = _essence(ground_truth)
-        evaluation = COCOeval(truth, _detections(truth, known), "bbox")
+        evaluation = _prepared(ground_truth, results)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
+    return evaluation
+
+
+def match_boxes(ground_truth: COCO, results: list[dict[str, Any]], iou: float) -> COCOeval:
+    """COCOeval after evaluate alone, at one IoU threshold and all sizes: its evalImgs say which detection found which object.
+
+    Objects have the ids 1.. in the order of the annotations, detections 1.. in the order of their images.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = _prepared(ground_truth, results)
+        evaluation.params.iouThrs = np.array([iou])
+        evaluation.params.areaRng, evaluation.params.areaRngLbl = evaluation.params.areaRng[:1], ["all"]
+        evaluation.evaluate()
     return evaluation
 
 
@@ -68,6 +74,13 @@ _USED = {
     "annotations": ("image_id", "category_id", "bbox", "area", "iscrowd"),
     "categories": ("id", "name"),
 }
+
+
+def _prepared(ground_truth: COCO, results: list[dict[str, Any]]) -> COCOeval:
+    known = [dict(r) for r in results if r["category_id"] in ground_truth.cats]  # loadRes adds entries to them
+    known.sort(key=lambda r: r["image_id"])  # stable: the order within an image stays
+    truth = _essence(ground_truth)
+    return COCOeval(truth, _detections(truth, known), "bbox")
 
 
 def _essence(ground_truth: COCO) -> COCO:

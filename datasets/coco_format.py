@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
 import io
 import json
 import re
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,15 +39,7 @@ def read_annotations(path: Path) -> COCO:
     Raises:
         UserError: the file is missing, not JSON, or has a field that can't be right; the message names it.
     """
-    try:
-        content = json.loads(read_regular_file(path), object_pairs_hook=_unique_keys)
-    except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror}); it must be a COCO instances file: check --coco_path, or "
-                        "--train_annotations and --val_annotations") from None
-    except RecursionError:
-        raise UserError(f"{path} is nested too deeply; it must be a COCO instances file") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); it must be a COCO instances file") from None
+    content = read_json(path)
     check_instances(content, path)
     coco = COCO()
     coco.dataset = content
@@ -54,24 +48,72 @@ def read_annotations(path: Path) -> COCO:
     return coco
 
 
+def read_json(path: Path, without: Collection[str] = ()) -> Any:
+    """The content of an annotation file; of its objects not the keys `without`, which then never fill the memory.
+
+    Raises:
+        UserError: the file is missing or not JSON.
+    """
+    try:
+        with _no_garbage_collection():
+            return json.loads(read_regular_file(path), object_pairs_hook=functools.partial(_unique_keys, without=without))
+    except OSError as error:
+        raise UserError(f"{path} can't be read ({error.strerror}); it must be a COCO instances file: check --coco_path, or "
+                        "--train_annotations and --val_annotations") from None
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply; it must be a COCO instances file") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); it must be a COCO instances file") from None
+
+
+class Fault(NamedTuple):
+    """Something in an instances file that can't be right.
+
+    kind: a name in lower case for those who count. section: images, annotations or categories; "" for the file. entry: what has
+    it, as it stands in the file. message: one line that names file, entry and field.
+    """
+
+    kind: str
+    section: str
+    entry: Any
+    message: str
+
+
 def check_instances(content: Any, path: Path) -> None:
     """Fill in what annotations may lack. Raises UserError for what is not COCO's instances format; `path` is the file's."""
+    for fault in format_faults(content, path):
+        raise UserError(fault.message)
+
+
+def format_faults(content: Any, path: Path) -> Iterator[Fault]:
+    """Every fault of an instances file; what annotations may lack is filled in on the way.
+
+    When all have been taken, what is left in the three lists is sound: entries with a fault are out of them.
+    """
     if not isinstance(content, dict):
-        raise UserError(f"{path} is not in COCO's instances format: it must be an object with {', '.join(_FIELDS)}")
+        message = f"{path} is not in COCO's instances format: it must be an object with {', '.join(_FIELDS)}"
+        yield Fault("not_instances_format", "", content, message)
+        return
+    incomplete = False
+    known: dict[str, set[int]] = {}
     for name, fields in _FIELDS.items():
         entries = content.get(name)
         if not isinstance(entries, list):
-            raise UserError(f"{path} is not in COCO's instances format: it has no list {name!r}")
+            yield Fault("not_instances_format", "", None, f"{path} is not in COCO's instances format: it has no list {name!r}")
+            entries, incomplete = [], True
+        broken: set[int] = set()
         for field in fields:
-            _check_field(entries, name, field, path)
-        _check_unique(entries, name, path)
-    known = {image["id"] for image in content["images"]}
-    for annotation in content["annotations"]:
-        if annotation["image_id"] not in known:
-            raise UserError(
-                f"{path}: annotation {annotation['id']} has image_id {annotation['image_id']}, which is no image's id; "
-                "take it out or add the image"
-            )
+            yield from _field_faults(entries, name, field, broken, path)
+        yield from _id_faults(entries, name, broken, path)
+        known[name] = {entry["id"] for entry in entries if _has_id(entry)}
+        content[name] = _without(entries, broken)
+    if not incomplete and not known["categories"]:
+        yield Fault("no_categories", "", None, f"{path} has no categories: there is nothing to detect; add them")
+        incomplete = True
+    if incomplete:
+        content["annotations"] = []  # nobody can say what they refer to
+        return
+    yield from _reference_faults(content, known, path)
 
 
 def shown(value: Any) -> str:
@@ -88,47 +130,101 @@ class _Field(NamedTuple):
     fits: Callable[[Any], bool]
     wanted: str
     default: Callable[[dict[str, Any]], Any] | None = None  # for an entry that lacks it; None: it must be there
+    kind: Callable[[Any], str] | None = None  # of the fault of a value that does not fit; None: wrong_<key>
 
 
-def _check_field(entries: list[Any], name: str, field: _Field, path: Path) -> None:
-    key, fits, wanted, default = field
+def _field_faults(entries: list[Any], name: str, field: _Field, broken: set[int], path: Path) -> Iterator[Fault]:
+    """What is wrong with a field of all entries of a list. Indices of entries with a fault are added to `broken`."""
+    key, fits, wanted, default, kind = field
     for i, entry in enumerate(entries):
         try:
             value = entry[key]
         except (KeyError, TypeError, IndexError):
+            if i in broken and (default is not None or not isinstance(entry, dict)):
+                continue  # it can't be filled in, or is no entry at all, which has been said
             if default is None or not isinstance(entry, dict):
-                raise UserError(f"{path} is not in COCO's instances format: {name}[{i}] lacks {key!r}") from None
+                broken.add(i)
+                message = f"{path} is not in COCO's instances format: {name}[{i}] lacks {key!r}"
+                yield Fault("missing_field", name, entry, message)
+                continue
             value = entry[key] = default(entry)
         if not fits(value):
-            what = f"{name}[{i}]" if key == "id" else f"{_SINGULAR[name]} {entry['id']}"
-            raise UserError(f"{path}: {what} has {key} {shown(value)}; it must be {wanted}")
+            # the id is checked first
+            what = f"{name}[{i}]" if key == "id" or not _has_id(entry) else f"{_SINGULAR[name]} {entry['id']}"
+            broken.add(i)
+            message = f"{path}: {what} has {key} {shown(value)}; it must be {wanted}"
+            yield Fault(kind(value) if kind else f"wrong_{key}", name, entry, message)
 
 
-def _check_unique(entries: list[dict[str, Any]], name: str, path: Path) -> None:
+def _id_faults(entries: list[dict[str, Any]], name: str, broken: set[int], path: Path) -> Iterator[Fault]:
     seen: set[int] = set()
-    for entry in entries:
+    for i, entry in enumerate(entries):
+        if i in broken and not _has_id(entry):
+            continue
         if entry["id"] in seen:
-            raise UserError(f"{path}: two {name} have the id {entry['id']}; ids must be unique, number them anew")
+            broken.add(i)
+            message = f"{path}: two {name} have the id {entry['id']}; ids must be unique, number them anew"
+            yield Fault(f"duplicate_{_SINGULAR[name]}_id", name, entry, message)
         seen.add(entry["id"])
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _reference_faults(content: dict[str, Any], known: dict[str, set[int]], path: Path) -> Iterator[Fault]:
+    """Annotations of images and categories that are not there; `known` holds the ids of broken entries, too."""
+    sound = {name: {entry["id"] for entry in content[name]} for name in ("images", "categories")}
+    kept = []
+    for annotation in content["annotations"]:
+        number, image, category = annotation["id"], annotation["image_id"], annotation["category_id"]
+        if image in sound["images"] and category in sound["categories"]:
+            kept.append(annotation)
+        if image not in known["images"]:
+            message = f"{path}: annotation {number} has image_id {image}, which is no image's id; take it out or add the image"
+            yield Fault("unknown_image", "annotations", annotation, message)
+        if category not in known["categories"]:
+            message = f"{path}: annotation {number} has category_id {category}, which its categories lack; add the category"
+            yield Fault("unknown_category", "annotations", annotation, message)
+    content["annotations"] = kept
+
+
+def _without(entries: list[Any], broken: set[int]) -> list[Any]:
+    return [entry for i, entry in enumerate(entries) if i not in broken] if broken else entries
+
+
+def _unique_keys(pairs: list[tuple[str, Any]], without: Collection[str]) -> dict[str, Any]:
     entry = dict(pairs)
     if len(entry) != len(pairs):
         keys = [key for key, _ in pairs]
         raise ValueError(f"an object has the key {shown(next(key for key in keys if keys.count(key) > 1))} twice")
+    for key in without:
+        entry.pop(key, None)
     return entry
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """For code that makes millions of objects and no cycles: the collector would look through all of them again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _is_id(value: Any) -> bool:
     return type(value) is int and -(2**63) <= value < 2**63  # a bool is an int to isinstance
 
 
+def _has_id(entry: Any) -> bool:
+    return isinstance(entry, dict) and _is_id(entry.get("id"))
+
+
 def _is_side(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value <= _FARTHEST and value == int(value)
 
 
-def _is_inside(value: Any) -> bool:
+def is_file_name(value: Any) -> bool:
+    """Whether an image may be called so: the path of a file below the image folder."""
     return isinstance(value, str) and len(value) <= _LONGEST_NAME and not _UNSAFE_NAME.search(value)
 
 
@@ -144,6 +240,15 @@ def _is_box(value: Any) -> bool:
         _is_number(x, -_FARTHEST, _FARTHEST) and _is_number(y, -_FARTHEST, _FARTHEST)
         and _is_number(width, 0, _FARTHEST) and _is_number(height, 0, _FARTHEST)
     )  # fmt: skip
+
+
+def _box_fault(value: Any) -> str:
+    """What a box that is none has wrong: its sides alone, or more."""
+    try:
+        sides_alone = len(value) == 4 and _is_box([*value[:2], abs(value[2]), abs(value[3])])
+    except (TypeError, ValueError):
+        sides_alone = False
+    return "degenerate_box" if sides_alone else "wrong_bbox"
 
 
 def _is_area(value: Any) -> bool:
@@ -167,7 +272,7 @@ _ID = _Field("id", _is_id, "a whole number, of 64 bits")
 _FIELDS = {
     "images": (
         _ID,
-        _Field("file_name", _is_inside, f"the path of a file below the image folder, of at most {_LONGEST_NAME} characters"),
+        _Field("file_name", is_file_name, f"the path of a file below the image folder, of at most {_LONGEST_NAME} characters"),
         _Field("height", _is_side, "a whole number of pixels above 0"),
         _Field("width", _is_side, "a whole number of pixels above 0"),
     ),
@@ -175,7 +280,8 @@ _FIELDS = {
         _ID,
         _Field("image_id", _is_id, "a whole number, an image's id"),
         _Field("category_id", _is_id, "a whole number, a category's id"),
-        _Field("bbox", _is_box, "four finite numbers x, y, width, height in pixels, width and height not negative"),
+        _Field("bbox", _is_box, "four finite numbers x, y, width, height in pixels, width and height not negative", None,
+               _box_fault),
         _Field("area", _is_area, "a finite number of pixels, not negative", _box_area),
         _Field("iscrowd", _is_flag, "0 or 1", lambda annotation: 0),
     ),

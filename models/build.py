@@ -47,7 +47,7 @@ def build_model(config: Config) -> tuple[DeformableDETR, SetCriterion, dict[str,
 def build_backbone(config: Config) -> Backbone:
     backbone = config.backbone
     # a checkpoint replaces the backbone's weights: fetching others first would be for nothing
-    weights = "none" if config.run.resume else backbone.backbone_weights
+    weights = "none" if config.run.resume or config.run.finetune else backbone.backbone_weights
     resnet = build_resnet(backbone.backbone, backbone.backbone_norm, weights, backbone.dilation)
     starts_random = backbone.backbone_weights == "none" and backbone.backbone_norm != "frozen_bn"
     return Backbone(

@@ -19,7 +19,7 @@ from models.build import build_model
 from models.deformable_detr import DeformableDETR
 from models.postprocess import PostProcess
 from util.architecture import config_of
-from util.checkpoint import load_state, read_checkpoint
+from util.checkpoint import load_state
 from util.class_map import ClassMap, classes_of
 from util.config import Config, DataConfig
 from util.distributed import choose_device
@@ -27,6 +27,7 @@ from util.errors import UserError
 from util.image_input import ImageLike, as_picture, prepare
 from util.nested_tensor import NestedTensor
 from util.precision import LOW_TYPES, autocast, check_precision
+from util.trained import choose_weights, read_trained
 
 WEIGHTS = ("auto", "model", "ema")
 
@@ -175,13 +176,14 @@ def load_detector(
     score_threshold: float = 0.0, weights: str = "auto", max_image_megapixels: float = DataConfig.max_image_megapixels,
     batchformer: bool = False, **architecture: Any,
 ) -> Detector:  # fmt: skip
-    """The detector of a checkpoint, published or ours; nothing in the file is executed.
+    """The detector of a checkpoint, published, ours or Hugging Face's; nothing in the file is executed.
 
     Args:
-        checkpoint: a path or an https address.
+        checkpoint: a path or an https address; for Hugging Face's that of the folder, its safetensors file or the model's page.
         device: "cuda", "cuda:1", "mps" or "cpu"; by default CUDA where there is one, else the CPU.
         amp, batch_size, score_threshold, max_image_megapixels: see Detector.
-        weights: "ema" the averaged weights (--ema_decay), "model" the others, "auto" the averaged where the file has them.
+        weights: "ema" the averaged weights (--ema_decay), "model" the others, "auto" the averaged where the
+            file has them, unless their last evaluation was worse.
         batchformer: with the modules of BatchFormerV2, which act in training alone: models.inspection.as_in_training.
         architecture: flags of main.py that go before what the checkpoint says (util/architecture.py tells what it can't say);
             eval_size and max_size, the sides that images are resized to.
@@ -196,8 +198,8 @@ def load_detector(
         raise UserError(f"--amp {amp!r} must be one of off, {', '.join(LOW_TYPES)}")
     where = choose_device(device)
     check_precision(amp, where)
-    content = read_checkpoint(source)
-    chosen = _chosen_weights(content, weights, source)
+    content = read_trained(source, "--resume")
+    chosen, _ = choose_weights(content, source, "--resume", weights)
     config = config_of({**content, "model": chosen}, source, batchformer=batchformer, **architecture)
     model, _, _ = build_model(config)
     load_state(model, {"model": chosen}, source).require_same_architecture()
@@ -206,15 +208,3 @@ def load_detector(
         model.to(where), config, classes, amp=amp, batch_size=batch_size, score_threshold=score_threshold,
         max_image_megapixels=max_image_megapixels,
     )  # fmt: skip
-
-
-def _chosen_weights(checkpoint: dict[str, Any], weights: str, source: str) -> Any:
-    averaged = checkpoint.get("ema")
-    if weights == "ema" and averaged is None:
-        raise UserError(f"--weights ema: {source} has no averaged weights; it was trained without --ema_decay")
-    if weights == "model" or averaged is None:
-        return checkpoint.get("model", checkpoint)
-    try:
-        return averaged["model"]
-    except (TypeError, KeyError):
-        raise UserError(f"--resume {source} is damaged: its averaged weights can't be found; use --weights model") from None

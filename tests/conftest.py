@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers import SMALL_IMAGES, SMALL_MODEL, run_main, write_coco
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -46,3 +48,27 @@ def tiny_coco() -> Path:
     if not TINY_COCO.is_dir():
         pytest.skip(f"no real images at {TINY_COCO}; name their folder with TINY_COCO")
     return TINY_COCO
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory) -> Path:
+    """The folder of a run of 2 epochs of 4 steps, gone on with from the middle of the second, with one epoch more.
+
+    Noise images, --tensorboard and --ema_decay.
+    """
+    folder = tmp_path_factory.mktemp("run")
+    write_coco(folder / "data", num_train=8, num_val=3)
+    flags = (
+        "--coco_path", str(folder / "data"), *SMALL_IMAGES, *SMALL_MODEL, "--batch_size", "2", "--num_workers", "0",
+        "--log_every", "1", "--save_every", "3", "--tensorboard", "--output_dir", str(folder / "out"), "--ema_decay", "0.9",
+    )  # fmt: skip
+    result = run_main(*flags, "--epochs", "2")
+    assert result.returncode == 0, result.stderr
+    for file in folder.glob("out/checkpoint*.pth"):
+        file.unlink()
+    (folder / "out" / "resume_0002_000000000.pth").unlink()
+    result = run_main(*flags, "--epochs", "3", "--resume", "auto")
+    assert result.returncode == 0, result.stderr
+    assert "resume_0001_000000006.pth" in result.stdout
+    assert result.stderr == "", "no warnings"
+    return folder / "out"

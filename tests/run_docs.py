@@ -20,16 +20,22 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
+from models import build_model
 from tests.helpers import ROOT, SMALL_IMAGES, SMALL_MODEL
 from tests.test_docs import PAGES, commands
+from util.config import parse_config
 
 SECONDS = 600
 SMALL = (*SMALL_IMAGES, *SMALL_MODEL[:-2], "--epochs", "1", "--num_workers", "0", "--batch_size", "2")
 PLACEHOLDERS = {
     "<ip of node 1>": "127.0.0.1",
     "<path to a checkpoint>": "exps/small/checkpoint.pth",
+    "<your data>": "data/small",
     "<partition>": "gpu",
     "<COCO layout>": "data/coco",
+    "--classes person car dog": "--classes square star",
     "/path/to/coco": "{root}/data/small",
 }
 SLURM = ("run_dist_slurm", "sbatch", "scancel", "squeue")
@@ -66,11 +72,19 @@ def lay_out(root: Path) -> None:
     here = [
         "python -m datasets.synthetic --output_dir data/small --train_images 16 --val_images 8 --image_size 96",
         f"python main.py --coco_path data/small --output_dir exps/small {' '.join(SMALL)}",
+        "ln -s small data/coco",
         "python -m tests.layouts data",  # the same images in the layouts of Pascal VOC and YOLO
     ]
     for command in here:
         if not run(command, root):
             raise SystemExit("the pages can't be tried")
+    write_published(root / "r50_deformable_detr.pth")
+
+
+def write_published(path: Path) -> None:
+    """A checkpoint as those that were published: frozen statistics, COCO's 91 logits, a Namespace."""
+    config = parse_config([*SMALL_MODEL, "--backbone_norm", "frozen_bn", "--num_classes", "91"])
+    torch.save({"model": build_model(config)[0].state_dict(), "args": argparse.Namespace(**config.flags())}, path)
 
 
 def run(command: str, root: Path) -> bool:

@@ -188,7 +188,10 @@ def test_in_evaluation_it_counts_as_an_image_without_detections(data, caplog, wo
 def reference(name: str, path: Path) -> BadImageError | None:
     """What reading the file gives: an error, or nothing."""
     folder = path.parent.parent
-    content = {"images": [{"id": 1, "file_name": name, "width": 4, "height": 4}], "annotations": [], "categories": []}
+    content = {
+        "images": [{"id": 1, "file_name": name, "width": 4, "height": 4}], "annotations": [],
+        "categories": [{"id": 1, "name": "one"}],
+    }  # fmt: skip
     (folder / "one.json").write_text(json.dumps(content))
     try:
         CocoDetection(path.parent, folder / "one.json", lambda image, target: (torch.zeros(3, 4, 4), target),

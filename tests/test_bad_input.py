@@ -113,7 +113,12 @@ def image_of_nothing(s):
 
 
 def label_outside(s):
-    s.edit("train", lambda c: c["categories"][0].update(id=17))
+    def change(content):
+        for entry in [content["categories"][0], *content["annotations"]]:
+            key = "category_id" if "category_id" in entry else "id"
+            entry[key] = 17 if entry[key] == 1 else entry[key]
+
+    s.edit("train", change)
     return [], ["17", "--num_classes 18", "--num_classes auto"]
 
 

@@ -18,7 +18,7 @@ ALLOWED = {
     "engine": {"models", "datasets", "util"},
     "benchmark": {"engine", "models", "datasets", "util"},
     "main": {"engine", "models", "datasets", "util"},
-    "tools": {"main", "engine", "models", "datasets", "util"},
+    "tools": {"tools", "main", "engine", "models", "datasets", "util"},
 }
 FILES = [p for p in sorted(ROOT.rglob("*.py")) if p.relative_to(ROOT).parts[0].removesuffix(".py") in PACKAGES]
 OPERATOR = ROOT / "models" / "ops"

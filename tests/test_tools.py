@@ -107,6 +107,25 @@ def test_subset_holds_the_first_fitting_images(tmp_path):
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_a_subset_of_classes_keeps_ids_and_both_parts(tmp_path):
+    boxes = {0: [{"bbox": [1, 1, 9, 9], "category_id": c} for c in (1, 3)], 1: [{"bbox": [1, 1, 9, 9], "category_id": 2}]}
+    write_coco(tmp_path / "data", num_train=3, num_val=1, annotations=boxes)
+    command = (sys.executable, "tools/subset_coco.py", "--coco_path", str(tmp_path / "data"), "--split", "both")
+    for flags, images in (((), {"train": [10, 11, 12], "val": [10]}), (("--drop_empty",), {"train": [10], "val": [10]})):
+        out = tmp_path / f"out{len(flags)}"
+        result = run(*command, "--classes", "three", "one", "--images", "link", "--output_dir", str(out), *flags)
+        assert result.returncode == 0, result.stderr
+        for split in ("train", "val"):
+            content = json.loads((out / "annotations" / f"instances_{split}2017.json").read_text())
+            assert [image["id"] for image in content["images"]] == images[split]
+            assert [category["id"] for category in content["categories"]] == [1, 3]
+            assert [annotation["category_id"] for annotation in content["annotations"]] == [1, 3]
+            assert (out / f"{split}2017/000000.png").samefile(tmp_path / f"data/{split}2017/000000.png")
+    result = run(*command, "--classes", "four", "--output_dir", str(tmp_path / "none"))
+    assert result.returncode == 2
+    assert "'four' is no category; there are one, two, three" in result.stderr
+
+
 @pytest.mark.parametrize("tool", ["tools/overfit.sh", "tools/check_distributed.sh"])
 def test_checks_say_how_they_are_used(tool):
     result = run(f"./{tool}")

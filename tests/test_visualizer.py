@@ -505,6 +505,21 @@ def test_every_run_is_in_every_panel(tmp_path, figure):
     assert len(page.legends[0].get_texts()) == len(logs)
 
 
+def test_averaged_weights_have_a_line_of_their_own(tmp_path, figure):
+    plot_run({"plain": rows(9), "averaged": rows(9, test_ema_coco_eval_bbox=[0.5] * 12)}, tmp_path / "curve.png")
+    (axes,) = [axes for axes in figure[0].axes if "precision" in axes.get_title(loc="left")]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["AP", "AP50", "AP, averaged weights"]
+    dotted = [line for line in axes.get_lines() if line.get_linestyle() == ":"]
+    assert [list(line.get_ydata()) for line in dotted] == [[50.0] * 9]
+
+
+def test_evaluations_every_few_epochs_are_joined(tmp_path, figure):
+    log = [{k: v for k, v in row.items() if row["epoch"] % 4 == 3 or not k.startswith("test")} for row in rows(12)]
+    plot_run({"seldom": log}, tmp_path / "curve.png")
+    loss = figure[0].axes[0].get_lines()
+    assert [list(line.get_xdata()) for line in loss] == [[*range(12)], [3, 7, 11]]
+
+
 @pytest.mark.parametrize("logs", [
     {"one epoch": rows(1)},
     {"empty": [], "bare": [{"epoch": 0}], "undefined": rows(3, test_coco_eval_bbox=[-1] * 12, train_lr=0.0)},

@@ -1,35 +1,68 @@
-"""Cut a small data set out of a COCO-format one, to see whether a model can learn it by heart.
+"""Cut a smaller data set out of a COCO-format one: some classes, or some images to see whether a model can learn them by heart.
 
-    python tools/subset_coco.py --coco_path data/coco --num_images 8 --output_dir data/coco8
+With --split both each part is cut out of its own; with train or val the images of that part become training and validation set
+alike, since then what is asked is whether they were learnt. Ids of images, objects and categories stay as they are.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
+import argparse
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder would be searched instead
 
-from datasets.coco import read_annotations
+from datasets.coco_format import read_annotations
+from datasets.coco_layout import WAYS, write_part
 from util.config import make_parser
 from util.errors import UserError, run_as_command
+
+EXAMPLE = "python tools/subset_coco.py --split both --classes person car dog --output_dir data/coco3"
 
 
 def main() -> None:
     args = _parser().parse_args()
-    split = f"{args.split}2017"
-    source = Path(args.coco_path)
-    content = read_annotations(source / "annotations" / f"instances_{split}.json").dataset
-    images = choose_images(content, args.num_images, args.max_objects)
-    subset = restrict(content, {image["id"] for image in images})
-    for name in ("train2017", "val2017"):  # training and validation alike: what is asked is whether it was learnt
-        write_split(Path(args.output_dir), name, subset, source / split)
-    objects = len(subset["annotations"])
-    print(f"{args.output_dir}: {len(images)} images with {objects} objects, as training and as validation set")
+    source, folder = Path(args.coco_path), Path(args.output_dir)
+    if folder.resolve() == source.resolve():
+        raise UserError(f"--output_dir {folder} is the source itself; name another folder")
+    for part in ("train", "val") if args.split == "both" else (args.split,):
+        content = read_annotations(source / "annotations" / f"instances_{part}2017.json").dataset
+        subset = cut(content, args)
+        files = {image["file_name"]: source / f"{part}2017" / image["file_name"] for image in subset["images"]}
+        written = (part,) if args.split == "both" else ("train", "val")
+        for name in written:
+            write_part(folder, name, subset, files, args.images)
+        objects = len(subset["annotations"])
+        print(f"{folder}: {len(files)} images with {objects} objects of {len(subset['categories'])} classes "
+              f"as {' and '.join(written)}")  # fmt: skip
+
+
+def cut(content: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags leave of annotations. Raises UserError if that is not what they ask for."""
+    if args.classes:
+        content = with_classes(content, args.classes)
+    if args.num_images:
+        images = choose_images(content, args.num_images, args.max_objects)
+    else:
+        objects = Counter(annotation["image_id"] for annotation in content["annotations"])
+        images = [image for image in content["images"] if objects[image["id"]] or not args.drop_empty]
+    return restrict(content, {image["id"] for image in images})
+
+
+def with_classes(content: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The same images with the categories of these names alone. Raises UserError for a name that is none."""
+    known = {category["name"]: category["id"] for category in content["categories"]}
+    for name in names:
+        if name not in known:
+            raise UserError(f"--classes {name!r} is no category; there are {', '.join(list(known)[:100])}")
+    ids = {known[name] for name in names}
+    return content | {
+        "annotations": [annotation for annotation in content["annotations"] if annotation["category_id"] in ids],
+        "categories": [category for category in content["categories"] if category["id"] in ids],
+    }
 
 
 def choose_images(content: dict[str, Any], count: int, max_objects: int) -> list[dict[str, Any]]:
@@ -49,23 +82,15 @@ def restrict(content: dict[str, Any], image_ids: set[int]) -> dict[str, Any]:
     }
 
 
-def write_split(folder: Path, name: str, content: dict[str, Any], images: Path) -> None:
-    (folder / name).mkdir(parents=True, exist_ok=True)
-    (folder / "annotations").mkdir(exist_ok=True)
-    for image in content["images"]:
-        try:
-            shutil.copyfile(images / image["file_name"], folder / name / image["file_name"])
-        except OSError as error:
-            raise UserError(f"{images / image['file_name']} can't be copied ({error.strerror}); check --coco_path") from None
-    (folder / "annotations" / f"instances_{name}.json").write_text(json.dumps(content))
-
-
-def _parser():
-    parser = make_parser("tools/subset_coco.py", __doc__.split("\n")[0])
+def _parser() -> argparse.ArgumentParser:
+    parser = make_parser("tools/subset_coco.py", __doc__, EXAMPLE)
     parser.add_argument("--coco_path", default="data/coco", help="folder in COCO's layout")
-    parser.add_argument("--split", default="train", choices=("train", "val"), help="part to take the images from")
-    parser.add_argument("--num_images", type=int, default=8, help="how many")
-    parser.add_argument("--max_objects", type=int, default=12, help="pass over images with more objects")
+    parser.add_argument("--split", default="train", choices=("train", "val", "both"), help="part to take the images from")
+    parser.add_argument("--classes", nargs="+", default=[], metavar="NAME", help="keep objects of these classes only")
+    parser.add_argument("--drop_empty", action="store_true", help="leave out images in which no object is left")
+    parser.add_argument("--num_images", type=int, default=0, help="so many images with objects, the first by id; 0: all images")
+    parser.add_argument("--max_objects", type=int, default=12, help="with --num_images: pass over images with more objects")
+    parser.add_argument("--images", choices=WAYS, default="copy", help="copies of the images, hard links or symbolic links")
     parser.add_argument("--output_dir", required=True, help="folder to write")
     return parser
 

@@ -35,55 +35,106 @@ _BOTTLENECK = {
     (3, 4, 6, 3, 128, 128): "wide_resnet50_2",
     (3, 4, 23, 3, 128, 128): "wide_resnet101_2",
 }
+# the flags that decide what a detector computes from its weights
+_ARCHITECTURE = (
+    "backbone", "backbone_norm", "dilation", "position_embedding", "position_embedding_scale", "num_feature_levels", "enc_layers",
+    "dec_layers", "dim_feedforward", "hidden_dim", "nheads", "num_queries", "dec_n_points", "enc_n_points", "with_box_refine",
+    "two_stage",
+)  # fmt: skip
 _BODY = "backbone.0.body."
 _SIZES = ("eval_size", "max_size")
 
 
-def config_of(checkpoint: Mapping[str, Any], source: str, *, batchformer: bool = False, **overrides: Any) -> Config:
+def config_of(
+    checkpoint: Mapping[str, Any], source: str, flag: str = "--resume", *, batchformer: bool = False, **overrides: Any
+) -> Config:
     """The Config of the detector in a checkpoint, published or ours, for prediction: it starts without other weights.
 
     Args:
         checkpoint: as `read_checkpoint` gives it.
-        source: the file, for messages.
+        source, flag: the file and the flag that named it, for messages.
         batchformer: with BatchFormerV2 as it was trained, off in evaluation.
         overrides: flags of main.py that go before what the checkpoint says: those of the backbone and the transformer, eval_size
             and max_size.
 
     Raises:
-        UserError: it holds no Deformable DETR, an override is no such flag or can't be, or `batchformer` and it has none.
+        UserError: it holds no Deformable DETR, or none with BatchFormerV2; an override is no such flag or can't be.
     """
     known = {f.name for group in (BackboneConfig, TransformerConfig) for f in fields(group)} | {*_SIZES}
     if unknown := sorted(overrides.keys() - known):
         raise UserError(f"{unknown[0]} is no flag of a detector's architecture; there are {', '.join(sorted(known))}")
-    state = weights_of(checkpoint, source)
-    said = _flags_in(checkpoint, known, batchformer)
-    if batchformer and not said.get("bf"):
-        raise UserError(f"--resume {source} was trained without BatchFormerV2 (--bf), or does not say how it was trained")
-    try:
-        seen = _seen_in(state, {**said, **overrides})
-    except KeyError as error:
-        raise UserError(f"--resume {source} holds no Deformable DETR under the published names: it lacks {error}") from None
-    except (IndexError, TypeError) as error:
-        raise UserError(f"--resume {source} holds no Deformable DETR: {error}") from None
-    chosen = {**said, **seen, **overrides, "backbone_weights": "none"}
+    if batchformer:
+        overrides |= _batchformer_in(checkpoint, source, flag)
+    said = _flags_in(checkpoint, known)
+    chosen = {**known_flags(checkpoint, source, flag, **overrides), **overrides, "backbone_weights": "none"}
     if not said:
         taken = {"nheads": TransformerConfig.nheads, "dilation": BackboneConfig.dilation, "eval_size": DataConfig.eval_size}
         told = ", ".join(f"{name} {value}" for name, value in {**taken, **overrides}.items())
         log.warning("%s does not say how it was trained; taken for granted: %s", source, told)
     chosen["train_sizes"] = [chosen.get("eval_size", DataConfig.eval_size)]  # max_size must not be below its default
-    return config_from_flags(chosen)
+    try:
+        return config_from_flags(chosen)
+    except UserError as error:
+        raise UserError(f"{flag} {source} can't be used: {error}") from None
 
 
-def _flags_in(checkpoint: Mapping[str, Any], known: set[str], batchformer: bool) -> dict[str, Any]:
+def _batchformer_in(checkpoint: Mapping[str, Any], source: str, flag: str) -> dict[str, Any]:
+    flags = _flags_in(checkpoint, {f.name for f in fields(BatchFormerConfig)})
+    if not flags.get("bf"):
+        raise UserError(f"{flag} {source} was trained without BatchFormerV2 (--bf), or does not say how it was trained")
+    return {**flags, "eval_bf": False}
+
+
+def known_flags(checkpoint: Mapping[str, Any], source: str, flag: str = "--resume", **overrides: Any) -> dict[str, Any]:
+    """Flags of the architecture that the weights of a checkpoint tell, or else its flags; `overrides` help to read the weights.
+
+    Raises UserError if it holds no Deformable DETR.
+    """
+    state = weights_of(checkpoint, source, flag)
+    said = _flags_in(checkpoint, {*_ARCHITECTURE, *_SIZES})
+    try:
+        return {**said, **_seen_in(state, {**said, **overrides})}
+    except KeyError as error:
+        raise UserError(f"{flag} {source} holds no Deformable DETR under the published names: it lacks {error}") from None
+    except (IndexError, TypeError) as error:
+        raise UserError(f"{flag} {source} holds no Deformable DETR: {error}") from None
+
+
+def require_same_architecture(checkpoint: Mapping[str, Any], flags: Mapping[str, Any], source: str, flag: str) -> None:
+    """Raise UserError, with the flags to give, unless a checkpoint is of the detector that a run's `flags` make.
+
+    What neither its weights nor its own flags tell is not compared.
+    """
+    said = _flags_in(checkpoint, {"nheads"})
+    there = known_flags(checkpoint, source, flag, **{"nheads": flags["nheads"], **said})
+    differ = {name: there[name] for name in _ARCHITECTURE if name in there and not _alike(name, there, flags)}
+    give = [f"--{name}" if value is True else f"--{name} {value}" for name, value in differ.items() if value is not False]
+    if differ.get("backbone_norm") == "gn" and flags["backbone_weights"] == "imagenet":
+        give.append("--backbone_weights none")
+    leave_out = [f"--{name}" for name, value in differ.items() if value is False]
+    remedy = [f"give {' '.join(give)}"] * bool(give) + [f"leave out {' '.join(leave_out)}"] * bool(leave_out)
+    if remedy:
+        raise UserError(f"{flag} {source} is of another detector: {' and '.join(remedy)}")
+
+
+def _alike(name: str, there: Mapping[str, Any], flags: Mapping[str, Any]) -> bool:
+    if name == "num_queries" and there["two_stage"]:
+        return True  # proposals have no weights
+    if name == "with_box_refine" and there["dec_layers"] == 1:
+        return True  # there is no next layer
+    if name == "backbone_norm" and "gn" not in (there[name], flags[name]):
+        return True  # statistics may be frozen or go on
+    return bool(there[name] == flags[name])
+
+
+def _flags_in(checkpoint: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
     """The flags of the architecture among the checkpoint's `args`: a dict, or a published file's Namespace."""
     args = checkpoint.get("args", {})
     flags = vars(args) if isinstance(args, argparse.Namespace) else args
     if not isinstance(flags, Mapping):
         return {}
-    if batchformer or flags.get("eval_bf"):  # else BatchFormerV2 has no say in evaluation, and needs no module
+    if flags.get("eval_bf"):  # else BatchFormerV2 has no say in evaluation, and needs no module
         known = known | {f.name for f in fields(BatchFormerConfig)}
-    if batchformer:
-        flags = {**flags, "eval_bf": False}
     return {name: flags[name] for name in known if flags.get(name) is not None}
 
 

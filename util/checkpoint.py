@@ -66,12 +66,13 @@ _FLAGS = (
 
 @dataclass(frozen=True)
 class LoadReport:
-    """Names of tensors: loaded; missing in the file; unexpected, in the file only."""
+    """Names of tensors: loaded; missing in the file; unexpected, in the file only. flag: which named the file."""
 
     source: str
     loaded: tuple[str, ...]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
+    flag: str = "--resume"
 
     def require_same_architecture(self) -> None:
         """Raise UserError if anything but BatchFormerV2's weights is missing or unexpected."""
@@ -79,8 +80,8 @@ class LoadReport:
             names = [name for name in names if not name.startswith("transformer.bf.")]
             if names:
                 raise UserError(
-                    f"--resume {self.source} is of another architecture: it {kind} {names[0]}"
-                    f"{f' and {len(names) - 1} more' if names[1:] else ''}; probably {_flags_for(names[0])} differ"
+                    f"{self.flag} {self.source} is of another architecture: it {kind} {names[0]}"
+                    f"{f' and {len(names) - 1} more' if names[1:] else ''}; probably {_flags_for_layer(names[0])} differ"
                 )
 
     def __str__(self) -> str:
@@ -100,38 +101,60 @@ def load_weights(model: nn.Module, path_or_url: str) -> LoadReport:
     return load_state(model, read_checkpoint(path_or_url), str(path_or_url))
 
 
-def load_state(model: nn.Module, checkpoint: Mapping[str, Any], source: str) -> LoadReport:
-    """As `load_weights`, from a checkpoint that has been read."""
-    state = weights_of(checkpoint, source)
+def load_state(model: nn.Module, checkpoint: Mapping[str, Any], source: str, flag: str = "--resume") -> LoadReport:
+    """As `load_weights`, from a checkpoint that has been read; errors name `flag`."""
+    state = weights_of(checkpoint, source, flag)
     own = model.state_dict(keep_vars=True)
     known = {name: tensor for name, tensor in state.items() if name in own}
     for name, tensor in known.items():
         if tensor.shape != own[name].shape:
             raise UserError(
-                f"--resume {source} does not fit: {name} is {list(tensor.shape)} there and {list(own[name].shape)} here; "
+                f"{flag} {source} does not fit: {name} is {list(tensor.shape)} there and {list(own[name].shape)} here; "
                 f"probably {_flags_for(name)} differ"
             )
-    _check_tied(own, known, source)
+    _check_tied(own, known, source, flag)
     model.load_state_dict(known, strict=False)
     return LoadReport(
         source,
         loaded=tuple(known),
         missing=tuple(name for name in own if name not in known and not name.endswith(_OPTIONAL)),
         unexpected=tuple(name for name in state if name not in own and not name.endswith(_OPTIONAL)),
+        flag=flag,
     )
 
 
-def weights_of(checkpoint: Mapping[str, Any], source: str) -> dict[str, Tensor]:
-    """The weights in a checkpoint that has been read, each tensor under one name. Raises UserError if they are none."""
+def weights_of(checkpoint: Mapping[str, Any], source: str, flag: str = "--resume") -> dict[str, Tensor]:
+    """A checkpoint's weights under one name each: published aliases folded, bookkeeping entries left out.
+
+    Raises UserError if they are something else than plain tensors.
+    """
     state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, Mapping) else None
     if not isinstance(state, Mapping):
-        raise UserError(f"--resume {source} is no checkpoint of a detector: its weights are no dict of tensors")
-    return _canonical(state, source)
+        raise UserError(f"{flag} {source} is no checkpoint of a detector: its weights are no dict of tensors")
+    named: dict[str, Tensor] = {}
+    aliased: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if not isinstance(name, str) or name.endswith(_MEANINGLESS):
+            continue
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise UserError(f"{flag} {source} is no checkpoint of a detector: its entry {name!a} is no plain tensor")
+        name = name.removeprefix("module.")
+        for alias, real in _ALIASES:
+            if name.startswith(alias):
+                aliased[real + name.removeprefix(alias)] = tensor
+                break
+        else:
+            named[name] = tensor
+    return aliased | named
 
 
 def read_checkpoint(path_or_url: str | os.PathLike, flag: str = "--resume") -> dict[str, Any]:
     """The dict in a checkpoint file, on the CPU, nothing executed. Raises UserError, naming `flag`."""
-    path = _local_file(str(path_or_url), flag)
+    given = str(path_or_url)
+    if given.endswith(".safetensors") or not is_address(given) and (Path(given) / "config.json").is_file():
+        convert = f"python tools/convert_checkpoint.py {given} <file>.pth"
+        raise UserError(f"{flag} {given} is in Hugging Face's layout; use {convert}, or train from it with --finetune")
+    path = local_file(given, flag)
     check_intact(path, flag)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -262,34 +285,21 @@ def _digest(file: BinaryIO, size: int) -> bytes:
     return digest.hexdigest().encode()
 
 
-def _canonical(state: Mapping[str, Any], source: str) -> dict[str, Tensor]:
-    """The tensors under one name each: published aliases folded, bookkeeping entries left out."""
-    canonical: dict[str, Tensor] = {}
-    aliased: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        if not isinstance(name, str) or name.endswith(_MEANINGLESS):
-            continue
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-            raise UserError(f"--resume {source} is no checkpoint of a detector: its entry {name!a} is no plain tensor")
-        name = name.removeprefix("module.")
-        for alias, real in _ALIASES:
-            if name.startswith(alias):
-                aliased[real + name.removeprefix(alias)] = tensor
-                break
-        else:
-            canonical[name] = tensor
-    return aliased | canonical
-
-
-def _check_tied(own: Mapping[str, Tensor], known: Mapping[str, Tensor], source: str) -> None:
+def _check_tied(own: Mapping[str, Tensor], known: Mapping[str, Tensor], source: str, flag: str) -> None:
     first: dict[int, str] = {}
     for name in known:
         twin = first.setdefault(id(own[name]), name)
         if twin != name and not torch.equal(known[twin], known[name]):
             raise UserError(
-                f"--resume {source} does not fit: {twin} and {name} differ there and are one tensor here; "
+                f"{flag} {source} does not fit: {twin} and {name} differ there and are one tensor here; "
                 f"probably {_flags_for(name)} differ"
             )
+
+
+def _flags_for_layer(name: str) -> str:
+    """The flags that decide whether a tensor is there at all."""
+    layer = re.search(r"transformer\.(enc|dec)oder\.layers\.", name)
+    return f"--{layer[1]}_layers" if layer else _flags_for(name)
 
 
 def _flags_for(name: str) -> str:
@@ -297,16 +307,26 @@ def _flags_for(name: str) -> str:
     return next((flags for part, flags in _FLAGS if part in generic or part in name), "the architecture's flags")
 
 
-def _local_file(path_or_url: str, flag: str) -> Path:
-    if not path_or_url.startswith(("https://", "http://")):
+def is_address(path_or_url: str) -> bool:
+    return path_or_url.startswith(("https://", "http://"))
+
+
+def local_file(path_or_url: str, flag: str) -> Path:
+    """The file that `flag` names; an address is fetched once, and found again in PyTorch's cache.
+
+    Raises UserError if it does not exist or can't be fetched.
+    """
+    if not is_address(path_or_url):
         path = Path(path_or_url)
         if not path.is_file():
             raise UserError(f"{flag} {path} does not exist; give the path of a checkpoint file or an https address")
         return path
     name = Path(urlparse(path_or_url).path).name
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / name
+    # a folder for every address: many have a file of the same name
+    folder = Path(torch.hub.get_dir()) / "checkpoints" / hashlib.sha256(path_or_url.encode()).hexdigest()[:16]
+    cached = folder / name
     if not cached.exists():
-        cached.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         digest = re.search(r"-([0-9a-f]{8,})\.", name)
         try:
             torch.hub.download_url_to_file(path_or_url, str(cached), digest[1] if digest else None, progress=False)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -506,6 +507,11 @@ def _check_run(config: Config) -> None:
     _require(
         not run.finetune or run.resume in ("", "auto"),
         "--finetune starts a run and --resume goes on with one; give one of them (--resume auto may stand beside --finetune)",
+    )
+    in_folder = bool(run.output_dir) and os.path.abspath(run.output_dir) == os.path.dirname(os.path.abspath(run.finetune))
+    _require(
+        not (run.finetune and in_folder),
+        f"--finetune {run.finetune} is of the run in --output_dir {run.output_dir}; give the new run another --output_dir",
     )
     _require(not (run.finetune and run.eval), "--finetune trains and --eval does not; use --resume to evaluate a checkpoint")
     _require(

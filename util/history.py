@@ -29,11 +29,13 @@ class History:
         self.best: dict[str, Any] | None = None
         self._written = 0
 
-    def finish_epoch(self, entries: Mapping[str, Any]) -> None:
-        """Complete the unfinished epoch's line with `entries`, and write it."""
-        self._lines.append(json.dumps({**(self.unfinished or {}), **entries}))
+    def finish_epoch(self, entries: Mapping[str, Any]) -> dict[str, Any]:
+        """Complete the unfinished epoch's line with `entries`, write it, and give it."""
+        line = {**(self.unfinished or {}), **entries}
+        self._lines.append(json.dumps(line))
         self.unfinished = None
         self.write()
+        return line
 
     def is_best(self, average_precision: float, epoch: int, weights: str) -> bool:
         """Note a result, and whether it is better than all before."""

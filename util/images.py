@@ -10,6 +10,7 @@ import stat
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -18,6 +19,7 @@ from util.errors import UserError
 
 # bitmaps that Pillow decodes by itself; for others it starts programs (EPS: Ghostscript)
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000")
+_UNKNOWN_FORMAT = f"can't be decoded (no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image)"
 # four channels of 32 bits: no image that is small enough has a larger file, metadata aside
 _BYTES_PER_PIXEL = 16
 _METADATA_BYTES = 2**24
@@ -87,13 +89,49 @@ def decode(content: bytes, path: Path, megapixels: float, otherwise: str, *, upr
                 raise Image.DecompressionBombError(f"{image.width * image.height} pixels")
             return as_rgb(_turned_upright(image) if upright else image)
     except UnidentifiedImageError:
-        reason = f"can't be decoded (no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image)"
+        reason = _UNKNOWN_FORMAT
     except Image.DecompressionBombError as error:
         pixels = re.search(r"\d+", str(error))
         reason, remedy = _too_large(f"has {int(pixels[0]) / 1e6:.4g} megapixels, more" if pixels else "is larger", megapixels)
     except Exception as error:  # a broken file can fail anywhere in a decoder
         reason = f"can't be decoded ({_in_a_line(error)})"
     raise BadImageError(str(path), reason, f"{remedy}, {otherwise}")
+
+
+class Header(NamedTuple):
+    """size: (width, height) in pixels as stored, which is what `decode` gives. orientation: EXIF's, 1 to 8, which it leaves aside
+    and viewers turn or mirror the image by (1: not at all; from 5 on the sides change places)."""
+
+    size: tuple[int, int]
+    orientation: int
+
+
+def read_header(path: Path, megapixels: float, otherwise: str) -> Header:
+    """Size and orientation of an image file, without decoding it. Raises BadImageError as `read_image_file` and `decode` do."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError(0, "not a regular file")
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height <= int(megapixels * 1e6):
+                return Header(image.size, _orientation(image))
+            reason, remedy = _too_large(f"has {image.width * image.height / 1e6:.4g} megapixels, more", megapixels)
+    except UnidentifiedImageError:
+        reason, remedy = _UNKNOWN_FORMAT, "replace the file"
+    except OSError as error:
+        reason, remedy = f"can't be read ({error.strerror or _in_a_line(error)})", "add the file"
+    except Exception as error:  # a broken file can fail anywhere
+        reason, remedy = f"can't be decoded ({_in_a_line(error)})", "replace the file"
+    raise BadImageError(str(path), reason, f"{remedy}, {otherwise}")
+
+
+def _orientation(image: Image.Image) -> int:
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1  # Pillow would decode all of it to look behind the pixels
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # metadata can be broken in any way
+        return 1
+    return value if value in range(1, 9) else 1
 
 
 def _too_large(what: str, megapixels: float) -> tuple[str, str]:

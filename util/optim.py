@@ -36,6 +36,10 @@ def _with_momentum(optimizer: torch.optim.SGD) -> torch.optim.SGD:
     return optimizer
 
 
+# of parameter_groups, in its order
+GROUPS = ("transformer and heads", "backbone", "slow linear layers")
+
+
 def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict]:
     """Trainable parameters in three groups: all others, the backbone, the slow linear layers (in this order)."""
     others: list[nn.Parameter] = []

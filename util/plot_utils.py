@@ -26,24 +26,27 @@ MAX_MARKERS = 25  # with more epochs, markers would hide the line
 
 @dataclass(frozen=True)
 class Panel:
-    """One set of axes: the figures drawn solid and dashed, and what the two lines are called in the legend."""
+    """One set of axes: the figures drawn solid, dashed and dotted, and what these lines are called in the legend."""
 
     title: str
     solid: str
     dashed: str | None = None
-    names: tuple[str, str] | None = None
+    dotted: str | None = None
+    names: tuple[str, ...] | None = None
     schedule: bool = False  # logarithmic, with lines of several widths, since runs often share theirs
 
 
 PANELS = (
-    Panel("Total loss", "train_loss", "test_loss", ("training", "validation")),
+    Panel("Total loss", "train_loss", "test_loss", names=("training", "validation")),
     Panel("Classification loss", "train_loss_ce", "test_loss_ce"),
-    Panel("Average precision (%)", "AP", "AP50", ("AP", "AP50")),
+    Panel("Average precision (%)", "AP", "AP50", "ema AP", names=("AP", "AP50", "AP, averaged weights")),
     Panel("Box L1 loss", "train_loss_bbox", "test_loss_bbox"),
     Panel("Box GIoU loss", "train_loss_giou", "test_loss_giou"),
     Panel("Learning rate", "train_lr", schedule=True),
 )
-COCO_FIGURES = {"AP": 0, "AP50": 1}  # places in test_coco_eval_bbox
+STYLES = ("-", "--", ":")
+# entry of the log and place in it; "ema": of the averaged weights (--ema_decay)
+COCO_FIGURES = {"AP": ("test_coco_eval_bbox", 0), "AP50": ("test_coco_eval_bbox", 1), "ema AP": ("test_ema_coco_eval_bbox", 0)}
 
 STYLE = {
     "font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left",
@@ -80,7 +83,7 @@ def read_log(path: str | Path) -> list[Row]:
 def series(rows: Sequence[Row], key: str) -> tuple[np.ndarray, np.ndarray]:
     """One figure over the epochs: epochs (e,) ascending, values (e,), for the rows that have it.
 
-    `key` is a key of the log, or AP or AP50 in percent. Of an epoch that was run twice, after a resumption from an
+    `key` is a key of the log, or one of COCO_FIGURES in percent. Of an epoch that was run twice, after a resumption from an
     older checkpoint, the later row counts. COCO writes -1 where a figure is undefined; that is NaN here.
     """
     values = {}
@@ -95,7 +98,8 @@ def series(rows: Sequence[Row], key: str) -> tuple[np.ndarray, np.ndarray]:
 def _value(row: Row, key: str) -> float | None:
     if key not in COCO_FIGURES:
         return _number(row.get(key))
-    figures, place = row.get("test_coco_eval_bbox"), COCO_FIGURES[key]
+    entry, place = COCO_FIGURES[key]
+    figures = row.get(entry)
     if not isinstance(figures, list) or len(figures) <= place or (figure := _number(figures[place])) is None:
         return None
     return 100 * figure if figure >= 0 else math.nan
@@ -161,28 +165,29 @@ def _draw_panel(axes: Axes, panel: Panel, logs: Mapping[str, Sequence[Row]], col
         axes.text(0.5, 0.5, "not in the log", transform=axes.transAxes, ha="center", va="center", color="0.5")
         axes.set(xticks=[], yticks=[])
         return
-    epochs, values = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
+    epochs, values = (np.concatenate(parts) for parts in zip(*(line for _, *line in drawn), strict=True))
     _label_epochs(axes, epochs)
     if panel.schedule and (values > 0).all():
         _scale_rates(axes, values)
     if panel.names:
-        styles = [Line2D([], [], color="0.3", linestyle=line) for line in ("-", "--")]
-        axes.legend(styles, panel.names)
+        used = {style for style, *_ in drawn}
+        named = [(style, name) for style, name in zip(STYLES, panel.names, strict=False) if style in used]
+        axes.legend([Line2D([], [], color="0.3", linestyle=style) for style, _ in named], [name for _, name in named])
 
 
 def _draw_lines(
     axes: Axes, panel: Panel, logs: Mapping[str, Sequence[Row]], colors: Mapping[str, Any]
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Draw the lines of all runs; the epochs and values of those that have any."""
+) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """Draw the lines of all runs; the style, epochs and values of those that have any."""
     drawn = []
     for later, (name, rows) in zip(reversed(range(len(logs))), logs.items(), strict=True):
         width = mpl.rcParams["lines.linewidth"] + (later * min(2, 8 / len(logs)) if panel.schedule else 0)
-        for key, style in ((panel.solid, "-"), (panel.dashed, "--")):
+        for key, style in zip((panel.solid, panel.dashed, panel.dotted), STYLES, strict=True):
             epochs, values = series(rows, key) if key else ([], [])
             if np.isfinite(values).any():
                 marker = "o" if len(epochs) <= (1 if panel.schedule else MAX_MARKERS) else None
                 axes.plot(epochs, values, style, color=colors[name], marker=marker, linewidth=width)
-                drawn.append((epochs, values))
+                drawn.append((style, epochs, values))
     return drawn
 
 

@@ -43,6 +43,7 @@ from engine import EpochMeans
 from tests.faults import fuzz_mutate
 from tests.faults.fuzz_watch import Misbehaviour, Watch
 from util.checkpoint import load_state, read_checkpoint, write_atomically
+from util.class_map import ClassMap
 from util.config import parse_config
 from util.diagnose import FiniteWatch
 from util.errors import UserError
@@ -280,7 +281,8 @@ def _training(model: nn.Module) -> tuple[TrainingState, Updater]:
     random_state = RandomGenerators(torch.device("cpu"))
     own = {"random": random_state, "means": EpochMeans(), "not_finite": watch, "bad_images": BadImages("skip", 9)}
     schedule = build_schedule(updater.optimizer, config)
-    return TrainingState(config, {1: "one"}, model, updater, schedule, Position(), shared, own), updater
+    classes = ClassMap.of([{"id": 1, "name": "one"}], _NUM_CLASSES, "")
+    return TrainingState(config, classes, model, updater, schedule, Position(), shared, own), updater
 
 
 def main() -> int:

@@ -1,0 +1,458 @@
+"""The check of a data set finds what was planted in it, and nothing else; a training run looks for the worst by itself."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datasets import build_dataset
+from datasets.coco_format import read_annotations
+from datasets.preflight import check_part, quick_check
+from tests.faults.fuzz_mutate import json_text, mutate_json
+from tests.faults.large_annotations import write_large
+from tests.helpers import SMALL_IMAGES, SMALL_MODEL, run, run_main
+from util.config import parse_config
+from util.errors import UserError
+
+NUM_IMAGES = 80  # so many that processes read them
+SIZE = (64, 48)
+
+
+def write_images(folder: Path, count: int, seed: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        Image.fromarray(rng.integers(0, 255, (SIZE[1], SIZE[0], 3), dtype=np.uint8)).save(folder / f"{i:03}.png")
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory) -> Path:
+    """A data set without a fault: in training image i has the id 100 + i and the objects 1000 + 2 i and 1001 + 2 i."""
+    root = tmp_path_factory.mktemp("sound")
+    categories = [{"id": number, "name": name} for number, name in ((3, "cat"), (17, "dog"), (1000, "emu"))]
+    (root / "annotations").mkdir()
+    for split, count, first in (("train", NUM_IMAGES, 100), ("val", 4, 900)):
+        write_images(root / f"{split}2017", count, first)
+        images, annotations = [], []
+        for i in range(count):
+            images.append({"id": first + i, "file_name": f"{i:03}.png", "width": SIZE[0], "height": SIZE[1]})
+            for k, (box, category) in enumerate((([4, 5, 20, 16], 3), ([20, 10, 44, 38], (17, 1000)[i % 2]))):
+                annotations.append({
+                    "id": 10 * first + 2 * i + k, "image_id": first + i, "category_id": category, "bbox": box, "iscrowd": 0,
+                    "area": box[2] * box[3] * 0.8,
+                })  # fmt: skip
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (root / f"annotations/instances_{split}2017.json").write_text(json.dumps(content))
+    return root
+
+
+@pytest.fixture
+def data(sound, tmp_path) -> Data:
+    shutil.copytree(sound, tmp_path / "data")
+    return Data(tmp_path / "data")
+
+
+class Data:
+    """A data set to plant faults in."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.content = {split: json.loads(self.annotations(split).read_text()) for split in ("train", "val")}
+
+    def annotations(self, split: str) -> Path:
+        return self.root / f"annotations/instances_{split}2017.json"
+
+    def image(self, i: int, split: str = "train") -> Path:
+        return self.root / f"{split}2017/{i:03}.png"
+
+    def entry(self, i: int) -> dict[str, Any]:
+        """The entry of training image i."""
+        return self.content["train"]["images"][i]
+
+    def object(self, i: int) -> dict[str, Any]:
+        """The first object of training image i, of id 1000 + 2 i."""
+        return self.content["train"]["annotations"][2 * i]
+
+    def write(self) -> None:
+        for split, content in self.content.items():
+            self.annotations(split).write_text(json.dumps(content))
+
+    def check(self, *flags: str, code: int) -> tuple[str, list[dict[str, Any]]]:
+        """What the tool prints, and the findings of its report."""
+        report = self.root / "report.json"
+        result = run(
+            sys.executable, "tools/check_data.py", "--coco_path", str(self.root), "--report", str(report), "--show", "0", *flags
+        )
+        assert result.returncode == code, result.stderr
+        content = json.loads(report.read_text())
+        assert content["faults"] == sum(finding["is_fault"] for finding in content["findings"])
+        return result.stdout, content["findings"]
+
+
+def missing_image(d: Data, i: int) -> dict:
+    d.image(i).unlink()
+    return {"image_id": 100 + i, "file": str(d.image(i))}
+
+
+def broken_image(d: Data, i: int) -> dict:
+    d.image(i).write_bytes(d.image(i).read_bytes()[:500])
+    return {"image_id": 100 + i, "file": str(d.image(i))}
+
+
+def wrong_size(d: Data, i: int) -> dict:
+    d.entry(i)["height"] += 1
+    return {"image_id": 100 + i, "file": str(d.image(i))}
+
+
+def of_object(**values: Any) -> Callable[[Data, int], dict]:
+    def plant(d: Data, i: int) -> dict:
+        d.object(i).update(values)
+        return {"annotation_id": 1000 + 2 * i, "image_id": 100 + i, "file": str(d.annotations("train"))}
+
+    return plant
+
+
+def duplicate_image_id(d: Data, i: int) -> dict:
+    write_images(d.root / "train2017/more", 1, 5)
+    d.content["train"]["images"].append(d.entry(i) | {"file_name": "more/000.png"})
+    return {"image_id": 100 + i, "file": str(d.annotations("train"))}
+
+
+def duplicate_annotation_id(d: Data, i: int) -> dict:
+    d.content["train"]["annotations"].append(d.object(i) | {"bbox": [1, 1, 5, 5], "area": 20})
+    return {"annotation_id": 1000 + 2 * i, "file": str(d.annotations("train"))}
+
+
+def duplicate_category_id(d: Data, i: int) -> dict:
+    d.content["train"]["categories"].append({"id": 17, "name": "gnu"})
+    return {"category_id": 17}
+
+
+def duplicate_category_name(d: Data, i: int) -> dict:
+    d.content["train"]["categories"].append({"id": 4, "name": "cat"})
+    d.object(i)["category_id"] = 4
+    return {"category_id": 4}
+
+
+def unknown_image(d: Data, i: int) -> dict:
+    d.object(i)["image_id"] = 5
+    return {"annotation_id": 1000 + 2 * i, "image_id": 5}
+
+
+def outside_name(d: Data, i: int) -> dict:
+    d.entry(i)["file_name"] = f"../train2017/{i:03}.png"
+    return {"image_id": 100 + i}
+
+
+def duplicate_file(d: Data, i: int) -> dict:
+    d.content["train"]["images"].append(d.entry(i) | {"id": 7})
+    return {"image_id": 7, "file": str(d.image(i))}
+
+
+def overlap(d: Data, i: int) -> dict:
+    shutil.copy(d.image(i), d.image(2, "val"))
+    return {"image_id": 902, "file": str(d.image(2, "val")), "split": "val"}
+
+
+def missing_field(d: Data, i: int) -> dict:
+    del d.object(i)["bbox"]
+    return {"annotation_id": 1000 + 2 * i}
+
+
+def other_category(d: Data, i: int) -> dict:
+    d.content["val"]["categories"][2]["name"] = "rhea"
+    return {"category_id": 1000, "split": "val"}
+
+
+def no_number(d: Data, i: int) -> dict:
+    d.entry(i)["width"] = "64"
+    return {"image_id": 100 + i}
+
+
+PLANTED: dict[str, tuple[str, Callable[[Data, int], dict]]] = {
+    "missing image": ("missing_image", missing_image),
+    "broken image": ("broken_image", broken_image),
+    "wrong size": ("wrong_size", wrong_size),
+    "box outside": ("box_outside", of_object(bbox=[70, 5, 20, 16])),
+    "box that reaches out": ("box_reaches_out", of_object(bbox=[50, 5, 20, 16])),
+    "box without width": ("degenerate_box", of_object(bbox=[4, 5, 0, 16], area=0)),
+    "box of negative height": ("degenerate_box", of_object(bbox=[4, 5, 3, -16])),
+    "box of NaN": ("wrong_bbox", of_object(bbox=[4, 5, float("nan"), 16])),
+    "box of text": ("wrong_bbox", of_object(bbox=["4", 5, 6, 16])),
+    "box of three": ("wrong_bbox", of_object(bbox=[4, 5, 6])),
+    "no box": ("missing_field", missing_field),
+    "unknown category": ("unknown_category", of_object(category_id=5)),
+    "unknown image": ("unknown_image", unknown_image),
+    "crowd of 2": ("wrong_iscrowd", of_object(iscrowd=2)),
+    "area larger than the box": ("wrong_area", of_object(area=900)),
+    "area of 0": ("wrong_area", of_object(area=0)),
+    "negative area": ("wrong_area", of_object(area=-3)),
+    "image id twice": ("duplicate_image_id", duplicate_image_id),
+    "annotation id twice": ("duplicate_annotation_id", duplicate_annotation_id),
+    "category id twice": ("duplicate_category_id", duplicate_category_id),
+    "category name twice": ("duplicate_category_name", duplicate_category_name),
+    "file name that leaves the folder": ("wrong_file_name", outside_name),
+    "width that is no number": ("wrong_width", no_number),
+    "file of two images": ("duplicate_file", duplicate_file),
+    "image in both parts": ("overlap", overlap),
+    "category of another name in validation": ("other_category", other_category),
+}
+
+
+def test_a_sound_data_set_has_no_faults(data):
+    said, findings = data.check(code=0)
+    assert findings == []
+    assert said.splitlines()[-1] == "faults: 0, warnings: 0"
+    rows = [line.split() for line in said.splitlines()]
+    assert ["train", "80", "0", "160", "0", "64..64..64", "48..48..48"] in rows
+    # 4/5 of 20 x 16 pixels are small, of 44 x 38 medium
+    assert ["17", "dog", "40", "0", "40", "0", "40", "2", "0", "2", "0", "2"] in rows
+
+
+def test_every_planted_fault_is_found_with_its_file_and_id_and_nothing_else(data):
+    assert len({kind for kind, _ in PLANTED.values()}) >= 15
+    wanted = [(kind, plant(data, 3 * i)) for i, (kind, plant) in enumerate(PLANTED.values())]
+    data.write()
+    said, findings = data.check(code=1)
+    assert all(finding["message"] in said for finding in findings)
+    for kind, ids in wanted:
+        fitting = [f for f in findings if f["kind"] == kind and all(f[key] == value for key, value in ids.items())]
+        assert len(fitting) == 1, (kind, ids, findings)
+        assert len(fitting[0]["message"].splitlines()) == 1
+        assert Path(fitting[0]["file"]).name in fitting[0]["message"]
+        findings.remove(fitting[0])
+    assert findings == [], "nothing else"
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_each_planted_fault_alone_is_found_alone(data, name):
+    """In one process and without the images' pixels, as far as these don't matter."""
+    kind, plant = PLANTED[name]
+    wanted = plant(data, 5)
+    data.write()
+    if kind in ("missing_image", "broken_image", "wrong_size", "overlap"):
+        _, findings = data.check("--workers", "1", code=1)
+        assert [(f["kind"], f["is_fault"]) for f in findings] == [(kind, True)]
+    else:
+        findings = [vars(f) for part in checked(data) for f in part.findings]
+        assert [(f["kind"], f["is_fault"]) for f in findings] == [(kind, True)]
+    assert wanted.items() <= findings[0].items()
+
+
+def checked(data: Data) -> list:
+    from datasets.preflight import check_classes
+
+    parts = [check_part(split, data.root / f"{split}2017", data.annotations(split)) for split in ("train", "val")]
+    check_classes(parts, "auto")
+    return parts
+
+
+WARNINGS = {
+    "duplicate_box": lambda d: d.content["train"]["annotations"].append(d.object(5) | {"id": 5}),
+    "unused_category": lambda d: [content["categories"].append({"id": 4, "name": "yak"}) for content in d.content.values()],
+    "same_picture": lambda d: shutil.copy(d.image(5), d.image(6)),
+}
+
+
+@pytest.mark.parametrize("kind", WARNINGS)
+def test_what_may_be_meant_is_a_warning_and_no_fault(data, kind):
+    WARNINGS[kind](data)
+    data.write()
+    said, findings = data.check("--workers", "1", code=0)
+    assert {(f["kind"], f["is_fault"]) for f in findings} == {(kind, False)}
+    assert f"warning: {kind}" in said
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        ("{", "unreadable_annotations"), ("[]", "not_instances_format"), (None, "unreadable_annotations"),
+        ('{"images": [], "annotations": []}', "not_instances_format"),
+        ('{"images": [], "annotations": [], "categories": []}', "no_categories"),
+    ],
+)  # fmt: skip
+def test_files_that_are_no_annotations_are_one_fault(data, content, kind):
+    data.annotations("val").unlink() if content is None else data.annotations("val").write_text(content)
+    said, findings = data.check("--no_images", code=1)
+    assert [f["kind"] for f in findings] == [kind]
+    assert findings[0]["split"] == "val"
+    assert "faults: 1, " in said
+
+
+def test_boxes_that_are_shares_of_the_image_are_one_fault(data):
+    for annotation in data.content["train"]["annotations"]:
+        x, y, width, height = annotation["bbox"]
+        annotation["bbox"] = [x / SIZE[0], y / SIZE[1], width / SIZE[0], height / SIZE[1]]
+    data.write()
+    assert [(f.kind, f.split) for part in checked(data) for f in part.findings] == [("boxes_in_shares", "train")]
+
+
+def test_what_training_refuses_of_damaged_annotations_is_among_the_faults(data):
+    path = data.annotations("val")
+    refused = 0
+    for number in range(150):
+        rng = random.Random(number)
+        path.write_bytes(json_text(rng, mutate_json(rng, data.content["val"])))
+        findings = check_part("val", data.root / "val2017", path).findings
+        assert all(len(finding.message.splitlines()) == 1 for finding in findings)
+        try:
+            read_annotations(path)
+        except UserError as error:
+            refused += 1
+            assert str(error) in [finding.message for finding in findings]
+    assert 30 < refused < 150
+
+
+def test_entries_that_are_no_objects_and_broken_images_cause_no_further_faults(data):
+    data.content["train"]["annotations"][7] = None
+    data.content["train"]["images"][0]["id"] = "100"
+    data.content["train"]["images"][1]["height"] = -1
+    data.write()
+    found = [(f.kind, f.image_id, f.annotation_id) for part in checked(data) for f in part.findings]
+    assert found == [
+        ("wrong_id", "100", None), ("wrong_height", 101, None), ("missing_field", None, None),
+        ("unknown_image", 100, 1000), ("unknown_image", 100, 1001),
+    ]  # fmt: skip
+
+
+def test_images_may_be_looked_at_by_their_headers_or_not_at_all(data):
+    broken_image(data, 1)  # the header is whole
+    missing_image(data, 2)
+    wrong_size(data, 3)
+    overlap(data, 4)
+    data.image(3, "val").unlink()
+    data.image(3, "val").hardlink_to(data.image(7))
+    data.write()
+    _, findings = data.check("--headers_only", "--workers", "1", code=1)
+    assert sorted(f["kind"] for f in findings) == ["missing_image", "overlap", "wrong_size"], "a link is seen, a copy is not"
+    assert data.check("--no_images", code=0)[1] == []
+
+
+def test_an_image_that_was_annotated_turned_is_explained(data):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(data.image(5)).save(data.image(5), exif=exif)
+    data.entry(5).update(width=SIZE[1], height=SIZE[0])
+    for i in (10, 11):
+        data.content["train"]["annotations"][i].update(bbox=[1, 1, 10, 10], area=80)
+    data.content["train"]["annotations"][11]["bbox"] = [2, 2, 10, 10]
+    data.write()
+    _, findings = data.check("--workers", "1", code=1)
+    assert [f["kind"] for f in findings] == ["wrong_size"]
+    assert "EXIF orientation" in findings[0]["message"]
+
+
+def test_a_missing_folder_is_one_fault_and_four_flags_serve_too(data):
+    flags = []
+    for split in ("train", "val"):
+        flags += [f"--{split}_images", str(data.root / f"{split}2017"), f"--{split}_annotations", str(data.annotations(split))]
+    assert data.check(*flags, "--coco_path", "nowhere", "--headers_only", code=0)[1] == []
+    (data.root / "val2017").rename(data.root / "elsewhere")
+    _, findings = data.check(*flags, "--headers_only", code=1)
+    assert [(f["kind"], f["file"]) for f in findings] == [("missing_folder", str(data.root / "val2017"))]
+
+
+def test_ids_that_do_not_fit_a_given_number_of_classes_are_a_fault(data):
+    _, findings = data.check("--num_classes", "91", "--no_images", code=1)
+    assert [f["kind"] for f in findings] == ["wrong_num_classes"]
+    assert "category id 1000" in findings[0]["message"]
+
+
+def test_real_annotations_have_no_fault(tiny_coco):
+    for split in ("train", "val"):
+        part = check_part(split, tiny_coco / f"{split}2017", tiny_coco / f"annotations/instances_{split}2017.json")
+        assert [f.kind for f in part.findings] == ["unused_category"]
+
+
+def test_generated_annotations_of_cocos_kind_have_no_fault(tmp_path):
+    write_large(tmp_path, 0.002)
+    for split, count in (("train", 1720), ("val", 74)):
+        part = check_part(split, tmp_path / f"{split}2017", tmp_path / f"annotations/instances_{split}2017.json")
+        assert not any(f.is_fault for f in part.findings)
+        assert len(part.boxes.ids) == count
+
+
+def test_mistakes_in_flags_cost_one_line(data):
+    for flags, wanted in ((("--workers", "-1"), "--workers"), (("--lr", "x"), "--lr"), (("--report", "/nowhere/x"), "--report")):
+        result = run(sys.executable, "tools/check_data.py", "--coco_path", str(data.root), "--no_images", *flags)
+        assert result.returncode == 2
+        (line,) = result.stderr.splitlines()
+        assert wanted in line
+
+
+def test_help_shows_defaults_and_an_example():
+    text = " ".join(run(sys.executable, "tools/check_data.py", "--help").stdout.split())
+    for wanted in ("--headers_only", "(default: 2.0)", "--coco_path", "example: python ", "Exit code: 0"):
+        assert wanted in text
+
+
+# ---- what training does by itself
+
+
+def quick(data: Data, caplog, skip: bool = False):
+    """The error and the warnings of the quick check."""
+    config = parse_config(["--coco_path", str(data.root)])
+    train = build_dataset("train", config)
+    val = build_dataset("val", config, train.classes)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        error = quick_check(train, val, skip)
+    return error, [record.getMessage() for record in caplog.records]
+
+
+def test_training_says_nothing_of_a_sound_data_set(data, caplog):
+    assert quick(data, caplog) == (None, [])
+
+
+def test_training_refuses_missing_images_unless_bad_ones_are_skipped(data, caplog):
+    for i in (3, 9):
+        data.image(i).unlink()
+    data.image(9).symlink_to("nowhere")
+    error, warnings = quick(data, caplog)
+    assert f"missing image files of {data.annotations('train')}: 2, first {data.image(3)}" in str(error)
+    assert "--on_bad_image skip" in str(error)
+    assert warnings == []
+    error, warnings = quick(data, caplog, skip=True)
+    assert error is None
+    assert len(warnings) == 1
+    assert "instances_train2017.json: 2" in warnings[0]
+
+
+def test_training_tells_doubtful_data_in_one_line(data, caplog):
+    for i, name in enumerate(("box outside", "box that reaches out", "box without width")):
+        PLANTED[name][1](data, i)
+    data.write()
+    error, warnings = quick(data, caplog)
+    assert error is None
+    (line,) = warnings
+    for wanted in ("boxes without width", "boxes outside", "boxes that reach", "tools/check_data.py"):
+        assert wanted in line
+    assert line.count("in train: 1") == 3
+
+
+def test_training_tells_of_images_in_both_parts(data, caplog):
+    (data.root / "val2017").rename(data.root / "elsewhere")
+    (data.root / "val2017").symlink_to(data.root / "train2017")
+    _, (line,) = quick(data, caplog)
+    assert "images in both train and val: 4" in line
+
+
+def test_a_run_of_several_processes_ends_before_it_begins_when_images_are_missing(data):
+    data.image(70).unlink()
+    result = run_main(
+        "--coco_path", str(data.root), *SMALL_IMAGES, *SMALL_MODEL[:-2], "--epochs", "1", "--device", "cpu",
+        "--num_workers", "0", processes=2,
+    )  # fmt: skip
+    assert result.returncode == 2, result.stderr
+    assert f"missing image files of {data.annotations('train')}: 1, first {data.image(70)}" in result.stderr
+    assert "trainable parameters" not in result.stdout

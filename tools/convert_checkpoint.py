@@ -1,0 +1,129 @@
+"""Convert a detector between this program's checkpoints and the layout of Hugging Face.
+
+A .pth file, published or of a run, becomes a folder that transformers loads. Such a folder, its safetensors file, or the https
+address of a model on the hub becomes a .pth file. Outputs are equal, and there and back gives the same tensors.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees only its own folder, not the project
+from util.config import (
+    BackboneConfig,
+    BatchFormerConfig,
+    Config,
+    DataConfig,
+    TransformerConfig,
+    config_from_flags,
+    make_parser,
+)
+from util.errors import UserError, run_as_command
+
+log = logging.getLogger(__name__)
+
+EXAMPLE = """python tools/convert_checkpoint.py exps/run/checkpoint.pth converted
+  python tools/convert_checkpoint.py https://huggingface.co/SenseTime/deformable-detr deformable_detr.pth"""
+# what weights do not tell (util/architecture.py)
+_MAY_BE_UNKNOWN = ("nheads", "dilation", "position_embedding_scale", "num_queries", "eval_size", "max_size")
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = make_parser("tools/convert_checkpoint.py", __doc__, EXAMPLE)
+    add = parser.add_argument
+    add("source", help="a .pth file; or Hugging Face's layout: a folder, a safetensors file or an https address")
+    add("target", help="the folder or .pth file to write; nothing may have that name yet")
+    add("--weights", default="auto", choices=("auto", "model", "ema"),
+        help="ema: the averaged weights of --ema_decay; model: the others; auto: the averaged, unless their last AP was lower")
+    group = parser.add_argument_group("flags of main.py that a .pth file may lack", "default: what it says, else main.py's own")
+    for config in (DataConfig, BackboneConfig, TransformerConfig):
+        for item in fields(config):
+            if item.name in _MAY_BE_UNKNOWN:
+                kind = {"action": "store_true"} if item.default is False else {"type": type(item.default)}
+                group.add_argument(f"--{item.name}", default=argparse.SUPPRESS, help=item.metadata["help"], **kind)
+    args = vars(parser.parse_args(argv))
+    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
+    convert(args.pop("source"), Path(args.pop("target")), args.pop("weights"), **args)
+
+
+def convert(source: str, target: Path, which: str = "auto", **architecture: Any) -> None:
+    """Write `target` from `source`, whichever layout that has.
+
+    Args:
+        which: "auto", "model" or "ema" weights of a run.
+        architecture: flags that go before what the checkpoint says.
+
+    Raises:
+        UserError: the source can't be read or converted; the target exists.
+    """
+    # imported here so that --help is immediate
+    from util.architecture import config_of
+    from util.hugging_face import is_hugging_face
+    from util.trained import choose_weights, read_trained
+
+    to_file = is_hugging_face(source)
+    if target.exists():
+        raise UserError(f"target {target} exists already; remove it or give another name")
+    if to_file != (target.suffix == ".pth"):
+        raise UserError(f"target {target}: from {source} {'a .pth file' if to_file else 'a folder'} is made; name one")
+    checkpoint = read_trained(source, "source")
+    state, which = choose_weights(checkpoint, source, "source", which)
+    checkpoint = {**checkpoint, "model": state}
+    if to_file:
+        check_weights(state, config_from_flags({**checkpoint["args"], "backbone_weights": "none"}), source)
+        write_file(checkpoint, target)
+    else:
+        config = config_of(checkpoint, source, "source", **architecture)
+        check_weights(state, config, source)
+        write_folder(checkpoint, which, with_batchformer(config, checkpoint), source, target)
+
+
+def with_batchformer(config: Config, checkpoint: Mapping[str, Any]) -> Config:
+    """The Config with the checkpoint's flags of BatchFormerV2, which a detector to predict with does without."""
+    args = checkpoint.get("args", {})
+    said = vars(args) if isinstance(args, argparse.Namespace) else args
+    flags = {item.name: said[item.name] for item in fields(BatchFormerConfig) if said.get("bf") and item.name in said}
+    return config_from_flags({**config.flags(), **flags})
+
+
+def check_weights(state: Mapping[str, Any], config: Config, source: str) -> None:
+    """Raise UserError unless the weights are those of the detector that `config` describes."""
+    from models import build_model
+    from util.checkpoint import load_state
+
+    load_state(build_model(config)[0], {"model": state}, source, "source").require_same_architecture()
+
+
+def write_file(checkpoint: Mapping[str, Any], target: Path) -> None:
+    from util.checkpoint import write_atomically
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(dict(checkpoint), target)
+    named = len(checkpoint["classes"]["categories"]) if "classes" in checkpoint else 0
+    log.info("%s: %d tensors; %s", target, len(checkpoint["model"]), f"{named} classes" if named else "classes without names")
+
+
+def write_folder(checkpoint: Mapping[str, Any], which: str, config: Config, source: str, target: Path) -> None:
+    from util.class_map import classes_of
+    from util.hugging_face import write_hugging_face
+
+    classes = classes_of(checkpoint, f"source {source}")
+    written = write_hugging_face(checkpoint["model"], config, classes, target)
+    kind = "averaged weights" if which == "ema" else "weights"
+    log.info("%s: %s, %d tensors", target, kind, len(written.weights))
+    if written.batchformer:
+        log.info(
+            "%d tensors of BatchFormerV2 are beside them in batchformer.safetensors: transformers has no place for them, and "
+            "evaluation does without",
+            len(written.batchformer),
+        )
+    if written.left_out:
+        log.info("%d counts of batch normalisation are left out: transformers freezes its statistics", len(written.left_out))
+
+
+if __name__ == "__main__":
+    run_as_command(lambda: main(sys.argv[1:]))

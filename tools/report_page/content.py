@@ -1,0 +1,165 @@
+"""What the page shows, as plain data: the summary, curves, figures, classes and precision-recall curves of runs.
+
+Values are numbers or null where nothing can be said; average precisions are shares in [0, 1].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools.coco import COCO
+
+from tools.report_page.runs import Result, Run, Tables, figures_in
+from util.config import Config
+from util.metrics import FIGURES
+from util.plot_utils import Row, series
+
+LINES_SHOWN = 1000  # points of a curve; a screen has no more
+# of a class: its name, and its places among IoU thresholds, sizes and numbers of detections; the last from recall
+CLASS_FIGURES: tuple[tuple[str, slice, int, bool], ...] = (
+    ("AP", slice(None), 0, False), ("AP50", slice(0, 1), 0, False), ("AP75", slice(5, 6), 0, False),
+    ("AP small", slice(None), 1, False), ("AP medium", slice(None), 2, False), ("AP large", slice(None), 3, False),
+    ("AR 100", slice(None), 0, True),
+)  # fmt: skip
+PR_IOUS: dict[str, slice] = {"0.5": slice(0, 1), "0.75": slice(5, 6), "mean of 0.5 to 0.95": slice(None)}
+
+
+def result_name(run: Run, result: Result) -> str:
+    return f"{run.name} (averaged)" if result.weights else run.name
+
+
+def results_of(runs: Sequence[Run]) -> list[tuple[int, Run, Result]]:
+    return [(number, run, result) for number, run in enumerate(runs) for result in run.results]
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """State, best result, size and machine of a run."""
+    epochs, flags = len({row["epoch"] for row in run.rows}), run.flags
+    last = run.rows[-1] if run.rows else {}
+    ap = [(value, int(epoch)) for epoch, value in zip(*series(run.rows, "AP"), strict=True) if math.isfinite(value)]
+    best = max(ap, key=lambda pair: pair[0], default=None)
+    environment, starts = run.record.get("environment") or {}, run.record.get("starts") or []
+    return {
+        "name": run.name, "folder": str(run.folder), "epochs": epochs, "of": flags.get("epochs"),
+        "best": {"AP": best[0] / 100, "epoch": best[1]} if best else None,
+        "loss": number(last.get("train_loss")), "parameters": number(last.get("n_parameters")),
+        "batch": total_batch(flags, environment), "environment": environment, "data": run.record.get("data") or {},
+        "started": starts[0].get("at") if starts else None, "continued": max(0, len(starts) - 1),
+    }  # fmt: skip
+
+
+def total_batch(flags: Mapping[str, Any], environment: Mapping[str, Any]) -> int | None:
+    size, processes = flags.get("batch_size"), environment.get("processes")
+    if not isinstance(size, int) or not isinstance(processes, int):
+        return None
+    return size * processes * int(flags.get("accumulate_steps") or 1)
+
+
+def flag_table(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Every flag, its meaning and its value in each run, in the order of --help."""
+    meanings = {f.name: f.metadata.get("help", "") for group in dataclasses.fields(Config)
+                for f in dataclasses.fields(group.default_factory)}  # fmt: skip
+    names = [*meanings, *sorted({name for run in runs for name in run.flags} - set(meanings))]
+    known = [name for name in names if any(name in run.flags for run in runs)]
+    return [{"name": n, "help": meanings.get(n, ""), "values": [_flag(run.flags.get(n)) for run in runs]} for n in known]
+
+
+def _flag(value: Any) -> str | None:
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return None if value is None else str(value)
+
+
+def curves(run: Run) -> dict[str, Any]:
+    """Epochs, and by name of the figure its values at them: the figures of log.txt and COCO's, "ema" before averaged weights'."""
+    epochs = sorted({float(row["epoch"]) for row in run.rows})
+    epochs = epochs[:: -(-len(epochs) // LINES_SHOWN)] if epochs else []
+    places = {epoch: place for place, epoch in enumerate(epochs)}
+    values = {}
+    for name, pairs in _all_series(run.rows).items():
+        line: list[float | None] = [None] * len(epochs)
+        for epoch, value in pairs:
+            if epoch in places:
+                line[places[epoch]] = number(value)
+        if any(value is not None for value in line):
+            values[name] = line
+    return {"epochs": epochs, "values": values}
+
+
+def _all_series(rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
+    keys = dict.fromkeys(key for row in rows for key, value in row.items() if isinstance(value, int | float))
+    # an unscaled loss has the shape of its scaled one
+    kept = [key for key in keys if not key.endswith("_unscaled") and key not in ("epoch", "n_parameters")]
+    found = {key: list(zip(*series(rows, key), strict=True)) for key in kept}
+    for prefix, key in (("", "test_coco_eval_bbox"), ("ema ", "test_ema_coco_eval_bbox")):
+        for place, name in enumerate(FIGURES):
+            points = {row["epoch"]: figures[place] for row in rows if (figures := figures_in(row, key))}
+            found[f"{prefix}{name}"] = [(epoch, value if value >= 0 else math.nan) for epoch, value in sorted(points.items())]
+    return found
+
+
+def class_table(results: Sequence[Result], truth: COCO | None, names: Mapping[int, str]) -> dict[str, Any]:
+    """Classes with their numbers of objects, and by figure each result's values in that order."""
+    ids = sorted({i for result in results if result.tables for i in result.tables.category_ids})
+    counts = Counter(a["category_id"] for a in truth.anns.values() if not a["iscrowd"]) if truth else None
+    return {
+        "classes": [
+            {"id": i, "name": names.get(i, f"class {i}"), "objects": None if counts is None else counts[i]} for i in ids
+        ],
+        "figures": [name for name, *_ in CLASS_FIGURES],
+        "values": [class_figures(result.tables, ids) if result.tables else None for result in results],
+    }
+
+
+def class_figures(tables: Tables, ids: Sequence[int]) -> dict[str, list[float | None]]:
+    """COCO's figures of single classes: the mean over what the figure averages, leaving out what is undefined."""
+    places = {category: place for place, category in enumerate(tables.category_ids)}
+    figures = {}
+    for name, ious, area, is_recall in CLASS_FIGURES:
+        table = tables.recall[ious, :, area, -1] if is_recall else tables.precision[ious, :, :, area, -1]
+        figures[name] = [_defined_mean(table[..., places[i]]) if i in places else None for i in ids]
+    return figures
+
+
+def _defined_mean(values: NDArray[np.float64]) -> float | None:
+    values = values[values > -1]
+    return number(values.mean()) if values.size else None
+
+
+def precision_recall(results: Sequence[Result], ids: Sequence[int]) -> dict[str, Any]:
+    """Precision in thousandths at COCO's recalls: by result, by IoU, a curve for all classes together and one for each class."""
+    step = 1 if len(results) * len(ids) <= 800 else 4  # with many runs and classes the page would grow past what opens quickly
+    recalls = np.linspace(0, 1, 101)[::step]
+    curves_of = []
+    for result in results:
+        if result.tables is None:
+            curves_of.append(None)
+            continue
+        places = {category: place for place, category in enumerate(result.tables.category_ids)}
+        order = [places.get(i) for i in ids]
+        by_iou = {}
+        for name, ious in PR_IOUS.items():
+            table = result.tables.precision[ious, ::step, :, 0, -1]  # [T', R', K]
+            defined = (table > -1).all(axis=(0, 1))
+            whole = table[..., defined].mean(axis=(0, 2)) if defined.any() else None
+            single = [table[..., k].mean(axis=0) if k is not None and defined[k] else None for k in order]
+            by_iou[name] = [_thousandths(curve) for curve in (whole, *single)]
+        curves_of.append(by_iou)
+    return {"recalls": [round(float(r), 2) for r in recalls], "ious": [*PR_IOUS], "curves": curves_of}
+
+
+def _thousandths(curve: NDArray[np.float64] | None) -> list[int] | None:
+    return None if curve is None else [round(1000 * float(value)) for value in curve]
+
+
+def number(value: Any) -> float | None:
+    """A finite number with the digits that a page can show, else None."""
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(f"{float(value):.6g}")

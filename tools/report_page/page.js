@@ -1,0 +1,854 @@
+// Draws the page from the JSON in #data. No library, no network. Text from runs only ever goes in as text, never as markup.
+"use strict";
+
+const data = JSON.parse(document.getElementById("data").textContent);
+const SVG = "http://www.w3.org/2000/svg";
+const byId = (id) => document.getElementById(id);
+const shownRuns = new Set(data.runs.map((_, i) => i));
+const watchers = []; // called when the choice of runs changes
+
+// ---- elements and numbers ----
+
+function el(tag, attributes = {}, ...children) {
+  const svg = ["svg", "g", "rect", "line", "path", "text", "circle", "image", "title"].includes(tag);
+  const node = svg ? document.createElementNS(SVG, tag) : document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (name === "style") for (const [property, v] of Object.entries(value)) node.style.setProperty(property, v);
+    else if (value !== undefined && value !== null && value !== false) node.setAttribute(name, value === true ? "" : value);
+  }
+  node.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
+  return node;
+}
+
+const percent = (value) => (value === null || value === undefined || value < 0 ? "–" : (100 * value).toFixed(1));
+const known = (value) => value !== null && value !== undefined && !(value < 0);
+const difference = (value, base) => (known(value) && known(base) ? value - base : null);
+
+function meanOf(list) {
+  const some = list.filter(known);
+  return some.length ? some.reduce((a, b) => a + b, 0) / some.length : null;
+}
+
+function signed(value, digits = 1) {
+  const text = Math.abs(100 * value).toFixed(digits);
+  return Number(text) === 0 ? "±0.0" : (value > 0 ? "+" : "−") + text;
+}
+
+function delta(value) {
+  if (value === null) return null;
+  const way = Number((100 * value).toFixed(1));
+  return [" ", el("span", { class: "delta " + (way > 0 ? "up" : way < 0 ? "down" : "muted") }, signed(value))];
+}
+
+function short(value) {
+  if (value === null || value === undefined) return "–";
+  const size = Math.abs(value);
+  if (size !== 0 && (size < 1e-3 || size >= 1e6)) return value.toExponential(2);
+  return Number(value.toPrecision(4)).toString();
+}
+
+const thousands = (value) => (known(value) ? value.toLocaleString("en") : "–");
+
+// ---- colours: one a run, apart in hue and lightness, for both themes ----
+
+const LIGHT = ["#0b62a8", "#d1500a", "#00805c", "#b04a8c", "#8a6d00", "#5b4fc4", "#4d5661"];
+const DARK = ["#6cb8ff", "#ff9a57", "#3fd0a0", "#f091cb", "#e0c14a", "#aba2ff", "#b9c2cc"];
+
+function addRunColours() {
+  const count = data.runs.length;
+  const colour = (i, theme) => (count <= LIGHT.length ? theme[i]
+    : `hsl(${Math.round((i * 360) / count)} ${i % 2 ? 85 : 60}% ${theme === LIGHT ? 38 + 10 * (i % 3) : 62 + 7 * (i % 3)}%)`);
+  const rule = (theme) => data.runs.map((_, i) => `--run-${i}:${colour(i, theme)}`).join(";");
+  document.head.append(el("style", {}, `:root{${rule(LIGHT)}}[data-theme="dark"]{${rule(DARK)}}`));
+}
+
+const colourOf = (run) => ({ "--c": `var(--run-${run})` });
+
+function runLabel(run, name, averaged = false) {
+  return el("span", { class: "run-name", title: name },
+    el("span", { class: "dot" + (averaged ? " averaged" : ""), style: colourOf(run), "aria-hidden": "true" }), el("span", {}, name));
+}
+
+const resultLabel = (result) => runLabel(result.run, result.name, result.weights === "ema");
+
+// ---- theme, sections, choice of runs ----
+
+function setTheme(theme) {
+  document.documentElement.dataset.theme = theme;
+  byId("theme-name").textContent = theme === "dark" ? "Dark" : "Light";
+}
+
+function startTheme() {
+  const wish = matchMedia("(prefers-color-scheme: dark)");
+  let stored = null;
+  try { stored = localStorage.getItem("report-theme"); } catch { /* some browsers give files no storage */ }
+  setTheme(stored || (wish.matches ? "dark" : "light"));
+  wish.addEventListener("change", () => { if (!stored) setTheme(wish.matches ? "dark" : "light"); });
+  byId("theme").addEventListener("click", () => {
+    stored = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
+    setTheme(stored);
+    try { localStorage.setItem("report-theme", stored); } catch { /* the choice lasts as long as the page */ }
+  });
+}
+
+function startBar() {
+  const links = new Map();
+  for (const section of document.querySelectorAll("main > section")) {
+    const link = el("a", { href: `#${section.id}` }, section.querySelector("h2").textContent);
+    links.set(section.id, link);
+    byId("nav").append(link);
+  }
+  const mark = () => {
+    const sections = [...document.querySelectorAll("main > section")];
+    const passed = sections.filter((section) => section.getBoundingClientRect().top < innerHeight * 0.35);
+    const current = (passed.at(-1) || sections[0]).id;
+    for (const [id, link] of links) id === current ? link.setAttribute("aria-current", "true") : link.removeAttribute("aria-current");
+  };
+  addEventListener("scroll", mark, { passive: true });
+  mark();
+  if (data.runs.length < 2) return;
+  data.runs.forEach((run, i) => {
+    const chip = el("button", { type: "button", class: "chip", "aria-pressed": "true", title: `show or hide ${run.name} (Alt: only this one)` },
+      el("span", { class: "dot", style: colourOf(i), "aria-hidden": "true" }), el("span", {}, run.name));
+    chip.addEventListener("click", (event) => {
+      if (event.altKey) { shownRuns.clear(); shownRuns.add(i); } else shownRuns.has(i) ? shownRuns.delete(i) : shownRuns.add(i);
+      [...byId("chips").children].forEach((other, j) => other.setAttribute("aria-pressed", String(shownRuns.has(j))));
+      watchers.forEach((watcher) => watcher());
+    });
+    byId("chips").append(chip);
+  });
+}
+
+// ---- tables ----
+
+// columns: {title, value(row) to sort by, cell(row) for the td's content, kind: "text"|"number", tint(row): -1..1 or null}
+function table(columns, rows, { sortable = false, pinned = () => false, tall = false, label = "" } = {}) {
+  const body = el("tbody");
+  let order = null;
+  let shown = rows;
+  const heads = columns.map((column, i) => {
+    const kind = column.kind === "text" ? "text" : "";
+    if (!sortable) return el("th", { scope: "col", class: kind }, column.head || column.title);
+    const head = el("th", { scope: "col", class: kind, "aria-sort": "none" },
+      el("button", { type: "button", onclick: () => sort(i) }, column.head || column.title));
+    return head;
+  });
+  function sort(i) {
+    const first = columns[i].kind === "text" ? 1 : -1;
+    order = order && order.column === i ? { column: i, way: -order.way } : { column: i, way: first };
+    heads.forEach((head, j) => head.setAttribute("aria-sort", j !== i ? "none" : order.way > 0 ? "ascending" : "descending"));
+    fill();
+  }
+  function fill() {
+    let list = [...shown];
+    if (order) {
+      const value = columns[order.column].value;
+      list.sort((a, b) => {
+        const [x, y] = [value(a), value(b)];
+        if (x === null || y === null || x === undefined || y === undefined) return (x ?? null) === null ? ((y ?? null) === null ? 0 : 1) : -1;
+        return order.way * (typeof x === "string" ? x.localeCompare(y, "en", { numeric: true }) : x - y);
+      });
+      list = [...list.filter(pinned), ...list.filter((row) => !pinned(row))];
+    }
+    body.replaceChildren(...list.map((row) => el("tr", { class: pinned(row) ? "whole" : null }, columns.map((column) => {
+      const tint = column.tint ? column.tint(row) : null;
+      const cell = el("td", { class: [column.kind === "text" ? "text" : "", column.wrap ? "wrap" : "", tint ? "tinted" : ""].join(" ").trim() || null },
+        column.cell(row));
+      if (tint) cell.style.setProperty("--tint", `rgb(var(--${tint > 0 ? "good" : "bad"}-tint) / ${(0.05 + 0.17 * Math.min(1, Math.abs(tint))).toFixed(3)})`);
+      return cell;
+    }))));
+  }
+  fill();
+  const node = el("div", { class: "scroll card" + (tall ? " tall" : ""), tabindex: "0", role: "region", "aria-label": label },
+    el("table", {}, el("thead", {}, el("tr", {}, heads)), body));
+  return { node, show(list) { shown = list; fill(); } };
+}
+
+// ---- charts ----
+
+const linked = { range: null, charts: new Set() }; // the epochs that all curves show
+
+function ticks(low, high, wanted, whole = false) {
+  const raw = (high - low) / Math.max(1, wanted);
+  if (!(raw > 0)) return [low];
+  const power = 10 ** Math.floor(Math.log10(raw));
+  let step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((s) => s >= raw * 0.999);
+  if (whole) step = Math.max(1, Math.round(step));
+  const out = [];
+  for (let k = Math.ceil(low / step - 1e-9); k * step <= high + step * 1e-9; k++) out.push(Number((k * step).toPrecision(12)));
+  return out;
+}
+
+// options: title, lines() -> [{name, run, style: ""|"dashed"|"dotted", xs, ys, note}], x: {low, high, whole, title}, y: {low, high, log, percent}
+class Chart {
+  constructor(options) {
+    this.options = options;
+    this.hidden = new Set();
+    this.group = options.group || { range: null, charts: new Set() };
+    this.group.charts.add(this);
+    this.svg = el("svg", { tabindex: "0", role: "img" });
+    this.reset = el("button", { type: "button", class: "reset", hidden: true, onclick: () => this.zoom(null) }, "whole range");
+    this.keys = el("div", { class: "key" });
+    this.header = el("header", {}, options.heading || el("h3", {}, options.title), this.keys);
+    this.node = el("div", { class: "chart card " + (options.class || "") }, this.header, this.svg, this.reset);
+    this.listen();
+    new ResizeObserver(() => this.draw()).observe(this.node);
+    watchers.push(() => this.draw());
+  }
+
+  zoom(range) {
+    this.group.range = range;
+    for (const chart of this.group.charts) chart.draw();
+  }
+
+  visible() {
+    return this.options.lines().filter((line) => shownRuns.has(line.run) && !this.hidden.has(line.style || ""));
+  }
+
+  drawKey() {
+    const styles = this.options.styles;
+    if (!styles) return;
+    const used = new Set(this.options.lines().map((line) => line.style || ""));
+    const wanted = Object.entries(styles).filter(([style]) => used.has(style));
+    if (wanted.length < 2) { this.keys.replaceChildren(); return; }
+    this.keys.replaceChildren(...wanted.map(([style, name]) => {
+      const sample = el("svg", { width: 22, height: 8, "aria-hidden": "true" },
+        el("line", { x1: 1, x2: 21, y1: 4, y2: 4, class: `curve ${style}`, style: { "--c": "var(--muted)" } }));
+      return el("button", { type: "button", "aria-pressed": String(!this.hidden.has(style)), onclick: () => {
+        this.hidden.has(style) ? this.hidden.delete(style) : this.hidden.add(style);
+        this.draw();
+      } }, sample, name);
+    }));
+  }
+
+  draw() {
+    const { x, y, title } = this.options;
+    const width = Math.max(240, this.svg.clientWidth || this.node.clientWidth - 28);
+    const height = this.options.height || Math.round(Math.min(300, Math.max(190, width * 0.52)));
+    this.frame = { left: 46, right: width - 8, top: 10, bottom: height - 32, width, height };
+    this.svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
+    this.svg.setAttribute("height", height);
+    this.drawKey();
+    const lines = this.visible();
+    this.reset.hidden = !this.group.range;
+    const points = lines.flatMap((line) => line.xs.map((at, i) => [at, line.ys[i]])).filter(([, v]) => v !== null && (!y.log || v > 0));
+    if (!points.length) {
+      this.svg.replaceChildren(el("text", { x: width / 2, y: height / 2, class: "empty", "text-anchor": "middle" },
+        this.options.lines().length ? "nothing chosen" : this.options.empty || "not in the log yet"));
+      this.scale = null;
+      this.svg.setAttribute("aria-label", `${title}: empty`);
+      return;
+    }
+    const all = points.map(([at]) => at);
+    let [low, high] = [x.low ?? Math.min(...all), x.high ?? Math.max(...all)];
+    if (low === high) [low, high] = [low - 0.5, high + 0.5];
+    this.whole = [low, high];
+    if (this.group.range) [low, high] = this.group.range;
+    const inside = points.filter(([at]) => at >= low && at <= high).map(([, v]) => v);
+    const values = inside.length ? inside : points.map(([, v]) => v);
+    let [floor, top] = [Math.min(...values), Math.max(...values)];
+    if (y.log) { floor /= 1.4; top *= 1.4; } else {
+      const room = (top - floor || Math.abs(top) || 1) * 0.06;
+      floor = y.low !== undefined && !this.group.range ? y.low : floor - room;
+      top = y.high ?? top + room;
+      if (y.low !== undefined) floor = Math.max(floor, y.low);
+    }
+    const f = this.frame;
+    const across = (at) => f.left + ((at - low) / (high - low)) * (f.right - f.left);
+    const up = y.log ? (v) => f.bottom - (Math.log(v / floor) / Math.log(top / floor)) * (f.bottom - f.top)
+      : (v) => f.bottom - ((v - floor) / (top - floor)) * (f.bottom - f.top);
+    this.scale = { low, high, across, up, back: (px) => low + ((px - f.left) / (f.right - f.left)) * (high - low) };
+    this.svg.replaceChildren(...this.axes(floor, top), ...this.paths(lines), (this.overlay = el("g")));
+    this.svg.setAttribute("aria-label", `${title}: ${lines.map((l) => `${l.name} ends at ${this.word(this.last(l))}`).join("; ")}`);
+  }
+
+  last(line) {
+    const values = line.ys.filter((v) => v !== null);
+    return values.length ? values.at(-1) : null;
+  }
+
+  axes(floor, top) {
+    const { x, y } = this.options;
+    const f = this.frame;
+    const { low, high, across, up } = this.scale;
+    const down = y.log ? this.logTicks(floor, top) : ticks(floor, top, Math.max(4, f.height / 50));
+    const nodes = down.flatMap((v) => [
+      el("line", { class: "grid", x1: f.left, x2: f.right, y1: up(v), y2: up(v) }),
+      el("text", { class: "axis", x: f.left - 6, y: up(v) + 4, "text-anchor": "end" }, y.percent ? Number((100 * v).toFixed(2)) : this.axisWord(v)),
+    ]);
+    for (const v of ticks(low, high, Math.max(2, f.width / 75), x.whole)) {
+      nodes.push(el("text", { class: "axis", x: across(v), y: f.bottom + 16, "text-anchor": "middle" }, short(v)));
+    }
+    nodes.push(el("text", { class: "axis", x: (f.left + f.right) / 2, y: f.height - 2, "text-anchor": "middle" }, x.title));
+    return nodes;
+  }
+
+  logTicks(floor, top) {
+    const out = [];
+    for (let e = Math.floor(Math.log10(floor)); e <= Math.ceil(Math.log10(top)); e++) {
+      for (const m of [1, 2, 5]) if (m * 10 ** e >= floor && m * 10 ** e <= top) out.push(Number((m * 10 ** e).toPrecision(3)));
+    }
+    return out.length > 6 ? out.filter((v) => Math.abs(Math.log10(v) % 1) < 1e-9) : out;
+  }
+
+  axisWord(v) {
+    const size = Math.abs(v);
+    return size !== 0 && (size < 1e-3 || size >= 1e5) ? v.toExponential().replace("e+", "e") : String(Number(v.toPrecision(6)));
+  }
+
+  paths(lines) {
+    const { log } = this.options.y;
+    const { across, up, low, high } = this.scale;
+    const f = this.frame;
+    const clip = `clip-${Math.random().toString(36).slice(2)}`;
+    const clipPath = document.createElementNS(SVG, "clipPath");
+    clipPath.id = clip;
+    clipPath.append(el("rect", { x: f.left - 4, y: f.top - 4, width: f.right - f.left + 8, height: f.bottom - f.top + 8 }));
+    const group = el("g", { "clip-path": `url(#${clip})` });
+    for (const line of lines) {
+      let pen = "";
+      let drawing = false;
+      const places = [];
+      line.xs.forEach((at, i) => {
+        const v = line.ys[i];
+        if (v === null || (log && v <= 0)) { drawing = drawing && !line.breaks; return; }
+        pen += `${drawing ? "L" : "M"}${across(at).toFixed(1)} ${up(v).toFixed(1)}`;
+        drawing = true;
+        if (at >= low && at <= high) places.push([across(at), up(v)]);
+      });
+      group.append(el("path", { d: pen, class: `curve ${line.style || ""}`, style: colourOf(line.run) }));
+      if (!this.options.smooth && (places.length === 1 || (places.length <= 30 && lines.length <= 8))) {
+        for (const [cx, cy] of places) group.append(el("circle", { cx, cy, r: 2.4, class: "point", style: colourOf(line.run) }));
+      }
+    }
+    return [clipPath, group];
+  }
+
+  word(v) {
+    return this.options.y.percent ? percent(v) : short(v);
+  }
+
+  showAt(at, clientX, clientY) {
+    const lines = this.visible();
+    const xs = [...new Set(lines.flatMap((line) => line.xs.filter((_, i) => line.ys[i] !== null)))]
+      .filter((v) => v >= this.scale.low && v <= this.scale.high);
+    if (!xs.length) return;
+    const nearest = xs.reduce((best, v) => (Math.abs(v - at) < Math.abs(best - at) ? v : best));
+    this.at = nearest;
+    const found = lines.map((line) => ({ line, v: line.ys[line.xs.indexOf(nearest)] })).filter(({ v }) => v !== undefined && v !== null);
+    found.sort((a, b) => b.v - a.v);
+    const f = this.frame;
+    const px = this.scale.across(nearest);
+    this.overlay.replaceChildren(el("line", { class: "cursor", x1: px, x2: px, y1: f.top, y2: f.bottom }),
+      ...found.map(({ line, v }) => el("circle", { cx: px, cy: this.scale.up(v), r: 4, class: "point", style: colourOf(line.run) })));
+    const head = el("div", { class: "head" }, `${this.options.x.title} ${short(nearest)}`);
+    const rows = found.slice(0, 24).map(({ line, v }) => el("tr", {}, el("td", {}, runLabel(line.run, line.name)), el("td", {}, this.word(v))));
+    const more = found.length > 24 ? el("div", { class: "muted" }, `and ${found.length - 24} more`) : null;
+    tip([head, el("table", {}, rows), more], clientX, clientY);
+  }
+
+  hide() {
+    this.overlay?.replaceChildren();
+    byId("tip").hidden = true;
+  }
+
+  place(event) {
+    const box = this.svg.getBoundingClientRect();
+    return ((event.clientX - box.left) * this.frame.width) / box.width;
+  }
+
+  listen() {
+    const svg = this.svg;
+    let start = null;
+    svg.addEventListener("pointermove", (event) => {
+      if (!this.scale) return;
+      const px = this.place(event);
+      this.showAt(this.scale.back(px), event.clientX, event.clientY);
+      if (start !== null && Math.abs(px - start) > 4) {
+        const f = this.frame;
+        const [a, b] = [Math.max(f.left, Math.min(px, start)), Math.min(f.right, Math.max(px, start))];
+        this.overlay.append(el("rect", { class: "choice", x: a, y: f.top, width: Math.max(0, b - a), height: f.bottom - f.top }));
+      }
+    });
+    svg.addEventListener("pointerdown", (event) => {
+      if (!this.scale || event.button !== 0 || event.pointerType === "touch") return;
+      start = this.place(event);
+      svg.setPointerCapture(event.pointerId);
+    });
+    svg.addEventListener("pointerup", (event) => {
+      if (start === null || !this.scale) return;
+      const end = this.place(event);
+      const [a, b] = [this.scale.back(Math.min(start, end)), this.scale.back(Math.max(start, end))];
+      const moved = Math.abs(end - start) > 8;
+      start = null;
+      if (moved) this.zoom([Math.max(a, this.scale.low), Math.min(b, this.scale.high)]);
+    });
+    svg.addEventListener("pointercancel", () => { start = null; });
+    svg.addEventListener("pointerleave", () => { if (start === null) this.hide(); });
+    svg.addEventListener("dblclick", () => this.zoom(null));
+    svg.addEventListener("blur", () => this.hide());
+    svg.addEventListener("keydown", (event) => this.key(event));
+  }
+
+  // arrows read values, + and - zoom around the place that is read, 0 or Escape shows all
+  key(event) {
+    if (!this.scale) return;
+    const { low, high } = this.scale;
+    const xs = [...new Set(this.visible().flatMap((line) => line.xs))].filter((v) => v >= low && v <= high).sort((a, b) => a - b);
+    const middle = this.at >= low && this.at <= high ? this.at : (low + high) / 2;
+    if (event.key === "ArrowRight" || event.key === "ArrowLeft") {
+      const i = xs.indexOf(this.at);
+      const next = event.key === "ArrowRight" ? xs[Math.min(xs.length - 1, i + 1)] : xs[i <= 0 ? 0 : i - 1];
+      const box = this.svg.getBoundingClientRect();
+      if (next !== undefined) this.showAt(next, box.left + (this.scale.across(next) * box.width) / this.frame.width, box.top + 30);
+    } else if (event.key === "+" || event.key === "=") {
+      this.zoom([middle - (middle - low) / 2, middle + (high - middle) / 2]);
+    } else if (event.key === "-") {
+      const [a, b] = this.whole;
+      const wider = [Math.max(a, 2 * low - middle), Math.min(b, 2 * high - middle)];
+      this.zoom(wider[0] <= a && wider[1] >= b ? null : wider);
+    } else if (event.key === "0" || event.key === "Escape") {
+      this.zoom(null);
+      this.hide();
+    } else return;
+    event.preventDefault();
+  }
+}
+
+function tip(content, clientX, clientY) {
+  const node = byId("tip");
+  node.replaceChildren(...content.filter(Boolean));
+  node.hidden = false;
+  const box = node.getBoundingClientRect();
+  node.style.left = `${clientX + 18 + box.width > innerWidth ? Math.max(4, clientX - 18 - box.width) : clientX + 18}px`;
+  node.style.top = `${Math.max(4, Math.min(clientY + 12, innerHeight - box.height - 8))}px`;
+}
+
+// ---- sections ----
+
+function addSummary() {
+  const section = byId("summary");
+  byId("made").textContent = `Made ${data.made}`;
+  if (data.notes.length) section.append(el("ul", { class: "notes" }, data.notes.map((note) => el("li", { class: "note" }, note))));
+  const evaluated = data.results.filter((result) => result.stats);
+  if (evaluated.length) section.append(tiles(evaluated));
+  const baseline = data.results.find((result) => result.run === 0)?.stats?.[0];
+  const final = (run) => data.results.find((result) => result.run === run.index && result.weights === "")?.stats ?? null;
+  const averaged = (run) => data.results.find((result) => result.run === run.index && result.weights === "ema")?.stats ?? null;
+  const rows = data.runs.map((run, index) => ({ ...run, index }));
+  const some = (get) => rows.some((row) => known(get(row)));
+  const columns = [
+    { title: "Run", kind: "text", cell: (r) => runLabel(r.index, r.name) },
+    { title: "State", kind: "text", cell: (r) => el("span", { class: "badge" + (r.of && r.epochs < r.of ? " live" : "") },
+      r.of ? `${r.epochs} of ${r.of} epochs` : `${r.epochs} epochs`) },
+    { title: "AP", cell: (r) => [percent(final(r)?.[0]), r.index ? delta(difference(final(r)?.[0], baseline)) : null] },
+    some((r) => averaged(r)?.[0]) && { title: "AP averaged", cell: (r) => percent(averaged(r)?.[0]) },
+    { title: "AP50", cell: (r) => percent(final(r)?.[1]) },
+    { title: "Best AP (epoch)", cell: (r) => (r.best ? `${percent(r.best.AP)} (${r.best.epoch})` : "–") },
+    { title: "Loss", cell: (r) => short(r.loss) },
+    { title: "Parameters", cell: (r) => (known(r.parameters) ? `${(r.parameters / 1e6).toFixed(2)} M` : "–") },
+    some((r) => r.batch) && { title: "Total batch", cell: (r) => thousands(r.batch) },
+    some((r) => r.data.train?.num_images) && { title: "Images",
+      cell: (r) => `${thousands(r.data.train?.num_images)} + ${thousands(r.data.val?.num_images)}` },
+    rows.some((r) => r.environment.device_name) && { title: "Device", kind: "text", cell: (r) => deviceOf(r.environment) },
+  ].filter(Boolean);
+  section.append(table(columns, rows, { label: "Runs" }).node);
+  const other = data.flags.filter((flag) => differs(flag) && !["output_dir", "resume"].includes(flag.name));
+  if (data.runs.length > 1) {
+    section.append(el("h3", { style: { margin: "1.4rem 0 .5rem" } }, "Flags that differ"));
+    section.append(other.length ? flagTable(other, "Flags that differ").node : el("p", { class: "muted" }, "None but the output folder."));
+  }
+}
+
+function deviceOf({ device, device_name: name, processes }) {
+  if (!name) return "–";
+  return (processes > 1 ? `${processes} × ` : "") + (device === "cpu" ? `CPU, ${name}` : name);
+}
+
+const differs = (flag) => flag.values.some((value) => value !== flag.values[0]);
+
+function flagTable(flags, label) {
+  const columns = [
+    { title: "Flag", kind: "text", cell: (f) => el("code", { title: f.help }, `--${f.name}`) },
+    ...data.runs.map((run, i) => ({ title: run.name, head: runLabel(i, run.name), kind: "text", wrap: true,
+      cell: (f) => (f.values[i] === null ? el("span", { class: "muted" }, "not known") : f.values[i] === "" ? el("span", { class: "muted" }, "–") : f.values[i]) })),
+  ];
+  return table(columns, flags, { label });
+}
+
+function tiles(evaluated) {
+  const [first, ...others] = evaluated;
+  // of two runs the second is the news; of more the best
+  const news = others.length ? others.reduce((best, r) => (r.stats[0] > best.stats[0] ? r : best)) : first;
+  const names = ["AP", "AP50", "AP75", "AP small", "AP medium", "AP large"];
+  const heading = others.length ? el("p", {}, resultLabel(news), " against ", resultLabel(first), others.length > 1 ? " (the best of the others, by AP)" : "") : null;
+  return el("div", {}, heading, el("div", { class: "tiles" }, names.map((name) => {
+    const i = data.figures.indexOf(name);
+    const change = others.length ? difference(news.stats[i], first.stats[i]) : null;
+    return el("div", { class: "tile card" }, el("div", { class: "label" }, name),
+      el("div", { class: "value" }, percent(news.stats[i]), change === null ? null : delta(change)),
+      change === null ? null : el("div", { class: "muted small" }, `from ${percent(first.stats[i])}`));
+  })));
+}
+
+const PANELS = [
+  { title: "Average precision", solid: "AP", dashed: "AP50", dotted: "ema AP", names: ["AP", "AP50", "AP, averaged"], percent: true },
+  { title: "Total loss", solid: "train_loss", dashed: "test_loss" },
+  { title: "Classification loss", solid: "train_loss_ce", dashed: "test_loss_ce" },
+  { title: "Box L1 loss", solid: "train_loss_bbox", dashed: "test_loss_bbox" },
+  { title: "Box GIoU loss", solid: "train_loss_giou", dashed: "test_loss_giou" },
+  { title: "Classification error (%)", solid: "train_class_error", dashed: "test_class_error" },
+  { title: "Gradient norm", solid: "train_grad_norm" },
+  { title: "Learning rate", solid: "train_lr", log: true },
+];
+
+function curveLines(panel) {
+  return data.curves.flatMap((curve, run) => [["", panel.solid, 0], ["dashed", panel.dashed, 1], ["dotted", panel.dotted, 2]]
+    .filter(([, key]) => key && curve.values[key])
+    .map(([style, key, i]) => ({
+      name: data.runs[run].name + (panel.dashed ? ` · ${(panel.names || ["training", "validation"])[i]}` : ""), run, style,
+      xs: curve.epochs, ys: curve.values[key],
+    })));
+}
+
+function addCurves() {
+  const section = byId("curves");
+  if (!data.curves.some((curve) => curve.epochs.length)) {
+    section.append(el("p", { class: "note" }, "No run has finished an epoch yet: curves appear with the first line of log.txt."));
+    return;
+  }
+  section.append(el("p", { class: "muted small controls" },
+    "Point at a curve for its values, drag across it to zoom all curves, double-click for the whole range. With the keyboard: arrows, + and −, 0."));
+  const epochs = data.curves.flatMap((curve) => curve.epochs);
+  const x = { whole: true, title: "epoch", low: Math.min(...epochs), high: Math.max(...epochs) };
+  const charts = PANELS.filter((panel) => curveLines(panel).length).map((panel) => new Chart({
+    title: panel.title, lines: () => curveLines(panel), group: linked,
+    styles: panel.dashed ? Object.fromEntries(["", "dashed", "dotted"].map((style, i) => [style, (panel.names || ["training", "validation"])[i]])) : null,
+    x, y: { percent: panel.percent, log: panel.log },
+  }));
+  const keys = [...new Set(data.curves.flatMap((curve) => Object.keys(curve.values)))].sort();
+  const choice = el("select", { id: "any-figure", "aria-label": "Figure of the log" }, keys.map((key) => el("option", { value: key }, key)));
+  choice.value = keys.includes("AP75") ? "AP75" : keys[0];
+  const share = () => /^(ema )?A[PR]/.test(choice.value);
+  const y = {};
+  const any = new Chart({
+    title: "Any figure of the log", heading: choice, lines: () => curveLines({ solid: choice.value }), group: linked, x, y,
+  });
+  const set = () => { y.percent = share(); any.draw(); };
+  choice.addEventListener("change", set);
+  section.append(el("div", { class: "charts" }, [...charts, any].map((chart) => chart.node)));
+  set();
+}
+
+function addFigures() {
+  const section = byId("figures");
+  const results = data.results.filter((result) => result.stats);
+  if (!results.length) {
+    section.append(el("p", { class: "note" }, "No run has been evaluated yet: the twelve figures appear after the first evaluation."));
+    return;
+  }
+  if (results.length > 1) section.append(el("p", { class: "muted small" }, `In percent; differences are to ${results[0].name}. – where no object has this size.`));
+  const base = results[0];
+  const best = data.figures.map((_, i) => Math.max(...results.map((result) => result.stats[i])));
+  const columns = [{ title: "Figure", kind: "text", cell: (i) => data.figures[i] },
+    ...results.map((result) => {
+      const change = (i) => (result === base ? null : difference(result.stats[i], base.stats[i]));
+      return { title: result.name, head: resultLabel(result), tint: (i) => tintOf(change(i)),
+        cell: (i) => [el(results.length > 1 && result.stats[i] === best[i] && best[i] > 0 ? "b" : "span", {}, percent(result.stats[i])), delta(change(i)),
+          el("span", { class: "meter", style: colourOf(result.run), "aria-hidden": "true" }, el("i", { style: { width: `${100 * Math.max(0, result.stats[i])}%` } }))] };
+    })];
+  section.append(table(columns, data.figures.map((_, i) => i), { label: "The twelve COCO figures" }).node);
+}
+
+const tintOf = (change) => (change === null || Math.abs(change) < 5e-4 ? null : Math.max(-1, Math.min(1, change / 0.1)));
+
+function addClasses() {
+  const section = byId("classes");
+  const { classes, figures, values } = data.classes;
+  const results = data.results.map((result, i) => ({ ...result, values: values[i] })).filter((result) => result.values);
+  if (!results.length) {
+    section.append(el("p", { class: "note" }, "There are no tables of precision yet: classes appear after an evaluation (eval/latest.pth in the run's folder)."));
+    return;
+  }
+  const rows = classes.map((one, i) => ({ ...one, i }));
+  const mean = { name: "all classes", i: -1, objects: classes.every((one) => one.objects !== null) ? classes.reduce((n, one) => n + one.objects, 0) : null };
+  const value = (result, figure, row) => {
+    const list = result.values[figure];
+    return row.i >= 0 ? list[row.i] : meanOf(list);
+  };
+  const view = el("select", { id: "class-view", "aria-label": "What the table shows" },
+    el("optgroup", { label: "One figure, all runs" }, figures.map((figure) => el("option", { value: `figure:${figure}` }, figure))),
+    el("optgroup", { label: "All figures of" }, results.map((result, i) => el("option", { value: `result:${i}` }, result.name))));
+  view.value = results.length > 1 ? "figure:AP" : "result:0";
+  const filter = el("input", { type: "search", id: "class-filter", placeholder: "Filter classes", "aria-label": "Filter classes" });
+  const count = el("span", { class: "muted small count", "aria-live": "polite" });
+  const holder = el("div");
+  let shown = null;
+  function columns() {
+    const [kind, name] = [view.value.split(":")[0], view.value.slice(view.value.indexOf(":") + 1)];
+    const lead = [{ title: "Class", kind: "text", value: (r) => r.name, cell: (r) => r.name },
+      ...(classes.some((one) => one.objects !== null) ? [{ title: "Objects", value: (r) => r.objects, cell: (r) => thousands(r.objects) }] : [])];
+    if (kind === "result") {
+      const result = results[Number(name)];
+      return [...lead, ...figures.map((figure) => ({ title: figure, value: (r) => value(result, figure, r),
+        cell: (r) => percent(value(result, figure, r)) }))];
+    }
+    return [...lead, ...results.flatMap((result, i) => {
+      const change = (r) => difference(value(result, name, r), value(results[0], name, r));
+      const plain = { title: `${name}, ${result.name}`, head: el("span", {}, resultLabel(result)), value: (r) => value(result, name, r),
+        cell: (r) => percent(value(result, name, r)) };
+      return i === 0 ? [plain] : [plain, { title: `difference of ${result.name}`, head: "difference", value: change, cell: (r) => delta(change(r)) ?? "–", tint: (r) => tintOf(change(r)) }];
+    })];
+  }
+  function narrow() {
+    const word = filter.value.trim().toLowerCase();
+    const fitting = rows.filter((row) => row.name.toLowerCase().includes(word));
+    count.textContent = `${fitting.length} of ${rows.length} classes`;
+    shown.show([mean, ...fitting]);
+  }
+  function change() {
+    shown = table(columns(), [], { sortable: true, pinned: (row) => row.i < 0, tall: true, label: "Figures by class" });
+    holder.replaceChildren(shown.node);
+    narrow();
+  }
+  view.addEventListener("change", change);
+  filter.addEventListener("input", narrow);
+  section.append(el("div", { class: "controls" }, el("label", {}, "Show", view), filter, count), holder,
+    el("p", { class: "muted small", style: { "margin-top": ".5rem" } },
+      "Small, medium and large are COCO's sizes: areas up to 32², up to 96², and beyond, in pixels. Click a heading to sort."));
+  change();
+}
+
+function addPrecisionRecall() {
+  const section = byId("precision-recall");
+  const { recalls, ious, curves } = data.pr;
+  const { classes, values } = data.classes;
+  if (!curves.some(Boolean)) {
+    section.append(el("p", { class: "note" }, "There are no tables of precision yet: these curves appear after an evaluation (eval/latest.pth in the run's folder)."));
+    return;
+  }
+  const one = el("select", { id: "pr-class", "aria-label": "Class" }, el("option", { value: "0" }, "all classes"),
+    classes.map((c, i) => [c.name, i + 1]).sort((a, b) => a[0].localeCompare(b[0], "en")).map(([name, i]) => el("option", { value: String(i) }, name)));
+  const iou = el("select", { id: "pr-iou", "aria-label": "IoU" }, ious.map((name) => el("option", { value: name }, name)));
+  const curve = (i) => curves[i]?.[iou.value][Number(one.value)] ?? null;
+  const precision = (i) => {
+    const list = values[i][{ 0.5: "AP50", 0.75: "AP75" }[iou.value] ?? "AP"];
+    return one.value === "0" ? meanOf(list) : list[Number(one.value) - 1];
+  };
+  const lines = () => data.results.map((result, i) => ({ result, i })).filter(({ i }) => curve(i))
+    .map(({ result, i }) => ({ name: result.name, run: result.run, style: result.weights === "ema" ? "dashed" : "", xs: recalls, ys: curve(i).map((v) => v / 1000) }));
+  const chart = new Chart({
+    title: "Precision by recall", lines, class: "pr", height: 380, smooth: true, empty: "no object of this class in the validation set",
+    styles: { "": "weights", dashed: "averaged weights" },
+    x: { low: 0, high: 1, title: "recall" }, y: { low: 0, high: 1.005, percent: true },
+  });
+  const areas = el("div", { class: "chips", style: { margin: "0 0 .6rem", "max-height": "none" } });
+  const draw = () => {
+    chart.draw();
+    areas.replaceChildren(...data.results.map((result, i) => (curve(i) ? el("span", { class: "small" }, resultLabel(result), ` ${percent(precision(i))}`) : null)).filter(Boolean));
+  };
+  one.addEventListener("change", draw);
+  iou.addEventListener("change", draw);
+  section.append(el("div", { class: "controls" }, el("label", {}, "Class", one), el("label", {}, "IoU", iou)), areas, chart.node);
+  draw();
+}
+
+// ---- mistakes ----
+
+const KINDS = {
+  class: ["wrong class", "the box fits an object of another class (IoU at least 0.5)"],
+  localisation: ["wrong box", "the class is right, the box is off (IoU 0.1 to 0.5)"],
+  both: ["wrong class and box", "near an object of another class, and off (IoU 0.1 to 0.5)"],
+  duplicate: ["duplicate", "a surer detection has found this object already"],
+  background: ["background", "no object is there (IoU at most 0.1)"],
+  missed: ["missed object", "no detection found it"],
+};
+
+function addMistakes() {
+  const section = byId("mistakes");
+  const { table: rows, entries, pictures, threshold } = data.mistakes;
+  if (!rows.some(Boolean)) {
+    section.append(el("p", { class: "note" }, data.mistakes.choice));
+    return;
+  }
+  section.append(el("p", {}, "Matched as COCO does at IoU 0.5, and sorted as in ",
+    "TIDE (Bolya et al., ECCV 2020). The cost of a kind is how much AP50 would rise if this kind alone were put right, over all detections; ",
+    `numbers and pictures are of detections that score at least ${threshold}. Crowd regions do not count.`));
+  section.append(costTable(rows).node);
+  if (!entries.length) {
+    section.append(el("p", { class: "note", style: { "margin-top": "1rem" } }, data.mistakes.choice));
+    return;
+  }
+  section.append(gallery(entries, pictures));
+}
+
+function costTable(rows) {
+  const results = data.results.map((result, i) => ({ ...result, row: rows[i] })).filter((result) => result.row);
+  const most = Math.max(1e-6, ...results.flatMap((result) => Object.values(result.row.costs)));
+  const columns = [{ title: "Kind", kind: "text", wrap: true, cell: (k) => [KINDS[k][0], el("span", { class: "muted small" }, ` · ${KINDS[k][1]}`)] },
+    ...results.flatMap((result, i) => {
+      const base = results[0];
+      const change = (k) => (i === 0 ? null : result.row.costs[k] - base.row.costs[k]);
+      return [
+        { title: result.name, head: el("span", {}, resultLabel(result), el("br"), "costs AP50"), tint: (k) => tintOf(change(k) === null ? null : -change(k)),
+          cell: (k) => [percent(result.row.costs[k]), change(k) === null ? null : [" ", el("span", { class: "delta " + (change(k) > 5e-4 ? "down" : change(k) < -5e-4 ? "up" : "muted") }, signed(change(k)))],
+            el("span", { class: "meter", style: colourOf(result.run), "aria-hidden": "true" }, el("i", { style: { width: `${(100 * result.row.costs[k]) / most}%` } }))] },
+        { title: `number, ${result.name}`, head: "number", cell: (k) => thousands(result.row.counts[k]) },
+      ];
+    })];
+  return table(columns, Object.keys(KINDS), { label: "Kinds of mistakes, what they cost and how many there are" });
+}
+
+const AT_FIRST = 40; // pictures before "show all"
+const className = (id) => data.names[id] ?? `class ${id}`;
+
+function describe(entry) {
+  const object = entry.object ? className(entry.object.class) : null;
+  const found = entry.detection ? className(entry.detection.class) : null;
+  const score = entry.detection ? entry.detection.score.toFixed(2) : "";
+  switch (entry.kind) {
+    case "missed": return [el("b", {}, object), entry.found_with === null ? " not found" : ` found only with ${entry.found_with.toFixed(2)}`];
+    case "class": return [el("b", {}, found), ` ${score} · is ${object}`];
+    case "localisation": return [el("b", {}, found), ` ${score} · IoU ${entry.iou.toFixed(2)}`];
+    case "both": return [el("b", {}, found), ` ${score} · near ${object}, IoU ${entry.iou.toFixed(2)}`];
+    case "duplicate": return [el("b", {}, found), ` ${score} · found already`];
+    default: return [el("b", {}, found), ` ${score} · nothing there`];
+  }
+}
+
+function scene(entry, pictures, large) {
+  const [left, top, width, height] = entry.view;
+  const size = large ? 0.034 * Math.max(width, height * 1.33) : 0;
+  const svg = el("svg", { class: "scene", viewBox: entry.view.join(" "), preserveAspectRatio: "xMidYMid meet", role: "img",
+    "aria-label": `${KINDS[entry.kind][0]} in ${entry.file}` });
+  if (entry.picture !== null) svg.append(el("image", { href: pictures[entry.picture], x: left, y: top, width, height, preserveAspectRatio: "none" }));
+  const draw = (item, kind, word) => {
+    const [x, y, w, h] = item.box;
+    const place = { x, y, width: Math.max(w, 0), height: Math.max(h, 0) };
+    svg.append(el("rect", { ...place, class: "under" }), el("rect", { ...place, class: kind }));
+    if (!large) return;
+    const above = y - size * 0.35 - size > top;
+    const text = kind === "found" && above ? y - size * 0.35 : kind === "found" ? Math.max(y, top) + size * 1.05 : Math.min(y + h, top + height) - size * 0.35;
+    svg.append(el("text", { x: Math.max(x, left) + size * 0.25, y: text, class: kind, "font-size": size, "stroke-width": size * 0.22 }, word));
+  };
+  if (large) for (const item of entry.context) draw(item, "other", className(item.class));
+  if (entry.object) draw(entry.object, "object", className(entry.object.class));
+  if (entry.detection) draw(entry.detection, "found", `${className(entry.detection.class)} ${entry.detection.score.toFixed(2)}`);
+  return svg;
+}
+
+function gallery(entries, pictures) {
+  const select = (id, label, options) => el("select", { id, "aria-label": label }, options.map(([value, name]) => el("option", { value }, name)));
+  const results = [...new Set(entries.map((entry) => entry.result))].sort((a, b) => a - b);
+  const about = (entry) => [entry.detection?.class, entry.object?.class].filter((id) => id !== undefined);
+  const ids = [...new Set(entries.flatMap(about))].sort((a, b) => className(a).localeCompare(className(b), "en"));
+  const kind = select("mistake-kind", "Kind", [["", "all kinds"], ...Object.entries(KINDS).filter(([k]) => entries.some((e) => e.kind === k)).map(([k, [name]]) => [k, name])]);
+  const run = select("mistake-run", "Run", [["", "all runs"], ...results.map((i) => [String(i), data.results[i].name])]);
+  const one = select("mistake-class", "Class", [["", "all classes"], ...ids.map((id) => [String(id), className(id)])]);
+  const count = el("span", { class: "muted small count", "aria-live": "polite" });
+  const list = el("div", { class: "gallery" });
+  let shown = [];
+  const fits = (entry) => (!kind.value || entry.kind === kind.value) && (!run.value || entry.result === Number(run.value))
+    && (!one.value || about(entry).includes(Number(one.value))) && shownRuns.has(data.results[entry.result].run);
+  function card(entry, i) {
+    const result = data.results[entry.result];
+    return el("button", { type: "button", class: "shot card", "data-kind": entry.kind, onclick: () => enlarge(i), title: "enlarge" },
+      el("div", { class: "frame" }, scene(entry, pictures, false)),
+      el("div", { class: "words" }, el("div", {}, describe(entry)), el("div", { class: "muted about" },
+        el("span", { class: "kind" }, KINDS[entry.kind][0]), data.results.length > 1 ? resultLabel(result) : null)));
+  }
+  const more = el("button", { type: "button", id: "more-mistakes", onclick: () => { room = Infinity; fill(); } });
+  let room = AT_FIRST;
+  function fill() {
+    shown = entries.filter(fits);
+    count.textContent = `${shown.length} of ${entries.length} pictures`;
+    list.replaceChildren(...shown.slice(0, room).map(card));
+    more.hidden = shown.length <= room;
+    more.textContent = `Show all ${shown.length}`;
+    if (!shown.length) list.append(el("p", { class: "muted" }, "Nothing of this choice is among the worst."));
+  }
+  const dialog = byId("zoom");
+  function enlarge(i) {
+    const entry = shown[i];
+    const held = dialog.open && dialog.contains(document.activeElement) ? document.activeElement.className : "close";
+    const step = (by, name) => el("button", { type: "button", class: `step-${name}`, disabled: !shown[i + by], onclick: () => enlarge(i + by) }, name === "next" ? "Next →" : "← Previous");
+    dialog.replaceChildren(
+      el("div", { class: "frame" }, scene(entry, pictures, true)),
+      el("div", { class: "words" },
+        el("div", { class: "row" }, el("span", { class: "kind" }, KINDS[entry.kind][0]), resultLabel(data.results[entry.result]),
+          el("span", { class: "push muted small" }, `${i + 1} of ${shown.length}`), step(-1, "previous"), step(1, "next"),
+          el("button", { type: "button", class: "close", onclick: () => dialog.close() }, "Close")),
+        el("p", {}, describe(entry), el("span", { class: "muted" }, ` · ${KINDS[entry.kind][1]}`)),
+        el("p", { class: "muted small" }, colourKey(entry), ` ${entry.file}, image ${entry.image}`),
+        entry.others.length ? el("ul", { class: "small" }, entry.others.map((other) => el("li", {}, resultLabel(data.results[other.result]), ` ${other.text}`))) : null));
+    dialog.onkeydown = (event) => {
+      const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+      if (by && shown[i + by]) enlarge(i + by);
+    };
+    if (!dialog.open) dialog.showModal();
+    // the button that was pressed is gone: without its successor focused, keys would no longer reach the dialog
+    (dialog.querySelector(`button[class="${held}"]:not(:disabled)`) || dialog.querySelector(".close")).focus();
+  }
+  dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
+  for (const control of [kind, run, one]) control.addEventListener("change", fill);
+  watchers.push(fill);
+  fill();
+  return el("div", { style: { "margin-top": "1.2rem" } },
+    el("p", { class: "muted small" }, data.mistakes.choice, " ", colourKey({ object: true, detection: true })),
+    el("div", { class: "controls" }, el("label", {}, "Kind", kind), el("label", {}, "Run", run), el("label", {}, "Class", one), count), list,
+    el("p", { class: "controls", style: { "margin-top": ".8rem" } }, more));
+}
+
+function colourKey(entry) {
+  const sample = (colour, word) => el("span", { class: "colour-key", style: { "margin-right": ".9rem" } }, el("i", { style: { "--k": `var(--${colour})` } }), word);
+  return [entry.object ? sample("object", "ground truth") : null, entry.detection ? sample("found", "detection") : null];
+}
+
+// ---- configuration ----
+
+function addConfiguration() {
+  const section = byId("configuration");
+  const machine = ["torch", "python", "device", "device_name", "processes", "host", "commit"];
+  const facts = [
+    ...machine.map((key) => [key.replace("_", " "), (run) => run.environment[key]]),
+    ...["train", "val"].flatMap((split) => [
+      [`${split} images`, (run) => run.data[split]?.images], [`${split} annotations`, (run) => run.data[split]?.annotations],
+      [`number of ${split} images`, (run) => run.data[split]?.num_images],
+    ]),
+    ["folder", (run) => run.folder], ["started", (run) => run.started], ["continued, times", (run) => run.continued || null],
+  ].filter(([, get]) => data.runs.some((run) => get(run) !== undefined && get(run) !== null));
+  if (facts.length) {
+    section.append(table([{ title: "", kind: "text", cell: ([name]) => name },
+      ...data.runs.map((run, i) => ({ title: run.name, head: runLabel(i, run.name), kind: "text", wrap: true, cell: ([, get]) => String(get(run) ?? "–") }))],
+      facts, { label: "Machine and data" }).node);
+  }
+  if (!data.flags.length) {
+    section.append(el("p", { class: "note" }, "The flags are not known: no run has run.json or a checkpoint."));
+    return;
+  }
+  const filter = el("input", { type: "search", id: "flag-filter", placeholder: "Filter flags", "aria-label": "Filter flags" });
+  const sorted = [...data.flags.filter(differs), ...data.flags.filter((flag) => !differs(flag))];
+  const all = flagTable(sorted, "All flags");
+  filter.addEventListener("input", () => all.show(sorted.filter((flag) => `${flag.name} ${flag.help}`.toLowerCase().includes(filter.value.trim().toLowerCase()))));
+  section.append(el("details", { id: "all-flags" }, el("summary", {}, `All ${data.flags.length} flags, those that differ first`), el("div", { class: "controls" }, filter), all.node));
+}
+
+addRunColours();
+startTheme();
+addSummary();
+addCurves();
+addFigures();
+addClasses();
+addPrecisionRecall();
+addMistakes();
+addConfiguration();
+startBar();
+let themeBefore = null; // paper is white
+addEventListener("beforeprint", () => {
+  themeBefore = document.documentElement.dataset.theme;
+  setTheme("light");
+  document.querySelectorAll("details").forEach((node) => { node.open = true; });
+});
+addEventListener("afterprint", () => setTheme(themeBefore));
+document.documentElement.dataset.ready = "true";

@@ -1,0 +1,131 @@
+"""--finetune: the weights of a trained detector as the start of another run.
+
+Everything but the class heads must fit. A row of a class head goes where the class of its name is now; classes that the
+checkpoint did not know start as in any new detector.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from util.architecture import require_same_architecture
+from util.checkpoint import LoadReport, load_state
+from util.class_map import ClassMap, classes_of
+from util.config import Config
+from util.trained import choose_weights, read_trained
+
+FLAG = "--finetune"
+_CLASS_HEAD = re.compile(r"class_embed\.(\d+)\.(weight|bias)")
+_BATCHFORMER = "transformer.bf."
+_OBJECT = 0  # in two-stage the encoder's head is trained on this row alone: is there an object?
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """What a run starts with.
+
+    report: the tensors; weights: "model" or "ema", the averaged ones; classes: the run's; known: the checkpoint's, None if it
+    does not say; rows: rows of the class heads -> those of the checkpoint that were copied.
+    """
+
+    report: LoadReport
+    weights: str
+    classes: ClassMap
+    known: ClassMap | None
+    rows: Mapping[int, int]
+
+    def __str__(self) -> str:
+        return "\n".join([self._weights(), self._classes(), *self._batchformer()])
+
+    def _weights(self) -> str:
+        kind = "averaged weights, " if self.weights == "ema" else ""
+        return f"fine-tuning from {self.report.source}: {kind}{len(self.report.loaded)} tensors loaded"
+
+    def _classes(self) -> str:
+        total = len(self.classes.categories)
+        if self.known is None:
+            how = "taken as they are" if self.rows else f"made anew, for {total} classes"
+            return f"class heads: {how}; the checkpoint does not name its classes"
+        copied = {label: name for label, name in self.classes.names.items() if label in self.rows}
+        new = [name for label, name in self.classes.names.items() if label not in copied]
+        skipped = [name for label, name in self.known.names.items() if label not in self.rows.values()]
+        parts = [f"{len(copied)} of {total} classes copied by name{_listed(copied.values())}"]
+        parts += [f"made anew{_listed(new)}"] if new else []
+        parts += [f"{len(skipped)} of the checkpoint skipped{_listed(skipped)}"] if skipped else []
+        return f"class heads: {'; '.join(parts)}"
+
+    def _batchformer(self) -> list[str]:
+        new = sum(name.startswith(_BATCHFORMER) for name in self.report.missing)
+        skipped = sum(name.startswith(_BATCHFORMER) for name in self.report.unexpected)
+        lines = [f"BatchFormerV2: {new} tensors made anew, which the checkpoint lacks"] if new else []
+        return lines + ([f"BatchFormerV2: {skipped} tensors skipped, which this run does not use"] if skipped else [])
+
+
+def fine_tune(model: nn.Module, config: Config, classes: ClassMap) -> FineTuned:
+    """Load the weights of --finetune into `model`, whose class heads are for `classes`.
+
+    Raises:
+        UserError: the checkpoint can't be read or is of another detector; the message names the flags to give.
+    """
+    source = config.run.finetune
+    checkpoint = read_trained(source, FLAG)
+    state, which = choose_weights(checkpoint, source, FLAG)
+    checkpoint = {**checkpoint, "model": state}
+    require_same_architecture(checkpoint, config.flags(), source, FLAG)
+    known = classes_of(checkpoint, f"{FLAG} {source}")
+    rows = matching_rows(known, len(state["class_embed.0.weight"]), classes)
+    heads = _class_heads(model, state, rows, config)
+    report = load_state(model, {"model": state | heads}, source, FLAG)
+    report.require_same_architecture()
+    return FineTuned(report, which, classes, known, rows)
+
+
+def matching_rows(known: ClassMap | None, num_known: int, classes: ClassMap) -> dict[int, int]:
+    """Row of a class head now -> row of the checkpoint's `num_known` to copy. Labels without a class go with their like.
+
+    Names are compared without regard to case, spaces, hyphens and underscores. If nobody knows the checkpoint's, heads of as
+    many rows are taken as they are.
+    """
+    if known is None:
+        return {label: label for label in range(classes.num_classes)} if num_known == classes.num_classes else {}
+    by_name = {_plain(name): label for label, name in reversed(known.names.items())}
+    unused = (set(range(classes.num_classes)) - classes.names.keys()) & (set(range(num_known)) - known.names.keys())
+    rows = {label: by_name[_plain(name)] for label, name in classes.names.items() if _plain(name) in by_name}
+    return rows | {label: label for label in unused}
+
+
+def _class_heads(model: nn.Module, state: Mapping[str, Tensor], rows: Mapping[int, int], config: Config) -> dict[str, Tensor]:
+    """The model's class heads with the rows that can be copied."""
+    heads = {}
+    for name, tensor in model.state_dict().items():
+        match = _CLASS_HEAD.fullmatch(name)
+        if not match or name not in state:
+            continue
+        there = state[name]
+        of_proposals = config.transformer.two_stage and int(match[1]) == config.transformer.dec_layers
+        copied = _proposal_rows(len(tensor), len(there)) if of_proposals else rows
+        heads[name] = tensor.clone()
+        if copied:
+            here, origin = torch.tensor(list(copied.items())).T
+            heads[name][here] = there[origin].to(tensor.dtype)
+    return heads
+
+
+def _proposal_rows(num_rows: int, num_known: int) -> dict[int, int]:
+    """All rows but that of objects are trained as background, whatever their class: they stay in their order."""
+    return {row: row for row in range(_OBJECT, min(num_rows, num_known))}
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]+", "", name).casefold()
+
+
+def _listed(names: Iterable[str], most: int = 12) -> str:
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f": {', '.join(names[:most])}{more}" if names else ""
