@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from PIL import Image
 
 from models import build_model, load_detector
 from models.inspection import recording
-from tests.helpers import BATCHFORMER, SMALL_IMAGES, SMALL_MODEL, run
+from tests.helpers import BATCHFORMER, ROOT, SMALL_IMAGES, SMALL_MODEL, run
 from tools import explain
 from util.attention_plots import Position, Samples, on_padding, plot_batch_attention, plot_other_shares, plot_samples
 from util.checkpoint import write_atomically
@@ -213,6 +215,19 @@ def test_padding_is_right_and_below_of_a_picture():
     assert (sheet[:20, :30] == (255, 0, 0)).all()
     assert (sheet[20:] > 150).all()
     assert (sheet[:, 30:] > 150).all()
+
+
+def test_the_lines_of_the_documentation_run(folder, tmp_path, monkeypatch):
+    block = re.search(r"^```python\n(.*?)^```", (ROOT / "docs" / "batchformer.md").read_text(), re.MULTILINE | re.DOTALL)[1]
+    (tmp_path / "exps" / "synthetic").mkdir(parents=True)
+    (tmp_path / "exps" / "synthetic" / "checkpoint.pth").symlink_to(folder / "batchformer.pth")
+    for name in ("street.jpg", "a.jpg", "b.jpg", "c.jpg"):
+        Image.open(folder / "a.png").save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    seen = {}
+    exec(block, seen)
+    assert seen["outputs"]["num_streams"] == 2
+    assert seen["seen"].batch[0].shape[1:] == (4, 3, 3)
 
 
 def test_help_has_defaults_and_an_example_and_needs_no_torch():

@@ -37,6 +37,7 @@ LEVEL_COLORS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00"
 QUERY_COLOR, REFERENCE_COLOR, REGION_COLOR = "#00E5FF", "#FFFFFF", "#FFD400"
 CASING = [withStroke(linewidth=2, foreground="black")]
 PANEL = 3.4  # inches, the longer side of an image
+SHOWN = 800  # pixels, twice what a panel has
 ZOOM_BELOW = 0.6  # a region smaller than this part of the image is shown enlarged
 
 
@@ -163,10 +164,14 @@ def _draw_boxes(axes: Axes, boxes: Sequence[tuple[Box, str, object]]) -> None:
 
 
 def _show(axes: Axes, picture: Image.Image, region: Box | None) -> None:
-    """The picture in pixels of its own, without ticks; with `region` that part of it."""
-    axes.imshow(picture, extent=(0, picture.width, picture.height, 0), interpolation="bicubic")
+    """The picture, or its `region`, on axes in pixels of the whole picture, without ticks."""
     x0, y0, x1, y1 = region or (0, 0, picture.width, picture.height)
     rim = 0.025 * max(x1 - x0, y1 - y0)  # a point on the border is not cut
+    left, top = max(math.floor(x0 - rim), 0), max(math.floor(y0 - rim), 0)
+    right, bottom = min(math.ceil(x1 + rim), picture.width), min(math.ceil(y1 + rim), picture.height)
+    part = picture.crop((left, top, right, bottom))
+    part.thumbnail((SHOWN, SHOWN))  # a photograph is shown in more panels than it should take memory for
+    axes.imshow(part, extent=(left, right, bottom, top), interpolation="bicubic")
     axes.set(xlim=(x0 - rim, x1 + rim), ylim=(y1 + rim, y0 - rim), xticks=[], yticks=[], aspect="equal", anchor="NW")
     axes.set_facecolor("0.9")
     axes.spines[:].set_visible(False)
