@@ -93,6 +93,8 @@ def test_plain_form_and_back():
 def test_published_checkpoints_are_of_coco_if_their_head_says_so():
     assert classes_of({"model": {"class_embed.0.bias": torch.zeros(91)}}, "x.pth") is COCO_CLASSES
     assert classes_of({"model": {"class_embed.0.bias": torch.zeros(20)}}, "x.pth") is None
+    earlier = classes_of({"model": {"class_embed.0.bias": torch.zeros(5)}, "classes": {1: "a", 3: "b"}}, "x.pth")
+    assert earlier == ClassMap(5, (Category(1, 1, "a"), Category(3, 3, "b")))
     with pytest.raises(UserError, match=r"x.pth is damaged"):
         classes_of({"model": {}, "classes": 3}, "x.pth")
 

@@ -135,14 +135,17 @@ def classes_of(checkpoint: Mapping[str, Any], source: str) -> ClassMap | None:
 
     Raises UserError if the entry can't be right; `source` names the file.
     """
-    if "classes" in checkpoint:
-        try:
-            return ClassMap.from_plain(checkpoint["classes"])
-        except ValueError as error:
-            raise UserError(f"{source} is damaged: {error}") from None
     weights = checkpoint.get("model", checkpoint)
-    shapes = {tuple(tensor.shape) for name, tensor in weights.items() if name.endswith("class_embed.0.bias")}
-    return COCO_CLASSES if shapes == {(COCO_CLASSES.num_classes,)} else None
+    logits = next((len(tensor) for name, tensor in weights.items() if name.endswith("class_embed.0.bias")), None)
+    if "classes" not in checkpoint:
+        return COCO_CLASSES if logits == COCO_CLASSES.num_classes else None
+    plain = checkpoint["classes"]
+    if isinstance(plain, Mapping) and all(isinstance(key, int) for key in plain):  # ids are labels, before there was a map
+        plain = {"num_classes": logits, "categories": [(key, key, name) for key, name in plain.items()]}
+    try:
+        return ClassMap.from_plain(plain)
+    except ValueError as error:
+        raise UserError(f"{source} is damaged: {error}") from None
 
 
 def _quoted(name: str | None) -> str:
