@@ -47,14 +47,15 @@ class Detections:
     """What was found on one image, best first. n detections, tensors on the CPU.
 
     boxes: [n, 4] float32 x0, y0, x1, y1 in pixels of the image that was given; scores: [n] float32 in [0, 1]; labels: [n] int64
-    places among the logits; category_ids: [n] int64 ids of the data set that the detector was trained on; names: n names of the
-    classes; size: (height, width) of the image.
+    places among the logits; category_ids: [n] int64 ids of the data set that the detector was trained on; queries: [n] int64
+    queries that gave them; names: n names of the classes; size: (height, width) of the image.
     """
 
     boxes: Tensor
     scores: Tensor
     labels: Tensor
     category_ids: Tensor
+    queries: Tensor
     names: tuple[str, ...]
     size: tuple[int, int]
 
@@ -63,7 +64,7 @@ class Detections:
         keep = (self.scores >= score).nonzero().flatten()
         return replace(
             self, boxes=self.boxes[keep], scores=self.scores[keep], labels=self.labels[keep],
-            category_ids=self.category_ids[keep], names=tuple(self.names[i] for i in keep.tolist()),
+            category_ids=self.category_ids[keep], queries=self.queries[keep], names=tuple(self.names[i] for i in keep.tolist()),
         )  # fmt: skip
 
     def __len__(self) -> int:
@@ -142,10 +143,18 @@ class Detector:
     @torch.no_grad()
     def detect(self, batch: Sequence[Prepared]) -> list[Detections]:
         """Detections of images that go through the network together."""
+        return self.detections(self.outputs(batch), batch)
+
+    @torch.no_grad()
+    def outputs(self, batch: Sequence[Prepared]) -> dict[str, Any]:
+        """What the network gives for images that go through it together (DeformableDETR.forward)."""
         images = NestedTensor.from_images([item.pixels for item in batch]).to(self.device)
-        sizes = torch.tensor([item.size for item in batch], device=self.device)
         with autocast(self.amp, self.device):
-            outputs = self.model(images)
+            return self.model(images)
+
+    def detections(self, outputs: dict[str, Any], batch: Sequence[Prepared]) -> list[Detections]:
+        """The detections in `outputs` of one stream of `batch`."""
+        sizes = torch.tensor([item.size for item in batch], device=self.device)
         found = self._postprocess(outputs, sizes)
         return [self._named(one, item.size).above(self.score_threshold) for one, item in zip(found, batch, strict=True)]
 
@@ -156,6 +165,7 @@ class Detector:
             scores=found["scores"].float().cpu(),
             labels=labels,
             category_ids=torch.tensor([self.classes.id_of(label) for label in labels.tolist()], dtype=torch.int64),
+            queries=found["queries"].cpu(),
             names=tuple(self.classes.name_of(label) for label in labels.tolist()),
             size=size,
         )
@@ -164,7 +174,7 @@ class Detector:
 def load_detector(
     checkpoint: str | os.PathLike, *, device: str | torch.device = "", amp: str = "off", batch_size: int = 1,
     score_threshold: float = 0.0, weights: str = "auto", max_image_megapixels: float = DataConfig.max_image_megapixels,
-    **architecture: Any,
+    batchformer: bool = False, **architecture: Any,
 ) -> Detector:  # fmt: skip
     """The detector of a checkpoint, published, ours or Hugging Face's; nothing in the file is executed.
 
@@ -174,6 +184,7 @@ def load_detector(
         amp, batch_size, score_threshold, max_image_megapixels: see Detector.
         weights: "ema" the averaged weights (--ema_decay), "model" the others, "auto" the averaged where the
             file has them, unless their last evaluation was worse.
+        batchformer: with the modules of BatchFormerV2, which act in training alone: models.inspection.as_in_training.
         architecture: flags of main.py that go before what the checkpoint says (util/architecture.py tells what it can't say);
             eval_size and max_size, the sides that images are resized to.
 
@@ -189,7 +200,7 @@ def load_detector(
     check_precision(amp, where)
     content = read_trained(source, "--resume")
     chosen, _ = choose_weights(content, source, "--resume", weights)
-    config = config_of({**content, "model": chosen}, source, **architecture)
+    config = config_of({**content, "model": chosen}, source, batchformer=batchformer, **architecture)
     model, _, _ = build_model(config)
     load_state(model, {"model": chosen}, source).require_same_architecture()
     classes = classes_of(content, source) or ClassMap(config.data.num_logits, ())

@@ -24,7 +24,8 @@ class PostProcess(nn.Module):
             target_sizes: [B, 2] height and width of the images to put the boxes on, in pixels.
 
         Returns:
-            per image `scores` [n], `labels` [n] and `boxes` [n, 4] x0, y0, x1, y1 in pixels, best first; n = min(100, Q * K).
+            per image `scores` [n], `labels` [n], `boxes` [n, 4] x0, y0, x1, y1 in pixels, and `queries` [n], the queries that
+            gave them; best first; n = min(100, Q * K).
 
         Raises:
             ValueError: the number of sizes is not that of the images.
@@ -39,5 +40,6 @@ class PostProcess(nn.Module):
         scale = torch.stack([width, height, width, height], 1).to(boxes.dtype)
         corners = cxcywh_to_xyxy(boxes).gather(1, query[..., None].expand(-1, -1, 4)) * scale[:, None]
         return [
-            {"scores": s, "labels": label, "boxes": box} for s, label, box in zip(scores, labels, corners, strict=True)
+            {"scores": s, "labels": label, "boxes": box, "queries": q}
+            for s, label, box, q in zip(scores, labels, corners, query, strict=True)
         ]

@@ -45,21 +45,26 @@ _BODY = "backbone.0.body."
 _SIZES = ("eval_size", "max_size")
 
 
-def config_of(checkpoint: Mapping[str, Any], source: str, flag: str = "--resume", **overrides: Any) -> Config:
+def config_of(
+    checkpoint: Mapping[str, Any], source: str, flag: str = "--resume", *, batchformer: bool = False, **overrides: Any
+) -> Config:
     """The Config of the detector in a checkpoint, published or ours, for prediction: it starts without other weights.
 
     Args:
         checkpoint: as `read_checkpoint` gives it.
         source, flag: the file and the flag that named it, for messages.
+        batchformer: with BatchFormerV2 as it was trained, off in evaluation.
         overrides: flags of main.py that go before what the checkpoint says: those of the backbone and the transformer, eval_size
             and max_size.
 
     Raises:
-        UserError: it holds no Deformable DETR, or an override is no such flag or can't be.
+        UserError: it holds no Deformable DETR, or none with BatchFormerV2; an override is no such flag or can't be.
     """
     known = {f.name for group in (BackboneConfig, TransformerConfig) for f in fields(group)} | {*_SIZES}
     if unknown := sorted(overrides.keys() - known):
         raise UserError(f"{unknown[0]} is no flag of a detector's architecture; there are {', '.join(sorted(known))}")
+    if batchformer:
+        overrides |= _batchformer_in(checkpoint, source, flag)
     said = _flags_in(checkpoint, known)
     chosen = {**known_flags(checkpoint, source, flag, **overrides), **overrides, "backbone_weights": "none"}
     if not said:
@@ -71,6 +76,13 @@ def config_of(checkpoint: Mapping[str, Any], source: str, flag: str = "--resume"
         return config_from_flags(chosen)
     except UserError as error:
         raise UserError(f"{flag} {source} can't be used: {error}") from None
+
+
+def _batchformer_in(checkpoint: Mapping[str, Any], source: str, flag: str) -> dict[str, Any]:
+    flags = _flags_in(checkpoint, {f.name for f in fields(BatchFormerConfig)})
+    if not flags.get("bf"):
+        raise UserError(f"{flag} {source} was trained without BatchFormerV2 (--bf), or does not say how it was trained")
+    return {**flags, "eval_bf": False}
 
 
 def known_flags(checkpoint: Mapping[str, Any], source: str, flag: str = "--resume", **overrides: Any) -> dict[str, Any]:

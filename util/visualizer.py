@@ -266,10 +266,14 @@ def _draw_crowd(canvas: Image.Image, box: NDArray[np.float64], color: Color, sty
 # ---- letters ----
 
 
-def _font(size: float, text: str) -> Font:
-    """A font that has all letters of `text`, where there is one on this machine."""
+def font_file(text: str) -> str | None:
+    """A file of a font that has all letters of `text`, where there is one on this machine; None if any font does."""
     letters = frozenset(letter for letter in text if letter > "~" and letter != "…")
-    path = _font_file(letters) if letters else None
+    return _font_file(letters) if letters else None
+
+
+def _font(size: float, text: str) -> Font:
+    path = font_file(text)
     return ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
 
 

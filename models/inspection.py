@@ -1,0 +1,146 @@
+"""What the attention of a detector looks at, taken from outside while it runs.
+
+    with recording(detector.model) as seen:
+        found = detector("street.jpg")
+    seen.decoder[-1].weights[0, found.queries[0]]  # of the best detection, [M, L, P]
+
+The network knows nothing of this: forward hooks compute once more, from a layer's own inputs and weights, what its kernel does
+not give out. Shape letters: B images of all streams, N images of a batch, Q queries, S tokens, M heads, L levels, P points.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.deformable_detr import DeformableDETR
+from models.ops.modules import MSDeformAttn
+from models.ops.reference import Shapes, locate
+from models.token_batch import TokenBatch, valid_ratio
+
+
+@dataclass(frozen=True)
+class SampledAttention:
+    """Where the queries of a layer of deformable attention sampled, and how much each sample counted. All on the CPU.
+
+    locations: [B, Q, M, L, P, 2] x, y in [0, 1] of every padded level (those outside count as zero); weights: [B, Q, M, L, P],
+    which sum to 1 over levels and points; reference_points: [B, Q, L, 2] points or [B, Q, L, 4] boxes (centre and size), in
+    [0, 1] of every padded level; spatial_shapes: (height, width) of the levels; padding_mask: [B, S] bool, True on padding.
+    """
+
+    locations: Tensor
+    weights: Tensor
+    reference_points: Tensor
+    spatial_shapes: Shapes
+    padding_mask: Tensor
+
+    @property
+    def valid_ratios(self) -> Tensor:
+        """[B, L, 2]: width and height of an image's own part of a level over the padded one."""
+        maps = self.padding_mask.split([height * width for height, width in self.spatial_shapes], 1)
+        return torch.stack(
+            [valid_ratio(mask.unflatten(1, shape)) for mask, shape in zip(maps, self.spatial_shapes, strict=True)], 1
+        )
+
+    def locations_in_image(self) -> Tensor:
+        """The locations in [0, 1] of the image without its padding, [B, Q, M, L, P, 2]."""
+        return self.locations / self.valid_ratios[:, None, None, :, None]
+
+    def references_in_image(self) -> Tensor:
+        """The reference points in [0, 1] of the image without its padding, [B, Q, L, 2 or 4]."""
+        repeats = self.reference_points.shape[-1] // 2
+        return self.reference_points / self.valid_ratios.repeat(1, 1, repeats)[:, None]
+
+
+@dataclass
+class Record:
+    """What was recorded of one run of the network, on the CPU.
+
+    spatial_shapes: (height, width) of the levels; padding_mask: [N, S] bool, True on padding. encoder, decoder: deformable
+    attention of every layer, in order. batch: per layer of BatchFormerV2, in the order in which they ran, [S, M, N, N]: how much
+    image i (third axis) attends to image j (fourth axis) at every token position; the sum over j is 1.
+    """
+
+    spatial_shapes: Shapes = ()
+    padding_mask: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.bool))
+    encoder: list[SampledAttention] = field(default_factory=list)
+    decoder: list[SampledAttention] = field(default_factory=list)
+    batch: list[Tensor] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def recording(model: DeformableDETR, *, deformable: bool = True) -> Iterator[Record]:
+    """Record one run of `model` in this block. Its outputs are the same to the bit.
+
+    `deformable`: record deformable attention, too, which of an image of 800 x 1333 is 34 MB in every encoder layer.
+    """
+    record, transformer = Record(), model.transformer
+
+    def note_tokens(_: nn.Module, args: tuple[TokenBatch]) -> None:
+        record.spatial_shapes, record.padding_mask = args[0].spatial_shapes, args[0].padding_mask.cpu()
+
+    def sampled_into(calls: list[SampledAttention]) -> Callable:
+        return lambda module, args, kwargs, _: calls.append(_sampled(module, *args, **kwargs))
+
+    def note_batch(module: nn.MultiheadAttention, args: tuple, kwargs: dict[str, Any], _: Any) -> None:
+        record.batch.append(_across_batch(module, *args, **kwargs))
+
+    modules = []
+    if deformable:
+        modules += [(layer.self_attn, sampled_into(record.encoder)) for layer in transformer.encoder.layers]
+        modules += [(layer.cross_attn, sampled_into(record.decoder)) for layer in transformer.decoder.layers]
+    if transformer.bf is not None:
+        modules += [(m, note_batch) for m in transformer.bf.modules() if isinstance(m, nn.MultiheadAttention)]
+    hooks = [transformer.encoder.register_forward_pre_hook(note_tokens)]
+    hooks += [module.register_forward_hook(hook, with_kwargs=True) for module, hook in modules]
+    try:
+        yield record
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def as_in_training(model: DeformableDETR) -> Iterator[None]:
+    """In this block BatchFormerV2 acts as in training; everything else, dropout too, is as in evaluation.
+
+    With --bf 1 the outputs are of the plain and the mixed stream, with --bf 7 of the mixed one. `model` must be in evaluation
+    mode and have BatchFormerV2's modules (load_detector(..., batchformer=True)).
+    """
+    assert not model.training and model.transformer.bf is not None
+    container = model.transformer.bf
+    container.training = True  # of this module alone: what lies in it, and has the dropout, is not told
+    try:
+        yield
+    finally:
+        container.training = False
+
+
+@torch.no_grad()
+def _sampled(
+    module: MSDeformAttn, query: Tensor, reference_points: Tensor, input_flatten: Tensor, input_spatial_shapes: Shapes,
+    input_level_start_index: None = None, input_padding_mask: Tensor | None = None,
+) -> SampledAttention:  # fmt: skip
+    """As MSDeformAttn.forward and models.ops.reference.fused_forward go about it."""
+    kind = reference_points.dtype
+    offsets = module.sampling_offsets(query).unflatten(-1, (module.n_heads, module.n_levels, module.n_points, 2))
+    logits = module.attention_weights(query).unflatten(-1, (module.n_heads, -1))
+    weights = logits.softmax(-1, dtype=kind).unflatten(-1, (module.n_levels, module.n_points))
+    if input_padding_mask is None:
+        input_padding_mask = torch.zeros(input_flatten.shape[:2], dtype=torch.bool)
+    return SampledAttention(
+        locate(input_spatial_shapes, reference_points, offsets.to(kind)).cpu(), weights.cpu(), reference_points.cpu(),
+        input_spatial_shapes, input_padding_mask.cpu(),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def _across_batch(module: nn.MultiheadAttention, *args: Tensor, **kwargs: Any) -> Tensor:
+    # forward itself: calling the module would call the hook again
+    _, weights = module.forward(*args, **{**kwargs, "need_weights": True, "average_attn_weights": False})
+    return weights.float().cpu()
