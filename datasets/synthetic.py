@@ -29,6 +29,9 @@ from pycocotools import mask as mask_utils
 from scipy import ndimage
 from tqdm import tqdm
 
+from util.config import make_parser
+from util.errors import UserError, run_as_command
+
 VERSION = 1  # increase with every change of the pictures: sets of another version count as other settings
 SETTINGS_FILE = "synthetic.json"
 SPLITS = ("train2017", "val2017")
@@ -673,16 +676,11 @@ HELP = {
 }
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults, and keeps the line break of the example."""
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m datasets.synthetic",
-        description="Writes a synthetic detection data set of textured shapes in COCO's layout.",
-        epilog="example:\n  python -m datasets.synthetic --output_dir data/shapes --train_images 200 --num_classes 3",
-        formatter_class=_HelpFormatter,
+    parser = make_parser(
+        "-m datasets.synthetic",
+        "Writes a synthetic detection data set of textured shapes in COCO's layout.",
+        "python -m datasets.synthetic --output_dir data/shapes --train_images 200 --num_classes 3",
     )
     parser.add_argument("--output_dir", default="data/synthetic", help="folder of the data set")
     for field in fields(Settings):
@@ -694,17 +692,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = _parser()
-    options = vars(parser.parse_args(arguments))
+    """Do what the flags say. Raises UserError."""
+    options = vars(_parser().parse_args(arguments))
     folder = options["output_dir"]
     try:
         written = generate(**options)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, f"interrupted; {folder} is as it was\n")
+        raise UserError(str(error)) from None
     print(f"wrote {folder}" if written else f"{folder} is there already with these settings; nothing to do")
 
 
 if __name__ == "__main__":
-    main()
+    run_as_command(main)

@@ -14,6 +14,7 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 
 from datasets import synthetic
+from util.errors import run_as_command
 
 SMALL = {"train_images": 12, "val_images": 4, "image_size": 48, "num_classes": 3, "max_objects": 2, "seed": 0}
 
@@ -298,7 +299,7 @@ def error_of(capsys, folder: Path, *extra: str) -> str:
     """The one line that a refused command prints."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        run_main(folder, *extra)
+        run_as_command(lambda: run_main(folder, *extra))
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line
@@ -385,4 +386,4 @@ def test_errors_of_the_command_have_no_traceback(tmp_path):
     root = Path(synthetic.__file__).parents[1]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
-    assert re.fullmatch(r"python -m datasets\.synthetic: error: .*\n", done.stderr)
+    assert re.fullmatch(r"error: .*\n", done.stderr)

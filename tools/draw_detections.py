@@ -14,22 +14,19 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees only its own folder, not the project
+from util.config import make_parser
 from util.errors import UserError, run_as_command
 from util.visualizer import Color, class_colors, contact_sheet, draw_boxes, side_by_side
 
-EXAMPLE = """example:
+EXAMPLE = """\
   python tools/draw_detections.py --annotations coco/annotations/instances_val2017.json --images coco/val2017 \\
       --predictions exps/run/results.json --output_dir exps/run/pictures --score_threshold 0.4
 """
 PAIRS_IN_A_ROW = 2
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults and keeps the line breaks of the example."""
-
-
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE, formatter_class=_HelpFormatter)
+    parser = make_parser("tools/draw_detections.py", __doc__, EXAMPLE)
     required = parser.add_argument_group("required")
     add = required.add_argument
     add("--annotations", type=Path, required=True, default=argparse.SUPPRESS, help="COCO instances JSON")

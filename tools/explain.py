@@ -37,15 +37,15 @@ PAIRS_IN_A_ROW = 2
 QUALITY = 80  # of JPEG
 
 EXAMPLES = {
-    "attention": """examples:
+    "attention": """\
   python tools/explain.py attention --resume exps/run/checkpoint.pth street.jpg --output_dir out
   python tools/explain.py attention --resume exps/run/checkpoint.pth street.jpg --output_dir out --pixel 320 180 --level 0 1
 """,
-    "batchformer": """example:
+    "batchformer": """\
   python tools/explain.py batchformer --resume exps/run/checkpoint.pth a.jpg b.jpg c.jpg --output_dir out --position 0.5 0.5
 """,
 }
-EXAMPLE = """examples:
+EXAMPLE = """\
   python tools/explain.py attention --help
   python tools/explain.py attention --resume exps/run/checkpoint.pth street.jpg --output_dir out
   python tools/explain.py batchformer --resume exps/run/checkpoint.pth a.jpg b.jpg c.jpg --output_dir out
@@ -303,16 +303,8 @@ def _path(args: argparse.Namespace, name: str) -> Path:
 # ---- flags
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults where there are any, and keeps the lines of description and example."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, "", False) else super()._get_help_string(action)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = make_parser("tools/explain.py", __doc__)
-    parser.epilog, parser.formatter_class = EXAMPLE, _HelpFormatter
+    parser = make_parser("tools/explain.py", __doc__, EXAMPLE)
     commands = parser.add_subparsers(required=True, metavar="{attention,batchformer}")
     _add_attention(_command(commands, "attention", explain_attention, "sampling points and weights over an image"))
     _add_batchformer(_command(commands, "batchformer", explain_batchformer, "attention across a batch, and both streams"))
@@ -320,8 +312,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _command(commands, name: str, function, title: str) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=title, description=title.capitalize() + ".")
-    command.epilog, command.formatter_class = EXAMPLES[name], _HelpFormatter
+    command = commands.add_parser(name, help=title, description=title.capitalize() + ".", example=EXAMPLES[name])
     command.set_defaults(command=function)
     return command
 

@@ -6,20 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees only its own folder, not the project
+from util.config import make_parser
 from util.errors import UserError, run_as_command
 from util.plot_utils import Row, plot_run, read_log
 
-EXAMPLE = """example:
+EXAMPLE = """\
   python tools/plot_logs.py exps/baseline exps/batchformer --output curve.png
 """
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults and keeps the line breaks of the example."""
-
-
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE, formatter_class=_HelpFormatter)
+    parser = make_parser("tools/plot_logs.py", __doc__, EXAMPLE)
     parser.add_argument("runs", type=Path, nargs="+", help="a run's output folder, which has log.txt, or such a file")
     parser.add_argument("--output", type=Path, default=Path("curve.png"), help="picture to write: .png, .pdf or .svg")
     return parser

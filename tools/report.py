@@ -11,19 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees only its own folder, not the project
+from util.config import make_parser
 from util.errors import UserError, run_as_command
 
-EXAMPLE = """example:
+EXAMPLE = """\
   python tools/report.py exps/plain exps/batchformer --output report.html
 """
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults and keeps the line breaks of the example."""
-
-
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE, formatter_class=_HelpFormatter)
+    parser = make_parser("tools/report.py", __doc__, EXAMPLE)
     add = parser.add_argument
     add("runs", type=Path, nargs="+", help="output folders of runs; the first is what the others are compared with")
     add("--output", type=Path, default=Path("report.html"), help="page to write")

@@ -250,7 +250,7 @@ class Config:
 
 def parse_config(argv: Sequence[str] | None = None) -> Config:
     """Flags (default: the command line's) to a Config. Raises UserError for what argparse or a check refuses."""
-    parser = _Parser("main.py", _DESCRIPTION, _EXAMPLE)
+    parser = make_parser("main.py", _DESCRIPTION, _EXAMPLE)
     parser.usage = "python main.py [flags]"
     return config_from_args(add_config_flags(parser).parse_args(argv))
 
@@ -269,7 +269,7 @@ def parse_with_config(
 
 def make_parser(prog: str, description: str, example: str = "") -> argparse.ArgumentParser:
     """A parser that raises UserError instead of ending the process, and shows defaults and the `example` in its help."""
-    return _Parser(prog, description, example)
+    return _Parser(f"python {prog}", description, example)
 
 
 def add_config_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -334,7 +334,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(prog, description=description, epilog=epilog, allow_abbrev=False, formatter_class=_HelpFormatter)
 
     def error(self, message: str) -> typing.NoReturn:
-        raise UserError(f"{message} (python {self.prog} --help lists the flags)")
+        raise UserError(f"{message} ({self.prog} --help lists the flags)")
 
 
 class _Repeated(argparse.Action):
