@@ -148,11 +148,11 @@ def train():
             time.sleep(0.02)
             if step == 30 and rank == "1" and first:
                 time.sleep(0.5)  # until the note is told
-                print("fault at", time.time(), flush=True)
+                print(f"fault at {{time.time()}}", flush=True)
                 exec(os.environ["FAULT"])
             watchdog.note("epoch 0, step %d: training", step)
             distributed.sum_over_processes(torch.ones(3))
-    print("rank", rank, "is done", flush=True)
+    print(f"rank {{rank}} is done", flush=True)  # in one piece: others write too
 """
 # Forks all processes of several jobs: importing torch takes longer than all else. Nobody ends one job's processes for the
 # failure of another of them, and rank 0 serves the store, as under Slurm.
