@@ -6,17 +6,14 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 import inspect
 import json
 import logging
-import os
 import random
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +44,9 @@ from util.optim import GROUPS, build_schedule, build_updater
 from util.precision import check_precision
 from util.preemption import StopRequest, StopVote
 from util.random_state import RandomGenerators
-from util.run_folder import announce_new, begun, is_announced, open_folder, set_aside
+from util.run_folder import announce_new, begun, set_aside
 from util.run_record import device_name, environment, has_record, write_record
+from util.starting_point import Source, find_checkpoint, goes_on, loading, output_folder
 from util.tensorboard import Board, check_tensorboard, detection_pictures
 from util.training_state import Position, TrainingState, position_of
 from util.watchdog import note
@@ -298,64 +296,6 @@ class Training:
             return
         trained = self.position.epoch
         raise UserError(f"--resume {self.config.run.resume} has trained {trained} epochs already; raise --epochs {epochs}")
-
-
-@dataclass(frozen=True)
-class Source:
-    """A checkpoint to load. by_itself: the newest of --output_dir, which the program found."""
-
-    path: str
-    by_itself: bool
-
-    def __str__(self) -> str:
-        return self.path
-
-
-def output_folder(config: Config) -> Path | None:
-    """The run's folder, made if need be, on the process that writes; the others have none."""
-    return open_folder(config.run.output_dir) if config.run.output_dir and is_main() else None
-
-
-def goes_on(config: Config, folder: Path | None) -> bool:
-    """Whether the run goes on with what its folder holds: told to, or started again by torchrun or Slurm after it had begun.
-
-    The same on all processes.
-    """
-    restarts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-    restarted = bool(folder) and any(count not in ("", "0") for count in restarts)
-    return broadcast_from_main(config.run.resume == "auto" or bool(folder and restarted and not is_announced(folder)))
-
-
-def find_checkpoint(config: Config, folder: Path | None, going_on: bool) -> Source | None:
-    """What to load, the same on all processes: the newest good checkpoint of the folder if the run goes on, else --resume's."""
-    explicit = Source(config.run.resume, by_itself=False) if config.run.resume not in ("", "auto") else None
-    if not going_on or config.run.eval and explicit:
-        return explicit
-    newest = broadcast_from_main(newest_checkpoint(folder) if folder else None)
-    if isinstance(newest, UserError):
-        raise newest
-    if newest:
-        log.info("going on with %s", newest)
-        return Source(newest, by_itself=True)
-    if config.run.eval:
-        raise UserError(f"--resume auto: there is no checkpoint in --output_dir {config.run.output_dir} to evaluate")
-    first = explicit or config.run.finetune
-    log.info("no checkpoint in %s yet: %s", config.run.output_dir, f"starting with {first}" if first else "starting afresh")
-    return explicit
-
-
-def loading(config: Config, source: Source | None) -> Config:
-    """The Config to build the model by: a checkpoint makes other weights of the backbone needless."""
-    weights = {"resume": source.path, "finetune": ""} if source else {"resume": ""}
-    return dataclasses.replace(config, run=dataclasses.replace(config.run, **weights))
-
-
-def newest_checkpoint(folder: Path) -> str | UserError | None:
-    try:
-        found = CheckpointFolder(folder, keep=1).newest_good()
-    except UserError as error:  # to be raised by all processes
-        return error
-    return str(found) if found else None
 
 
 def trained_classes(config: Config, checkpoint: Mapping[str, Any], source: Source | None) -> ClassMap | None:

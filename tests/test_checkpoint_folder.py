@@ -244,3 +244,17 @@ def test_a_move_that_was_interrupted_is_finished(tmp_path):
     assert names(earlier) == ["checkpoint.pth", "log.txt", "resume_0001_000000000.pth"]
     set_aside(tmp_path)
     assert names(tmp_path) == ["earlier-1"], "nothing to move"
+
+
+def test_all_that_a_run_leaves_is_set_aside_together(tmp_path):
+    """A report of the new run must not find the figures of the old one."""
+    of_a_run = [
+        "checkpoint.pth", "checkpoint0004.pth", "checkpoint_best.pth", "eval", "eval.pth", "eval_ema.pth", "log.txt",
+        "nonfinite_0003_000120_process0.pth", "predictions.json", "predictions_ema.json", "resume_0001_000000000.pth",
+        "run.json", "tensorboard",
+    ]  # fmt: skip
+    for name in [*of_a_run, "notes.md"]:
+        (tmp_path / name).write_text(name)
+    set_aside(tmp_path)
+    assert names(tmp_path) == ["earlier-1", "notes.md"]
+    assert sorted(path.name for path in (tmp_path / "earlier-1").iterdir()) == sorted(of_a_run)

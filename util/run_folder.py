@@ -14,7 +14,10 @@ log = logging.getLogger(__name__)
 
 _MARKER = ".moving"  # in a folder into which an earlier run is being moved
 _NEW = ".new_run"  # in the folder of a run that has not set an earlier one aside yet
-_FILES = ("checkpoint*.pth", "resume_*.pth", "log.txt", "run.json", "eval", "eval.pth", "tensorboard", "nonfinite_*.pth")
+_FILES = (
+    "checkpoint*.pth", "resume_*.pth", "log.txt", "run.json", "eval", "eval*.pth", "predictions*.json", "tensorboard",
+    "nonfinite_*.pth",
+)  # fmt: skip
 
 
 def open_folder(name: str) -> Path:

@@ -1,0 +1,75 @@
+"""Where a run starts from: its output folder, whether it goes on with what lies there, and the checkpoint that it loads."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from util.checkpoint_folder import CheckpointFolder
+from util.config import Config
+from util.distributed import broadcast_from_main, is_main
+from util.errors import UserError
+from util.run_folder import is_announced, open_folder
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint to load. by_itself: the newest of --output_dir, which the program found."""
+
+    path: str
+    by_itself: bool
+
+    def __str__(self) -> str:
+        return self.path
+
+
+def output_folder(config: Config) -> Path | None:
+    """The run's folder, made if need be, on the process that writes; the others have none."""
+    return open_folder(config.run.output_dir) if config.run.output_dir and is_main() else None
+
+
+def goes_on(config: Config, folder: Path | None) -> bool:
+    """Whether the run goes on with what its folder holds: told to, or started again by torchrun or Slurm after it had begun.
+
+    The same on all processes.
+    """
+    restarts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    restarted = bool(folder) and any(count not in ("", "0") for count in restarts)
+    return broadcast_from_main(config.run.resume == "auto" or bool(folder and restarted and not is_announced(folder)))
+
+
+def find_checkpoint(config: Config, folder: Path | None, going_on: bool) -> Source | None:
+    """What to load, the same on all processes: the newest good checkpoint of the folder if the run goes on, else --resume's."""
+    explicit = Source(config.run.resume, by_itself=False) if config.run.resume not in ("", "auto") else None
+    if not going_on or config.run.eval and explicit:
+        return explicit
+    newest = broadcast_from_main(_newest_checkpoint(folder) if folder else None)
+    if isinstance(newest, UserError):
+        raise newest
+    if newest:
+        log.info("going on with %s", newest)
+        return Source(newest, by_itself=True)
+    if config.run.eval:
+        raise UserError(f"--resume auto: there is no checkpoint in --output_dir {config.run.output_dir} to evaluate")
+    first = explicit or config.run.finetune
+    log.info("no checkpoint in %s yet: %s", config.run.output_dir, f"starting with {first}" if first else "starting afresh")
+    return explicit
+
+
+def loading(config: Config, source: Source | None) -> Config:
+    """The Config to build the model by: a checkpoint makes other weights of the backbone needless."""
+    weights = {"resume": source.path, "finetune": ""} if source else {"resume": ""}
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, **weights))
+
+
+def _newest_checkpoint(folder: Path) -> str | UserError | None:
+    try:
+        found = CheckpointFolder(folder, keep=1).newest_good()
+    except UserError as error:  # to be raised by all processes
+        return error
+    return str(found) if found else None
