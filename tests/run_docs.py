@@ -47,7 +47,8 @@ REPLACED = (
     (r"<pictures, folders, a video>", "photos street.jpg drive.mp4"),
     (r"/path/to/coco", "small"),
     (r"--classes person car dog", "--classes square star"),
-    (r"quickstart\.sh$", "quickstart.sh --short && for f in exps data; do cp -rT $f/synthetic_short $f/synthetic; done"),
+    (r"quickstart\.sh$", "quickstart.sh --short && rm -rf {exps,data}/synthetic && for folder in exps data; do "
+     "cp -r $folder/synthetic_short $folder/synthetic; done"),
     (r"tools/test\.sh$", "tools/test.sh tests/test_layers.py"),
     (r"run_with_submitit\.py ", "run_with_submitit.py --cluster local --tasks_per_node 2 "),
     (r"--nodes \d+ --gpus_per_node \d+", "--nodes 1 --gpus_per_node 0"),
@@ -85,6 +86,7 @@ def lay_out(root: Path) -> None:
         "python -m datasets.synthetic --output_dir data/small --train_images 16 --val_images 8 --image_size 96",
         f"python main.py --coco_path data/small --output_dir exps/small {' '.join(SMALL)}",
         "ln -s small data/coco",
+        "cp -r data/small data/synthetic",
         "python -m tests.layouts data",  # the same images in other layouts
         # a step that is not finite, for the page that runs it again
         f"! python main.py --coco_path data/small --output_dir exps/x --lr 1e30 --clip_max_norm 0 {' '.join(SMALL)}",
