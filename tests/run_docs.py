@@ -1,4 +1,4 @@
-"""Runs every command of README.md and docs/, each page in a copy of the project of its own and at a small size.
+"""Runs every command and all Python of README.md and docs/, each page in a copy of the project of its own and at a small size.
 
     python -m tests.run_docs [docs/own_data.md ...]
 
@@ -11,6 +11,7 @@ gpu do that. Prints a line a command, and ends with exit code 1 if any failed.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -27,11 +29,13 @@ from PIL import Image
 
 from models import build_model
 from tests.helpers import ROOT, SMALL_IMAGES, SMALL_MODEL
-from tests.test_docs import PAGES, commands
+from tests.test_docs import PAGES, blocks, commands
 from util.config import parse_config
 from util.video import VideoWriter
 
 SECONDS = 900
+# what the Python of a page takes for given
+GIVEN = {"fine_tuning.md": "from PIL import Image\nimage = Image.open('street.jpg').convert('RGB')\n"}
 SMALL = (*SMALL_IMAGES, *SMALL_MODEL[:-2], "--epochs", "1", "--num_workers", "0", "--batch_size", "2")
 ELSEWHERE = {
     "cluster": ("run_dist_slurm", "sbatch", "scancel"),
@@ -63,10 +67,13 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="docs-") as folder:
         given, root = Path(folder) / "given", Path(folder) / "project"
         lay_out(given)
-        for page in filter(commands, chosen):
+        for page in chosen:
+            if not commands(page) + blocks(page, "python"):
+                continue
             shutil.copytree(given, root, symlinks=True)
             print(f"== {page.relative_to(ROOT)}", flush=True)
             failed += [f"{page.name}: {command}" for command in commands(page) if not run(command, root)]
+            failed += [f"{page.name}: its Python"] if not run_python(page, root) else []
             shutil.rmtree(root)
     print(f"{len(failed)} commands failed", *failed, sep="\n  ")
     return bool(failed)
@@ -96,13 +103,14 @@ def lay_out(root: Path) -> None:
     for command in here:
         if not run(command, root):
             raise SystemExit("the pages can't be tried")
-    write_published(root / "r50_deformable_detr.pth")
+    write_published(root / "r50_deformable_detr.pth", SMALL_MODEL)
+    write_published(root / "checkpoint.pth", ["--backbone_weights", "none"])
     write_pictures(root)
 
 
-def write_published(path: Path) -> None:
+def write_published(path: Path, flags: Sequence[str]) -> None:
     """A checkpoint as those that were published: frozen statistics, COCO's 91 logits, a Namespace."""
-    config = parse_config([*SMALL_MODEL, "--backbone_norm", "frozen_bn", "--num_classes", "91"])
+    config = parse_config([*flags, "--backbone_norm", "frozen_bn", "--num_classes", "91"])
     torch.save({"model": build_model(config)[0].state_dict(), "args": argparse.Namespace(**config.flags())}, path)
 
 
@@ -110,7 +118,9 @@ def write_pictures(root: Path) -> None:
     """A folder of pictures, a picture and a video."""
     pictures = sorted((root / "data/small/val2017").iterdir())
     shutil.copytree(root / "data/small/val2017", root / "photos")
-    Image.open(pictures[0]).save(root / "street.jpg")
+    for picture, name in zip(pictures, ("street", "a", "b", "c"), strict=False):
+        for folder in (root, root / "photos"):
+            shutil.copy2(picture, folder / f"{name}.jpg")
     image = np.asarray(Image.open(pictures[0]).convert("RGB").resize((96, 96)))
     video = VideoWriter(root / "drive.mp4", (96, 96), Fraction(10))
     for i in range(4):
@@ -133,6 +143,16 @@ def run(command: str, root: Path) -> bool:
     if done.returncode:
         print("      " + small, *done.stdout.splitlines()[-15:], sep="\n      ", flush=True)
     return done.returncode == 0
+
+
+def run_python(page: Path, root: Path) -> bool:
+    """All blocks of a page, one after another: they go on from each other."""
+    code = "".join(blocks(page, "python"))
+    if "transformers" in code and not all(importlib.util.find_spec(name) for name in ("transformers", "timm")):
+        print("   transformers    its Python", flush=True)
+        return True
+    (root / "page.py").write_text(GIVEN.get(page.name, "") + code)
+    return not code or run("python page.py", root)
 
 
 def made_small(command: str) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, run
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOURCES = ["main.py", "engine.py", "benchmark.py", "models", "datasets", "util", "tools"]
@@ -67,8 +68,30 @@ def _texts() -> list[str]:
     return texts
 
 
+@pytest.mark.parametrize("page", PAGES, ids=by_name)
+def test_flags_in_commands_are_flags_of_their_programs(page):
+    """Of those in running text too; whether commands and Python in blocks work tests.run_docs tries."""
+    program_names = r"-m datasets\.\w+|tools/explain\.py \w+|(?:tools/\w+|main|benchmark)\.py"
+    for command in commands(page) + re.findall(r"`([^`\n]+ --[^`\n]+)`", page.read_text()):
+        program = re.search(rf"python ({program_names})|\./configs/", command)
+        if program:
+            flags = re.findall(r" --([\w-]+)", command[program.end() :])
+            assert {flag.replace("-", "_") for flag in flags} <= _flags(program[1] or "main.py"), command
+
+
+@functools.cache
+def _flags(program: str) -> set[str]:
+    """Spelt with underscores."""
+    result = run("python", *program.split(), "--help")
+    assert result.returncode == 0, result.stderr
+    return {flag.replace("-", "_") for flag in re.findall(r"--([\w-]+)", result.stdout)}
+
+
 def commands(page: Path) -> list[str]:
     """The commands of a page's ```bash blocks, continued lines joined, comments left out."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-    lines = (re.sub(r"(^|\s+)#.*$", "", line) for line in "\n".join(blocks).replace("\\\n", " ").splitlines())
+    lines = (re.sub(r"(^|\s+)#.*$", "", line) for line in "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines())
     return [" ".join(line.split()) for line in lines if line.strip()]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
