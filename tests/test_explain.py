@@ -117,6 +117,15 @@ def test_the_streams_are_drawn_for_a_module_of_one_stream_too(folder, tmp_path):
     assert pixels.std() > 0
 
 
+def test_scores_of_the_streams_are_compared_where_one_of_them_finds_something():
+    scores = torch.tensor([[[0.5, 0.1]], [[0.1, 0.2]], [[0.2, 0.1]]])  # [N, Q, C]
+    mixed = torch.tensor([[[0.4, 0.1]], [[0.1, 0.35]], [[0.0, 0.1]]])
+    line = explain._difference(scores.logit(), mixed.logit(), 0.3)
+    assert line.startswith("2 queries that score at least 0.3 in one of the streams")
+    assert line.endswith("their scores differ by 0.125 on average, at most 0.150")
+    assert "no query scores 0.6" in explain._difference(scores.logit(), mixed.logit(), 0.6)
+
+
 def test_detections_say_which_query_made_them(folder):
     detector = load_detector(folder / "plain.pth")
     batch = [detector.prepare(folder / "b.png")]

@@ -260,6 +260,7 @@ def _streams(
         outputs = [{name: mixed[name].chunk(2)[i] for name in ("pred_logits", "pred_boxes")} for i in range(2)]
     else:
         outputs = [detector.outputs(batch), mixed]
+    print(_difference(*(stream["pred_logits"] for stream in outputs), args.score_threshold))
     colors = class_colors([detector.classes.name_of(label) for label in range(detector.classes.num_classes)])
     pairs = []
     for picture, *both in zip(pictures, *(detector.detections(stream, batch) for stream in outputs), strict=True):
@@ -272,6 +273,17 @@ def _streams(
     path = _path(args, "streams")
     contact_sheet([pairs[i : i + PAIRS_IN_A_ROW] for i in range(0, len(pairs), PAIRS_IN_A_ROW)]).save(path, quality=QUALITY)
     return path
+
+
+def _difference(plain: Tensor, mixed: Tensor, threshold: float) -> str:
+    """A line about logits [N, Q, C] of the two streams."""
+    plain, mixed = plain.float().sigmoid().amax(-1), mixed.float().sigmoid().amax(-1)
+    found = (plain >= threshold) | (mixed >= threshold)
+    if not found.any():
+        return f"no query scores {threshold:g} or more in either stream"
+    apart = (plain - mixed).abs()[found]
+    scoring = f"{len(apart)} queries that score at least {threshold:g} in one of the streams"
+    return f"{scoring}: their scores differ by {apart.mean():.3f} on average, at most {apart.max():.3f}"
 
 
 # ---- files
