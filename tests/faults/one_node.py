@@ -36,8 +36,9 @@ def main() -> int:
     parser.add_argument("--timeout", type=int, default=15, help="--dist_timeout of the runs, in seconds (15)")
     args = parser.parse_args()
     host = os.uname().nodename
+    at_work = r"'(epoch 1, step \d+: |saving after \d+ images of epoch 1)"  # what it did up to a second before
     cases = (
-        ("stopped", stop, rf"no sign of life from rank 1 on {host} .* last known operation: 'epoch 1, step \d+: "),
+        ("stopped", stop, rf"no sign of life from rank 1 on {host} .* last known operation: {at_work}"),
         ("killed", kill_one, r"rank 1 was killed by SIGKILL"),
         ("loader stopped", stop_loader, rf"rank 1 on {host} .* no progress for \d+ s in 'epoch 1, step \d+: waiting for "),
     )
