@@ -126,6 +126,15 @@ def test_scores_of_the_streams_are_compared_where_one_of_them_finds_something():
     assert "no query scores 0.6" in explain._difference(scores.logit(), mixed.logit(), 0.6)
 
 
+def test_what_a_checkpoint_does_not_tell_is_told_by_flags(folder, tmp_path, caplog):
+    torch.save({"model": torch.load(folder / "plain.pth", weights_only=True)["model"]}, folder / "weights.pth")
+    with pytest.raises(UserError, match="nheads"):  # 5 does not divide the width
+        attention(folder, tmp_path, "--nheads", "5", checkpoint="weights")
+    flags = ("--nheads", "4", "--eval_size", "64", "--detection", "0")
+    assert attention(folder, tmp_path, *flags, checkpoint="weights") == ["a_detection0_decoder1.png"]
+    assert "nheads 4" in caplog.text
+
+
 def test_detections_say_which_query_made_them(folder):
     detector = load_detector(folder / "plain.pth")
     batch = [detector.prepare(folder / "b.png")]

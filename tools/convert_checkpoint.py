@@ -13,23 +13,13 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees only its own folder, not the project
-from util.config import (
-    BackboneConfig,
-    BatchFormerConfig,
-    Config,
-    DataConfig,
-    TransformerConfig,
-    config_from_flags,
-    make_parser,
-)
+from util.config import BatchFormerConfig, Config, add_untold_flags, config_from_flags, make_parser, untold_flags
 from util.errors import UserError, run_as_command
 
 log = logging.getLogger(__name__)
 
 EXAMPLE = """python tools/convert_checkpoint.py exps/run/checkpoint.pth converted
   python tools/convert_checkpoint.py https://huggingface.co/SenseTime/deformable-detr deformable_detr.pth"""
-# what weights do not tell (util/architecture.py)
-_MAY_BE_UNKNOWN = ("nheads", "dilation", "position_embedding_scale", "num_queries", "eval_size", "max_size")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -39,15 +29,10 @@ def main(argv: Sequence[str]) -> None:
     add("target", help="the folder or .pth file to write; nothing may have that name yet")
     add("--weights", default="auto", choices=("auto", "model", "ema"),
         help="ema: the averaged weights of --ema_decay; model: the others; auto: the averaged, unless their last AP was lower")
-    group = parser.add_argument_group("flags of main.py that a .pth file may lack", "default: what it says, else main.py's own")
-    for config in (DataConfig, BackboneConfig, TransformerConfig):
-        for item in fields(config):
-            if item.name in _MAY_BE_UNKNOWN:
-                kind = {"action": "store_true"} if item.default is False else {"type": type(item.default)}
-                group.add_argument(f"--{item.name}", default=argparse.SUPPRESS, help=item.metadata["help"], **kind)
-    args = vars(parser.parse_args(argv))
+    add_untold_flags(parser)
+    args = parser.parse_args(argv)
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
-    convert(args.pop("source"), Path(args.pop("target")), args.pop("weights"), **args)
+    convert(args.source, Path(args.target), args.weights, **untold_flags(args))
 
 
 def convert(source: str, target: Path, which: str = "auto", **architecture: Any) -> None:

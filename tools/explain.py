@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder would be searched instead
 
-from util.config import DataConfig, make_parser
+from util.config import DataConfig, add_untold_flags, make_parser, untold_flags
 from util.errors import UserError, run_as_command
 
 if TYPE_CHECKING:  # imported where they are used: --help needs no torch
@@ -292,7 +292,7 @@ def _difference(plain: Tensor, mixed: Tensor, threshold: float) -> str:
 def _detector(args: argparse.Namespace, batchformer: bool = False) -> Detector:
     from models import load_detector
 
-    return load_detector(args.resume, device=args.device, weights=args.weights, batchformer=batchformer)
+    return load_detector(args.resume, device=args.device, weights=args.weights, batchformer=batchformer, **untold_flags(args))
 
 
 def _read(path: Path) -> Image.Image:
@@ -351,6 +351,7 @@ def _add_attention(parser: argparse.ArgumentParser) -> None:
     add("--level", type=int, nargs="+", default=[0], help="with --pixel: the levels whose tokens are shown; 0 is the finest")
     add("--layer", type=int, nargs="+", help="decoder layers (with --pixel encoder layers), from 0; default: the last")
     add("--head", type=int, nargs="+", help="draw the points of these heads alone, from 0; default: all")
+    add_untold_flags(parser)
 
 
 def _add_batchformer(parser: argparse.ArgumentParser) -> None:
@@ -361,6 +362,7 @@ def _add_batchformer(parser: argparse.ArgumentParser) -> None:
         help="a position in [0, 1] of the padded batch's width and height; repeatable; default: 0.25 0.25, 0.5 0.5 and 0.75 0.75")
     add("--level", type=int, nargs="+", default=[0], help="levels whose tokens at the positions are shown; 0 is the finest")
     add("--score_threshold", type=float, default=0.3, help="leave out detections that score less")
+    add_untold_flags(parser)
 
 
 if __name__ == "__main__":

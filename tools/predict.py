@@ -18,13 +18,13 @@ import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder would be searched instead
 
-from util.config import BackboneConfig, DataConfig, TransformerConfig, make_parser
+from util.config import DataConfig, add_untold_flags, make_parser, untold_flags
 from util.errors import UserError, run_as_command
 
 if TYPE_CHECKING:  # imported where they are used: --help needs no torch
@@ -39,8 +39,6 @@ if TYPE_CHECKING:  # imported where they are used: --help needs no torch
 
 EXAMPLE = "python tools/predict.py --resume exps/run/checkpoint.pth photos street.jpg drive.mp4 --output_dir predictions"
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pnm", ".jp2")
-# what weights do not tell, should the checkpoint not say it either
-_MAY_BE_UNKNOWN = ("eval_size", "max_size", "dilation", "nheads", "num_queries", "position_embedding_scale")
 T = TypeVar("T")
 
 
@@ -52,10 +50,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from models import load_detector
 
-    architecture = {name: getattr(args, name) for name in _MAY_BE_UNKNOWN if name in args}
     detector = load_detector(
         args.resume, device=args.device, amp=args.amp, batch_size=args.batch_size, score_threshold=args.score_threshold,
-        weights=args.weights, max_image_megapixels=args.max_image_megapixels, **architecture,
+        weights=args.weights, max_image_megapixels=args.max_image_megapixels, **untold_flags(args),
     )  # fmt: skip
     if args.annotations:
         sources = with_annotated_ids(sources, args.annotations, detector)
@@ -395,12 +392,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--on_bad_image", default="stop", choices=("stop", "skip"), help="stop at a file that can't be used, or leave it out")
     add("--max_image_megapixels", type=float, default=DataConfig.max_image_megapixels,
         help="refuse larger pictures before they are decoded")
-    group = parser.add_argument_group("flags of main.py that a checkpoint may lack", "default: what it says, else main.py's own")
-    for config in (DataConfig, BackboneConfig, TransformerConfig):
-        for item in fields(config):
-            if item.name in _MAY_BE_UNKNOWN:
-                kind = {"action": "store_true"} if item.default is False else {"type": type(item.default)}
-                group.add_argument(f"--{item.name}", default=unset, help=item.metadata["help"], **kind)
+    add_untold_flags(parser)
     return parser
 
 

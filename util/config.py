@@ -281,6 +281,25 @@ def add_config_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
     return parser
 
 
+# what the weights of a detector don't tell (util/architecture.py)
+_UNTOLD = ("eval_size", "max_size", "dilation", "nheads", "num_queries", "position_embedding_scale")
+
+
+def add_untold_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of Config that the weights of a checkpoint don't tell, for programs that need nothing else of it."""
+    group = parser.add_argument_group("flags of main.py that a checkpoint may lack", "default: what it says, else main.py's own")
+    for config in (DataConfig, BackboneConfig, TransformerConfig):
+        for item in dataclasses.fields(config):
+            if item.name in _UNTOLD:
+                kind = {"action": "store_true"} if item.default is False else {"type": type(item.default)}
+                group.add_argument(f"--{item.name}", default=argparse.SUPPRESS, help=item.metadata["help"], **kind)
+
+
+def untold_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """Those of `add_untold_flags` that were given."""
+    return {name: getattr(args, name) for name in _UNTOLD if name in args}
+
+
 def config_from_args(args: argparse.Namespace) -> Config:
     """The Config of a namespace made by a parser that `add_config_flags` extended."""
     groups = {}
