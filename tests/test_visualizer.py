@@ -4,7 +4,6 @@ import json
 import random
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -576,11 +575,3 @@ def test_help_has_an_example(tool, capsys):
         tool.main(["--help"])
     told = capsys.readouterr().out
     assert caught.value.code == 0 and "example:" in told and "(default: " in told and "SUPPRESS" not in told
-
-
-def test_a_hundred_boxes_take_no_time():
-    image, boxes = noise((640, 427)), random_boxes(100, (640, 427))
-    palette(200)  # made once a process
-    start = time.perf_counter()
-    draw_boxes(image, boxes, [str(i) for i in range(100)], [0.5] * 100)
-    assert time.perf_counter() - start < 3  # 0.1 s alone; other work may share the machine
