@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -433,6 +434,23 @@ def test_a_video_cut_short_is_predicted_as_far_as_it_goes(run):
     _, images = run("clip.mkv", "--on_bad_image", "skip")
     assert 5 < len(images) < 300
     assert len(read_video("out/clip.mkv.mp4")[0]) == len(images)
+
+
+@pytest.mark.parametrize("batch_size", ["1", "2", "4"])
+def test_the_frames_before_a_broken_one_are_predicted_in_any_batch(run, monkeypatch, capsys, batch_size):
+    from util.video import VideoReader
+
+    frames = VideoReader.__iter__
+
+    def breaking(self):
+        yield from itertools.islice(frames(self), 5)
+        raise self._bad("can't be decoded after 5 frames")
+
+    monkeypatch.setattr(VideoReader, "__iter__", breaking)
+    write_video("clip.mp4", (96, 64), [i / RATE for i in range(8)])
+    _, images = run("clip.mp4", "--batch_size", batch_size, "--on_bad_image", "skip")
+    assert len(images) == len(read_video("out/clip.mp4")[0]) == 5
+    assert "after 5 frames" in capsys.readouterr().err
 
 
 def test_without_pyav_a_video_is_refused_and_pictures_are_not(run, monkeypatch):

@@ -16,7 +16,7 @@ import os
 import re
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -294,7 +294,7 @@ class Prediction:
 
     def _detections(self, shots: Iterator[Shot]) -> Iterator[tuple[Shot, Detections]]:
         with contextlib.closing(shots):
-            while batch := list(itertools.islice(shots, self.detector.batch_size)):
+            for batch in batches(shots, self.detector.batch_size):
                 yield from zip(batch, self.detector.detect([shot.prepared for shot in batch]), strict=True)
 
     def _note(self, shot: Shot, found: Detections) -> None:
@@ -342,6 +342,23 @@ def ahead(items: Iterator[T], depth: int) -> Iterator[T]:
     finally:
         pool.shutdown(cancel_futures=True)  # first, because a generator that runs can't be closed
         items.close()
+
+
+def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size` items, the last one shorter. Where `items` raises, what it gave before comes first."""
+    batch: list[T] = []
+    try:
+        for item in items:
+            batch.append(item)
+            if len(batch) == size:
+                yield batch
+                batch = []
+    except Exception:
+        if batch:
+            yield batch
+        raise
+    if batch:
+        yield batch
 
 
 # ---- files
