@@ -150,6 +150,10 @@ def checkpoint_missing(s):
     return ["--resume", str(s.out / "none.pth")], ["none.pth", "--resume"]
 
 
+def checkpoint_is_the_folder_of_a_run(s):
+    return ["--resume", str(s.out)], ["--resume", "is a folder", str(s.checkpoint)]
+
+
 def checkpoint_truncated(s):
     path = s.weights("t.pth")
     truncate(path)

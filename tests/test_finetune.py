@@ -239,8 +239,11 @@ def test_files_that_are_no_detector(tune, tmp_path):
         tune(None, PETS)
     with pytest.raises(UserError, match=r"--finetune.*missing\.pth does not exist"):
         tune(None, PETS, "--finetune", "missing.pth")
-    with pytest.raises(UserError, match=r"--finetune.*model\.safetensors"):
+    with pytest.raises(UserError, match=r"--finetune.*is a folder; name a checkpoint in it$"):
         tune(None, PETS, "--finetune", str(tmp_path))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"--finetune.*model\.safetensors"):
+        tune(None, PETS, "--finetune", str(tmp_path / "empty"))
 
 
 def test_a_run_is_not_started_in_the_folder_that_it_starts_from():

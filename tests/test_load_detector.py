@@ -340,6 +340,13 @@ def test_a_missing_checkpoint_is_named():
         load_detector("missing.pth")
 
 
+def test_the_folder_of_a_run_is_told_which_checkpoint(tmp_path):
+    for name in ("checkpoint.pth", "checkpoint0004.pth", "checkpoint_best.pth", "eval.pth", "resume_0001_000000000.pth"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=r"is a folder; name a checkpoint in it, such as \S+/checkpoint_best\.pth$"):
+        load_detector(tmp_path)
+
+
 def test_importing_the_package_loads_nothing():
     """So models.ops works with torch alone, whatever load_detector needs."""
     code = "import sys; sys.modules['torch'] = sys.modules['numpy'] = None; from models import load_detector"

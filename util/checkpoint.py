@@ -318,6 +318,8 @@ def local_file(path_or_url: str, flag: str) -> Path:
     """
     if not is_address(path_or_url):
         path = Path(path_or_url)
+        if path.is_dir():
+            raise is_folder(flag, path)
         if not path.is_file():
             raise UserError(f"{flag} {path} does not exist; give the path of a checkpoint file or an https address")
         return path
@@ -333,6 +335,13 @@ def local_file(path_or_url: str, flag: str) -> Path:
         except (OSError, RuntimeError) as error:
             raise UserError(f"{flag} {path_or_url} could not be downloaded ({error}); download it and give its path") from None
     return cached
+
+
+def is_folder(flag: str, folder: Path) -> UserError:
+    """The error for a folder where a file is asked for; it names the best checkpoint, or the newest, if it is a run's."""
+    checkpoints = sorted(folder.glob("checkpoint*.pth"))  # checkpoint_best.pth comes last
+    example = f", such as {checkpoints[-1]}" if checkpoints else ""
+    return UserError(f"{flag} {folder} is a folder; name a checkpoint in it{example}")
 
 
 def unreadable(flag: str, path: Path) -> UserError:
