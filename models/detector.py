@@ -102,7 +102,7 @@ class Detector:
         classes: ids and names of the labels.
         amp: mixed precision, "off", "bf16" or "fp16".
         batch_size: images that the network gets at once, of a list.
-        score_threshold: leave out detections that score less.
+        score_threshold: leave out detections that score less, from 0 to 1.
         max_image_megapixels: refuse larger files.
     """
 
@@ -112,6 +112,8 @@ class Detector:
     ) -> None:  # fmt: skip
         if batch_size < 1:
             raise UserError(f"--batch_size {batch_size} must be at least 1")
+        if not 0 <= score_threshold <= 1:
+            raise UserError(f"--score_threshold {score_threshold:g} must be from 0 to 1")
         self.model, self.config, self.classes = model.eval(), config, classes
         self.amp, self.batch_size, self.score_threshold = amp, batch_size, score_threshold
         self.max_image_megapixels = max_image_megapixels

@@ -320,6 +320,7 @@ def test_a_file_that_holds_no_detector(tmp_path, content, told):
     [
         ({"bach_size": 2}, "bach_size"),
         ({"batch_size": 0}, "batch_size 0"),
+        ({"score_threshold": 30}, "score_threshold 30"),
         ({"weights": "best"}, "best"),
         ({"amp": "fp8"}, "fp8"),
         ({"device": "toaster"}, "toaster"),

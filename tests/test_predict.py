@@ -253,8 +253,8 @@ def test_bad_files_stop_the_command_or_are_left_out(run, capsys):
     assert [(entry["id"], entry["file_name"]) for entry in images] == [(1, "0.png"), (3, "2.png"), (5, "4.png")]
     told = capsys.readouterr()
     assert [line.split()[:2] for line in told.err.splitlines() if "left out:" in line] == [["left", "out:"]] * 2
-    assert "3 pictures" in told.out
-    assert "2 files were left out" in told.out
+    assert "pictures: 3;" in told.out
+    assert "; files left out: 2" in told.out
     assert "none of the 2 files" in refusal(run, "in/1.png", "in/3.png", "--on_bad_image", "skip")
     assert "--max_image_megapixels" in refusal(run, "in/0.png", "--max_image_megapixels", "0.001")
 

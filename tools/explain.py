@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder would be searched instead
 
-from util.config import DataConfig, add_untold_flags, make_parser, untold_flags
+from util.config import DataConfig, add_score_threshold, add_untold_flags, make_parser, untold_flags
 from util.errors import UserError, run_as_command
 
 if TYPE_CHECKING:  # imported where they are used: --help needs no torch
@@ -361,7 +361,7 @@ def _add_batchformer(parser: argparse.ArgumentParser) -> None:
     add("--position", type=float, nargs=2, action="append", metavar=("X", "Y"),
         help="a position in [0, 1] of the padded batch's width and height; repeatable; default: 0.25 0.25, 0.5 0.5 and 0.75 0.75")
     add("--level", type=int, nargs="+", default=[0], help="levels whose tokens at the positions are shown; 0 is the finest")
-    add("--score_threshold", type=float, default=0.3, help="leave out detections that score less")
+    add_score_threshold(parser, "leave out detections that score less")
     add_untold_flags(parser)
 
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder would be searched instead
 
-from util.config import DataConfig, add_untold_flags, make_parser, untold_flags
+from util.config import DataConfig, add_score_threshold, add_untold_flags, make_parser, untold_flags
 from util.errors import UserError, run_as_command
 
 if TYPE_CHECKING:  # imported where they are used: --help needs no torch
@@ -87,9 +87,9 @@ def report(run: Prediction) -> None:
     if not run.num_shots:
         raise UserError(f"none of the {len(run.bad)} files could be used")
     args = run.args
-    left_out = f"; {len(run.bad)} files were left out" if run.bad else ""
-    found = f"{run.num_found} detections that score {args.score_threshold:g} and more"
-    print(f"{run.num_shots} pictures, {found}, in {args.output_dir}{left_out}")
+    left_out = f"; files left out: {len(run.bad)}" if run.bad else ""
+    found = f"detections that score {args.score_threshold:g} and more: {run.num_found}"
+    print(f"{args.output_dir}: pictures: {run.num_shots}; {found}{left_out}")
 
 
 @contextlib.contextmanager
@@ -397,7 +397,7 @@ def _parser() -> argparse.ArgumentParser:
     add("inputs", nargs="+", help="pictures, videos, and folders, which are searched for pictures through all their folders")
     add("--resume", required=True, default=unset, help="the checkpoint, published or ours: a path or an https address")
     add("--output_dir", type=Path, required=True, default=unset, help="folder to write, outside of the inputs")
-    add("--score_threshold", type=float, default=0.3, help="leave out detections that score less, in pictures and files")
+    add_score_threshold(parser, "leave out detections that score less, in pictures and files")
     add("--annotations", type=Path,
         help="a COCO file with the pictures' ids; without it they are numbered from 1 in the order of the inputs")
     add("--no_pictures", action="store_true", help="write no annotated pictures and videos")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees only its own folder, not the project
-from util.config import make_parser
+from util.config import add_score_threshold, make_parser
 from util.errors import UserError, run_as_command
 
 EXAMPLE = """\
@@ -28,15 +28,13 @@ def get_parser() -> argparse.ArgumentParser:
         help="COCO JSON of the validation images (default: what the first run that knows it was evaluated on)")
     add("--images", type=Path, default=argparse.SUPPRESS, help="folder of the validation images (default: likewise)")
     add("--num_pictures", type=int, default=12, help="pictures of each kind of mistake and run, the worst first")
-    add("--score_threshold", type=float, default=0.3, help="count and show mistakes among detections of at least this score")
+    add_score_threshold(parser, "count and show mistakes among detections of at least this score")
     return parser
 
 
 def check(args: argparse.Namespace) -> None:
     if args.num_pictures < 0:
         raise UserError(f"--num_pictures {args.num_pictures} must not be negative")
-    if not 0 <= args.score_threshold <= 1:
-        raise UserError(f"--score_threshold {args.score_threshold:g} must be from 0 to 1")
     if args.output.is_dir():
         raise UserError(f"--output {args.output} is a folder; name a file in it, {args.output / 'report.html'} say")
 

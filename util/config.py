@@ -272,6 +272,11 @@ def make_parser(prog: str, description: str, example: str = "") -> argparse.Argu
     return _Parser(f"python {prog}", description, example)
 
 
+def add_score_threshold(parser: argparse.ArgumentParser, help: str) -> None:
+    """--score_threshold, from 0 to 1: the same in every tool that shows detections."""
+    parser.add_argument("--score_threshold", type=_score, default=0.3, help=help)
+
+
 def add_config_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add every field of Config to `parser`, spelt with underscores and with dashes."""
     for group in dataclasses.fields(Config):
@@ -354,6 +359,16 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"{message} ({self.prog} --help lists the flags)")
+
+
+def _score(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} must be a number from 0 to 1")
+    return value
 
 
 class _Repeated(argparse.Action):
