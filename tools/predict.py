@@ -89,7 +89,7 @@ def report(run: Prediction) -> None:
     args = run.args
     left_out = f"; files left out: {len(run.bad)}" if run.bad else ""
     found = f"detections that score {args.score_threshold:g} and more: {run.num_found}"
-    print(f"{args.output_dir}: pictures: {run.num_shots}; {found}{left_out}")
+    print(f"pictures: {run.num_shots}; {found}{left_out}; written to {args.output_dir}")
 
 
 @contextlib.contextmanager
