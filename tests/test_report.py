@@ -397,8 +397,9 @@ def test_runs_on_other_annotations_are_not_compared(made, tmp_path):
 
 
 def test_scores_below_the_threshold_are_said(made):
-    told = page_data(made[0], threshold=1.0)
-    assert any("lower --score_threshold" in note for note in told["notes"])
+    told = page_data(*made, threshold=1.0)
+    said = [note for note in told["notes"] if "lower --score_threshold" in note]
+    assert [note.split(": ")[0] for note in said] == [result["name"] for result in told["results"]]
 
 
 # ---- the file

@@ -143,6 +143,15 @@ def test_a_curve_tells_its_values_and_is_zoomed(page, report, runs):
     assert page.problems == []
 
 
+def test_the_axis_of_a_precision_that_stays_0_begins_there(page, data, tmp_path):
+    nowhere = [detection | {"bbox": [0, 0, 1, 1]} for detection in detections_of(read_annotations(data), 1)]
+    run = write_run(tmp_path / "first", data, nowhere)
+    make_page([run], tmp_path / "report.html")
+    page.open(tmp_path / "report.html")
+    heights = [float(tick) for tick in page.value(f"((svg) => {TICKS})(document.querySelector('#curves .chart > svg'))")[:3]]
+    assert heights[0] == 0 and heights == sorted(heights)
+
+
 def test_curves_are_read_and_zoomed_by_the_keyboard(page, report):
     page.open(report)
     page.value("document.querySelector('#curves .chart > svg').focus()")

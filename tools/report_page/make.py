@@ -97,14 +97,15 @@ def page_content(
     results = content.results_of(runs)
     errors = [_errors(run, result, truth, notes) for _, run, result in results]
     only = [result for _, _, result in results]
+    called = [content.result_name(run, result) for _, run, result in results]
     names = _names(runs, truth.coco)
     classes = content.class_table(only, truth.coco, names)
     return {
         "made": datetime.now().astimezone().strftime("%-d %B %Y, %H:%M"),
         "runs": [content.summary(run) for run in runs],
         "results": [
-            {"run": number, "name": content.result_name(run, result), "weights": result.weights, "stats": _finite(result.stats)}
-            for number, run, result in results
+            {"run": number, "name": name, "weights": result.weights, "stats": _finite(result.stats)}
+            for name, (number, _, result) in zip(called, results, strict=True)
         ],
         "figures": FIGURES,
         "flags": content.flag_table(runs),
@@ -112,7 +113,7 @@ def page_content(
         "names": names,
         "classes": classes,
         "pr": content.precision_recall(only, [one["id"] for one in classes["classes"]]),
-        "mistakes": _mistakes(errors, truth, notes, num_pictures, threshold),
+        "mistakes": _mistakes(called, errors, truth, notes, num_pictures, threshold),
         "notes": notes,  # last: making the rest adds to them
     }
 
@@ -171,18 +172,18 @@ def _errors(run: Run, result: Result, truth: GroundTruth, notes: list[str]) -> E
 
 
 def _mistakes(
-    errors: Sequence[Errors | None], truth: GroundTruth, notes: list[str], num_pictures: int, threshold: float
+    called: Sequence[str], errors: Sequence[Errors | None], truth: GroundTruth, notes: list[str], num_pictures: int,
+    threshold: float,
 ) -> dict[str, Any]:
     shown = sum(one is not None for one in errors)
     if not shown or truth.coco is None:
         why = "Mistakes need an evaluation's detections (eval/latest.json) and its annotations; what lacks is said at the top."
         return {"table": [], "entries": [], "pictures": [], "threshold": threshold, "choice": why}
     table = [error_table(one, threshold) if one else None for one in errors]
-    for row in filter(None, table):
-        if row["highest"] is not None and row["highest"] < threshold:
-            notes.append(f"A run has no detection that scores {threshold:g} or more (its highest is {row['highest']:.2f}): every "
+    for name, row in zip(called, table, strict=True):
+        if row and row["highest"] is not None and row["highest"] < threshold:
+            notes.append(f"{name}: no detection scores {threshold:g} or more (the highest is {row['highest']:.2f}), so every "
                          "object counts as missed; lower --score_threshold.")  # fmt: skip
-            break
     count = min(num_pictures, max(1, MAX_PICTURES // (6 * shown)))
     album = Album(truth.images, truth.coco)
     entries = worst(errors, truth.coco, album, threshold, count)

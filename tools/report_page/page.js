@@ -252,7 +252,7 @@ class Chart {
       const room = (top - floor || Math.abs(top) || 1) * 0.06;
       floor = y.low !== undefined && !this.group.range ? y.low : floor - room;
       top = y.high ?? top + room;
-      if (y.low !== undefined) floor = Math.max(floor, y.low);
+      floor = Math.max(floor, y.low ?? (y.percent ? 0 : -Infinity));
     }
     const f = this.frame;
     const across = (at) => f.left + ((at - low) / (high - low)) * (f.right - f.left);
