@@ -510,6 +510,13 @@ def test_averaged_weights_have_a_line_of_their_own(tmp_path, figure):
     assert [list(line.get_ydata()) for line in dotted] == [[50.0] * 9]
 
 
+def test_the_axis_of_a_precision_that_stays_0_begins_there(tmp_path, figure):
+    plot_run({"first": rows(3, test_coco_eval_bbox=[0.0] * 12)}, tmp_path / "curve.png")
+    (axes,) = [axes for axes in figure[0].axes if "precision" in axes.get_title(loc="left")]
+    bottom, top = axes.get_ylim()
+    assert bottom == 0 < top
+
+
 def test_evaluations_every_few_epochs_are_joined(tmp_path, figure):
     log = [{k: v for k, v in row.items() if row["epoch"] % 4 == 3 or not k.startswith("test")} for row in rows(12)]
     plot_run({"seldom": log}, tmp_path / "curve.png")

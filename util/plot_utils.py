@@ -169,6 +169,8 @@ def _draw_panel(axes: Axes, panel: Panel, logs: Mapping[str, Sequence[Row]], col
     _label_epochs(axes, epochs)
     if panel.schedule and (values > 0).all():
         _scale_rates(axes, values)
+    elif np.nanmin(values) >= 0:  # room below 0 would say that there could be something
+        axes.set_ylim(bottom=max(0, axes.get_ylim()[0]))
     if panel.names:
         used = {style for style, *_ in drawn}
         named = [(style, name) for style, name in zip(STYLES, panel.names, strict=False) if style in used]
