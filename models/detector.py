@@ -21,15 +21,13 @@ from models.postprocess import PostProcess
 from util.architecture import config_of
 from util.checkpoint import load_state
 from util.class_map import ClassMap, classes_of
-from util.config import Config, DataConfig
+from util.config import WEIGHTS, Config, DataConfig
 from util.distributed import choose_device
 from util.errors import UserError
 from util.image_input import ImageLike, as_picture, prepare
 from util.nested_tensor import NestedTensor
 from util.precision import LOW_TYPES, autocast, check_precision
 from util.trained import choose_weights, read_trained
-
-WEIGHTS = ("auto", "model", "ema")
 
 
 class Detection(NamedTuple):

@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees only its own folder, not the project
-from util.config import BatchFormerConfig, Config, add_untold_flags, config_from_flags, make_parser, untold_flags
+from util.config import (
+    BatchFormerConfig,
+    Config,
+    add_untold_flags,
+    add_weights_flag,
+    config_from_flags,
+    make_parser,
+    untold_flags,
+)
 from util.errors import UserError, run_as_command
 
 log = logging.getLogger(__name__)
@@ -27,8 +35,7 @@ def main(argv: Sequence[str]) -> None:
     add = parser.add_argument
     add("source", help="a .pth file; or Hugging Face's layout: a folder, a safetensors file or an https address")
     add("target", help="the folder or .pth file to write; nothing may have that name yet")
-    add("--weights", default="auto", choices=("auto", "model", "ema"),
-        help="ema: the averaged weights of --ema_decay; model: the others; auto: the averaged, unless their last AP was lower")
+    add_weights_flag(parser)
     add_untold_flags(parser)
     args = parser.parse_args(argv)
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")

@@ -14,7 +14,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees only its own folder, not the project
-from util.config import add_score_threshold, make_parser
+from util.config import add_score_threshold_flag, make_parser
 from util.errors import UserError, run_as_command
 from util.visualizer import Color, class_colors, contact_sheet, draw_boxes, side_by_side
 
@@ -37,7 +37,7 @@ def get_parser() -> argparse.ArgumentParser:
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--num_images", type=int, default=8, help="how many images, taken evenly over the set")
     choice.add_argument("--image_ids", type=int, nargs="+", default=argparse.SUPPRESS, help="draw these images instead")
-    add_score_threshold(parser, "leave out detections that score less")
+    add_score_threshold_flag(parser, "leave out detections that score less")
     return parser
 
 

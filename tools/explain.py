@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder would be searched instead
 
-from util.config import DataConfig, add_score_threshold, add_untold_flags, make_parser, untold_flags
+from util.config import DataConfig, add_score_threshold_flag, add_untold_flags, add_weights_flag, make_parser, untold_flags
 from util.errors import UserError, run_as_command
 
 if TYPE_CHECKING:  # imported where they are used: --help needs no torch
@@ -335,8 +335,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     add("--output_dir", type=Path, required=True, default=unset, help="folder to write")
     add("--format", default="png", choices=("png", "jpg"), help="of the pictures; jpg is smaller")
     add("--device", default="", help="cuda, cpu, cuda:1, mps; default: cuda where there is one, else cpu")
-    add("--weights", default="auto", choices=("auto", "model", "ema"),
-        help="ema: the averaged weights of --ema_decay; model: the others; auto: the averaged where the checkpoint has them")
+    add_weights_flag(parser)
 
 
 def _add_attention(parser: argparse.ArgumentParser) -> None:
@@ -361,7 +360,7 @@ def _add_batchformer(parser: argparse.ArgumentParser) -> None:
     add("--position", type=float, nargs=2, action="append", metavar=("X", "Y"),
         help="a position in [0, 1] of the padded batch's width and height; repeatable; default: 0.25 0.25, 0.5 0.5 and 0.75 0.75")
     add("--level", type=int, nargs="+", default=[0], help="levels whose tokens at the positions are shown; 0 is the finest")
-    add_score_threshold(parser, "leave out detections that score less")
+    add_score_threshold_flag(parser, "leave out detections that score less")
     add_untold_flags(parser)
 
 

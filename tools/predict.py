@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder would be searched instead
 
-from util.config import DataConfig, add_score_threshold, add_untold_flags, make_parser, untold_flags
+from util.config import DataConfig, add_score_threshold_flag, add_untold_flags, add_weights_flag, make_parser, untold_flags
 from util.errors import UserError, run_as_command
 
 if TYPE_CHECKING:  # imported where they are used: --help needs no torch
@@ -397,15 +397,14 @@ def _parser() -> argparse.ArgumentParser:
     add("inputs", nargs="+", help="pictures, videos, and folders, which are searched for pictures through all their folders")
     add("--resume", required=True, default=unset, help="the checkpoint, published or ours: a path or an https address")
     add("--output_dir", type=Path, required=True, default=unset, help="folder to write, outside of the inputs")
-    add_score_threshold(parser, "leave out detections that score less, in pictures and files")
+    add_score_threshold_flag(parser, "leave out detections that score less, in pictures and files")
     add("--annotations", type=Path,
         help="a COCO file with the pictures' ids; without it they are numbered from 1 in the order of the inputs")
     add("--no_pictures", action="store_true", help="write no annotated pictures and videos")
     add("--batch_size", type=int, default=1, help="pictures at once; in a batch the padding changes detections a little")
     add("--device", default="", help="cuda, cpu, cuda:1, mps; default: cuda where there is one, else cpu")
     add("--amp", default="off", choices=("off", "bf16", "fp16"), help="mixed precision")
-    add("--weights", default="auto", choices=("auto", "model", "ema"),
-        help="ema: the averaged weights of --ema_decay; model: the others; auto: the averaged where the checkpoint has them")
+    add_weights_flag(parser)
     add("--on_bad_image", default="stop", choices=("stop", "skip"), help="stop at a file that can't be used, or leave it out")
     add("--max_image_megapixels", type=float, default=DataConfig.max_image_megapixels,
         help="refuse larger pictures before they are decoded")

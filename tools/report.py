@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees only its own folder, not the project
-from util.config import add_score_threshold, make_parser
+from util.config import add_score_threshold_flag, make_parser
 from util.errors import UserError, run_as_command
 
 EXAMPLE = """\
@@ -28,7 +28,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="COCO JSON of the validation images (default: what the first run that knows it was evaluated on)")
     add("--images", type=Path, default=argparse.SUPPRESS, help="folder of the validation images (default: likewise)")
     add("--num_pictures", type=int, default=12, help="pictures of each kind of mistake and run, the worst first")
-    add_score_threshold(parser, "count and show mistakes among detections of at least this score")
+    add_score_threshold_flag(parser, "count and show mistakes among detections of at least this score")
     return parser
 
 

@@ -27,6 +27,7 @@ RESNETS = (
 )  # fmt: skip
 PUBLISHED_TRAIN_SIZES = tuple(range(480, 801, 32))
 LEARNED_POSITIONS = 50
+WEIGHTS = ("auto", "model", "ema")  # of a checkpoint
 
 
 def flag(
@@ -272,9 +273,16 @@ def make_parser(prog: str, description: str, example: str = "") -> argparse.Argu
     return _Parser(f"python {prog}", description, example)
 
 
-def add_score_threshold(parser: argparse.ArgumentParser, help: str) -> None:
+def add_score_threshold_flag(parser: argparse.ArgumentParser, help: str) -> None:
     """--score_threshold, from 0 to 1: the same in every tool that shows detections."""
     parser.add_argument("--score_threshold", type=_score, default=0.3, help=help)
+
+
+def add_weights_flag(parser: argparse.ArgumentParser) -> None:
+    """--weights: which of a checkpoint's weights are taken (util/trained.py)."""
+    parser.add_argument("--weights", default="auto", choices=WEIGHTS,
+        help="ema: the averaged weights of --ema_decay; model: the others; auto: the averaged where the checkpoint has "
+        "them, unless its last evaluation found them worse")  # fmt: skip
 
 
 def add_config_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
