@@ -319,7 +319,7 @@ def local_file(path_or_url: str, flag: str) -> Path:
     if not is_address(path_or_url):
         path = Path(path_or_url)
         if path.is_dir():
-            raise is_folder(flag, path)
+            raise folder_given(flag, path)
         if not path.is_file():
             raise UserError(f"{flag} {path} does not exist; give the path of a checkpoint file or an https address")
         return path
@@ -337,7 +337,7 @@ def local_file(path_or_url: str, flag: str) -> Path:
     return cached
 
 
-def is_folder(flag: str, folder: Path) -> UserError:
+def folder_given(flag: str, folder: Path) -> UserError:
     """The error for a folder where a file is asked for; it names the best checkpoint, or the newest, if it is a run's."""
     checkpoints = sorted(folder.glob("checkpoint*.pth"))  # checkpoint_best.pth comes last
     example = f", such as {checkpoints[-1]}" if checkpoints else ""

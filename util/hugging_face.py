@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from util.checkpoint import is_address, is_folder, local_file, read_checkpoint, temporary_name
+from util.checkpoint import folder_given, is_address, local_file, read_checkpoint, temporary_name
 from util.class_map import ClassMap
 from util.config import RESNETS, BackboneConfig, BatchFormerConfig, Config, config_from_flags
 from util.errors import NotSavedError, UserError
@@ -221,7 +221,7 @@ def _files_of(source: str, flag: str) -> tuple[Path, Path]:
     path = Path(source)
     weights = next((path / name for name in (WEIGHTS, _OLD_WEIGHTS) if (path / name).is_file()), None) if path.is_dir() else path
     if weights is None and any(path.glob("*.pth")):
-        raise is_folder(flag, path)
+        raise folder_given(flag, path)
     if weights is None or not weights.with_name(CONFIG).is_file():
         lacking = WEIGHTS if weights is None else CONFIG
         raise UserError(f"{flag} {source} has no {lacking} beside it; give a folder with {CONFIG} and {WEIGHTS}, or a .pth file")

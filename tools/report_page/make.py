@@ -95,17 +95,16 @@ def page_content(
 ) -> dict[str, Any]:
     """All that the page's script draws, as plain data."""
     results = content.results_of(runs)
-    errors = [_errors(run, result, truth, notes) for _, run, result in results]
+    errors = [_errors(run, result, truth, notes, threshold) for _, run, result in results]
     only = [result for _, _, result in results]
-    called = [content.result_name(run, result) for _, run, result in results]
     names = _names(runs, truth.coco)
     classes = content.class_table(only, truth.coco, names)
     return {
         "made": datetime.now().astimezone().strftime("%-d %B %Y, %H:%M"),
         "runs": [content.summary(run) for run in runs],
         "results": [
-            {"run": number, "name": name, "weights": result.weights, "stats": _finite(result.stats)}
-            for name, (number, _, result) in zip(called, results, strict=True)
+            {"run": number, "name": content.result_name(run, result), "weights": result.weights, "stats": _finite(result.stats)}
+            for number, run, result in results
         ],
         "figures": FIGURES,
         "flags": content.flag_table(runs),
@@ -113,7 +112,7 @@ def page_content(
         "names": names,
         "classes": classes,
         "pr": content.precision_recall(only, [one["id"] for one in classes["classes"]]),
-        "mistakes": _mistakes(called, errors, truth, notes, num_pictures, threshold),
+        "mistakes": _mistakes(errors, truth, notes, num_pictures, threshold),
         "notes": notes,  # last: making the rest adds to them
     }
 
@@ -141,8 +140,8 @@ def recorded_names(classes: Any) -> dict[int, str]:
     return {}
 
 
-def _errors(run: Run, result: Result, truth: GroundTruth, notes: list[str]) -> Errors | None:
-    """The mistakes of a result, and its tables where only its detections are there."""
+def _errors(run: Run, result: Result, truth: GroundTruth, notes: list[str], threshold: float) -> Errors | None:
+    """The mistakes of a result, and its tables where only its detections are there; notes what is odd about them."""
     name = content.result_name(run, result)
     if result.detections is None:
         notes.append(f"{name}: there are no detections (eval/latest.json), so no mistakes are shown; evaluate again with "
@@ -168,22 +167,21 @@ def _errors(run: Run, result: Result, truth: GroundTruth, notes: list[str]) -> E
     if len(errors.objects.index) and abs(errors.average_precision() - result.tables.stats[1]) > 1e-6:
         pair = f"AP50 {100 * errors.average_precision():.1f} and {100 * result.tables.stats[1]:.1f}"
         notes.append(f"{name}: its detections and its tables are of different evaluations ({pair}); evaluate again.")
+    scores = errors.detections.score
+    if len(scores) and scores.max() < threshold:
+        notes.append(f"{name}: no detection scores {threshold:g} or more (the highest is {scores.max():.2f}), so every object "
+                     "counts as missed; lower --score_threshold.")  # fmt: skip
     return errors
 
 
 def _mistakes(
-    called: Sequence[str], errors: Sequence[Errors | None], truth: GroundTruth, notes: list[str], num_pictures: int,
-    threshold: float,
+    errors: Sequence[Errors | None], truth: GroundTruth, notes: list[str], num_pictures: int, threshold: float
 ) -> dict[str, Any]:
     shown = sum(one is not None for one in errors)
     if not shown or truth.coco is None:
         why = "Mistakes need an evaluation's detections (eval/latest.json) and its annotations; what lacks is said at the top."
         return {"table": [], "entries": [], "pictures": [], "threshold": threshold, "choice": why}
     table = [error_table(one, threshold) if one else None for one in errors]
-    for name, row in zip(called, table, strict=True):
-        if row and row["highest"] is not None and row["highest"] < threshold:
-            notes.append(f"{name}: no detection scores {threshold:g} or more (the highest is {row['highest']:.2f}), so every "
-                         "object counts as missed; lower --score_threshold.")  # fmt: skip
     count = min(num_pictures, max(1, MAX_PICTURES // (6 * shown)))
     album = Album(truth.images, truth.coco)
     entries = worst(errors, truth.coco, album, threshold, count)

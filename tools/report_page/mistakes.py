@@ -79,7 +79,6 @@ def error_table(errors: Errors, threshold: float) -> dict[str, Any]:
     return {
         "counts": counts | {MISSED: int(missed(errors, threshold).sum())},
         "costs": {kind: round(cost, 5) for kind, cost in errors.costs().items()},
-        "highest": float(errors.detections.score.max()) if len(errors.detections.score) else None,
     }  # fmt: skip
 
 

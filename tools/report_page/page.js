@@ -250,9 +250,9 @@ class Chart {
     let [floor, top] = [Math.min(...values), Math.max(...values)];
     if (y.log) { floor /= 1.4; top *= 1.4; } else {
       const room = (top - floor || Math.abs(top) || 1) * 0.06;
-      floor = y.low !== undefined && !this.group.range ? y.low : floor - room;
+      const least = y.low ?? (floor >= 0 ? 0 : -Infinity);  // no room below 0 for what is never negative
+      floor = y.low !== undefined && !this.group.range ? least : Math.max(least, floor - room);
       top = y.high ?? top + room;
-      floor = Math.max(floor, y.low ?? (y.percent ? 0 : -Infinity));
     }
     const f = this.frame;
     const across = (at) => f.left + ((at - low) / (high - low)) * (f.right - f.left);
