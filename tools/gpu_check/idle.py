@@ -51,8 +51,9 @@ def main() -> None:
     launches = sum(event.kind == "kernel" for event in events)
     print(f"{launches} launches; of {length:.2f} ms the GPU was idle for {idle:.2f} ms ({idle / length:.1%})")
     for gap in sorted(found, key=lambda gap: gap.length, reverse=True)[:GAPS]:
-        behind = operator(gap.after, events)
-        print(f"{gap.length / 1e3:9.3f} ms after {_short(gap.before)}, before {_short(gap.after)} of {behind}")
+        before = gap.before.name[:60] if gap.before else "the start"
+        after = f"{gap.after.name[:60]} of {operator(gap.after, events)}" if gap.after else "the end"
+        print(f"{gap.length / 1e3:9.3f} ms after {before}, before {after}")
 
 
 def read(path: Path) -> list[Event]:
@@ -82,18 +83,14 @@ def gaps(events: Sequence[Event]) -> list[Gap]:
     return found + ([Gap(rest, last, None)] if rest else [])
 
 
-def operator(event: Event | None, events: Sequence[Event]) -> str:
-    """The innermost operator of the host in which a kernel was launched."""
-    calls = [one for one in events if event and one.kind in ("cuda_runtime", "cuda_driver") and one.launch == event.launch]
+def operator(work: Event, events: Sequence[Event]) -> str:
+    """The innermost operator of the host in which a kernel or copy was launched."""
+    calls = [one for one in events if one.kind in ("cuda_runtime", "cuda_driver") and one.launch == work.launch]
     around = [
         one for call in calls for one in events
         if one.kind == "cpu_op" and one.thread == call.thread and one.start <= call.start < one.end
     ]  # fmt: skip
     return max(around, key=lambda one: one.start).name if around else "no operator"
-
-
-def _short(event: Event | None) -> str:
-    return event.name[:60] if event else "nothing"
 
 
 if __name__ == "__main__":

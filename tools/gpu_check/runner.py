@@ -58,8 +58,8 @@ class Check:
         if device == "cpu":  # threads gain nothing at small sizes, and get in each other's way
             self.environment["OMP_NUM_THREADS"] = "1"
         self._writing = threading.Lock()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.logs.mkdir()
+        for path in (self.folder, self.logs):
+            path.mkdir(parents=True, exist_ok=True)
 
     def run(self) -> bool:
         """Whether no step failed."""
@@ -123,7 +123,7 @@ class Check:
             code = subprocess.run(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, check=False
             ).returncode
-        text = log.read_text(errors="replace")
+        text = log.read_text(errors="replace").partition("\n")[2]
         if code:
             print(f"== {step.name}", *text.splitlines()[-15:], sep="\n    ", flush=True)
         timed_out = f"FAILED: ended after {limit} s" if limit == step.limit else f"left out: cut off after {limit} s"
