@@ -39,7 +39,7 @@ def test_no_gpu(tmp_path):
 
 
 def test_python3_alone_will_do(tmp_path):
-    """Of commands that are there, only one is called python3, and `python` is another without torch."""
+    """Where `python` is another, or none."""
     (tmp_path / "python").write_text("#!/bin/sh\nexit 1\n")
     (tmp_path / "python3").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     for name in ("python", "python3"):
@@ -125,6 +125,11 @@ def test_commands_of_stop_and_resume(tmp_path, monkeypatch):
     for command in commands:
         with monkeypatch.context() as patch:
             assert_program_takes(command, patch)
+
+
+def test_every_step_is_in_the_documentation():
+    text = (ROOT / "docs/gpu.md").read_text()
+    assert [step.name for _, step in EVERY if step.name not in text and step.expected] == []
 
 
 # ---- running them
@@ -286,6 +291,7 @@ def test_data_parallel_in_one_process():
     assert done.stdout.count("True ") == 2 and done.stdout.endswith("the group has ended\n")
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no clone")
 def test_archive_for_a_machine_without_a_network(tmp_path, monkeypatch):
     """The sources as committed, with what is carried where the runner looks for it."""
     monkeypatch.chdir(ROOT)

@@ -24,8 +24,7 @@ HOPPER = "9.0+PTX"
 
 def pack(archive: Path, python: str, packages: Sequence[str] = PACKAGES) -> None:
     """Write the archive, for that version of Python. Raises UserError for what can't be made here."""
-    libraries = build()
-    sources = subprocess.run(["git", "ls-files", "-z"], capture_output=True, text=True, check=True).stdout.split("\0")
+    files = [*sources(), *build()]
     with tempfile.TemporaryDirectory() as folder:
         carried = Path(folder)
         (carried / "commit").write_text(commit())
@@ -33,10 +32,17 @@ def pack(archive: Path, python: str, packages: Sequence[str] = PACKAGES) -> None
             fetch(package, python, carried / "site" / package)
         make_data(carried / "data")
         with tarfile.open(archive, "w:gz") as target:
-            for path in [*filter(None, sources), *libraries]:
+            for path in files:
                 target.add(path, f"{FOLDER}/{path}")
             target.add(carried, f"{FOLDER}/{CARRIED.relative_to(Path.cwd())}")
     print(f"{archive}: {archive.stat().st_size / 2**20:.1f} MiB")
+
+
+def sources() -> list[str]:
+    said = subprocess.run(["git", "ls-files", "-z"], capture_output=True, text=True, check=False)
+    if said.returncode:
+        raise UserError("--pack: git can't list the sources here; run this in a clone of the project")
+    return said.stdout.strip("\0").split("\0")
 
 
 def build() -> list[str]:

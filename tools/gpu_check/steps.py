@@ -173,7 +173,7 @@ def checks(device: str) -> list[Step]:
     checkpoint = "--resume {work}/resume/whole/checkpoint.pth"
     return [
         Step(
-            "data", 10, 40, "python3 -m datasets.synthetic --output_dir {data} --train_images 32 --val_images 8",
+            "data", 10, 60, "python3 -m datasets.synthetic --output_dir {data} --train_images 32 --val_images 8",
             modules=("pycocotools", "scipy", "tqdm"),
         ),
         Step(
@@ -192,21 +192,21 @@ def checks(device: str) -> list[Step]:
             {"errors": r"ERROR SUMMARY: (\d+) error"}, "no error", {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, needs_gpu=True,
         ),
         Step(
-            "one process of NCCL", 20, 40, f"python3 -m tools.gpu_check.one_rank --device {device}",
+            "one process of NCCL", 20, 60, f"python3 -m tools.gpu_check.one_rank --device {device}",
             {"group": r"^one process, (.*)"}, "the weights that training without DDP gives", modules=TRAINING,
         ),
-        Step("triton", 15, 40, f'python3 -c "{TRITON}"', {}, "agrees with the reference", needs_gpu=True),
+        Step("triton", 15, 60, f'python3 -c "{TRITON}"', {}, "agrees with the reference", needs_gpu=True),
         Step(
-            "self-test", 20, 40, "python3 models/ops/test.py", {"not right": r"^\* False (.*)"}, "all lines True",
+            "self-test", 20, 60, "python3 models/ops/test.py", {"not right": r"^\* False (.*)"}, "all lines True",
             {"MS_DEFORM_ATTN_BACKEND": "compiled"},
         ),
         Step(
-            "prediction", 25, 40,
+            "prediction", 25, 60,
             f"python3 tools/predict.py {checkpoint} --output_dir {{work}}/predictions --device {device} {{data}}/val2017",
             {"pictures": r"^pictures: (\d+)"}, "all pictures done", modules=(*TRAINING, "matplotlib"), after="stop and resume",
         ),
         Step(
-            "evaluation", 25, 40, f"python3 main.py {flags} --eval --amp bf16 {checkpoint}",
+            "evaluation", 25, 60, f"python3 main.py {flags} --eval --amp bf16 {checkpoint}",
             {"AP": r"^ *AP +([\d.]+)"}, "runs to the end", modules=TRAINING, after="stop and resume",
         ),
     ]  # fmt: skip
