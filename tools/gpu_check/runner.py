@@ -30,7 +30,7 @@ CLOCK = ("--query-gpu=clocks.sm,utilization.gpu,power.draw,temperature.gpu", "--
 
 
 @dataclass
-class Result:
+class Outcome:
     """What became of a step: "passed", "FAILED: ...", "skipped: ..." or "left out: ...". Seconds that it took."""
 
     result: str
@@ -53,7 +53,7 @@ class Check:
     def __init__(self, folder: Path, work: Path, device: str, minutes: float) -> None:
         self.folder, self.work, self.logs, self.device, self.minutes = folder, work, work / "logs", device, minutes
         self.end = time.monotonic() + 60 * minutes - LAST_WORDS
-        self.results: dict[str, Result] = {}
+        self.results: dict[str, Outcome] = {}
         self.environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": python_path()}
         if device == "cpu":  # threads gain nothing at small sizes, and get in each other's way
             self.environment["OMP_NUM_THREADS"] = "1"
@@ -91,9 +91,9 @@ class Check:
         """Run a step if it can run here and has the time to; note the result."""
         left = int(end - time.monotonic())
         if reason := self._hindrance(step):
-            result = Result(f"skipped: {reason}", step.expected)
+            result = Outcome(f"skipped: {reason}", step.expected)
         elif left < step.usual:
-            result = Result(f"left out: takes {step.usual} s, {max(left, 0)} s left", step.expected)
+            result = Outcome(f"left out: takes {step.usual} s, {max(left, 0)} s left", step.expected)
         else:
             result = self._execute(step, left)
         with self._writing:
@@ -112,7 +112,7 @@ class Check:
         program = shlex.split(step.command)[0]
         return f"there is no {program}" if program in TOOLS and not find_tool(program) else None
 
-    def _execute(self, step: Step, left: int) -> Result:
+    def _execute(self, step: Step, left: int) -> Outcome:
         limit = min(left, step.limit)
         begin, log = time.monotonic(), self.logs / f"{re.sub('[^a-z]+', '_', step.name.lower())}.log"
         command = ["timeout", "-k", "5", str(limit), *self.command(step)]
@@ -128,7 +128,7 @@ class Check:
             print(f"== {step.name}", *text.splitlines()[-15:], sep="\n    ", flush=True)
         timed_out = f"FAILED: ended after {limit} s" if limit == step.limit else f"left out: cut off after {limit} s"
         result = {0: "passed", 124: timed_out, 137: timed_out}.get(code, f"FAILED: exit status {code}")
-        return Result(result, step.expected, round(time.monotonic() - begin), read_figures(step.figures, text))
+        return Outcome(result, step.expected, round(time.monotonic() - begin), read_figures(step.figures, text))
 
     def command(self, step: Step) -> list[str]:
         """The words of a step's command, with this Python, these folders, and tools where they are."""
@@ -168,7 +168,7 @@ def write(path: Path, text: str) -> None:
     path.with_suffix(".new").replace(path)
 
 
-def summary(about: Mapping[str, object], results: Mapping[str, Result]) -> str:
+def summary(about: Mapping[str, object], results: Mapping[str, Outcome]) -> str:
     """The page of the results; what is expected was counted for an H100."""
     rows = [f"{name}: {value}  " for name, value in about.items()]
     rows += ["", "| step | result | seconds | figures | expected on an H100 |", "|---|---|---|---|---|"]
