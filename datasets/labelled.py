@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from datasets.coco_format import is_file_name
+from datasets.files import Findings, Key, files_below
 from util.config import DataConfig
 from util.errors import UserError
 from util.images import BadImageError, Header, read_header
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".jp2"}
 # folders that tell images from labels, and parts from each other; an image and its labels have the other names in common
 _ROLES = {"jpegimages", "images", "imgs", "annotations", "labels", "xmls"}
 PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -105,6 +105,13 @@ class Faults:
             self.notes["boxes cut at the border of their image"] += 1
         return within
 
+    def located(self, findings: Findings, where: str) -> dict[str, Path]:
+        """The files that were found, by name; what was found by less than the exact name is noted, what is missing is added."""
+        self.notes.update(findings.notes())
+        for name, reason in findings.missing.items():
+            self.add(f"{where} names the image {name}, and {reason}")
+        return {name: found.path for name, found in findings.found.items()}
+
     def header(self, path: Path) -> Header | None:
         """Size and orientation of an image, or None if it can't be used."""
         try:
@@ -120,11 +127,6 @@ def as_stored(corners: Corners, header: Header) -> Corners:
     return Corners(min(u0, u1), min(v0, v1), max(u0, u1), max(v0, v1))
 
 
-def shown_size(header: Header) -> tuple[int, int]:
-    """(width, height) as viewers show it."""
-    return header.size if header.orientation < 5 else header.size[::-1]
-
-
 def _stored_point(orientation: int, u: float, v: float, width: float, height: float) -> tuple[float, float]:
     """Exif 2.32, table of tag 274: where row 0 and column 0 of the stored image are seen."""
     if orientation >= 5:
@@ -134,9 +136,6 @@ def _stored_point(orientation: int, u: float, v: float, width: float, height: fl
 
 
 # ---- folders
-
-
-Key = tuple[str, ...]
 
 
 def key_of(path: PurePath) -> Key:
@@ -157,14 +156,6 @@ def files_by_key(
             faults.add(f"{path} and {found[key]} can't be told apart: labels belong to images of the same name")
         found.setdefault(key, path)
     return found
-
-
-def files_below(root: Path, suffixes: Container[str]) -> Iterator[Path]:
-    """In order, without what file managers leave behind: hidden files, and macOS' shadows of files."""
-    for path in sorted(root.rglob("*")):
-        hidden = any(name.startswith((".", "__MACOSX")) for name in path.relative_to(root).parts)
-        if path.suffix.lower() in suffixes and not hidden and path.is_file():
-            yield path
 
 
 def parts_by_folder(keys: Iterable[Key]) -> dict[str, list[Key]]:

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from datasets.coco_format import read_annotations
-from datasets.labelled import Corners, Faults, as_stored, shown_size, to_coco
+from datasets.files import shown_size
+from datasets.labelled import Corners, Faults, as_stored, to_coco
 from datasets.voc import VocRules, read_voc
 from datasets.yolo import read_yolo
 from tests import layouts

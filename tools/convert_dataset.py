@@ -45,7 +45,7 @@ def read(args: argparse.Namespace, faults: Faults) -> dict[str, Part]:
         raise UserError(f"{source} does not exist; it must be a folder, a data.yaml or a COCO instances file")
     source_format = args.format if args.format != "auto" else format_of(source)
     if source_format == "coco":
-        return read_coco(source, args.val_fraction, args.seed)
+        return read_coco(source, args.val_fraction, args.seed, faults)
     if source_format == "yolo":
         return parted(read_yolo(source, faults), args)
     return parted(read_voc(source, VocRules(args.difficult, args.first_pixel, args.train_set, args.val_set), faults), args)
