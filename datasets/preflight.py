@@ -230,20 +230,16 @@ def _check_boxes(part: Part, tolerance: float) -> None:
     if (boxes.xywh <= 1).all():
         part.add("boxes_in_shares", f"{part.annotations}: no box exceeds 1; boxes must be in pixels, not shares of the image")
         return
-    for kind, flagged in _box_faults(boxes.xywh, _sizes(part.images)[boxes.image], tolerance).items():
+    for kind, flagged in box_faults(boxes.xywh, sizes_of(part.images)[boxes.image], tolerance).items():
         for i in flagged.nonzero()[0].tolist():
-            image = part.images[boxes.image[i]]
-            size = f"{image['width']:g} x {image['height']:g}"
-            _add_box(part, kind, i, _BOX_FAULTS[kind].format(size=size, tolerance=tolerance))
-    box_area = boxes.xywh[:, 2] * boxes.xywh[:, 3]
-    wrong = (boxes.area > _LARGEST_SHARE * box_area + 1) | (boxes.area == 0) & (box_area > 1)
-    for i in (wrong & (box_area > 0)).nonzero()[0].tolist():
+            _add_box(part, kind, i, box_fault(kind, part.images[boxes.image[i]], tolerance))
+    for i in wrong_areas(boxes.xywh, boxes.area).nonzero()[0].tolist():
         _add_box(part, "wrong_area", i, f"an area of {boxes.area[i]:g}, which no object in that box can have; give its pixels")
     for i, other in _repeated(boxes):
         _add_box(part, "duplicate_box", i, f"the box and the category of annotation {boxes.ids[other]} too", is_fault=False)
 
 
-def _sizes(images: Sequence[dict[str, Any]]) -> np.ndarray:
+def sizes_of(images: Iterable[dict[str, Any]]) -> np.ndarray:
     """[N, 2]: width and height."""
     return np.array([[image["width"], image["height"]] for image in images], dtype=np.float64).reshape(-1, 2)
 
@@ -255,13 +251,24 @@ _BOX_FAULTS = {
 }
 
 
-def _box_faults(xywh: np.ndarray, sizes: np.ndarray, tolerance: float) -> dict[str, np.ndarray]:
+def box_fault(kind: str, image: Mapping[str, Any], tolerance: float = BOX_TOLERANCE) -> str:
+    """What a box in `image` has that is wrong by `box_faults`."""
+    return _BOX_FAULTS[kind].format(size=f"{image['width']:g} x {image['height']:g}", tolerance=tolerance)
+
+
+def box_faults(xywh: np.ndarray, sizes: np.ndarray, tolerance: float = BOX_TOLERANCE) -> dict[str, np.ndarray]:
     """Which boxes [N, 4] are wrong in images of sizes [N, 2] (width, height), by kind; each has one kind at most."""
     low, high = xywh[:, :2], xywh[:, :2] + xywh[:, 2:]
     degenerate = (xywh[:, 2:] <= 0).any(1)
     outside = ~degenerate & ((high <= 0) | (low >= sizes)).any(1)
     far = np.maximum(-low, high - sizes).max(1, initial=-np.inf) > tolerance
     return {"degenerate_box": degenerate, "box_outside": outside, "box_reaches_out": far & ~degenerate & ~outside}
+
+
+def wrong_areas(xywh: np.ndarray, area: np.ndarray) -> np.ndarray:
+    """[N] bool: areas that no object in a box [N, 4] of that size can have."""
+    box_area = xywh[:, 2] * xywh[:, 3]
+    return (box_area > 0) & ((area > _LARGEST_SHARE * box_area + 1) | (area == 0) & (box_area > 1))
 
 
 def _repeated(boxes: Boxes) -> Iterator[tuple[int, int]]:
@@ -276,11 +283,16 @@ def _repeated(boxes: Boxes) -> Iterator[tuple[int, int]]:
 def _add_box(part: Part, kind: str, i: int, what: str, is_fault: bool = True) -> None:
     assert part.boxes is not None
     image, number = part.images[part.boxes.image[i]], int(part.boxes.ids[i])
-    box = ", ".join(f"{value:g}" for value in part.boxes.xywh[i])
     part.add(
-        kind, f"{part.annotations}: annotation {number} of image {image['id']} ({image['file_name']}), box [{box}], has {what}",
+        kind, describe_box(part.annotations, number, part.boxes.xywh[i], image, what),
         is_fault=is_fault, image_id=image["id"], annotation_id=number, category_id=int(part.boxes.category_id[i]),
     )  # fmt: skip
+
+
+def describe_box(path: Path, number: int, xywh: Iterable[float], image: Mapping[str, Any], what: str) -> str:
+    """One line: an object of the annotation file `path` by its number, its image, its box, and `what` it has."""
+    box = ", ".join(f"{value:g}" for value in xywh)
+    return f"{path}: annotation {number} of image {image['id']} ({image['file_name']}), box [{box}], has {what}"
 
 
 # ---- image files
@@ -483,7 +495,7 @@ def _listing(folder: Path) -> set[str]:
 def _doubts(split: str, content: Mapping[str, Any], num_queries: int) -> Iterator[str]:
     images = content["images"]
     boxes = _boxes(images, content["annotations"])
-    for kind, flagged in _box_faults(boxes.xywh, _sizes(images)[boxes.image], BOX_TOLERANCE).items():
+    for kind, flagged in box_faults(boxes.xywh, sizes_of(images)[boxes.image]).items():
         if flagged.any():
             yield f"{_COUNTED[kind]} in {split}: {flagged.sum()}"
     for _, message in _purposeless(split, images, content["categories"], boxes, num_queries):
