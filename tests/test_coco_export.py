@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -351,6 +351,7 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
+@settings(deadline=None, derandomize=True)
 @given(
     images=st.lists(st.sampled_from(sorted(IMAGES)), max_size=9),
     objects=st.lists(st.tuples(st.sampled_from(sorted(OBJECTS)), st.integers(0, 11), st.sampled_from((3, "5"))), max_size=12),
