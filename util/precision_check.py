@@ -9,6 +9,7 @@ then on computed in float32 at all of them: garbage may do no harm here and harm
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -169,7 +170,9 @@ def _compute_in_float32(operator: str) -> None:
             return function(*arguments, **options).to(low)
 
     _replaced[operator] = torch.library.Library("aten", "IMPL")
-    _replaced[operator].impl(operator, run, "AutocastCPU")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some versions warn that autocast's own kernel is replaced
+        _replaced[operator].impl(operator, run, "AutocastCPU")
 
 
 def _cast(argument: Any, dtype: torch.dtype) -> Any:
