@@ -36,7 +36,8 @@ from util.distributed import choose_device
 from util.errors import UserError, run_as_command
 from util.nested_tensor import NestedTensor
 from util.optim import build_updater
-from util.precision import autocast, check_precision
+from util.precision import autocast
+from util.precision_check import check_precision
 
 OBJECTS = 7  # an image of COCO has 7.3 on average
 
@@ -46,7 +47,6 @@ def main() -> int | None:
         return op_benchmark.main(sys.argv[2:])
     args, config = _parse()
     device = choose_device(config.run.device)
-    check_precision(config.run.amp, device)
     torch.manual_seed(config.run.seed)
     images, targets = _batch(args, config, device)
     height, width = images.tensors.shape[-2:]
@@ -235,7 +235,8 @@ def _build(config: Config, device: torch.device) -> tuple[torch.nn.Module, torch
     model, criterion, _ = build_model(config)
     if config.run.resume:
         load_weights(model, config.run.resume)
-    return model.to(device), criterion
+    check_precision(model.to(device), config.run.amp)
+    return model, criterion
 
 
 def _batch(args: argparse.Namespace, config: Config, device: torch.device) -> tuple[NestedTensor, list]:
