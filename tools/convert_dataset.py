@@ -18,7 +18,7 @@ from datasets.coco_folder import is_coco, read_coco
 from datasets.coco_layout import WAYS, Part, new_folder, write_part
 from datasets.labelled import VAL_FRACTION, Faults, Labelled, split_off, to_coco
 from datasets.voc import VocRules, is_voc, read_voc
-from datasets.yolo import is_yolo, read_yolo
+from datasets.yolo import is_darknet, is_yolo, read_yolo
 from util.config import make_parser
 from util.errors import UserError, run_as_command
 
@@ -54,10 +54,12 @@ def read(args: argparse.Namespace, faults: Faults) -> dict[str, Part]:
 def format_of(source: Path) -> str:
     """By what the source looks like. Raises UserError."""
     looks = [name for name, fits in (("voc", is_voc), ("yolo", is_yolo), ("coco", is_coco)) if fits(source)]
+    if not looks and is_darknet(source):
+        return "yolo"
     if not looks:
         raise UserError(
-            f"{source} has no XML files, no data.yaml or classes.txt and no COCO instances file: it is in neither of Pascal "
-            "VOC's, YOLO's and COCO's formats"
+            f"{source} has no XML files, no data.yaml, obj.data or classes.txt and no COCO instances file: it is in neither of "
+            "Pascal VOC's, YOLO's and COCO's formats"
         )
     if len(looks) > 1:
         raise UserError(f"{source} has files of several formats; add --format {' or --format '.join(looks)}")
