@@ -362,7 +362,8 @@ def eval_loader(dataset, config: Config, device: torch.device, bad_images: BadIm
 
 def check_data(train, val, config: Config) -> None:
     """The quick part of tools/check_data.py, on the main process. Raises UserError, on all, for what would end the run later."""
-    error = broadcast_from_main(quick_check(train, val, config.data.on_bad_image == "skip") if is_main() else None)
+    skip_missing, num_queries = config.data.on_bad_image == "skip", config.transformer.num_queries
+    error = broadcast_from_main(quick_check(train, val, skip_missing, num_queries) if is_main() else None)
     if error:
         raise error
 
