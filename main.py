@@ -32,7 +32,7 @@ from engine import EpochMeans, Evaluation, evaluate, train_one_epoch, training_l
 from models import build_model
 from models.ops import backends
 from util.architecture import Purpose, adopt
-from util.checkpoint import load_state, read_checkpoint, weights_of, write_atomically
+from util.checkpoint import BATCHFORMER, load_state, read_checkpoint, weights_of, write_atomically
 from util.checkpoint_folder import BEST, CheckpointFolder, scheduled_name
 from util.class_map import AUTO, ClassMap, classes_of, unnamed_classes
 from util.config import Config, check_trainable, parse_config, with_classes
@@ -106,8 +106,7 @@ def evaluate_only(config: Config, device: torch.device) -> None:
     batches = eval_loader(dataset, config, device, BadImages(config.data.on_bad_image, config.data.max_bad_images))
     for suffix in ["", *(["_ema"] if "ema" in checkpoint else [])]:
         if suffix:
-            log.info("averaged weights")
-            load_checkpoint(model, checkpoint["ema"], source, may_lack=())
+            load_checkpoint(model, checkpoint["ema"], source, "averaged weights: ", may_lack=())
         evaluation = evaluate(
             model, criterion, postprocessors, batches, dataset.coco, dataset.classes, config.run.log_every, amp=config.run.amp
         )
@@ -346,11 +345,13 @@ def settle_classes(
     return with_classes(config, classes)
 
 
-def load_checkpoint(model: nn.Module, checkpoint: Mapping[str, Any], source: Source, **allowed: tuple[str, ...]) -> None:
-    """Load weights and say what fitted. Raises UserError for another architecture; `allowed`: see require_same_architecture."""
+def load_checkpoint(
+    model: nn.Module, checkpoint: Mapping[str, Any], source: Source, which: str = "", may_lack: tuple[str, ...] = (BATCHFORMER,)
+) -> None:
+    """Load weights and say what fitted. Raises UserError for another architecture; `may_lack`: beginnings of names."""
     result = load_state(model, checkpoint, str(source))
-    log.info("%s", result)
-    result.require_same_architecture(**allowed)
+    log.info("%s%s", which, result)
+    result.require_same_architecture(may_lack)
 
 
 def shortened(text: str, longest: int = 200) -> str:

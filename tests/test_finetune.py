@@ -207,16 +207,17 @@ def test_batchformer_is_added_to_a_plain_detector_and_left_away_from_another(tun
 @pytest.mark.parametrize(
     ("checkpoint", "run", "told"),
     [
-        (REFINED, (), "give --with_box_refine"),
         ((), REFINED, "leave out --with_box_refine"),
-        ((*TWO_STAGE, "--num_queries", "9"), (), "give --with_box_refine --two_stage"),
+        (("--num_feature_levels", "3"), TWO_STAGE, "leave out --with_box_refine --two_stage"),
+        (REFINED, ("--two_stage",), "leave out --two_stage"),
         (("--num_queries", "9"), (), "give --num_queries 9"),
         (("--nheads", "8", "--enc_n_points", "2", "--dec_n_points", "2"), (), "--nheads 8"),  # of the same shapes
-        (("--backbone", "resnet50", "--dilation"), ("--backbone", "resnet50"), "give --dilation"),
-        (("--position_embedding_scale", "3"), (), "--position_embedding_scale 3"),
-        (("--num_feature_levels", "3", "--enc_layers", "1"), (), "give --num_feature_levels 3 --enc_layers 1"),
-        (("--dec_n_points", "2", "--dim_feedforward", "96"), (), "give --dim_feedforward 96 --dec_n_points 2"),
-        ((), ("--backbone_norm", "bn", "--backbone_weights", "imagenet"), "give --backbone_norm gn --backbone_weights none"),
+        (("--position_embedding_scale", "3"), ("--position_embedding_scale", "4"), "give --position_embedding_scale 3"),
+        (("--num_feature_levels", "3", "--enc_layers", "1"), ("--num_feature_levels", "1"),
+         "give --num_feature_levels 3 --enc_layers 1"),
+        (("--dec_n_points", "2", "--dim_feedforward", "96"), ("--dec_n_points", "1"), "give --dim_feedforward 96 --dec_n_points 2"),
+        ((), ("--backbone_norm", "bn", "--backbone_weights", "imagenet"), "give --backbone_norm gn"),
+        ((), (*REFINED, "--dec_layers", "3"), "give --dec_layers 2 and leave out --with_box_refine"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )  # fmt: skip
@@ -296,7 +297,7 @@ def test_mistakes_end_the_program_in_one_line(tmp_path):
     write_coco(tmp_path / "data", num_train=2)
     write_atomically(entries(*REFINED), tmp_path / "a.pth")
     result = run_main(
-        "--coco_path", str(tmp_path / "data"), *SMALL_IMAGES, *SMALL, "--finetune", str(tmp_path / "a.pth")
+        "--coco_path", str(tmp_path / "data"), *SMALL_IMAGES, *SMALL, "--finetune", str(tmp_path / "a.pth"), "--two_stage"
     )  # fmt: skip
     assert result.returncode == 2
-    assert result.stderr == f"error: --finetune {tmp_path / 'a.pth'} is of another detector: give --with_box_refine\n"
+    assert result.stderr == f"error: --finetune {tmp_path / 'a.pth'} is of another detector: leave out --two_stage\n"

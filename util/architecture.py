@@ -135,9 +135,8 @@ def adopt(
     is_own_run = purpose is Purpose.RESUME and "processes" in checkpoint
     _require_same(there, given, f"{flag} {source}", modules=is_own_run or purpose is Purpose.EVALUATE and not modules_off)
     taken = {name: value for name, value in there.items() if name in decided and name not in given}
-    if purpose is Purpose.EVALUATE and "eval_size" not in given:  # the smaller limit decides anyway
-        limit = given.get("max_size", there.get("max_size", DataConfig.max_size))
-        taken["eval_size"] = min(taken.get("eval_size", DataConfig.eval_size), limit)
+    if purpose is Purpose.EVALUATE:
+        taken |= _other_size(given, there, source)
     off = {f.name: f.default for f in fields(BatchFormerConfig)} if modules_off else {}
     try:
         settled = config.with_flags({**taken, **off}, settled=True)
@@ -149,10 +148,24 @@ def adopt(
     return settled
 
 
+def _other_size(given: Mapping[str, Any], there: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Where --eval_size or --max_size was given alone, the other one, if it must be another than the checkpoint's to fit."""
+    flags = {"eval_size": DataConfig.eval_size, "max_size": DataConfig.max_size, **there, **given}
+    shorter, longest = flags["eval_size"], flags["max_size"]
+    if shorter <= longest or {"eval_size", "max_size"} <= given.keys():
+        return {}
+    if "eval_size" not in given:
+        return {"eval_size": longest}  # no side may be longer, so this changes nothing
+    raised = max(shorter, round(longest * shorter / there.get("eval_size", DataConfig.eval_size)))
+    log.warning("--eval_size %d is above --max_size %d of %s; taken: --max_size %d", shorter, longest, source, raised)
+    return {"max_size": raised}
+
+
 def _tell(config: Config, settled: Config, taken: Mapping[str, Any], source: str) -> None:
-    before, after = config.flags(), settled.flags()
-    if changed := _given_as({name: after[name] for name in taken if after[name] != before[name]}):
-        log.info("taken from %s: %s", source, changed)
+    before, told = config.flags(), {*_ARCHITECTURE, *_SIZES, *_MODULES} & taken.keys()
+    changed = {name: value for name, value in settled.flags().items() if name in told and value != before[name]}
+    if changed:
+        log.info("taken from %s: %s", source, _given_as(changed))
 
 
 def _warn_of_guesses(config: Config, given: Mapping[str, Any], source: str) -> None:

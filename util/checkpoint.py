@@ -77,8 +77,8 @@ class LoadReport:
     flag: str = "--resume"
 
     def require_same_architecture(self, may_lack: tuple[str, ...] = (BATCHFORMER,)) -> None:
-        """Raise UserError if anything is missing, but for names that begin like one of `may_lack`, or unexpected, but for
-        BatchFormerV2's weights."""
+        """Raise UserError for missing names, other than those that begin as `may_lack` says, and for unexpected ones, other than
+        BatchFormerV2's."""
         for kind, names, fine in (("lacks", self.missing, may_lack), ("has the unknown", self.unexpected, (BATCHFORMER,))):
             names = [name for name in names if not name.startswith(fine)]
             if names:
@@ -91,7 +91,7 @@ class LoadReport:
         """What became of BatchFormerV2's weights, where not all of them were loaded."""
         new, unused = (sum(name.startswith(BATCHFORMER) for name in names) for names in (self.missing, self.unexpected))
         lines = [f"BatchFormerV2: {new} tensors made anew, which the checkpoint lacks"] if new else []
-        return lines + ([f"BatchFormerV2: {unused} tensors skipped, which are not used here"] if unused else [])
+        return lines + ([f"BatchFormerV2: {unused} tensors skipped, which this run does not use"] if unused else [])
 
     def __str__(self) -> str:
         lines = [f"{self.source}: {len(self.loaded)} tensors loaded"]
