@@ -48,6 +48,19 @@ def read_annotations(path: Path) -> COCO:
     return coco
 
 
+def read_images_and_categories(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Those of an instances file, whether or not it has annotations (COCO's image_info_test-dev2017.json has none).
+
+    Raises:
+        UserError: as `read_annotations`.
+    """
+    content = read_json(path, without=("annotations",))
+    if isinstance(content, dict):
+        content["annotations"] = []
+    check_instances(content, path)
+    return content["images"], content["categories"]
+
+
 def read_json(path: Path, without: Collection[str] = ()) -> Any:
     """The content of an annotation file; of its objects not the keys `without`, which then never fill the memory.
 
