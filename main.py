@@ -403,8 +403,11 @@ def check_data(train, val, config: Config) -> None:
 
 def share_gradients(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
     """The model whose gradients are averaged over processes; the model itself if there is one."""
-    if world_size() == 1:
-        return model
+    return model if world_size() == 1 else data_parallel(model, config, device)
+
+
+def data_parallel(model: nn.Module, config: Config, device: torch.device) -> DistributedDataParallel:
+    """The model with an exchange of gradients in its backward; needs a process group."""
     # only then heads are there that no loss reaches
     unused = config.loss.no_aux_loss and config.transformer.with_box_refine
     known = inspect.signature(DistributedDataParallel).parameters
