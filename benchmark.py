@@ -7,7 +7,7 @@
 
 --amp bf16 and, of a training step, --bf and --checkpoint_encoder are timed beside the same without them, and the memory of a
 training step is given at its peak. --against_reference times the same with the attention operator in plain PyTorch too;
---profile adds what the time goes to.
+--profile adds what the time goes to; --trace writes it as a timeline, for ui.perfetto.dev or tools/gpu_check/idle.py.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ from datasets.loader import collate
 from models import build_model
 from models.ops import backends
 from models.ops import benchmark as op_benchmark
-from util.checkpoint import load_weights
-from util.config import BatchFormerConfig, Config, make_parser, parse_with_config
+from util.architecture import Purpose, adopt
+from util.checkpoint import load_weights, read_checkpoint, weights_of
+from util.class_map import AUTO, COCO_CLASSES, ClassMap, classes_of, unnamed_classes
+from util.config import BatchFormerConfig, Config, make_parser, parse_with_config, with_classes
 from util.distributed import choose_device
 from util.errors import UserError, run_as_command
 from util.nested_tensor import NestedTensor
@@ -48,7 +50,7 @@ def main() -> int | None:
     device = choose_device(config.run.device)
     check_precision(config.run.amp, device)
     torch.manual_seed(config.run.seed)
-    images, targets = _batch(args, config, device)
+    images, targets, config = _batch(args, config, device)
     height, width = images.tensors.shape[-2:]
     print(f"{_device_name(device)}, torch {torch.__version__}; batch {len(images)} of {height} x {width}", flush=True)
     measure = {"inference": _inference, "train": _train}[args.what]
@@ -97,8 +99,7 @@ def _inference(args: argparse.Namespace, config: Config, device: torch.device, i
         if i:
             print(f"{variants[i].added} takes {_ratio(seconds[i], seconds[i - 1]):.2f} times as long as without")
     _report_against_reference(names[-1], len(images), seconds[len(calls) - 1], seconds[len(calls) :])
-    if args.profile:
-        _profile(calls[-1], device)
+    _profile(calls[-1], args, device)
 
 
 def _inference_call(config: Config, device: torch.device, images: NestedTensor) -> Callable[[], None]:
@@ -130,8 +131,7 @@ def _train(args: argparse.Namespace, config: Config, device: torch.device, image
             )
     print(f"memory: {what}")
     _report_against_reference(names[-1], len(images), seconds[len(steps) - 1], seconds[len(steps) :])
-    if args.profile:
-        _profile(steps[-1], device)
+    _profile(steps[-1], args, device)
 
 
 def _training_step(config: Config, device: torch.device, images: NestedTensor, targets: list) -> Callable[[], None]:
@@ -194,13 +194,19 @@ def _report_against_reference(what: str, batch: int, seconds: list[float], other
         print(f"{what} takes {_ratio(seconds, reference):.1%} of the time that it takes with the operator in plain PyTorch")
 
 
-def _profile(function: Callable[[], None], device: torch.device) -> None:
+def _profile(function: Callable[[], None], args: argparse.Namespace, device: torch.device) -> None:
+    if not (args.profile or args.trace):
+        return
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    with profile(activities=activities) as recorded:
-        function()
-        _wait(device)
-    order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    print(recorded.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=50))
+    for _ in range(2):  # the first call also pays for the start of the profiler
+        with profile(activities=activities) as recorded:
+            function()
+            _wait(device)
+    if args.profile:
+        order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+        print(recorded.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=50))
+    if args.trace:
+        recorded.export_chrome_trace(args.trace)
 
 
 def _time(functions: Sequence[Callable], args: argparse.Namespace, device: torch.device) -> list[list[float]]:
@@ -234,16 +240,20 @@ def _build(config: Config, device: torch.device) -> tuple[torch.nn.Module, torch
     return model.to(device), criterion
 
 
-def _batch(args: argparse.Namespace, config: Config, device: torch.device) -> tuple[NestedTensor, list]:
-    """Images and targets: the first of the validation set, or noise of --size."""
+def _batch(args: argparse.Namespace, config: Config, device: torch.device) -> tuple[NestedTensor, list, Config]:
+    """Images and targets, the first of the validation set or noise of --size, and the Config with their classes."""
     count = config.optim.batch_size
     if args.size:
-        items = [_noise(*args.size, config.data.num_logits) for _ in range(count)]
+        number = config.data.num_classes
+        classes = config.classes or (COCO_CLASSES if number == AUTO else ClassMap(int(number), ()))
+        items = [_noise(*args.size, classes.num_classes) for _ in range(count)]
     else:
         dataset = _dataset(config)
+        classes = dataset.classes
         items = [dataset[i % len(dataset)] for i in range(count)]
     images, targets = collate(items)
-    return images.to(device), [{name: value.to(device) for name, value in target.items()} for target in targets]
+    targets = [{name: value.to(device) for name, value in target.items()} for target in targets]
+    return images.to(device), targets, with_classes(config, classes)
 
 
 def _dataset(config: Config):
@@ -268,13 +278,24 @@ def _parse() -> tuple[argparse.Namespace, Config]:
     own.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="noise of this size instead of the data set")
     own.add_argument("--against_reference", action="store_true", help="the same with the attention operator in plain PyTorch too")
     own.add_argument("--profile", action="store_true", help="what the time of one iteration goes to")
+    own.add_argument("--trace", metavar="FILE", help="write a timeline of one iteration, as .json or .json.gz")
     args, config = parse_with_config(parser, None, batch_size=1)
     if args.num_iters < 1 or args.warm_iters < 0 or (args.size and min(args.size) < 1):
         raise UserError("--num_iters and --size must be above 0, --warm_iters not negative")
     # the time does not depend on the weights: don't download any
     needs_none = config.backbone.backbone_weights == "imagenet"
-    backbone = dataclasses.replace(config.backbone, backbone_weights="none") if needs_none else config.backbone
-    return args, dataclasses.replace(config, backbone=backbone)
+    config = config.with_flags({"backbone_weights": "none"} if needs_none else {})
+    return args, _with_detector_of(config.run.resume, config)
+
+
+def _with_detector_of(resume: str, config: Config) -> Config:
+    """The Config with the architecture and the classes of the checkpoint, if one is named."""
+    if not resume:
+        return dataclasses.replace(config, settled=True)
+    checkpoint = read_checkpoint(resume)
+    config = adopt(config, checkpoint, resume, purpose=Purpose.RESUME)
+    classes = classes_of(checkpoint, resume) or unnamed_classes(weights_of(checkpoint, resume))
+    return with_classes(config, classes) if config.data.num_classes == AUTO else config
 
 
 def _wait(device: torch.device) -> None:

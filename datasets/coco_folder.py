@@ -6,11 +6,12 @@ import functools
 import json
 import os
 import random
-from collections.abc import Callable, Container
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets.coco_format import check_instances, is_file_name, read_json
+from datasets.coco_export import check_export, leave_out, mend
+from datasets.coco_format import is_file_name, read_json
 from datasets.coco_layout import Part
 from datasets.files import Index, annotated_size, files_below, portable
 from datasets.labelled import PARTS, VAL_FRACTION, Faults
@@ -31,20 +32,20 @@ def read_coco(source: Path, fraction: float | None, seed: int, faults: Faults) -
     """The "train" and "val" parts of an instances file, or of a folder with one or with one for each part.
 
     A file belongs to the part that its name or its folder names (train; val, valid or validation; test, where there is no val). A
-    single file is parted at random: `fraction` of its images are for validation, the same ones for the same seed. Ids of
-    categories, images and annotations stay as they are. Annotation files that are not taken are noted.
+    single file is parted at random: `fraction` of its images are for validation, the same ones for the same seed. Whole numbers
+    that are ids stay as they are (see coco_export.mend). Annotation files that are not taken are noted.
 
     Raises:
-        UserError: files or images can't be told apart or found, or are not as they should be.
+        UserError: files can't be told apart, nothing is left to convert; or as Faults says, of all faults at once.
     """
     paths = _instances(source)
     root = source if source.is_dir() else source.parent
     if source.is_dir():
         _note("annotation files without instances, left out", _by_kind(source)[1], faults)
     if len(paths) == 1:
-        content, files = _read(paths[0], root, faults)
-        contents = _split(content, paths[0], fraction or VAL_FRACTION, seed)
-        return {part: Part(content, files) for part, content in contents.items()}
+        (whole,) = _read(paths, root, faults)
+        contents = _split(whole.content, paths[0], fraction or VAL_FRACTION, seed)
+        return {part: Part(content, whole.files) for part, content in contents.items()}
     named = {part: [path for path in paths if _part_of(path, root) == part] for part in ("train", "val", "test", "")}
     chosen = {"train": named["train"] or named[""], "val": named["val"] or named["test"]}
     for part, files in chosen.items():
@@ -55,15 +56,23 @@ def read_coco(source: Path, fraction: float | None, seed: int, faults: Faults) -
         raise UserError(f"--val_fraction {fraction}: {source} has a validation part already; leave the flag out")
     unused = [path for path in paths if path not in (chosen["train"][0], chosen["val"][0])]
     _note("instances files of another part, left out", unused, faults)
-    return {part: Part(*_read(files[0], root, faults)) for part, files in chosen.items()}
+    return dict(zip(chosen, _read([path for files in chosen.values() for path in files], root, faults), strict=True))
 
 
-def _read(path: Path, root: Path, faults: Faults) -> tuple[dict[str, Any], dict[str, Path]]:
-    """The content of an instances file, and where its images are by their names."""
-    content = read_json(path)
-    files = _find(content, path, root, faults)
-    check_instances(content, path)
-    return content, files
+def _read(paths: Sequence[Path], root: Path, faults: Faults) -> list[Part]:
+    """What is sound in instances files, and where the images are."""
+    contents = {path: read_json(path) for path in paths}
+    parts = []
+    with faults.all_at_once() as found:
+        mend(contents, found)
+        for path, content in contents.items():
+            files = _find(content, path, root, found)
+            check_export(content, files, path, found)
+            parts.append(Part(content, files))
+    for path, part in zip(paths, parts, strict=True):
+        if not part.content["images"]:
+            raise UserError(f"{path} has no images that can be used")
+    return parts
 
 
 def _instances(source: Path) -> list[Path]:
@@ -134,7 +143,7 @@ def _find(content: dict[str, Any], path: Path, root: Path, faults: Faults) -> di
             return {name: folder / name for name in names}
     findings = Index.below(root).find(names, prefers=_preference(path, root))
     files = faults.located(findings, str(path))
-    _leave_out(content, [image for image in entries if image["file_name"] in findings.missing])
+    leave_out(content, "images", [image for image in entries if image["file_name"] in findings.missing], faults)
     written = {name: name if not found.how else portable(name) for name, found in findings.found.items()}
     for image in entries:
         image["file_name"] = written.get(image["file_name"], image["file_name"])
@@ -151,16 +160,3 @@ def _preference(path: Path, root: Path) -> Callable[[Path], int]:
         return 0 if "" in (part, other) else 1 if part == other else -1
 
     return lambda file: of_folder(file.parent)
-
-
-def _leave_out(content: dict[str, Any], images: list[dict[str, Any]]) -> None:
-    """Take out images and their annotations."""
-    out = {id(image) for image in images}
-    ids = {image["id"] for image in images if isinstance(image.get("id"), int | str)}
-    content["images"] = [image for image in content["images"] if id(image) not in out]
-    content["annotations"] = [annotation for annotation in content["annotations"] if not _is_of(annotation, ids)]
-
-
-def _is_of(annotation: Any, ids: Container[int | str]) -> bool:
-    image_id = annotation.get("image_id") if isinstance(annotation, dict) else None
-    return isinstance(image_id, int | str) and image_id in ids

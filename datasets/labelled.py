@@ -6,6 +6,7 @@ Readers for these formats on PyPI give boxes alone: of the light and maintained 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import random
@@ -79,12 +80,27 @@ class Faults:
     on_bad: str = "stop"
     messages: list[str] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
+    kinds: Counter[str] = field(default_factory=Counter)
 
-    def add(self, message: str) -> None:
+    def add(self, message: str, kind: str = "other") -> None:
         """Raises UserError unless faults are skipped; `message` is one line that names file and line or object."""
         if self.on_bad == "stop":
             raise UserError(f"{message}; mend it, or leave such things out with --on_bad skip")
         self.messages.append(message)
+        self.kinds[kind] += 1
+
+    @contextlib.contextmanager
+    def all_at_once(self) -> Iterator[Faults]:
+        """Faults to add to in the block, which ends with all of them. Raises UserError then, unless faults are skipped."""
+        found = Faults("skip" if self.on_bad == "stop" else self.on_bad, self.messages, self.notes, self.kinds)
+        yield found
+        if self.on_bad == "stop" and found.messages:
+            raise UserError(f"{found.messages[0]}; faults in all: {found.counted()}; mend them, or leave such things out with "
+                            "--on_bad skip (clip: and cut boxes that reach out of their image)")  # fmt: skip
+
+    def counted(self) -> str:
+        """The faults by kind, the most frequent first."""
+        return ", ".join(f"{kind} {count}" for kind, count in self.kinds.most_common())
 
     def placed(self, corners: Corners, size: tuple[int, int], where: str) -> Corners | None:
         """The box cut to its image, or None if it is none; `where` begins the message."""
@@ -109,7 +125,7 @@ class Faults:
         """The files that were found, by name; what was found by less than the exact name is noted, what is missing is added."""
         self.notes.update(findings.notes())
         for name, reason in findings.missing.items():
-            self.add(f"{where} names the image {shown(name)}, and {reason}")
+            self.add(f"{where} names the image {shown(name)}, and {reason}", "missing_image")
         return {name: found.path for name, found in findings.found.items()}
 
     def header(self, path: Path) -> Header | None:
@@ -117,7 +133,7 @@ class Faults:
         try:
             return read_header(path, DataConfig.max_image_megapixels, "or take it out")
         except BadImageError as error:
-            return self.add(f"{error.path} {error.reason}")
+            return self.add(f"{error.path} {error.reason}", "broken_image")
 
 
 def as_stored(corners: Corners, header: Header) -> Corners:

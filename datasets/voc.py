@@ -120,7 +120,7 @@ def _images_of_other_names(
         faults.notes.update(file.how or BY_FILENAME for file in files.values())
         found |= {key: file.path for key, file in files.items()}
         for key in [key for key in described if key not in files]:
-            faults.add(f"{labels[key]} has no image: none of that name is below {root}")
+            faults.add(f"{labels[key]} has no image: none of that name is below {root}", "missing_image")
     return found
 
 

@@ -226,7 +226,7 @@ class Lookup:
             found |= {name: file.path for name, file in findings.found.items()}
             reasons |= findings.missing
         for name in [name for name in where if name not in found]:
-            self._faults.add(f"{where[name]} names the image {shown(name)}, and {reasons[name]}")
+            self._faults.add(f"{where[name]} names the image {shown(name)}, and {reasons[name]}", "missing_image")
         return found
 
     def _is_within(self, path: Path) -> bool:

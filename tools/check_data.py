@@ -13,7 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from datasets.preflight import (
     Summary,
     check_classes,
     check_files,
+    check_objects,
     check_part,
     check_paths,
     summary,
@@ -41,6 +42,7 @@ EXAMPLE = "python tools/check_data.py --coco_path data/coco --report faults.json
 
 def main() -> None:
     args, config = parse_with_config(_parser(), None)
+    config = replace(config, settled=True)  # no checkpoint has a say in the data
     for name in ("workers", "show", "box_tolerance"):
         if not getattr(args, name) >= 0:
             raise UserError(f"--{name} {getattr(args, name)} must not be negative")
@@ -63,6 +65,8 @@ def check(config: Config, args: argparse.Namespace) -> list[Part]:
         print(f"reading {data.annotations_file(split)}", flush=True)
         parts.append(check_part(split, data.images_folder(split), data.annotations_file(split), args.box_tolerance))
     check_classes(parts, data.num_classes)
+    for part in parts:
+        check_objects(part, config.transformer.num_queries)
     if args.no_images:
         check_paths(parts)
     else:

@@ -50,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from models import load_detector
 
     detector = load_detector(
-        args.resume, device=args.device, amp=args.amp, batch_size=args.batch_size, score_threshold=args.score_threshold,
-        weights=args.weights, max_image_megapixels=args.max_image_megapixels, **untold_flags(args),
+        args.resume, device=args.device, amp=args.amp, batch_size=args.batch_size, weights=args.weights,
+        max_image_megapixels=args.max_image_megapixels, **untold_flags(args),
     )  # fmt: skip
     if args.annotations:
         sources = with_annotated_ids(sources, args.annotations, detector)
@@ -88,6 +88,8 @@ def report(run: Prediction) -> None:
     args = run.args
     left_out = f"; files left out: {len(run.bad)}" if run.bad else ""
     found = f"detections that score {args.score_threshold:g} and more: {run.num_found}"
+    if not run.num_found:
+        found += f" (the best scores {run.best_score:.2g}; lower --score_threshold to see it)"
     print(f"pictures: {run.num_shots}; {found}{left_out}; written to {args.output_dir}")
 
 
@@ -174,26 +176,33 @@ def output_name(source: Source) -> str:
 def with_annotated_ids(sources: Sequence[Source], annotations: Path, detector: Detector) -> list[Source]:
     """Names and ids as in a COCO file: an image is the one whose file name there is the longest end of the file's path.
 
-    Where none is, the name may be spelled otherwise or have other folders, as for all data (datasets/files.py).
+    Where none is, the name may be spelled otherwise or have other folders, as for all data (datasets/files.py). Pictures that it
+    does not list are left out, as those of COCO's test2017 that are not in test-dev; how many is printed.
 
-    Raises UserError for a file that is not in there, two that are the same, and a category that the detector does not know.
+    Raises UserError for a file without any of them, two that are the same, and a category that the detector does not know.
     """
-    from datasets.coco_format import read_annotations
+    from datasets.coco_format import read_images_and_categories
 
-    coco = read_annotations(annotations)
-    detector.classes.check(coco.cats.values(), str(annotations))
-    ids = {info["file_name"]: number for number, info in coco.imgs.items()}
-    names = _annotated_names([source.path for source in sources], coco.imgs.values(), annotations)
+    images, categories = read_images_and_categories(annotations)
+    detector.classes.check(categories, str(annotations))
+    ids = {info["file_name"]: info["id"] for info in images}
+    names = _annotated_names([source.path for source in sources], images, annotations)
     taken: dict[str, Path] = {}
     for source in sources:
         if source.is_video:
             raise UserError(f"--annotations are of pictures and {source.path} is a video; give them apart")
         name = names.get(source.path)
         if name is None:
-            raise UserError(f"{source.path} is not in --annotations {annotations}; leave one of them out")
+            continue
         if name in taken:
             raise UserError(f"{taken[name]} and {source.path} are both {name} of --annotations {annotations}; leave out one")
         taken[name] = source.path
+    if not taken:
+        raise UserError(f"--annotations {annotations} lists none of the pictures, not {sources[0].path} for one; leave it out")
+    if len(taken) < len(sources):
+        print(f"pictures that --annotations {annotations} does not list, left out: {len(sources) - len(taken)}")
+    if len(taken) < len(ids):
+        print(f"images of --annotations {annotations} without a picture here: {len(ids) - len(taken)}")
     return [Source(path, name, ids[name]) for name, path in taken.items()]
 
 
@@ -244,6 +253,7 @@ class Prediction:
         self.colors = class_colors([detector.classes.name_of(label) for label in range(detector.classes.num_classes)])
         self.bad: list[BadImageError] = []
         self.num_shots = self.num_found = 0
+        self.best_score = 0.0
         self._otherwise = "or add --on_bad_image skip"
         self._next_id = itertools.count(1)
 
@@ -309,7 +319,12 @@ class Prediction:
     def _detections(self, shots: Iterator[Shot]) -> Iterator[tuple[Shot, Detections]]:
         with contextlib.closing(shots):
             for batch in batches(shots, self.detector.batch_size):
-                yield from zip(batch, self.detector.detect([shot.prepared for shot in batch]), strict=True)
+                found = self.detector.detect([shot.prepared for shot in batch])
+                yield from zip(batch, map(self._good_enough, found), strict=True)
+
+    def _good_enough(self, found: Detections) -> Detections:
+        self.best_score = max([self.best_score, *found.scores[:1].tolist()])
+        return found.above(self.args.score_threshold)
 
     def _note(self, shot: Shot, found: Detections) -> None:
         from datasets.coco_eval import coco_results
