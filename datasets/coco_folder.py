@@ -13,8 +13,8 @@ from typing import Any
 from datasets.coco_export import check_export, leave_out, mend
 from datasets.coco_format import is_file_name, read_json
 from datasets.coco_layout import Part
-from datasets.files import Index, annotated_size, files_below, portable
-from datasets.labelled import PARTS, VAL_FRACTION, Faults
+from datasets.files import IMAGE_SUFFIXES, Index, annotated_size, files_below, portable
+from datasets.labelled import PARTS, ROLES, VAL_FRACTION, Faults
 from util.errors import UserError
 from util.images import read_regular_file
 
@@ -39,7 +39,7 @@ def read_coco(source: Path, fraction: float | None, seed: int, faults: Faults) -
         UserError: files can't be told apart, nothing is left to convert; or as Faults says, of all faults at once.
     """
     paths = _instances(source)
-    root = source if source.is_dir() else source.parent
+    root = source if source.is_dir() else _folder_of(source)
     if source.is_dir():
         _note("annotation files without instances, left out", _by_kind(source)[1], faults)
     if len(paths) == 1:
@@ -57,6 +57,12 @@ def read_coco(source: Path, fraction: float | None, seed: int, faults: Faults) -
     unused = [path for path in paths if path not in (chosen["train"][0], chosen["val"][0])]
     _note("instances files of another part, left out", unused, faults)
     return dict(zip(chosen, _read([path for files in chosen.values() for path in files], root, faults), strict=True))
+
+
+def _folder_of(path: Path) -> Path:
+    """The folder of an export of which an instances file is given alone: images may lie beside its folder, `annotations`."""
+    beside = path.parent.name.lower() in ROLES and not files_below(path.parent, IMAGE_SUFFIXES)
+    return path.parent.parent if beside else path.parent
 
 
 def _read(paths: Sequence[Path], root: Path, faults: Faults) -> list[Part]:

@@ -294,7 +294,8 @@ _ID = _Field("id", is_id, "a whole number, of 64 bits")
 _FIELDS = {
     "images": (
         _ID,
-        _Field("file_name", is_file_name, f"the path of a file below the image folder, of at most {_LONGEST_NAME} characters"),
+        _Field("file_name", is_file_name, "the path of a file below the image folder, of at most "
+               f"{_LONGEST_NAME} characters (tools/convert_dataset.py finds files of other names)"),
         _Field("height", _is_side, "a whole number of pixels above 0"),
         _Field("width", _is_side, "a whole number of pixels above 0"),
     ),

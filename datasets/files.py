@@ -207,7 +207,8 @@ def annotated_size(image: Mapping[str, Any]) -> Size:
 def respell(images: Iterable[dict[str, Any]], folder: Path) -> Counter[str]:
     """Give entries of COCO's images whose `file_name` is not that of a file below `folder` the name of the file that is meant.
 
-    Returns how many, by how they were found. Names of files that are missing stay.
+    Here the folder is known: a name may be spelled otherwise or begin above the folder, but a file in another folder below it is
+    another image's. Returns how many have got a name, by how it was found. Names of files that are missing stay.
     """
     if not folder.is_dir():
         return Counter()
@@ -217,9 +218,13 @@ def respell(images: Iterable[dict[str, Any]], folder: Path) -> Counter[str]:
         return Counter()
     there = (folder / name for name in names if name not in absent)
     findings = Index.below(folder).find({name: annotated_size(names[name]) for name in absent}, taken=there)
+    notes: Counter[str] = Counter()
     for name, found in findings.found.items():
-        names[name]["file_name"] = found.path.relative_to(folder).as_posix()
-    return findings.notes()
+        relative = found.path.relative_to(folder)
+        if folded_key(relative.parts) == folded_key(parts_of(name))[-len(relative.parts) :]:
+            names[name]["file_name"] = relative.as_posix()
+            notes[found.how or END] += 1
+    return notes
 
 
 def _absent(folder: Path, names: Iterable[str]) -> set[str]:

@@ -135,7 +135,9 @@ class Lookup:
         self._description, self._anywhere, self._faults = description, anywhere, faults
         folder = description.path.parent
         self._bases = [folder / description.root, folder]
-        roots = self._bases if anywhere and self._bases[0].is_dir() else [folder]
+        roots = [*self._bases] if anywhere and self._bases[0].is_dir() else [folder]
+        if anywhere:
+            self._bases.append(folder.parent)  # Darknet's paths are relative to where it is started
         self._places = [Places(Path(os.path.normpath(root))) for root in dict.fromkeys(roots)]
         self._labels = Places(Path(Path(os.path.abspath(folder)).anchor)) if anywhere else self._places[0]
         self._by_end: dict[Path, str] = {}

@@ -232,6 +232,13 @@ def test_respelling_looks_at_nothing_outside_of_the_folder(tmp_path):
     assert [image["file_name"] for image in images] == ["../outside/b.jpg", "a.jpg"]
 
 
+def test_training_takes_no_image_of_another_folder_for_one_that_is_missing(tmp_path):
+    write_images(tmp_path, "1.jpg", "more/2.jpg")
+    images = [{"file_name": name, "width": 40, "height": 20} for name in ("1.jpg", "2.jpg")]
+    assert respell(images, tmp_path) == {}
+    assert [image["file_name"] for image in images] == ["1.jpg", "2.jpg"]
+
+
 # ---- text
 
 

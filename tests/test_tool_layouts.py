@@ -83,6 +83,12 @@ def test_coco_exports_of_labelling_tools(tmp_path, tool):
                 assert picture.size == (width_of(image["id"]), HEIGHT)
 
 
+def test_an_instances_file_may_be_given_without_its_folder(tmp_path):
+    places = coco_export(tmp_path, "annotations/instances_default.json", "{}.jpg".format, "images/{}.jpg".format)
+    parts = read_coco(tmp_path / "annotations/instances_default.json", None, 1, Faults())
+    assert merged(coco_boxes(parts, tmp_path)) == wanted(places)
+
+
 def test_roboflow_coco(tmp_path):
     for number, part in enumerate(("train", "train", "valid", "test"), 1):
         write_image(tmp_path / f"{part}/{number}_jpg.rf.0f.jpg", number)
@@ -237,6 +243,15 @@ def test_cvat_yolo_1_1(tmp_path, names):
         faults = Faults()
         assert boxes(read_yolo(source, faults), tmp_path) == places
         assert faults.notes[END] == 6
+
+
+def test_darknet_is_started_above_its_files(tmp_path):
+    places = yolo_export(tmp_path, "data/{part}/{n}.jpg", "data/{part}/{n}.txt")
+    write(tmp_path / "cfg/obj.data", "train = data/train.txt\nvalid = data/val.txt\nnames = data/obj.names\n")
+    write(tmp_path / "data/obj.names", "thing\n")
+    write_list(tmp_path / "data/train.txt", "data/train/{n}.jpg", range(1, 5))
+    write_list(tmp_path / "data/val.txt", "data/val/{n}.jpg", range(5, 7))
+    assert boxes(read_yolo(tmp_path / "cfg/obj.data", Faults()), tmp_path) == places
 
 
 @pytest.mark.parametrize(
