@@ -112,13 +112,13 @@ def _free_numbers(taken: set[Any]) -> Iterator[int]:
 
 
 def _change(entry: dict[str, Any], key: str, numbers: Mapping[str, int]) -> bool:
-    """Whether the id was another than the whole number that it is now."""
-    known = _known_as(entry.get(key))
-    if known is None or is_id(entry[key]):
+    """Make an id a whole number, if it is none and can be one. Returns whether it was changed."""
+    known = None if is_id(entry.get(key)) else _known_as(entry.get(key))
+    number = numbers.get(known) if isinstance(known, str) else known
+    if number is None:
         return False
-    number = known if isinstance(known, int) else numbers.get(known, entry[key])
-    changed, entry[key] = number is not entry[key], number
-    return changed
+    entry[key] = number
+    return True
 
 
 def _known_as(value: Any) -> int | str | None:

@@ -74,7 +74,8 @@ class Labelled:
 class Faults:
     """What is wrong with a source: ends the conversion, or is left out and counted. `notes` counts what was done otherwise.
 
-    on_bad: stop; clip: cut boxes that reach out of their image, and skip the rest; skip.
+    on_bad: stop; clip: cut boxes that reach out of their image, and skip the rest; skip. kinds: how many faults there are of each
+    kind, which is named as in the check (preflight.py).
     """
 
     on_bad: str = "stop"
@@ -108,16 +109,17 @@ class Faults:
         width, height = size
         said = f"{where}: box from ({x0:g}, {y0:g}) to ({x1:g}, {y1:g})"
         if not all(map(math.isfinite, corners)):
-            return self.add(f"{said} is not finite")
+            return self.add(f"{said} is not finite", "wrong_bbox")
         if min(x1 - x0, y1 - y0) < _SHORTEST:
-            return self.add(f"{said} has no width or no height")
+            return self.add(f"{said} has no width or no height", "degenerate_box")
         within = Corners(max(x0, 0), max(y0, 0), min(x1, width), min(y1, height))
         if min(within.x1 - within.x0, within.y1 - within.y0) < _SHORTEST:
-            return self.add(f"{said} lies outside of the image of {width} x {height}")
+            return self.add(f"{said} lies outside of the image of {width} x {height}", "box_outside")
         out = max(-x0, -y0, x1 - width, y1 - height)
         if out > _ROUNDING:
             if self.on_bad != "clip":
-                return self.add(f"{said} reaches {out:g} pixels out of the image of {width} x {height} (--on_bad clip cuts it)")
+                reaches = f"reaches {out:g} pixels out of the image of {width} x {height} (--on_bad clip cuts it)"
+                return self.add(f"{said} {reaches}", "box_reaches_out")
             self.notes["boxes cut at the border of their image"] += 1
         return within
 

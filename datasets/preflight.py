@@ -338,7 +338,7 @@ def check_files(parts: Sequence[Part], *, whole: bool, megapixels: float, worker
             part.add("missing_folder", message, part.folder)
     tasks = [_task(part, image, megapixels, whole) for part, image in owners]
     first: dict[Any, tuple[Part, dict[str, Any]]] = {}
-    depths: Counter[int] = Counter()
+    depths: Counter[int | None] = Counter()
     for (part, image), task, seen in zip(owners, tasks, _look_at_all(tasks, workers), strict=True):
         if seen.kind:
             part.add(seen.kind, seen.message, task.path, image_id=image["id"])
@@ -347,12 +347,16 @@ def check_files(parts: Sequence[Part], *, whole: bool, megapixels: float, worker
         if seen.levels is not None and seen.levels < _FLAT:
             message = f"{task.path} is nearly of one level: as the detector sees it, its pixels differ by {seen.levels} of 255"
             part.add("flat_picture", message, task.path, is_fault=False, image_id=image["id"])
-        if seen.bits is not None:
-            depths[seen.bits] += 1
-    if len(depths) > 1:
-        found = ", ".join(f"{depths[bits]} of {bits} bits" for bits in sorted(depths))
+        depths[seen.bits] += 1
+    _check_depths(parts[0], depths)
+
+
+def _check_depths(part: Part, depths: Mapping[int | None, int]) -> None:
+    known = sorted(bits for bits in depths if bits is not None)
+    if len(known) > 1:
+        found = ", ".join(f"{depths[bits]} of {bits} bits" for bits in known)
         message = f"pictures are scaled by the depth that holds their largest number: {found}; convert those of one camera alike"
-        parts[0].add("mixed_depths", message, parts[0].folder, is_fault=False)
+        part.add("mixed_depths", message, part.folder, is_fault=False)
 
 
 def check_paths(parts: Sequence[Part]) -> None:

@@ -18,7 +18,7 @@ from datasets import build_dataset
 from tests.helpers import SMALL_IMAGES, write_coco
 from util.config import parse_config
 from util.image_input import as_picture, normalize, read_picture
-from util.images import BadImageError, to_8_bits
+from util.images import BadImageError, read_header, to_8_bits
 
 RAMP = np.tile(np.linspace(0, 1, 64, dtype=np.float32), (48, 1))
 GREYS = {
@@ -73,6 +73,21 @@ def test_big_endian_files_and_maps_of_floats_are_scaled_alike(tmp_path):
     np.testing.assert_array_equal(seen(tmp_path / "big.tif"), colours(wanted))
     Image.fromarray(RAMP).save(tmp_path / "map.pfm")
     np.testing.assert_array_equal(seen(tmp_path / "map.pfm"), colours(GREYS["float"][1]))
+
+
+@pytest.mark.parametrize("suffix", ["tif", "jpg", "png"])
+def test_an_upright_picture_is_turned_once(tmp_path, suffix):
+    """Pillow itself turns TIFF files."""
+    pixels = np.zeros((20, 30), np.uint8)
+    pixels[:10, :10] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # row 0 is the right side
+    Image.fromarray(pixels).save(tmp_path / f"turned.{suffix}", exif=exif)
+    upright = np.asarray(read_picture(tmp_path / f"turned.{suffix}", 100, ""))[..., 0]
+    assert upright.shape == (30, 20)
+    np.testing.assert_array_equal(upright > 128, np.rot90(pixels, -1) > 128)
+    header = read_header(tmp_path / f"turned.{suffix}", 100, "")
+    assert header.orientation == (1 if suffix == "tif" else 6)
 
 
 def test_training_sees_what_prediction_sees(tmp_path):

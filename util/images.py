@@ -88,7 +88,7 @@ def decode(content: bytes, path: Path, megapixels: float, otherwise: str, *, upr
             if image.width * image.height > limit:
                 raise Image.DecompressionBombError(f"{image.width * image.height} pixels")
             picture = as_rgb(image)
-            return _turned(picture, _orientation(image)) if upright else picture
+            return _turned(picture, _orientation(image)) if upright else picture  # asked for late: see read_header
     except BadImageError as error:
         reason, remedy = error.reason, error.remedy
     except UnidentifiedImageError:
@@ -116,7 +116,8 @@ def read_header(path: Path, megapixels: float, otherwise: str) -> Header:
             raise OSError(0, "not a regular file")
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height <= int(megapixels * 1e6):
-                return Header(image.size, _orientation(image))
+                turned_by_decoding = image.format == "TIFF"  # by Pillow, which leaves nothing to do
+                return Header(image.size, 1 if turned_by_decoding else _orientation(image))
             reason, remedy = _too_large(f"has {image.width * image.height / 1e6:.4g} megapixels, more", megapixels)
     except UnidentifiedImageError:
         reason, remedy = _UNKNOWN_FORMAT, "replace the file"
