@@ -222,9 +222,9 @@ def test_annotations_give_the_ids_and_the_figures_are_those_of_evaluation(run, c
 
 def test_annotated_names_may_be_those_of_another_system(run, capsys):
     Path("photos/Über").mkdir(parents=True)
-    for name in ("Über/a 1.jpg", "b.JPG", "c.jpg"):
+    for name in ("Über/a 1.jpg", "b.JPG", "c.jpg", "e.jpg"):
         picture((80, 60)).save(f"photos/{name}")
-    written = {7: "U\u0308ber\\a%201.jpg", 3: "b.jpg", 5: "c.jpg", 9: "d.jpg"}
+    written = {7: "U\u0308ber\\a%201.jpg", 3: "b.jpg", 5: "c.jpg", 9: "d.jpg", 11: "other/e.jpg"}
     write_annotations(Path("names.json"), written, NAMES)
     _, images = run("photos", "--annotations", "names.json", "--no_pictures")
     assert {entry["id"]: entry["file_name"] for entry in images} == {number: written[number] for number in (7, 3, 5)}

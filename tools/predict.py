@@ -176,8 +176,7 @@ def output_name(source: Source) -> str:
 def with_annotated_ids(sources: Sequence[Source], annotations: Path, detector: Detector) -> list[Source]:
     """Names and ids as in a COCO file: an image is the one whose file name there is the longest end of the file's path.
 
-    Where none is, the name may be spelled otherwise or have other folders, as for all data (datasets/files.py). Pictures that it
-    does not list are left out, as those of COCO's test2017 that are not in test-dev; how many is printed.
+    Where none is, it may be spelled otherwise (datasets/files.py). Pictures that it does not list are left out, as those of COCO's test2017 that are not in test-dev; how many is printed.
 
     Raises UserError for a file without any of them, two that are the same, and a category that the detector does not know.
     """
@@ -207,8 +206,8 @@ def with_annotated_ids(sources: Sequence[Source], annotations: Path, detector: D
 
 
 def _annotated_names(paths: Sequence[Path], images: Iterable[dict[str, Any]], annotations: Path) -> dict[Path, str]:
-    """The file names that COCO's `images` have for files, as far as they have any. How other names were found is printed."""
-    from datasets.files import Index, annotated_size
+    """The file names that COCO's `images` have for files, as far as they have any; how many are spelled otherwise is printed."""
+    from datasets.files import SPELLING, Index, annotated_size
 
     sizes = {image["file_name"]: annotated_size(image) for image in images}
     names: dict[Path, str] = {}
@@ -219,10 +218,12 @@ def _annotated_names(paths: Sequence[Path], images: Iterable[dict[str, Any]], an
             names[path] = name
     others = [(path.parts[1:], path) for path in paths if path not in names]
     taken = set(names.values())
-    findings = Index(others, annotations).find({name: size for name, size in sizes.items() if name not in taken})
-    for how, count in findings.notes().items():
-        print(f"{how}: {count}")
-    return names | {file.path: name for name, file in findings.found.items()}
+    found = Index(others, annotations).find({name: size for name, size in sizes.items() if name not in taken}).found
+    # by less than the whole name a picture could get the id of one in another folder
+    spelled = {file.path: name for name, file in found.items() if file.how in ("", SPELLING)}
+    if spelled:
+        print(f"{SPELLING}: {len(spelled)}")
+    return names | spelled
 
 
 # ---- prediction
