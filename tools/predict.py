@@ -176,8 +176,8 @@ def output_name(source: Source) -> str:
 def with_annotated_ids(sources: Sequence[Source], annotations: Path, detector: Detector) -> list[Source]:
     """Names and ids as in a COCO file: an image is the one whose file name there is the longest end of the file's path.
 
-    Where none is, it may be spelled otherwise (datasets/files.py). Pictures that it does not list are left out, as those of COCO's
-    test2017 that are not in test-dev; how many is printed.
+    Where none is, it may be spelled otherwise (datasets/files.py). Pictures that it does not list are left out, as those of
+    COCO's test2017 that are not in test-dev; how many is printed.
 
     Raises UserError for a file without any of them, two that are the same, and a category that the detector does not know.
     """
