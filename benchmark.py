@@ -30,8 +30,10 @@ from datasets.loader import collate
 from models import build_model
 from models.ops import backends
 from models.ops import benchmark as op_benchmark
-from util.checkpoint import load_weights
-from util.config import BatchFormerConfig, Config, make_parser, parse_with_config
+from util.architecture import Purpose, adopt
+from util.checkpoint import load_weights, read_checkpoint, weights_of
+from util.class_map import AUTO, COCO_CLASSES, ClassMap, classes_of, unnamed_classes
+from util.config import BatchFormerConfig, Config, make_parser, parse_with_config, with_classes
 from util.distributed import choose_device
 from util.errors import UserError, run_as_command
 from util.nested_tensor import NestedTensor
@@ -48,7 +50,7 @@ def main() -> int | None:
     args, config = _parse()
     device = choose_device(config.run.device)
     torch.manual_seed(config.run.seed)
-    images, targets = _batch(args, config, device)
+    images, targets, config = _batch(args, config, device)
     height, width = images.tensors.shape[-2:]
     print(f"{_device_name(device)}, torch {torch.__version__}; batch {len(images)} of {height} x {width}", flush=True)
     measure = {"inference": _inference, "train": _train}[args.what]
@@ -239,16 +241,20 @@ def _build(config: Config, device: torch.device) -> tuple[torch.nn.Module, torch
     return model, criterion
 
 
-def _batch(args: argparse.Namespace, config: Config, device: torch.device) -> tuple[NestedTensor, list]:
-    """Images and targets: the first of the validation set, or noise of --size."""
+def _batch(args: argparse.Namespace, config: Config, device: torch.device) -> tuple[NestedTensor, list, Config]:
+    """Images and targets, the first of the validation set or noise of --size, and the Config with their classes."""
     count = config.optim.batch_size
     if args.size:
-        items = [_noise(*args.size, config.data.num_logits) for _ in range(count)]
+        number = config.data.num_classes
+        classes = config.classes or (COCO_CLASSES if number == AUTO else ClassMap(int(number), ()))
+        items = [_noise(*args.size, classes.num_classes) for _ in range(count)]
     else:
         dataset = _dataset(config)
+        classes = dataset.classes
         items = [dataset[i % len(dataset)] for i in range(count)]
     images, targets = collate(items)
-    return images.to(device), [{name: value.to(device) for name, value in target.items()} for target in targets]
+    targets = [{name: value.to(device) for name, value in target.items()} for target in targets]
+    return images.to(device), targets, with_classes(config, classes)
 
 
 def _dataset(config: Config):
@@ -279,8 +285,18 @@ def _parse() -> tuple[argparse.Namespace, Config]:
         raise UserError("--num_iters and --size must be above 0, --warm_iters not negative")
     # the time does not depend on the weights: don't download any
     needs_none = config.backbone.backbone_weights == "imagenet"
-    backbone = dataclasses.replace(config.backbone, backbone_weights="none") if needs_none else config.backbone
-    return args, dataclasses.replace(config, backbone=backbone)
+    config = config.with_flags({"backbone_weights": "none"} if needs_none else {})
+    return args, _with_detector_of(config.run.resume, config)
+
+
+def _with_detector_of(resume: str, config: Config) -> Config:
+    """The Config with the architecture and the classes of the checkpoint, if one is named."""
+    if not resume:
+        return dataclasses.replace(config, settled=True)
+    checkpoint = read_checkpoint(resume)
+    config = adopt(config, checkpoint, resume, purpose=Purpose.RESUME)
+    classes = classes_of(checkpoint, resume) or unnamed_classes(weights_of(checkpoint, resume))
+    return with_classes(config, classes) if config.data.num_classes == AUTO else config
 
 
 def _wait(device: torch.device) -> None:

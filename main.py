@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import inspect
 import json
@@ -30,24 +31,27 @@ from datasets.samplers import EvalBatches, TrainBatches
 from engine import EpochMeans, Evaluation, evaluate, train_one_epoch, training_loss
 from models import build_model
 from models.ops import backends
-from util.checkpoint import load_state, read_checkpoint, write_atomically
+from util.architecture import Purpose, adopt
+from util.checkpoint import BATCHFORMER, load_state, read_checkpoint, weights_of, write_atomically
 from util.checkpoint_folder import BEST, CheckpointFolder, scheduled_name
-from util.class_map import AUTO, ClassMap, classes_of
-from util.config import Config, check_trainable, parse_config, with_num_classes
+from util.class_map import AUTO, ClassMap, classes_of, unnamed_classes
+from util.config import Config, check_trainable, parse_config, with_classes
 from util.deterministic import explaining_refusals, make_deterministic
 from util.diagnose import FiniteWatch
 from util.distributed import broadcast_from_main, equalise_buffers, is_main, process_group, rank, sum_over_processes, world_size
 from util.errors import NotSavedError, UserError, run_as_command
+from util.finetune import FLAG as FINETUNE
 from util.finetune import fine_tune
 from util.history import History
 from util.optim import GROUPS, build_schedule, build_updater
 from util.precision_check import check_precision
 from util.preemption import StopRequest, StopVote
 from util.random_state import RandomGenerators
-from util.run_folder import announce_new, begun, set_aside
-from util.run_record import device_name, environment, has_record, write_record
+from util.run_folder import announce_new, begun, evaluation_folder, set_aside
+from util.run_record import device_name, environment, write_record
 from util.starting_point import Source, find_checkpoint, goes_on, loading, output_folder
 from util.tensorboard import Board, check_tensorboard, detection_pictures
+from util.trained import read_trained
 from util.training_state import Position, TrainingState, position_of
 from util.watchdog import note
 
@@ -67,7 +71,9 @@ def main(config: Config) -> None:
     try:
         with StopRequest().installed() as stop, processes as device, explaining_refusals():
             start_logging()
-            announce(config, device)
+            log.info(
+                "device: %s (%s), %d process(es), torch %s", device, device_name(device), world_size(), torch.__version__
+            )
             seed_everything(config.run.seed + rank())
             check_operator(device)
             check_tensorboard(config.run.tensorboard)
@@ -82,20 +88,24 @@ def main(config: Config) -> None:
 
 
 def evaluate_only(config: Config, device: torch.device) -> None:
-    folder = output_folder(config)
-    source = find_checkpoint(config, folder, goes_on(config, folder))
-    checkpoint = read_checkpoint(source.path) if source else {}
-    dataset = build_dataset("val", config, trained_classes(config, checkpoint, source))
+    run = Path(config.run.output_dir) if config.run.output_dir and is_main() else None
+    source = find_checkpoint(config, run, going_on=config.run.resume == "auto")
+    assert source, "--eval needs --resume"
+    checkpoint = read_trained(source.path, "--resume")
+    config = adopt(config, checkpoint, source.path)
+    announce(config)
+    dataset = evaluation_data(config, checkpoint, source)
     config = settle_classes(config, dataset.classes, checkpoint, source)
-    if folder and not has_record(folder):  # the record of a training stays
-        write_record(folder, run_facts(config, val=dataset), environment(device), {"checkpoint": str(source or "")})
-    model, criterion, postprocessors = build_model(loading(config, source))
-    load_checkpoint(model, checkpoint, source)
+    folder = evaluation_folder(run) if run else None
+    if folder:
+        write_record(folder, run_facts(config, val=dataset), environment(device), {"checkpoint": str(source)})
+    model, criterion, postprocessors = build_model(config)
+    load_checkpoint(model, checkpoint, source, may_lack=())
     check_precision(model.to(device), config.run.amp)
     batches = eval_loader(dataset, config, device, BadImages(config.data.on_bad_image, config.data.max_bad_images))
     for suffix in ["", *(["_ema"] if "ema" in checkpoint else [])]:
         if suffix:
-            log.info("averaged weights: %s", load_state(model, checkpoint["ema"], str(source)))
+            load_checkpoint(model, checkpoint["ema"], source, "averaged weights: ", may_lack=())
         evaluation = evaluate(
             model, criterion, postprocessors, batches, dataset.coco, dataset.classes, config.run.log_every, amp=config.run.amp
         )
@@ -103,19 +113,24 @@ def evaluate_only(config: Config, device: torch.device) -> None:
         if folder:
             save_predictions(folder / f"predictions{suffix}.json", evaluation, config)
             write_atomically(evaluation.tables, folder / f"eval{suffix}.pth")
+    if folder:
+        log.info("the evaluation is in %s", folder)
 
 
 class Training:
     """A training run, from the data to the last epoch. All that must survive an interruption is in `state`."""
 
     def __init__(self, config: Config, device: torch.device, stop: StopRequest) -> None:
-        check_trainable(config)
         self.folder = output_folder(config)
         self.goes_on = goes_on(config, self.folder)
         if self.folder and not self.goes_on:
             announce_new(self.folder)
         source = find_checkpoint(config, self.folder, self.goes_on)
         checkpoint = read_checkpoint(source.path) if source else None
+        start = read_trained(config.run.finetune, FINETUNE) if config.run.finetune and not source else checkpoint
+        config = starting_config(config, start, source)
+        check_trainable(config)
+        announce(config)
 
         self.dataset = build_dataset("train", config)
         self.classes = self.dataset.classes
@@ -131,9 +146,10 @@ class Training:
 
         self.checkpoints = CheckpointFolder(self.folder, config.run.keep) if self.folder else None
         self.model, self.criterion, self.postprocessors = build_model(loading(config, source))
-        load_checkpoint(self.model, checkpoint, source)
-        if config.run.finetune and source is None:  # else the run has begun and goes on
-            log.info("%s", fine_tune(self.model, config, self.classes))
+        if source:
+            load_checkpoint(self.model, checkpoint, source)
+        elif start:
+            log.info("%s", fine_tune(self.model, config, self.classes, start, config.run.finetune))
         check_precision(self.model.to(device), config.run.amp)
         self.num_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.updater = build_updater(self.model, config)
@@ -297,9 +313,24 @@ class Training:
         raise UserError(f"--resume {self.config.run.resume} has trained {trained} epochs already; raise --epochs {epochs}")
 
 
-def trained_classes(config: Config, checkpoint: Mapping[str, Any], source: Source | None) -> ClassMap | None:
-    """What a checkpoint of ours was trained on, unless --num_classes says what labels are."""
-    return classes_of(checkpoint, str(source)) if "classes" in checkpoint and config.data.num_classes == AUTO else None
+def starting_config(config: Config, start: Mapping[str, Any] | None, source: Source | None) -> Config:
+    """The Config with the detector of the checkpoint that a training starts with: that of --resume, else that of --finetune."""
+    if start is None:
+        return dataclasses.replace(config, settled=True)
+    if source:
+        return adopt(config, start, source.path, purpose=Purpose.RESUME)
+    return adopt(config, start, config.run.finetune, FINETUNE, Purpose.FINE_TUNE, without_heads=True)
+
+
+def evaluation_data(config: Config, checkpoint: Mapping[str, Any], source: Source):
+    """The validation set, labelled as the checkpoint's class heads are."""
+    classes = classes_of(checkpoint, str(source)) if config.data.num_classes == AUTO else None
+    dataset = build_dataset("val", config, classes)
+    logits = unnamed_classes(weights_of(checkpoint, str(source))).num_classes
+    if classes or config.data.num_classes != AUTO or dataset.classes.num_classes == logits:
+        return dataset
+    log.warning("%s does not name its classes; category ids are taken for the numbers of its %d logits", source, logits)
+    return build_dataset("val", config.with_flags({"num_classes": logits}))
 
 
 def settle_classes(
@@ -310,16 +341,16 @@ def settle_classes(
     if trained:
         classes.require_same(trained, str(source))
     log.info("%d classes: %s", len(classes.categories), shortened(", ".join(classes.names.values())))
-    return with_num_classes(config, classes.num_classes)
+    return with_classes(config, classes)
 
 
-def load_checkpoint(model: nn.Module, checkpoint: Mapping[str, Any] | None, source: Source | None) -> None:
-    """Load weights and say what fitted. Raises UserError for another architecture."""
-    if checkpoint is None:
-        return
+def load_checkpoint(
+    model: nn.Module, checkpoint: Mapping[str, Any], source: Source, which: str = "", may_lack: tuple[str, ...] = (BATCHFORMER,)
+) -> None:
+    """Load weights and say what fitted. Raises UserError for another architecture; `may_lack`: beginnings of names."""
     result = load_state(model, checkpoint, str(source))
-    log.info("%s", result)
-    result.require_same_architecture()
+    log.info("%s%s", which, result)
+    result.require_same_architecture(may_lack)
 
 
 def shortened(text: str, longest: int = 200) -> str:
@@ -333,9 +364,11 @@ def start_logging() -> None:
     logging.raiseExceptions = False  # a log that can't be written, on a full disk say, ends no run
 
 
-def announce(config: Config, device: torch.device) -> None:
+def announce(config: Config) -> None:
     log.info("flags: %s", json.dumps(config.flags()))
-    log.info("device: %s (%s), %d process(es), torch %s", device, device_name(device), world_size(), torch.__version__)
+    if names := config.without_effect():
+        off = "evaluation does without it unless --eval_bf is given" if config.run.eval else "--bf 0"
+        log.info("without effect: %s; BatchFormerV2 is off (%s)", ", ".join(f"--{name}" for name in names), off)
     if config.batchformer.bf and config.optim.batch_size == 1:
         log.warning("BatchFormerV2 relates the images of a process's batch: --batch_size 1 gives it nothing to relate")
 

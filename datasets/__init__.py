@@ -8,8 +8,8 @@ from typing import Any
 def build_dataset(image_set: str, config: Any, classes: Any = None):
     """The "train" or "val" data set of a Config: (image, target) items, transformed.
 
-    `classes` is the ClassMap to label by, that of the training data or of a checkpoint; the annotations and --num_classes decide
-    without it.
+    `classes` is the ClassMap to label by, that of the training data or of a checkpoint; without it, and without classes in the
+    Config, the annotations and --num_classes decide.
 
     Raises:
         UserError: a folder or file is missing or unusable, or its categories fit neither `classes` nor --num_classes.
@@ -17,7 +17,7 @@ def build_dataset(image_set: str, config: Any, classes: Any = None):
     # imported here so that datasets.synthetic starts without torch
     from datasets.coco import build_coco
 
-    return build_coco(image_set, config.data, config.run.seed, classes)
+    return build_coco(image_set, config.data, config.run.seed, classes or config.classes)
 
 
 __all__ = ["build_dataset"]

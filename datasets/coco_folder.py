@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,8 +13,8 @@ from typing import Any
 from datasets.coco_export import check_export, leave_out, mend
 from datasets.coco_format import is_file_name, read_json
 from datasets.coco_layout import Part
-from datasets.files import UNKNOWN_SIZE, Index, Size, files_below, portable
-from datasets.labelled import PARTS, VAL_FRACTION, Faults
+from datasets.files import IMAGE_SUFFIXES, Index, annotated_size, files_below, portable
+from datasets.labelled import PARTS, ROLES, VAL_FRACTION, Faults
 from util.errors import UserError
 from util.images import read_regular_file
 
@@ -38,8 +39,9 @@ def read_coco(source: Path, fraction: float | None, seed: int, faults: Faults) -
         UserError: files can't be told apart, nothing is left to convert; or as Faults says, of all faults at once.
     """
     paths = _instances(source)
-    root = source if source.is_dir() else source.parent
-    _note_others(source, paths, faults)
+    root = source if source.is_dir() else _folder_of(source)
+    if source.is_dir():
+        _note("annotation files without instances, left out", _by_kind(source)[1], faults)
     if len(paths) == 1:
         (whole,) = _read(paths, root, faults)
         contents = _split(whole.content, paths[0], fraction or VAL_FRACTION, seed)
@@ -52,9 +54,15 @@ def read_coco(source: Path, fraction: float | None, seed: int, faults: Faults) -
             raise UserError(f"{source} has {len(files)} instances files for {part} ({listed}); name one file to convert instead")
     if fraction is not None:
         raise UserError(f"--val_fraction {fraction}: {source} has a validation part already; leave the flag out")
-    unused = [path.name for path in paths if path not in (chosen["train"][0], chosen["val"][0])]
-    faults.notes[f"instances files of no part that is written, left out ({', '.join(unused)})"] += len(unused)
+    unused = [path for path in paths if path not in (chosen["train"][0], chosen["val"][0])]
+    _note("instances files of another part, left out", unused, faults)
     return dict(zip(chosen, _read([path for files in chosen.values() for path in files], root, faults), strict=True))
+
+
+def _folder_of(path: Path) -> Path:
+    """The folder of an export of which an instances file is given alone: images may lie beside its folder, `annotations`."""
+    beside = path.parent.name.lower() in ROLES and not files_below(path.parent, IMAGE_SUFFIXES)
+    return path.parent.parent if beside else path.parent
 
 
 def _read(paths: Sequence[Path], root: Path, faults: Faults) -> list[Part]:
@@ -81,15 +89,15 @@ def _instances(source: Path) -> list[Path]:
 
 def _by_kind(folder: Path) -> tuple[list[Path], list[Path]]:
     """JSON files that may hold instances, and those of COCO's other kinds. The latter are not read: they can be gigabytes."""
-    files = files_below(folder, [".json"])
-    others = [path for path in files if _OTHER_KINDS & set(_words(path))]
-    rest = [path for path in files if path not in others]
-    return (rest, others) if rest else (others, [])
+    kinds: dict[bool, list[Path]] = {True: [], False: []}
+    for path in files_below(folder, [".json"]):
+        kinds[_OTHER_KINDS.isdisjoint(_words(path))].append(path)
+    return (kinds[True], kinds[False]) if kinds[True] else (kinds[False], [])
 
 
-def _note_others(source: Path, paths: list[Path], faults: Faults) -> None:
-    others = _by_kind(source)[1] if source.is_dir() else []
-    faults.notes[f"annotation files without instances, left out ({', '.join(path.name for path in others)})"] += len(others)
+def _note(what: str, paths: list[Path], faults: Faults) -> None:
+    names = ", ".join(path.name for path in paths[:5]) + ", ..." * (len(paths) > 5)
+    faults.notes[f"{what} ({names})"] += len(paths)
 
 
 def _looks_like_instances(path: Path) -> bool:
@@ -135,9 +143,9 @@ def _find(content: dict[str, Any], path: Path, root: Path, faults: Faults) -> di
     In `content` names that can't be used below another folder are replaced, and images that are missing are left out.
     """
     entries = [image for image in content["images"] if isinstance(image, dict) and isinstance(image.get("file_name"), str)]
-    names = {image["file_name"]: _size(image) for image in entries}
+    names = {image["file_name"]: annotated_size(image) for image in entries}
     for folder in (path.parent, root):
-        if all(is_file_name(name) and (folder / name).is_file() for name in names):
+        if all(is_file_name(name) and os.path.isfile(folder / name) for name in names):
             return {name: folder / name for name in names}
     findings = Index.below(root).find(names, prefers=_preference(path, root))
     files = faults.located(findings, str(path))
@@ -146,11 +154,6 @@ def _find(content: dict[str, Any], path: Path, root: Path, faults: Faults) -> di
     for image in entries:
         image["file_name"] = written.get(image["file_name"], image["file_name"])
     return {written[name]: file for name, file in files.items()}
-
-
-def _size(image: dict[str, Any]) -> Size:
-    width, height = image.get("width"), image.get("height")
-    return (width, height) if isinstance(width, int | float) and isinstance(height, int | float) else UNKNOWN_SIZE
 
 
 def _preference(path: Path, root: Path) -> Callable[[Path], int]:

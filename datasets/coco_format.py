@@ -48,6 +48,19 @@ def read_annotations(path: Path) -> COCO:
     return coco
 
 
+def read_images_and_categories(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Those of an instances file, whether or not it has annotations (COCO's image_info_test-dev2017.json has none).
+
+    Raises:
+        UserError: as `read_annotations`.
+    """
+    content = read_json(path, without=("annotations",))
+    if isinstance(content, dict):
+        content["annotations"] = []
+    check_instances(content, path)
+    return content["images"], content["categories"]
+
+
 def read_json(path: Path, without: Collection[str] = ()) -> Any:
     """The content of an annotation file; of its objects not the keys `without`, which then never fill the memory.
 
@@ -281,7 +294,8 @@ _ID = _Field("id", is_id, "a whole number, of 64 bits")
 _FIELDS = {
     "images": (
         _ID,
-        _Field("file_name", is_file_name, f"the path of a file below the image folder, of at most {_LONGEST_NAME} characters"),
+        _Field("file_name", is_file_name, "the path of a file below the image folder, of at most "
+               f"{_LONGEST_NAME} characters (tools/convert_dataset.py finds files of other names)"),
         _Field("height", _is_side, "a whole number of pixels above 0"),
         _Field("width", _is_side, "a whole number of pixels above 0"),
     ),

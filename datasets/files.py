@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from tqdm import tqdm
@@ -27,10 +27,14 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".we
 # how a file was found by less than its exact name, as the user is told
 SPELLING = "images found by another spelling of their names (letter case, Unicode form, slashes, URL)"
 END = "images found by the end of their paths"
-BARE = "images found by their bare names and sizes"
+BARE = "images found by their bare names"
+
+# folders and files that systems leave behind: hidden ones, macOS' shadows, thumbnails of network drives, what was lost
+_LEFT_BEHIND = (".", "__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN")
 
 Key = tuple[str, ...]
 Size = tuple[float, float]
+Identity = tuple[int, int]
 # of an image whose annotation has no usable size: no picture has it
 UNKNOWN_SIZE: Size = (0, 0)
 # Label Studio puts eight digits before the names of uploaded files
@@ -43,7 +47,7 @@ _UPLOAD = re.compile(r"[0-9a-f]{8}-(?=.)")
 def files_below(root: Path, suffixes: Container[str]) -> list[Path]:
     """The files with one of these endings (lower case), in order; linked folders are followed, but not in circles.
 
-    What file managers leave behind is passed over: hidden files, and macOS' shadows of files.
+    What systems leave behind is passed over, hidden files for example.
 
     Raises:
         UserError: a folder can't be searched.
@@ -51,24 +55,30 @@ def files_below(root: Path, suffixes: Container[str]) -> list[Path]:
     return sorted(path for path in _walk(root, (), set(), False) if path.suffix.lower() in suffixes)
 
 
-def _walk(folder: Path, above: tuple[tuple[int, int], ...], seen: set[tuple[int, int]], linked: bool) -> Iterator[Path]:
-    """linked: `folder` lies behind a link; then a second link is followed to new folders only, or the paths could multiply."""
+def _walk(folder: Path, above: tuple[Identity, ...], seen: set[Identity], linked: bool) -> Iterator[Path]:
+    """linked: `folder` is behind a link. Further links are then followed to new folders only, or the paths could multiply."""
     try:
-        status = folder.stat()
+        here = _identity(folder)
         entries = list(os.scandir(folder))
     except OSError as error:
         raise UserError(f"{folder} can't be searched ({error.strerror}); make it readable") from None
-    here = (status.st_dev, status.st_ino)
-    if here in above or (linked and here in seen and folder.is_symlink()):
+    if here in above:
         return
     seen.add(here)
     for entry in entries:
-        if entry.name.startswith((".", "__MACOSX")):
+        if entry.name.startswith(_LEFT_BEHIND):
             continue
-        if entry.is_dir():
-            yield from _walk(Path(entry.path), (*above, here), seen, linked or entry.is_symlink())
-        elif entry.is_file():
+        is_link = entry.is_symlink()
+        if os.path.isdir(entry.path) if is_link else entry.is_dir():
+            if not (is_link and linked and _identity(Path(entry.path)) in seen):
+                yield from _walk(Path(entry.path), (*above, here), seen, linked or is_link)
+        elif os.path.isfile(entry.path) if is_link else entry.is_file():
             yield Path(entry.path)
+
+
+def _identity(folder: Path) -> Identity:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
 # ---- names
@@ -90,7 +100,7 @@ def _without_host(name: str) -> str:
     if not is_url and "?d=" not in name:
         return name
     try:
-        url = urlsplit(name)
+        url = urlsplit(name, allow_fragments=False)  # a # is one of the name
     except ValueError:
         return name
     return parse_qs(url.query).get("d", [url.path])[0]
@@ -106,7 +116,8 @@ def folded_key(parts: Iterable[str]) -> Key:
     return tuple(map(folded, parts))
 
 
-def _parts(name: str) -> Key:
+def parts_of(name: str) -> Key:
+    """The parts of `portable(name)`."""
     return PurePath(portable(name)).parts
 
 
@@ -130,6 +141,41 @@ def _has_size(path: Path, size: Size) -> bool | None:
     return size in (header.size, shown_size(header))
 
 
+class Places:
+    """Files and folders by their paths below a root; letter case and Unicode form may differ."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._listings: dict[Path, dict[str, list[str]]] = {}
+
+    def at(self, parts: Iterable[str]) -> Path | None:
+        """What is there; None if nothing is, or if several names differ in their spelling alone."""
+        place = self.root
+        for part in parts:
+            name = part
+            if not os.path.exists(place / part):
+                names = self._listing(place).get(folded(part), [])
+                if len(names) != 1:
+                    return None
+                name = names[0]
+            place /= name
+        return place
+
+    def _listing(self, folder: Path) -> dict[str, list[str]]:
+        if folder not in self._listings:
+            self._listings[folder] = defaultdict(list)
+            for name in _names_in(folder):
+                self._listings[folder][folded(name)].append(name)
+        return self._listings[folder]
+
+
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:  # it is no folder, or can't be listed
+        return []
+
+
 # ---- finding
 
 
@@ -150,6 +196,49 @@ class Findings:
     def notes(self) -> Counter[str]:
         """How many files were found by less than their exact names, by how."""
         return Counter(found.how for found in self.found.values() if found.how)
+
+
+def annotated_size(image: Mapping[str, Any]) -> Size:
+    """(width, height) of an entry of COCO's images."""
+    width, height = image.get("width"), image.get("height")
+    return (width, height) if isinstance(width, int | float) and isinstance(height, int | float) else UNKNOWN_SIZE
+
+
+def respell(images: Iterable[dict[str, Any]], folder: Path) -> Counter[str]:
+    """Give entries of COCO's images whose `file_name` is not that of a file below `folder` the name of the file that is meant.
+
+    Here the folder is known: a name may be spelled otherwise or begin above the folder, but a file in another folder below it is
+    another image's. Returns how many have got a name, by how it was found. Names of files that are missing stay.
+    """
+    if not folder.is_dir():
+        return Counter()
+    names = {image["file_name"]: image for image in images}
+    absent = _absent(folder, names)
+    if not absent:
+        return Counter()
+    there = (folder / name for name in names if name not in absent)
+    findings = Index.below(folder).find({name: annotated_size(names[name]) for name in absent}, taken=there)
+    notes: Counter[str] = Counter()
+    for name, found in findings.found.items():
+        relative = found.path.relative_to(folder)
+        if folded_key(relative.parts) == folded_key(parts_of(name))[-len(relative.parts) :]:
+            names[name]["file_name"] = relative.as_posix()
+            notes[found.how or END] += 1
+    return notes
+
+
+def _absent(folder: Path, names: Iterable[str]) -> set[str]:
+    """Names that are not there. Listing the folders takes a hundredth of the time of asking for each file."""
+    listings: dict[str, set[str]] = {}
+    absent = set()
+    for name in names:
+        place, bare = os.path.split(name)
+        if place not in listings:
+            listings[place] = set(_names_in(folder / place)) if is_within(folder / place, folder) else set()
+        # where upper and lower case are one, a name that is not listed may yet be there
+        if bare not in listings[place] and not (is_within(folder / name, folder) and os.path.exists(folder / name)):
+            absent.add(name)
+    return absent
 
 
 class _Option(NamedTuple):
@@ -182,7 +271,7 @@ class Index:
     @classmethod
     def below(cls, root: Path, suffixes: Container[str] = IMAGE_SUFFIXES) -> Index:
         """All files below a folder. Names may begin with the folder's own name, or with its whole path."""
-        files = [(_parts(path.relative_to(root).as_posix()), path) for path in files_below(root, suffixes)]
+        files = [(parts_of(path.relative_to(root).as_posix()), path) for path in files_below(root, suffixes)]
         return cls(files, root, Path(os.path.abspath(root)).parts[1:])
 
     def find(
@@ -198,19 +287,22 @@ class Index:
             taken: files that have a name already.
             prefers: 1 for files that are likely, 0 for others, -1 for those that are not used where a likely one is.
         """
-        options = _without_unlikely({name: self._options(name) for name in names}, prefers)
+        options = _without_unlikely({name: _distinct(self._options(name)) for name in names}, prefers)
         sizes = tqdm(names.items(), desc="looking for images", unit="image", disable=None)
         complete = {name: _complete(options[name], size) for name, size in sizes}
         home = _home(complete, prefers)
-        chosen: dict[str, Found | str] = {}
-        for name, size in names.items():
-            at_home = _at_home([option for option in complete[name] if option.base == home])
-            chosen[name] = at_home or self._elsewhere(options[name], size)
+        chosen: dict[str, Found | str | None] = {
+            name: _at_home([option for option in found if option.base == home]) for name, found in complete.items()
+        }
+        if None in chosen.values():
+            doubtful = _doubtful(options.values())
+            for name in [name for name, found in chosen.items() if found is None]:
+                chosen[name] = self._elsewhere(options[name], names[name], doubtful)
         return _each_once(chosen, taken)
 
     def _options(self, name: str) -> list[_Option]:
         """The files whose path's end has most in common with the name."""
-        parts = _parts(name)
+        parts = parts_of(name)
         wanted, is_plain = folded_key(parts), portable(name) == name
         for start in range(len(wanted)):
             end = wanted[start:]
@@ -239,16 +331,26 @@ class Index:
         bare = _UPLOAD.sub("", wanted[-1]) if wanted else ""
         return [_Option(path, 1, False, None) for _, path in self._by_end.get((bare,), [])]
 
-    def _elsewhere(self, options: list[_Option], size: Size | None) -> Found | str:
+    def _elsewhere(self, options: list[_Option], size: Size | None, doubtful: Container[str]) -> Found | str:
         """The one file with the longest end in common, or why it is not taken."""
-        files = list({os.path.realpath(option.path): option.path for option in options}.values())
-        if not files:
+        if not options:
             return f"below {self._place} it is not there"
-        if len(files) > 1:
-            return f"there are {len(files)} of that name in several folders, {files[0]} and {files[1]} first"
-        if size is not None and not _has_size(files[0], size):
-            return f"{files[0]}, the only one of that name, is not a picture of the annotated size"
-        return Found(files[0], END if options[0].length > 1 else BARE)
+        path = options[0].path
+        if len(options) > 1:
+            return f"there are {len(options)} of that name in several folders, {path} and {options[1].path} first"
+        if _folder(path) in doubtful:
+            return f"{path} may be a mask or a copy of it: its folder has the names of images that lie elsewhere"
+        if size is not None and not _has_size(path, size):
+            return f"{path}, the only one of that name, is not a picture of the annotated size"
+        return Found(path, END if options[0].length > 1 else BARE)
+
+
+def _distinct(options: list[_Option]) -> list[_Option]:
+    """Of paths that lead to the same file, through links, one."""
+    files: dict[str, _Option] = {}
+    for option in sorted(options, key=lambda option: not option.exact):
+        files.setdefault(os.path.realpath(option.path), option)
+    return list(files.values())
 
 
 def _complete(options: list[_Option], size: Size | None) -> list[_Option]:
@@ -279,6 +381,21 @@ def _home(fitting: Mapping[str, list[_Option]], prefers: Callable[[Path], int]) 
     if not rank or (len(rank) == 2 and rank[0] == rank[1]):
         return None
     return ranked[0]
+
+
+def _doubtful(options: Iterable[list[_Option]]) -> set[str]:
+    """Folders most of whose files have the names of files in other folders, as masks, thumbnails and copies have."""
+    total: Counter[str] = Counter()
+    shared: Counter[str] = Counter()
+    for found in options:
+        folders = {_folder(option.path) for option in found}
+        total.update(folders)
+        shared.update(folders if len(folders) > 1 else ())
+    return {folder for folder, count in total.items() if 2 * shared[folder] > count}
+
+
+def _folder(path: Path) -> str:
+    return os.path.dirname(os.path.realpath(path))
 
 
 def _at_home(options: list[_Option]) -> Found | None:

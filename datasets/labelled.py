@@ -18,14 +18,14 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from datasets.coco_format import is_file_name
+from datasets.coco_format import is_file_name, shown
 from datasets.files import Findings, Key, files_below
 from util.config import DataConfig
 from util.errors import UserError
 from util.images import BadImageError, Header, read_header
 
 # folders that tell images from labels, and parts from each other; an image and its labels have the other names in common
-_ROLES = {"jpegimages", "images", "imgs", "annotations", "labels", "xmls"}
+ROLES = {"jpegimages", "images", "imgs", "annotations", "labels", "xmls"}
 PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 # share of the images for validation where nobody says
 VAL_FRACTION = 0.2
@@ -127,7 +127,7 @@ class Faults:
         """The files that were found, by name; what was found by less than the exact name is noted, what is missing is added."""
         self.notes.update(findings.notes())
         for name, reason in findings.missing.items():
-            self.add(f"{where} names the image {name}, and {reason}", "missing_image")
+            self.add(f"{where} names the image {shown(name)}, and {reason}", "missing_image")
         return {name: found.path for name, found in findings.found.items()}
 
     def header(self, path: Path) -> Header | None:
@@ -158,22 +158,32 @@ def _stored_point(orientation: int, u: float, v: float, width: float, height: fl
 
 def key_of(path: PurePath) -> Key:
     """What an image and its labels have in common: images/train/7.jpg and labels/train/7.txt have ("train", "7")."""
-    return (*(name for name in path.parts[:-1] if name.lower() not in _ROLES), path.stem)
+    return (*(name for name in path.parts[:-1] if name.lower() not in ROLES), path.stem)
 
 
 def files_by_key(
     root: Path, suffixes: Container[str], faults: Faults, wanted: Container[Key] | None = None
 ) -> dict[Key, Path]:
-    """The files below `root` with one of these endings, in order; of these keys only, if they are given."""
-    found: dict[Key, Path] = {}
+    """The files below `root` with one of these endings, in order; of these keys only, if they are given.
+
+    Two files of one key are left out, unless a link makes two of one.
+    """
+    found: dict[Key, list[Path]] = {}
     for path in files_below(root, suffixes):
         key = key_of(path.relative_to(root))
-        if wanted is not None and key not in wanted:
-            continue
-        if key in found:
-            faults.add(f"{path} and {found[key]} can't be told apart: labels belong to images of the same name")
-        found.setdefault(key, path)
-    return found
+        if wanted is None or key in wanted:
+            found.setdefault(key, []).append(path)
+    for key, (first, *others) in list(found.items()):
+        for other in others:
+            if not first.samefile(other):
+                found.pop(key, None)
+                faults.add(f"{other} and {first} can't be told apart: labels belong to images of the same name")
+    return {key: paths[0] for key, paths in found.items()}
+
+
+def part_of(key: Key) -> str:
+    """The part that a folder is named after; "": none is."""
+    return next((PARTS[folder.lower()] for folder in key[:-1] if folder.lower() in PARTS), "")
 
 
 def parts_by_folder(keys: Iterable[Key]) -> dict[str, list[Key]]:
@@ -181,8 +191,7 @@ def parts_by_folder(keys: Iterable[Key]) -> dict[str, list[Key]]:
     keys = list(keys)
     parts: dict[str, list[Key]] = {}
     for key in keys:
-        name = next((PARTS[folder.lower()] for folder in key[:-1] if folder.lower() in PARTS), "")
-        parts.setdefault(name, []).append(key)
+        parts.setdefault(part_of(key), []).append(key)
     if "train" in parts and ("val" in parts or "test" in parts) and "" not in parts:
         return {"train": parts["train"], "val": parts.get("val") or parts["test"]}
     return {"train": keys}

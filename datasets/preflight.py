@@ -24,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from datasets.coco_format import Fault, format_faults, read_json, shown
+from datasets.files import respell
 from util.class_map import ClassMap
 from util.config import TransformerConfig
 from util.errors import UserError
@@ -329,6 +330,8 @@ def check_files(parts: Sequence[Part], *, whole: bool, megapixels: float, worker
     owners: list[tuple[Part, dict[str, Any]]] = []
     for part in parts:
         if part.folder.is_dir():
+            for how, count in respell(part.images, part.folder).items():
+                part.add("other_name", f"{part.annotations}: {how}: {count}", is_fault=False)
             owners += [(part, image) for image in part.images]
         else:
             message = f"{part.folder} does not exist; it must be the folder of the {part.split} images"

@@ -1,24 +1,26 @@
-"""The detector and its losses."""
+"""The detector and its losses.
+
+    build_model(config)          model, criterion and postprocessors of a Config
+    load_model(checkpoint)       the same of a checkpoint, and its Config
+    load_detector(checkpoint)    a checkpoint as a function of images
+"""
 
 from __future__ import annotations
 
-import os
+import importlib
 from typing import Any
 
+_HOMES = {"build_model": "models.build", "load_model": "models.build", "load_detector": "models.detector"}
 
-def build_model(config: Any):
-    """(model, criterion, {"bbox": postprocessor}) of a Config; see models.build.build_model."""
-    # imported here so that models.ops can be used with torch alone
-    from models.build import build_model as build
-
-    return build(config)
+__all__ = ["build_model", "load_detector", "load_model"]
 
 
-def load_detector(checkpoint: str | os.PathLike, **options: Any):
-    """The detector of a checkpoint, to be called with images; see models.detector.load_detector for the options."""
-    from models.detector import load_detector as load
+def __getattr__(name: str) -> Any:
+    """Load a function's module when it is asked for, so that models.ops can be used with torch alone."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
 
-    return load(checkpoint, **options)
 
-
-__all__ = ["build_model", "load_detector"]
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

@@ -69,7 +69,10 @@ class Backbone(nn.Module):
     Args:
         body: the network.
         train_layers: whether layer2 to layer4 train.
-        freeze_stem: whether conv1 and layer1 stay as they are, as published (a random stem must learn).
+        freeze_stem: whether all but layer2 to layer4 (conv1, layer1) stays as it is, as published (a random stem must learn).
+
+    Raises:
+        ValueError: it should train, and the body has no parameters of these names, so that all of it would be frozen.
     """
 
     def __init__(self, body: ResNetBody, train_layers: bool, freeze_stem: bool) -> None:
@@ -79,6 +82,11 @@ class Backbone(nn.Module):
         for name, parameter in body.named_parameters():
             in_stem = not name.startswith(("layer2", "layer3", "layer4"))
             parameter.requires_grad_(train_layers and not (in_stem and freeze_stem))
+        if train_layers and not any(parameter.requires_grad for parameter in body.parameters()):
+            raise ValueError(
+                f"{type(body).__name__} has no parameter whose name begins with layer2, layer3 or layer4, which are those that "
+                "train: all would be frozen. Name its stages so, or give freeze_stem=False"
+            )
 
     def forward(self, images: NestedTensor) -> list[NestedTensor]:
         """B images -> per level a [B, C_l, H / s_l, W / s_l] map with its mask."""

@@ -1,6 +1,10 @@
-"""The only place that maps a Config to modules."""
+"""The only place that maps a Config, or a checkpoint, to modules."""
 
 from __future__ import annotations
+
+import logging
+import os
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -13,19 +17,91 @@ from models.heads import build_heads
 from models.matcher import HungarianMatcher
 from models.position_encoding import PositionEmbeddingLearned, PositionEmbeddingSine
 from models.postprocess import PostProcess
-from util.config import LEARNED_POSITIONS, BackboneConfig, Config
+from util.architecture import Purpose, adopt, as_given
+from util.checkpoint import load_state
+from util.class_map import AUTO, ClassMap, classes_of, unnamed_classes
+from util.config import LEARNED_POSITIONS, BackboneConfig, Config, all_flags, with_classes
+from util.errors import UserError
+from util.finetune import fine_tune
+from util.trained import choose_weights, read_trained
+
+log = logging.getLogger(__name__)
 
 
-def build_model(config: Config) -> tuple[DeformableDETR, SetCriterion, dict[str, PostProcess]]:
-    """The detector, its losses, and {"bbox": postprocessor}.
+class LoadedModel(NamedTuple):
+    """What `load_model` gives. postprocessors: {"bbox": PostProcess}; config.classes: ids and names of the labels."""
+
+    model: DeformableDETR
+    criterion: SetCriterion
+    postprocessors: dict[str, PostProcess]
+    config: Config
+
+
+def load_model(
+    checkpoint: str | os.PathLike, *, classes: ClassMap | None = None, weights: str = "auto", **flags: Any
+) -> LoadedModel:
+    """The detector of a checkpoint with all that training and evaluation need: model, criterion, postprocessors, config.
+
+        model, criterion, postprocessors, config = load_model("checkpoint.pth")
+        dataset = build_dataset("val", config)
+
+    The model is on the CPU, in training mode, and has BatchFormerV2 if it was trained with it. The config is that of the training
+    as far as the file says it, and the published defaults else; data sets that it makes are labelled by its classes.
+
+    Args:
+        checkpoint: as for `load_detector`: ours, published, Hugging Face's; a path or an https address.
+        classes: those of other data (`build_dataset(...).classes`), to train on: rows of the class heads are copied by name, the
+            others start anew, as with --finetune.
+        weights: "ema" the averaged weights (--ema_decay), "model" the others, "auto" the averaged where the
+            file has them, unless their last evaluation was worse.
+        flags: flags of main.py, but for those of the group `run`, that go before what the file says: coco_path, eval_size, lr, bf
+            and so on. Tuples or lists for those with several values.
 
     Raises:
-        UserError: the backbone's weights can't be had or don't fit.
+        UserError (a ValueError): the file can't be read, holds no detector, or is of another one than `flags` say; a flag is
+            unknown or can't be.
     """
+    source, flag = os.fspath(checkpoint), "checkpoint"
+    known = {item.name for group, item in all_flags() if group.name not in ("run", "segmentation")} - {"num_classes"}
+    if unknown := sorted(flags.keys() - known):
+        raise UserError(f"{unknown[0]} is no flag that load_model takes; see python main.py --help, and `classes` for classes")
+    given = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in flags.items()}
+    content = read_trained(source, flag)
+    state, _ = choose_weights(content, source, flag, weights)
+    content = {**content, "model": state}
+    config = adopt(as_given(given, finetune=source), content, source, flag, Purpose.BUILD, without_heads=classes is not None)
+    config = with_classes(config, classes or classes_of(content, source) or unnamed_classes(state))
+    model, criterion, postprocessors = build_model(config)
+    if classes:
+        log.info("%s", fine_tune(model, config, classes, content, source, flag, weights))
+    else:
+        report = load_state(model, content, source, flag)
+        report.require_same_architecture()
+        log.info("%s", report)
+    return LoadedModel(model, criterion, postprocessors, config)
+
+
+def build_model(
+    config: Config, classes: ClassMap | None = None
+) -> tuple[DeformableDETR, SetCriterion, dict[str, PostProcess]]:
+    """The detector, its losses, and {"bbox": postprocessor}.
+
+    Args:
+        classes: those of the data (`build_dataset(...).classes`), in place of --num_classes auto.
+
+    Raises:
+        UserError: nobody says how many classes there are; the backbone's weights can't be had or don't fit.
+    """
+    config = with_classes(config, classes) if classes else config
+    if config.data.num_classes == AUTO:
+        raise UserError(
+            "--num_classes auto: the data decides how many classes there are; give them, as in "
+            "build_model(config, build_dataset('train', config).classes), or give --num_classes a number"
+        )
     transformer = config.transformer
     class_heads, box_heads = build_heads(
         transformer.hidden_dim,
-        config.data.num_logits,
+        int(config.data.num_classes),
         transformer.dec_layers,
         transformer.with_box_refine,
         transformer.two_stage,

@@ -20,7 +20,7 @@ from models.deformable_detr import DeformableDETR
 from models.postprocess import PostProcess
 from util.architecture import config_of
 from util.checkpoint import load_state
-from util.class_map import ClassMap, classes_of
+from util.class_map import ClassMap, classes_of, unnamed_classes
 from util.config import WEIGHTS, Config, DataConfig
 from util.distributed import choose_device
 from util.errors import UserError
@@ -186,11 +186,11 @@ def load_detector(
         weights: "ema" the averaged weights (--ema_decay), "model" the others, "auto" the averaged where the
             file has them, unless their last evaluation was worse.
         batchformer: with the modules of BatchFormerV2, which act in training alone: models.inspection.as_in_training.
-        architecture: flags of main.py that go before what the checkpoint says (util/architecture.py tells what it can't say);
-            eval_size and max_size, the sides that images are resized to.
+        architecture: flags of main.py for what the checkpoint does not say, such as nheads (util/architecture.py); and eval_size
+            and max_size, the sides that images are resized to, which go before what it says.
 
     Raises:
-        UserError (a ValueError): the file can't be read, holds no detector, or does not fit `architecture`; an option can't be.
+        UserError (a ValueError): the file can't be read, holds no detector, or contradicts `architecture`; an option can't be.
     """
     source = os.fspath(checkpoint)
     if weights not in WEIGHTS:
@@ -201,10 +201,10 @@ def load_detector(
     content = read_trained(source, "--resume")
     chosen, _ = choose_weights(content, source, "--resume", weights)
     config = config_of({**content, "model": chosen}, source, batchformer=batchformer, **architecture)
-    model, _, _ = build_model(config)
+    classes = classes_of(content, source) or unnamed_classes(chosen)
+    model, _, _ = build_model(config, classes)
     load_state(model, {"model": chosen}, source).require_same_architecture()
     check_precision(model.to(where), amp)
-    classes = classes_of(content, source) or ClassMap(config.data.num_logits, ())
     return Detector(
         model, config, classes, amp=amp, batch_size=batch_size, score_threshold=score_threshold,
         max_image_megapixels=max_image_megapixels,

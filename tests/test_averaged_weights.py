@@ -49,10 +49,13 @@ def test_averages_are_evaluated_and_saved_beside_the_weights(tmp_path):
     checkpoint = read_checkpoint(out / "checkpoint.pth")
     assert checkpoint["ema"]["updates"] == 4
     assert checkpoint["ema"]["model"].keys() == checkpoint["model"].keys()
+    while_training = [(out / f"predictions{suffix}.json").read_bytes() for suffix in ("", "_ema")]
     evaluated = run_main_forked(*flags, "--eval", "--resume", str(out / "checkpoint.pth"))
     assert evaluated.returncode == 0, evaluated.stderr
     assert evaluated.stdout.count("AP50") == 2
     assert "averaged weights: " in evaluated.stdout
-    found = [json.loads((out / f"predictions{suffix}.json").read_text()) for suffix in ("", "_ema")]
+    found = [json.loads((out / "evaluation-1" / f"predictions{suffix}.json").read_text()) for suffix in ("", "_ema")]
+    assert found == [json.loads(content) for content in while_training], "the same weights"
+    assert while_training == [(out / f"predictions{suffix}.json").read_bytes() for suffix in ("", "_ema")]
     assert len(found[0]) == len(found[1])
     assert found[0] != found[1]

@@ -172,7 +172,7 @@ def checkpoint_of_other_classes(s):
 
 def checkpoint_two_stage(s):
     path = s.weights("two.pth", "--with_box_refine", "--two_stage")
-    return ["--resume", str(path), "--with_box_refine"], ["two.pth", "--two_stage"]
+    return ["--resume", str(path), "--num_queries", "13", "--dec_layers", "3"], ["two.pth", "give --dec_layers 2"]
 
 
 def checkpoint_of_other_norm(s):
@@ -180,7 +180,7 @@ def checkpoint_of_other_norm(s):
 
 
 def checkpoint_is_no_detector(s):
-    return ["--resume", str(s.checkpoint)], [CHECKPOINT, "another architecture"]
+    return ["--resume", str(s.checkpoint)], [CHECKPOINT, "holds no Deformable DETR"]
 
 
 def backbone_file_missing(s):

@@ -355,7 +355,7 @@ def test_key_points_behind_a_box_are_passed_over(tmp_path):
         ("train: [", "is not YAML"), ("- a", "must have train, val and names"), ("train: images/train\n", "'names' must be"),
         ("train: images/train\nnames: {0: a, 2: b}", "without gaps"), ("train: images/train\nnames: [a, a]", "two classes 'a'"),
         ("names: [a]", "no 'train'"), ("train: nowhere\nnames: [a]", "names nowhere, which is missing"),
-        ("train: 3\nnames: [a]", "must be a path"), ("train: !!python/object/apply:os.system [x]\nnames: [a]", "is not YAML"),
+        ("train: {a: b}\nnames: [a]", "be a path"), ("train: !!python/object/apply:os.system [x]\nnames: [a]", "is not YAML"),
         ("train: images/val\nval: images/train/sub\nnames: [a, b, c]", "no image of the val part has labels"),
     ],
 )  # fmt: skip

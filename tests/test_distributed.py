@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 
 import pytest
 import torch
@@ -155,9 +154,7 @@ def test_an_error_in_one_process_ends_all(tmp_path):
     write_coco(tmp_path / "data", num_train=6, num_val=2)
     image = sorted((tmp_path / "data/train2017").iterdir())[3]
     image.write_bytes(image.read_bytes()[:100])
-    start = time.monotonic()
     result = run_main(*flags_for(tmp_path / "data"), "--epochs", "50", processes=2)
     assert result.returncode == 2
     assert image.name in result.stderr
     assert "Traceback" not in result.stderr
-    assert time.monotonic() - start < 120

@@ -14,12 +14,14 @@ from models import build_model
 from models.heads import PRIOR_PROBABILITY
 from tests.golden import recipe
 from tests.helpers import BATCHFORMER, ROOT, SMALL_IMAGES, SMALL_MODEL, run_main, write_coco
+from util.architecture import Purpose, adopt
 from util.checkpoint import read_checkpoint, write_atomically
 from util.class_map import COCO_CLASSES, Category, ClassMap
-from util.config import parse_config, with_num_classes
+from util.config import parse_config, with_classes
 from util.errors import UserError
-from util.finetune import fine_tune, matching_rows
+from util.finetune import FLAG, fine_tune, matching_rows
 from util.hugging_face import write_hugging_face
+from util.trained import read_trained
 
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -36,7 +38,7 @@ def named(*names: str) -> ClassMap:
 @functools.cache
 def trained(*flags, classes: ClassMap = PETS):
     """A detector whose every weight is known by its name; not to be changed."""
-    config = with_num_classes(parse_config([*SMALL, *flags]), classes.num_classes)
+    config = with_classes(parse_config([*SMALL, *flags]), classes)
     model = build_model(config)[0].eval()
     recipe.fill(model)
     return model, config
@@ -48,6 +50,16 @@ def entries(*flags, classes: ClassMap = PETS):
     return {"model": model.state_dict(), "args": config.flags(), "classes": classes.to_plain()}
 
 
+def fine_tuned(config, classes):
+    """As main.py does it: the detector, and what was said."""
+    source = config.run.finetune
+    checkpoint = read_trained(source, FLAG)
+    config = with_classes(adopt(config, checkpoint, source, FLAG, Purpose.FINE_TUNE, without_heads=True), classes)
+    torch.manual_seed(1)
+    model = build_model(config)[0]
+    return model, str(fine_tune(model, config, classes, checkpoint, source))
+
+
 @pytest.fixture
 def tune(tmp_path):
     """Writes a checkpoint and fine-tunes a new detector from it: gives its weights, and what was said."""
@@ -56,10 +68,7 @@ def tune(tmp_path):
         path = str(tmp_path / "a.pth")
         if checkpoint is not None:
             write_atomically(checkpoint, tmp_path / "a.pth")
-        config = with_num_classes(parse_config([*SMALL, "--finetune", path, *flags]), classes.num_classes)
-        torch.manual_seed(1)
-        model = build_model(config)[0]
-        told = str(fine_tune(model, config, classes))
+        model, told = fine_tuned(parse_config([*SMALL, "--finetune", path, *flags]), classes)
         return model.state_dict(), told
 
     return run
@@ -198,27 +207,28 @@ def test_batchformer_is_added_to_a_plain_detector_and_left_away_from_another(tun
 @pytest.mark.parametrize(
     ("checkpoint", "run", "told"),
     [
-        (REFINED, (), "give --with_box_refine"),
         ((), REFINED, "leave out --with_box_refine"),
-        ((*TWO_STAGE, "--num_queries", "9"), (), "give --with_box_refine --two_stage"),
+        (("--num_feature_levels", "3"), TWO_STAGE, "leave out --with_box_refine --two_stage"),
+        (REFINED, ("--two_stage",), "leave out --two_stage"),
         (("--num_queries", "9"), (), "give --num_queries 9"),
         (("--nheads", "8", "--enc_n_points", "2", "--dec_n_points", "2"), (), "--nheads 8"),  # of the same shapes
-        (("--backbone", "resnet50", "--dilation"), ("--backbone", "resnet50"), "give --dilation"),
-        (("--position_embedding_scale", "3"), (), "--position_embedding_scale 3"),
-        (("--num_feature_levels", "3", "--enc_layers", "1"), (), "give --num_feature_levels 3 --enc_layers 1"),
-        (("--dec_n_points", "2", "--dim_feedforward", "96"), (), "give --dim_feedforward 96 --dec_n_points 2"),
-        ((), ("--backbone_norm", "bn", "--backbone_weights", "imagenet"), "give --backbone_norm gn --backbone_weights none"),
+        (("--position_embedding_scale", "3"), ("--position_embedding_scale", "4"), "give --position_embedding_scale 3"),
+        (("--num_feature_levels", "3", "--enc_layers", "1"), ("--num_feature_levels", "1"),
+         "give --num_feature_levels 3 --enc_layers 1"),
+        (("--dec_n_points", "2", "--dim_feedforward", "96"), ("--dec_n_points", "1"), "give --dim_feedforward 96 --dec_n_points 2"),
+        ((), ("--backbone_norm", "bn", "--backbone_weights", "imagenet"), "give --backbone_norm gn"),
+        ((), (*REFINED, "--dec_layers", "3"), "give --dec_layers 2 and leave out --with_box_refine"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )  # fmt: skip
 def test_another_architecture_is_told_with_the_flags_to_give(tmp_path, checkpoint, run, told):
     told_by_weights = not any(flag in checkpoint for flag in ("--nheads", "--dilation", "--position_embedding_scale"))
     content = entries(*checkpoint)
-    config = with_num_classes(parse_config([*SMALL, "--finetune", str(tmp_path / "a.pth"), *run]), 3)
+    config = parse_config([*SMALL, "--finetune", str(tmp_path / "a.pth"), *run])
     for entry in (content, *([{"model": content["model"]}] if told_by_weights else [])):
         write_atomically(entry, tmp_path / "a.pth")
         with pytest.raises(UserError) as error:
-            fine_tune(trained()[0], config, PETS)
+            fine_tuned(config, PETS)
         assert told in str(error.value)
         assert str(error.value).startswith(f"--finetune {tmp_path / 'a.pth'} is of another detector: ")
         assert "\n" not in str(error.value)
@@ -287,7 +297,7 @@ def test_mistakes_end_the_program_in_one_line(tmp_path):
     write_coco(tmp_path / "data", num_train=2)
     write_atomically(entries(*REFINED), tmp_path / "a.pth")
     result = run_main(
-        "--coco_path", str(tmp_path / "data"), *SMALL_IMAGES, *SMALL, "--finetune", str(tmp_path / "a.pth")
+        "--coco_path", str(tmp_path / "data"), *SMALL_IMAGES, *SMALL, "--finetune", str(tmp_path / "a.pth"), "--two_stage"
     )  # fmt: skip
     assert result.returncode == 2
-    assert result.stderr == f"error: --finetune {tmp_path / 'a.pth'} is of another detector: give --with_box_refine\n"
+    assert result.stderr == f"error: --finetune {tmp_path / 'a.pth'} is of another detector: leave out --two_stage\n"

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from pycocotools.coco import COCO
 
+from datasets.files import SPELLING
 from models import build_model, load_detector
 from tests.helpers import ROOT, SMALL_IMAGES, SMALL_MODEL
 from tests.processes import run_main_forked
@@ -219,6 +220,17 @@ def test_annotations_give_the_ids_and_the_figures_are_those_of_evaluation(run, c
         assert row["bbox"] == pytest.approx(other["bbox"], abs=1e-3)
 
 
+def test_annotated_names_may_be_those_of_another_system(run, capsys):
+    Path("photos/Über").mkdir(parents=True)
+    for name in ("Über/a 1.jpg", "b.JPG", "c.jpg", "e.jpg"):
+        picture((80, 60)).save(f"photos/{name}")
+    written = {7: "U\u0308ber\\a%201.jpg", 3: "b.jpg", 5: "c.jpg", 9: "d.jpg", 11: "other/e.jpg"}
+    write_annotations(Path("names.json"), written, NAMES)
+    _, images = run("photos", "--annotations", "names.json", "--no_pictures")
+    assert {entry["id"]: entry["file_name"] for entry in images} == {number: written[number] for number in (7, 3, 5)}
+    assert f"{SPELLING}: 2" in capsys.readouterr().out
+
+
 def test_annotations_that_do_not_fit_are_told(run, tmp_path):
     for folder in ("l", "r"):
         Path(folder).mkdir()
@@ -288,7 +300,7 @@ def test_a_folder_that_can_not_be_searched_is_told(run, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refusing)
-    assert "in/secret can't be searched for pictures (Permission denied)" in refusal(run, "in")
+    assert "in/secret can't be searched (Permission denied)" in refusal(run, "in")
 
 
 def test_what_can_not_be_written_is_told_in_a_line(run, monkeypatch):

@@ -12,7 +12,7 @@ import threading
 import pytest
 
 from tests.faults.compare import differences
-from tests.helpers import BATCHFORMER, ROOT, SMALL_IMAGES, SMALL_MODEL, environment, write_coco
+from tests.helpers import BATCHFORMER, PATIENCE, ROOT, SMALL_IMAGES, SMALL_MODEL, environment, write_coco
 from tests.processes import run_main_forked, run_main_together, training_processes
 from util.checkpoint import read_checkpoint
 from util.errors import EXIT_PREEMPTED, Preempted
@@ -43,7 +43,7 @@ def interrupt(process: subprocess.Popen, line: str, number: int, rank: int | Non
     Gives the exit code and the output.
     """
     output = []
-    timer = threading.Timer(120, process.kill)
+    timer = threading.Timer(PATIENCE, process.kill)
     timer.start()
     for text in process.stdout:
         output.append(text)

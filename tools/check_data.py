@@ -13,7 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ EXAMPLE = "python tools/check_data.py --coco_path data/coco --report faults.json
 
 def main() -> None:
     args, config = parse_with_config(_parser(), None)
+    config = replace(config, settled=True)  # no checkpoint has a say in the data
     for name in ("workers", "show", "box_tolerance"):
         if not getattr(args, name) >= 0:
             raise UserError(f"--{name} {getattr(args, name)} must not be negative")

@@ -14,6 +14,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees only its own folder, not the project
+from datasets.files import respell
 from util.config import DataConfig, add_score_threshold_flag, make_parser
 from util.errors import UserError, run_as_command
 from util.images import decode, read_image_file
@@ -152,6 +153,7 @@ def run(args: argparse.Namespace) -> None:
     coco = read_annotations(args.annotations)
     predictions = read_predictions(args.predictions, coco)
     chosen = choose_images(coco, args.num_images, getattr(args, "image_ids", None))
+    respell([coco.imgs[image_id] for image_id in chosen], args.images)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     pairs = []
     for image_id in chosen:

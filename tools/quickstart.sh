@@ -24,9 +24,9 @@ config=(./configs/synthetic.sh --coco_path "$data" --output_dir "$run" --epochs 
 echo "== synthetic data set in $data"
 python -m datasets.synthetic --output_dir "$data" --train_images "$images" --val_images "$val_images" --num_classes 3 --max_objects 4
 echo "== training in $run"
-"${config[@]}" --resume auto
+"${config[@]}" --resume auto --save_predictions
 echo "== evaluation on held-out images"
-"${config[@]}" --resume "$run/checkpoint.pth" --eval --save_predictions
+python -u main.py --resume "$run/checkpoint.pth" --eval --coco_path "$data" --batch_size 8 --output_dir "$run/evaluation"
 echo "== pictures"
 python tools/plot_logs.py "$run" --output "$run/curve.png"
 python tools/report.py "$run" --output "$run/report.html"

@@ -27,14 +27,16 @@ import torch
 from torch import Tensor, nn
 
 from util.errors import NotSavedError, UserError
+from util.other_layouts import in_our_layout
 
 log = logging.getLogger(__name__)
 
+BATCHFORMER = "transformer.bf."  # its weights
 # published checkpoints name these tensors twice
 _ALIASES = (
     ("transformer.decoder.class_embed.", "class_embed."),
     ("transformer.decoder.bbox_embed.", "bbox_embed."),
-    ("transformer.encoder.bf.", "transformer.bf."),
+    ("transformer.encoder.bf.", BATCHFORMER),
 )
 _MEANINGLESS = ("total_params", "total_ops")  # a profiler's leftovers
 # a count of batch normalisation, which frozen statistics don't have and which changes nothing where it is lacking
@@ -47,7 +49,7 @@ _FLAGS = (
     ("reference_points", "--two_stage or --hidden_dim"),
     ("enc_output", "--two_stage"),
     ("pos_trans", "--two_stage"),
-    ("transformer.bf.", "--share_bf, --bt_num_layers, --insert_idx or --bf"),
+    (BATCHFORMER, "--share_bf, --bt_num_layers, --insert_idx or --bf"),
     ("level_embed", "--num_feature_levels or --hidden_dim"),
     ("encoder.layers.{i}.self_attn.sampling_offsets", "--enc_n_points, --num_feature_levels or --nheads"),
     ("encoder.layers.{i}.self_attn.attention_weights", "--enc_n_points, --num_feature_levels or --nheads"),
@@ -74,21 +76,29 @@ class LoadReport:
     unexpected: tuple[str, ...]
     flag: str = "--resume"
 
-    def require_same_architecture(self) -> None:
-        """Raise UserError if anything but BatchFormerV2's weights is missing or unexpected."""
-        for kind, names in (("lacks", self.missing), ("has the unknown", self.unexpected)):
-            names = [name for name in names if not name.startswith("transformer.bf.")]
+    def require_same_architecture(self, may_lack: tuple[str, ...] = (BATCHFORMER,)) -> None:
+        """Raise UserError for missing names, other than those that begin as `may_lack` says, and for unexpected ones, other than
+        BatchFormerV2's."""
+        for kind, names, fine in (("lacks", self.missing, may_lack), ("has the unknown", self.unexpected, (BATCHFORMER,))):
+            names = [name for name in names if not name.startswith(fine)]
             if names:
                 raise UserError(
                     f"{self.flag} {self.source} is of another architecture: it {kind} {names[0]}"
                     f"{f' and {len(names) - 1} more' if names[1:] else ''}; probably {_flags_for_layer(names[0])} differ"
                 )
 
+    def batchformer(self) -> list[str]:
+        """What became of BatchFormerV2's weights, where not all of them were loaded."""
+        new, unused = (sum(name.startswith(BATCHFORMER) for name in names) for names in (self.missing, self.unexpected))
+        lines = [f"BatchFormerV2: {new} tensors made anew, which the checkpoint lacks"] if new else []
+        return lines + ([f"BatchFormerV2: {unused} tensors skipped, which this run does not use"] if unused else [])
+
     def __str__(self) -> str:
         lines = [f"{self.source}: {len(self.loaded)} tensors loaded"]
-        lines += [f"missing: {', '.join(self.missing)}"] if self.missing else []
-        lines += [f"unexpected: {', '.join(self.unexpected)}"] if self.unexpected else []
-        return "; ".join(lines)
+        for kind, names in (("missing", self.missing), ("unexpected", self.unexpected)):
+            names = [name for name in names if not name.startswith(BATCHFORMER)]
+            lines += [f"{kind}: {', '.join(names)}"] if names else []
+        return "; ".join(lines + self.batchformer())
 
 
 def load_weights(model: nn.Module, path_or_url: str) -> LoadReport:
@@ -138,7 +148,6 @@ def weights_of(checkpoint: Mapping[str, Any], source: str, flag: str = "--resume
             continue
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
             raise UserError(f"{flag} {source} is no checkpoint of a detector: its entry {name!a} is no plain tensor")
-        name = name.removeprefix("module.")
         for alias, real in _ALIASES:
             if name.startswith(alias):
                 aliased[real + name.removeprefix(alias)] = tensor
@@ -149,7 +158,10 @@ def weights_of(checkpoint: Mapping[str, Any], source: str, flag: str = "--resume
 
 
 def read_checkpoint(path_or_url: str | os.PathLike, flag: str = "--resume") -> dict[str, Any]:
-    """The dict in a checkpoint file, on the CPU, nothing executed. Raises UserError, naming `flag`."""
+    """The dict in a checkpoint file, on the CPU, nothing executed; weights that other programs keep elsewhere are in `model`.
+
+    Raises UserError, naming `flag`.
+    """
     given = str(path_or_url)
     if given.endswith(".safetensors") or not is_address(given) and (Path(given) / "config.json").is_file():
         convert = f"python tools/convert_checkpoint.py {given} <file>.pth"
@@ -165,7 +177,7 @@ def read_checkpoint(path_or_url: str | os.PathLike, flag: str = "--resume") -> d
             told = ascii(name[1]).strip("'")  # whatever characters a hostile file has put there
             raise UserError(
                 f"{flag} {path} was refused: it asks to run or build {told}, and a checkpoint may hold data only; "
-                "nothing was executed"
+                "nothing was executed. If you trust it, load it where it was made and save {'model': its state_dict()}"
             ) from None
         raise unreadable(flag, path) from None
     except Exception as error:  # a damaged file can fail anywhere in the reader
@@ -173,7 +185,7 @@ def read_checkpoint(path_or_url: str | os.PathLike, flag: str = "--resume") -> d
         raise unreadable(flag, path) from None
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model", checkpoint), dict):
         raise UserError(f"{flag} {path} is no checkpoint: it must hold a dict of tensors, or one with the entry 'model'")
-    return checkpoint
+    return in_our_layout(checkpoint, str(path))
 
 
 def write_atomically(content: Any, path: Path) -> None:

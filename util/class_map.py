@@ -130,6 +130,11 @@ class ClassMap:
         return {category.label: category for category in self.categories}
 
 
+def unnamed_classes(state: Mapping[str, Any]) -> ClassMap:
+    """The classes of a detector's weights that nobody names: as many labels as it has logits."""
+    return ClassMap(len(state["class_embed.0.bias"]), ())
+
+
 def classes_of(checkpoint: Mapping[str, Any], source: str) -> ClassMap | None:
     """The classes that a checkpoint was trained on; COCO's for a published one, whose head has 91 logits; None if nobody knows.
 

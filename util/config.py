@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from util.class_map import AUTO, COCO_CLASSES
+from util.class_map import AUTO, ClassMap
 from util.errors import UserError
 
 RESNETS = (
@@ -169,11 +169,6 @@ class DataConfig:
     max_bad_images: int = flag(100, "with --on_bad_image skip: end the run when a process has met more than so many bad files")
     max_image_megapixels: float = flag(100.0, "refuse larger images before they are decoded")
 
-    @property
-    def num_logits(self) -> int:
-        """Width of the class head. For "auto" without a data set it is that of COCO."""
-        return COCO_CLASSES.num_classes if self.num_classes == AUTO else int(self.num_classes)
-
     def images_folder(self, image_set: str) -> Path:
         """Where the images of "train" or "val" are."""
         given = {"train": self.train_images, "val": self.val_images}[image_set]
@@ -214,6 +209,11 @@ class RunConfig:
     tensorboard: bool = flag(False, "write losses, rates, figures and pictures for TensorBoard to <output_dir>/tensorboard")
     log_every: int = flag(10, "steps between log lines; only then are the losses read back from the device")
 
+    @property
+    def starts_from_weights(self) -> bool:
+        """Whether a checkpoint is named, which brings the backbone's weights along."""
+        return bool(self.finetune) or self.resume not in ("", "auto")
+
 
 @dataclass(frozen=True)
 class BatchFormerConfig:
@@ -228,7 +228,13 @@ class BatchFormerConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """All flags, by concern. Valid by construction: a combination that can't work raises UserError."""
+    """All flags, by concern. Valid by construction: a combination that can't work raises UserError.
+
+    classes: the data's or a checkpoint's, where they are known; --num_classes is their number then.
+    given: flags that a command line, or a checkpoint, has given; None: all.
+    settled: False while a checkpoint is to say what the others are (util/architecture.py); until then they are not checked
+        against each other.
+    """
 
     optim: OptimConfig = field(default_factory=OptimConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -238,22 +244,49 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     run: RunConfig = field(default_factory=RunConfig)
     batchformer: BatchFormerConfig = field(default_factory=BatchFormerConfig)
+    classes: ClassMap | None = None
+    given: frozenset[str] | None = None
+    settled: bool = True
 
     def __post_init__(self) -> None:
-        for check in (_check_numbers, _check_unavailable, _check_architecture, _check_batchformer, _check_data, _check_run):
+        of_each = (_check_numbers, _check_unavailable, _check_run)
+        of_all = (_check_architecture, _check_batchformer, _check_data) if self.settled else ()
+        for check in (*of_each, *of_all):
             check(self)
+
+    def is_given(self, name: str) -> bool:
+        return self.given is None or name in self.given
 
     def flags(self) -> dict[str, Any]:
         """Flag name -> value, as plain data (lists for tuples), for logs and checkpoints."""
-        values = {f.name: getattr(getattr(self, g.name), f.name) for g, f in _all_flags()}
+        values = {f.name: getattr(getattr(self, g.name), f.name) for g, f in all_flags()}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    def with_flags(self, flags: Mapping[str, Any], **fields: Any) -> Config:
+        """The Config with other values for some flags, and for `fields` of its own; names that are no flags are passed over.
+
+        Raises UserError for values that no Config can have.
+        """
+        groups = {}
+        for group in _groups():
+            names = {f.name for f in dataclasses.fields(_config_class(group))} & flags.keys()
+            groups[group.name] = dataclasses.replace(getattr(self, group.name), **{name: _frozen(flags[name]) for name in names})
+        try:
+            return dataclasses.replace(self, **groups, **fields)
+        except TypeError as error:
+            raise UserError(f"these flags of a checkpoint can't be used: {error}") from None
+
+    def without_effect(self) -> list[str]:
+        """Flags of BatchFormerV2 that were given though it is off."""
+        names = [f.name for f in dataclasses.fields(BatchFormerConfig) if f.name != "bf"]
+        return [] if self.batchformer.bf or self.given is None else [name for name in names if name in self.given]
 
 
 def parse_config(argv: Sequence[str] | None = None) -> Config:
     """Flags (default: the command line's) to a Config. Raises UserError for what argparse or a check refuses."""
     parser = make_parser("main.py", _DESCRIPTION, _EXAMPLE)
     parser.usage = "python main.py [flags]"
-    return config_from_args(add_config_flags(parser).parse_args(argv))
+    return parse_with_config(parser, argv)[1]
 
 
 def parse_with_config(
@@ -261,11 +294,16 @@ def parse_with_config(
 ) -> tuple[argparse.Namespace, Config]:
     """For programs with flags of their own beside main's: the namespace, and the Config of main's flags in it.
 
-    `defaults` are the program's own for some of main's flags.
+    `defaults` are the program's own for some of main's flags. With --resume or --finetune the Config is not settled yet.
     """
     add_config_flags(parser).set_defaults(**defaults)
-    args = parser.parse_args(argv)
-    return args, config_from_args(args)
+    names = [item.name for _, item in all_flags()]
+    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, _NOT_GIVEN)))
+    given = frozenset(name for name in names if getattr(args, name) is not _NOT_GIVEN)
+    for name in set(names) - given:
+        setattr(args, name, parser.get_default(name))
+    settled = not (args.resume or args.finetune)
+    return args, Config().with_flags(vars(args), given=given, settled=settled)
 
 
 def make_parser(prog: str, description: str, example: str = "") -> argparse.ArgumentParser:
@@ -287,7 +325,7 @@ def add_weights_flag(parser: argparse.ArgumentParser) -> None:
 
 def add_config_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add every field of Config to `parser`, spelt with underscores and with dashes."""
-    for group in dataclasses.fields(Config):
+    for group in _groups():
         section = parser.add_argument_group(_config_class(group).__doc__)
         for item in dataclasses.fields(_config_class(group)):
             _add_flag(section, item, _types(group)[item.name])
@@ -313,24 +351,16 @@ def untold_flags(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in _UNTOLD if name in args}
 
 
-def config_from_args(args: argparse.Namespace) -> Config:
-    """The Config of a namespace made by a parser that `add_config_flags` extended."""
-    groups = {}
-    for group in dataclasses.fields(Config):
-        cls = _config_class(group)
-        groups[group.name] = cls(**{f.name: _frozen(getattr(args, f.name)) for f in dataclasses.fields(cls)})
-    return Config(**groups)
-
-
 _DESCRIPTION = "Train and evaluate Deformable DETR with BatchFormerV2 on COCO-format data."
 _EXAMPLE = """\
   python main.py --coco_path data/coco --output_dir exps/batchformer --batch_size 3 --bf 1 --share_bf 0 --insert_idx 0
   python main.py --coco_path data/coco --resume exps/batchformer/checkpoint.pth --eval"""
 
 
-def with_num_classes(config: Config, number: int) -> Config:
-    """The Config with the number of logits that a data set or a checkpoint has, in place of "auto"."""
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, num_classes=number))
+def with_classes(config: Config, classes: ClassMap) -> Config:
+    """The Config with the classes that a data set or a checkpoint has, in place of --num_classes auto."""
+    data = dataclasses.replace(config.data, num_classes=classes.num_classes)
+    return dataclasses.replace(config, data=data, classes=classes)
 
 
 def config_from_flags(flags: Mapping[str, Any]) -> Config:
@@ -338,14 +368,12 @@ def config_from_flags(flags: Mapping[str, Any]) -> Config:
 
     Raises UserError for values that no Config can have.
     """
-    groups = {}
-    try:
-        for group in dataclasses.fields(Config):
-            cls = _config_class(group)
-            groups[group.name] = cls(**{f.name: _frozen(flags[f.name]) for f in dataclasses.fields(cls) if f.name in flags})
-        return Config(**groups)
-    except TypeError as error:
-        raise UserError(f"these flags of a checkpoint can't be used: {error}") from None
+    return Config().with_flags(flags)
+
+
+def all_flags() -> list[tuple[dataclasses.Field, dataclasses.Field]]:
+    """(group, flag) for every flag, as fields of Config and of the group's class."""
+    return [(g, f) for g in _groups() for f in dataclasses.fields(_config_class(g))]
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -379,12 +407,15 @@ def _score(text: str) -> float:
     return value
 
 
+_NOT_GIVEN = object()
+
+
 class _Repeated(argparse.Action):
-    """`--x 1 --x 2` and `--x 1 2` alike; the default is dropped by the first."""
+    """`--x 1 --x 2` and `--x 1 2` alike."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         seen = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, [*([] if seen is self.default else seen), *values])
+        setattr(namespace, self.dest, [*([] if seen is _NOT_GIVEN else seen), *values])
 
 
 def _add_flag(section: Any, item: dataclasses.Field, kind: Any) -> None:
@@ -402,16 +433,16 @@ def _add_flag(section: Any, item: dataclasses.Field, kind: Any) -> None:
     section.add_argument(*names, metavar=None if options.get("choices") else item.name.split("_")[-1].upper(), **options)
 
 
+def _groups() -> list[dataclasses.Field]:
+    return [item for item in dataclasses.fields(Config) if dataclasses.is_dataclass(_config_class(item))]
+
+
 def _config_class(group: dataclasses.Field) -> Any:
     return group.default_factory
 
 
 def _types(group: dataclasses.Field) -> dict[str, Any]:
     return typing.get_type_hints(_config_class(group))
-
-
-def _all_flags() -> list[tuple[dataclasses.Field, dataclasses.Field]]:
-    return [(g, f) for g in dataclasses.fields(Config) for f in dataclasses.fields(_config_class(g))]
 
 
 def _frozen(value: Any) -> Any:
@@ -435,24 +466,31 @@ _NOT_NEGATIVE = (
 )  # fmt: skip
 
 
+# not looked at with --eval
+_TRAINING_ONLY = {f.name for f in dataclasses.fields(OptimConfig)} - {"batch_size"} | {
+    "dropout", "drop_path", "train_sizes", "crop_resize_sizes", "crop_sizes", "start_epoch", "eval_every", "save_every", "keep",
+    "max_nan_steps",
+}  # fmt: skip
+
+
 def _check_numbers(config: Config) -> None:
-    flags = config.flags()
-    for _, item in _all_flags():
+    flags = {name: value for name, value in config.flags().items() if not (config.run.eval and name in _TRAINING_ONLY)}
+    for item in (item for _, item in all_flags() if item.name in flags):
         choices = item.metadata["choices"]
         value = flags[item.name]
         _require(choices is None or value in choices, f"--{item.name} {value!r} must be one of {choices}")
         _require(not isinstance(value, float) or math.isfinite(value), f"--{item.name} {value} must be a finite number")
-    for name in _POSITIVE:
+    for name in filter(flags.__contains__, _POSITIVE):
         _require(flags[name] > 0, f"--{name} {flags[name]} must be above 0")
-    for name in _NOT_NEGATIVE:
+    for name in filter(flags.__contains__, _NOT_NEGATIVE):
         _require(flags[name] >= 0, f"--{name} {flags[name]} must not be negative")
-    for name in ("dropout", "drop_path", "ema_decay"):
+    for name in filter(flags.__contains__, ("dropout", "drop_path", "ema_decay")):
         _require(0 <= flags[name] < 1, f"--{name} {flags[name]} must lie in [0, 1)")
     classes = flags["num_classes"]
     _require(
         classes == AUTO or isinstance(classes, int) and classes > 0, f"--num_classes {classes} must be auto, or a number above 0"
     )
-    drops = config.optim.lr_drop_epochs
+    drops = flags.get("lr_drop_epochs", [])
     _require(
         all(e > 0 for e in drops) and list(drops) == sorted(set(drops)),
         f"--lr_drop_epochs {_text(drops)} must be above 0 and increasing",
@@ -496,7 +534,7 @@ def _check_architecture(config: Config) -> None:
     )
     _require(bool(backbone.backbone_weights), "--backbone_weights is empty; use imagenet, none or a file")
     _require(
-        backbone.backbone_norm != "gn" or backbone.backbone_weights != "imagenet",
+        backbone.backbone_norm != "gn" or backbone.backbone_weights != "imagenet" or config.run.starts_from_weights,
         "--backbone_norm gn can't use ImageNet weights, which belong to batch normalisation; add --backbone_weights none",
     )
 
@@ -504,7 +542,7 @@ def _check_architecture(config: Config) -> None:
 def _check_batchformer(config: Config) -> None:
     bf, layers = config.batchformer, config.transformer.enc_layers
     if not bf.bf:
-        for name in ("insert_idx", "eval_bf", "bt_num_layers", "share_bf"):
+        for name in () if config.is_given("bf") else ("insert_idx", "eval_bf", "bt_num_layers", "share_bf"):
             given = getattr(bf, name) != getattr(BatchFormerConfig, name)
             _require(not given, f"--{name} needs BatchFormerV2; add --bf 1 (two streams) or --bf 7 (one), or leave it out")
         return
@@ -519,10 +557,13 @@ def _check_batchformer(config: Config) -> None:
 
 def _check_data(config: Config) -> None:
     data = config.data
-    for image_set in ("train", "val"):
+    for image_set in ("val",) if config.run.eval else ("train", "val"):
         images, annotations = getattr(data, f"{image_set}_images"), getattr(data, f"{image_set}_annotations")
         given, lacking = ("images", "annotations") if images else ("annotations", "images")
         _require(bool(images) == bool(annotations), f"--{image_set}_{given} needs --{image_set}_{lacking}: add it")
+    if config.run.eval:
+        _require(data.max_size >= data.eval_size, f"--max_size {data.max_size} must be at least --eval_size {data.eval_size}")
+        return
     for name in ("train_sizes", "crop_resize_sizes", "crop_sizes"):
         sizes = getattr(data, name)
         _require(bool(sizes) and min(sizes) > 0, f"--{name} {_text(sizes)} must be sizes in pixels above 0")
@@ -543,9 +584,11 @@ def _check_run(config: Config) -> None:
     _require(
         bool(run.output_dir) or not run.save_predictions, "--save_predictions needs --output_dir: the folder to write to"
     )
-    for name, wanted in (("save_every", run.save_every > 0), ("resume auto", run.resume == "auto")):
+    for name, wanted in (("save_every", run.save_every > 0 and not run.eval), ("resume auto", run.resume == "auto")):
         _require(bool(run.output_dir) or not wanted, f"--{name} needs --output_dir: the folder of the checkpoints")
-    _require(bool(run.output_dir) or not run.tensorboard, "--tensorboard needs --output_dir: the folder to write to")
+    _require(
+        bool(run.output_dir) or not run.tensorboard or run.eval, "--tensorboard needs --output_dir: the folder to write to"
+    )
     _require(
         not run.finetune or run.resume in ("", "auto"),
         "--finetune starts a run and --resume goes on with one; give one of them (--resume auto may stand beside --finetune)",
@@ -568,8 +611,7 @@ def check_trainable(config: Config) -> None:
     Raises UserError.
     """
     backbone, data = config.backbone, config.data
-    loaded = config.run.finetune or config.run.resume not in ("", "auto")
-    from_random = backbone.backbone_weights == "none" and not loaded
+    from_random = backbone.backbone_weights == "none" and not config.run.starts_from_weights
     _require(
         not (from_random and backbone.backbone_norm == "frozen_bn"),
         "--backbone_weights none with --backbone_norm frozen_bn can't learn: the frozen statistics fit no random network; "

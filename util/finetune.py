@@ -1,7 +1,7 @@
 """--finetune: the weights of a trained detector as the start of another run.
 
 Everything but the class heads must fit. A row of a class head goes where the class of its name is now; classes that the
-checkpoint did not know start as in any new detector.
+checkpoint did not know start as in any new detector, and so do heads and queries that somebody removed from it.
 """
 
 from __future__ import annotations
@@ -9,19 +9,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from util.architecture import require_same_architecture
-from util.checkpoint import LoadReport, load_state
+from util.architecture import HEADS
+from util.checkpoint import BATCHFORMER, LoadReport, load_state
 from util.class_map import ClassMap, classes_of
 from util.config import Config
-from util.trained import choose_weights, read_trained
+from util.trained import choose_weights
 
 FLAG = "--finetune"
 _CLASS_HEAD = re.compile(r"class_embed\.(\d+)\.(weight|bias)")
-_BATCHFORMER = "transformer.bf."
+_REMOVABLE = {**dict(zip(HEADS, ("class heads", "box heads"), strict=True)), "query_embed.": "queries"}
 _OBJECT = 0  # in two-stage the encoder's head is trained on this row alone: is there an object?
 
 
@@ -40,7 +41,7 @@ class FineTuned:
     rows: Mapping[int, int]
 
     def __str__(self) -> str:
-        return "\n".join([self._weights(), self._classes(), *self._batchformer()])
+        return "\n".join([self._weights(), self._classes(), *self._removed(), *self.report.batchformer()])
 
     def _weights(self) -> str:
         kind = "averaged weights, " if self.weights == "ema" else ""
@@ -48,6 +49,8 @@ class FineTuned:
 
     def _classes(self) -> str:
         total = len(self.classes.categories)
+        if any(name.startswith("class_embed.") for name in self.report.missing):
+            return f"class heads: made anew, for {total} classes; the checkpoint has none"
         if self.known is None:
             how = "taken as they are" if self.rows else f"made anew, for {total} classes"
             return f"class heads: {how}; the checkpoint does not name its classes"
@@ -59,29 +62,33 @@ class FineTuned:
         parts += [f"{len(skipped)} of the checkpoint skipped{_listed(skipped)}"] if skipped else []
         return f"class heads: {'; '.join(parts)}"
 
-    def _batchformer(self) -> list[str]:
-        new = sum(name.startswith(_BATCHFORMER) for name in self.report.missing)
-        skipped = sum(name.startswith(_BATCHFORMER) for name in self.report.unexpected)
-        lines = [f"BatchFormerV2: {new} tensors made anew, which the checkpoint lacks"] if new else []
-        return lines + ([f"BatchFormerV2: {skipped} tensors skipped, which this run does not use"] if skipped else [])
+    def _removed(self) -> list[str]:
+        others = {part: what for part, what in _REMOVABLE.items() if part != "class_embed."}
+        lacking = [what for part, what in others.items() if any(name.startswith(part) for name in self.report.missing)]
+        return [f"{' and '.join(lacking)}: made anew; the checkpoint has none"] if lacking else []
 
 
-def fine_tune(model: nn.Module, config: Config, classes: ClassMap) -> FineTuned:
-    """Load the weights of --finetune into `model`, whose class heads are for `classes`.
+def fine_tune(
+    model: nn.Module, config: Config, classes: ClassMap, checkpoint: Mapping[str, Any], source: str, flag: str = FLAG,
+    weights: str = "auto",
+) -> FineTuned:  # fmt: skip
+    """Load the weights of a checkpoint into `model`, whose class heads are for `classes`.
+
+    Args:
+        config: the model's, made for this checkpoint (util/architecture.py).
+        checkpoint, source: what `read_trained` gives for the file, and the file, which `flag` named.
+        weights: see `choose_weights`.
 
     Raises:
-        UserError: the checkpoint can't be read or is of another detector; the message names the flags to give.
+        UserError: the checkpoint is of another detector.
     """
-    source = config.run.finetune
-    checkpoint = read_trained(source, FLAG)
-    state, which = choose_weights(checkpoint, source, FLAG)
-    checkpoint = {**checkpoint, "model": state}
-    require_same_architecture(checkpoint, config.flags(), source, FLAG)
-    known = classes_of(checkpoint, f"{FLAG} {source}")
-    rows = matching_rows(known, len(state["class_embed.0.weight"]), classes)
+    state, which = choose_weights(checkpoint, source, flag, weights)
+    known = classes_of({**checkpoint, "model": state}, f"{flag} {source}")
+    rows = matching_rows(known, len(state.get("class_embed.0.weight", ())), classes)
     heads = _class_heads(model, state, rows, config)
-    report = load_state(model, {"model": state | heads}, source, FLAG)
-    report.require_same_architecture()
+    report = load_state(model, {"model": state | heads}, source, flag)
+    removed = tuple(part for part in _REMOVABLE if not any(name.startswith(part) for name in state))
+    report.require_same_architecture(may_lack=(BATCHFORMER, *removed))
     return FineTuned(report, which, classes, known, rows)
 
 

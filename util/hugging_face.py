@@ -1,5 +1,6 @@
 """The detector in the layout of Hugging Face: a folder with config.json and model.safetensors, as transformers'
-DeformableDetrForObjectDetection reads and writes it. transformers itself is not needed here.
+DeformableDetrForObjectDetection reads and writes it. transformers itself is not needed here. Read are also its older
+pytorch_model.bin, weights in several files with an index, and a DeformableDetrModel, which has no heads.
 
 What transformers has no place for lies where it does not look: the category ids in an entry of config.json, the weights of
 BatchFormerV2 with their flags in batchformer.safetensors.
@@ -20,14 +21,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from util.checkpoint import folder_given, is_address, local_file, read_checkpoint, temporary_name
-from util.class_map import ClassMap
+from util.class_map import AUTO, ClassMap
 from util.config import RESNETS, BackboneConfig, BatchFormerConfig, Config, config_from_flags
 from util.errors import NotSavedError, UserError
 from util.hugging_face_names import Converted, from_hugging_face, to_hugging_face
+from util.other_layouts import in_our_layout
 
 CONFIG, WEIGHTS, PROCESSOR = "config.json", "model.safetensors", "preprocessor_config.json"
 BATCHFORMER = "batchformer.safetensors"
 _OLD_WEIGHTS = "pytorch_model.bin"
+_INDEX = ".index.json"  # of weights in several files
+_ALL_WEIGHTS = (WEIGHTS, WEIGHTS + _INDEX, _OLD_WEIGHTS, _OLD_WEIGHTS + _INDEX)
+_SHARD = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)")
 _PAGE = re.compile(r"https://huggingface\.co/[^/]+/[^/]+/?")
 _NO_CLASS = "N/A"  # what the hub's COCO models call the labels that no category has
 _UNNAMED = re.compile(r"LABEL_\d+")  # what transformers calls the classes of a model that has no names
@@ -53,10 +58,12 @@ _BATCHFORMER_FLAGS = tuple(BatchFormerConfig.__dataclass_fields__)
 
 
 def is_hugging_face(source: str) -> bool:
-    """Whether a path or address names this layout: a folder, a safetensors file or a model's page."""
+    """Whether a path or address names this layout: a folder, a file of weights as they lie in one, or a model's page."""
     if is_address(source):
         return bool(_PAGE.fullmatch(source)) or urlparse(source).path.endswith(".safetensors")
-    return source.endswith(".safetensors") or Path(source).is_dir()
+    path = Path(source)
+    in_folder = path.name in _ALL_WEIGHTS or _SHARD.fullmatch(path.name) or path.name == CONFIG
+    return path.suffix == ".safetensors" or path.is_dir() or bool(in_folder and path.with_name(CONFIG).is_file())
 
 
 def read_hugging_face(source: str, flag: str) -> dict[str, Any]:
@@ -66,22 +73,26 @@ def read_hugging_face(source: str, flag: str) -> dict[str, Any]:
         source: a folder, the safetensors file in it, that file's https address, or the address of a model's page.
         flag: to be named in errors.
 
+    Without config.json beside it a safetensors file is another program's, with our names of tensors.
+
     Raises:
         UserError: it can't be read, or is no Deformable DETR that this program can build.
     """
     config_file, weights_file = _files_of(source, flag)
+    weights = _read_weights(weights_file, flag)
+    if not config_file.is_file():
+        return in_our_layout(weights, str(weights_file))
     config = _read_json(config_file, flag)
     flags = flags_of(config, f"{flag} {config_file}")
-    weights = _read_weights(weights_file, flag)
     state = from_hugging_face(weights, flags["with_box_refine"], flags["dec_layers"], f"{flag} {weights_file}")
-    if "class_embed.0.bias" not in state:
-        raise UserError(f"{flag} {weights_file} is no Deformable DETR: it has no tensor class_embed.0.bias")
-    flags["num_classes"] = len(state["class_embed.0.bias"])
+    if "class_embed.0.bias" in state:
+        flags["num_classes"] = len(state["class_embed.0.bias"])
     if (beside := weights_file.with_name(BATCHFORMER)).is_file():
         modules, module_flags = _read_batchformer(beside, flag)
         state, flags = state | modules, flags | module_flags
     checkpoint = {"model": state, "args": _checked(flags, f"{flag} {config_file}")}
-    classes = _classes_in(config, flags["num_classes"], f"{flag} {config_file}")
+    labels = flags["num_classes"]
+    classes = _classes_in(config, labels, f"{flag} {config_file}") if labels != AUTO else None
     return checkpoint | ({"classes": classes.to_plain()} if classes else {})
 
 
@@ -213,19 +224,21 @@ def _processor_of(config: Config) -> dict[str, Any]:
 
 
 def _files_of(source: str, flag: str) -> tuple[Path, Path]:
-    """config.json and the weights, fetched if they are elsewhere."""
+    """Paths of config.json, which may be lacking, and of the weights or their index; fetched if they are elsewhere."""
     if is_address(source):
         is_page = _PAGE.fullmatch(source)
         weights_at = source.rstrip("/") + f"/resolve/main/{WEIGHTS}" if is_page else source.replace("/blob/", "/resolve/")
         return local_file(weights_at.rpartition("/")[0] + f"/{CONFIG}", flag), local_file(weights_at, flag)
     path = Path(source)
-    weights = next((path / name for name in (WEIGHTS, _OLD_WEIGHTS) if (path / name).is_file()), None) if path.is_dir() else path
-    if weights is None and any(path.glob("*.pth")):
-        raise folder_given(flag, path)
-    if weights is None or not weights.with_name(CONFIG).is_file():
-        lacking = WEIGHTS if weights is None else CONFIG
-        raise UserError(f"{flag} {source} has no {lacking} beside it; give a folder with {CONFIG} and {WEIGHTS}, or a .pth file")
-    return weights.with_name(CONFIG), weights
+    if path.is_file() and path.name not in (CONFIG, *_ALL_WEIGHTS) and not _SHARD.fullmatch(path.name):
+        return path.with_name(CONFIG), path
+    folder = path if path.is_dir() else path.parent
+    weights = next((folder / name for name in _ALL_WEIGHTS if (folder / name).is_file()), None)
+    if weights is None and any(folder.glob("*.pth")):
+        raise folder_given(flag, folder)
+    if weights is None or not path.exists():
+        raise UserError(f"{flag} {source} has no {WEIGHTS} in it; give a folder with {CONFIG} and {WEIGHTS}, or a .pth file")
+    return folder / CONFIG, weights
 
 
 def _read_json(path: Path, flag: str) -> dict[str, Any]:
@@ -239,7 +252,29 @@ def _read_json(path: Path, flag: str) -> dict[str, Any]:
 
 
 def _read_weights(path: Path, flag: str) -> dict[str, Tensor]:
-    return read_checkpoint(path, flag) if path.name == _OLD_WEIGHTS else _read_safetensors(path, flag)[0]
+    if path.name.endswith(_INDEX):
+        return _read_shards(path, flag)
+    return read_checkpoint(path, flag) if path.suffix == ".bin" else _read_safetensors(path, flag)[0]
+
+
+def _read_shards(index: Path, flag: str) -> dict[str, Tensor]:
+    """The tensors of all files that an index names, which lie beside it."""
+    places = _read_json(index, flag).get("weight_map")
+    names = sorted(set(places.values())) if isinstance(places, dict) and all(map(_is_shard, places.values())) else []
+    if not names:
+        raise UserError(f"{flag} {index} is damaged: its weight_map must map tensors to files beside it")
+    if missing := [name for name in names if not (index.parent / name).is_file()]:
+        raise UserError(f"{flag} {index} names {missing[0]}, which is not there: fetch all {len(names)} files of the weights")
+    weights: dict[str, Tensor] = {}
+    for name in names:
+        weights |= _read_weights(index.parent / name, flag)
+    if lacking := sorted(places.keys() - weights.keys()):
+        raise UserError(f"{flag} {places[lacking[0]]} is damaged: it lacks the tensor {lacking[0]}, which {index} says it has")
+    return weights
+
+
+def _is_shard(name: Any) -> bool:
+    return isinstance(name, str) and bool(_SHARD.fullmatch(name))
 
 
 def _read_safetensors(path: Path, flag: str) -> tuple[dict[str, Tensor], dict[str, str]]:

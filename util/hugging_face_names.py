@@ -101,7 +101,9 @@ def _single_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The hub's names, one for each tensor."""
     named: dict[str, Tensor] = {}
     again: dict[str, Tensor] = {}
+    without_heads = not any(name.startswith("model.") for name in weights)  # what DeformableDetrModel saves
     for name, tensor in weights.items():
+        name = f"model.{name}" if without_heads else name
         for newer, hub in _NEWER:
             name = name.replace(newer, hub)
         for first, second in (*_POSITIONS, *_REFINED, *_TWO_STAGE):

@@ -33,6 +33,18 @@ def open_folder(name: str) -> Path:
     return folder
 
 
+def evaluation_folder(folder: Path) -> Path:
+    """Where an evaluation writes: into `folder`, or, if a training has its files there, into a new folder `evaluation-<n>` in it.
+
+    Raises UserError if it can't be written to.
+    """
+    return open_folder(str(_new_folder(folder, "evaluation") if _holds_training(folder) else folder))
+
+
+def _holds_training(folder: Path) -> bool:
+    return any(any(folder.glob(pattern)) for pattern in ("checkpoint*.pth", "resume_*.pth", "log.txt", _NEW))
+
+
 def announce_new(folder: Path) -> None:
     """Note that a new run is about to begin: until `begun`, what the folder holds is not this run's. Raises UserError."""
     try:
@@ -57,7 +69,7 @@ def set_aside(folder: Path, files: Iterable[Path] | None = None) -> None:
     if not files:
         return
     try:
-        earlier = _new_folder(folder)
+        earlier = _new_folder(folder, "earlier")
         (earlier / _MARKER).write_text("\n".join(file.name for file in files))
         _finish_moving(folder)
     except OSError as error:
@@ -69,11 +81,11 @@ def _of_a_run(folder: Path) -> list[Path]:
     return [file for pattern in _FILES for file in sorted(folder.glob(pattern))]
 
 
-def _new_folder(folder: Path) -> Path:
-    number = next(i for i in range(1, 10**6) if not (folder / f"earlier-{i}").exists())
-    earlier = folder / f"earlier-{number}"
-    earlier.mkdir()
-    return earlier
+def _new_folder(folder: Path, name: str) -> Path:
+    number = next(i for i in range(1, 10**6) if not (folder / f"{name}-{i}").exists())
+    new = folder / f"{name}-{number}"
+    new.mkdir()
+    return new
 
 
 def _finish_moving(folder: Path) -> None:

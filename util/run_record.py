@@ -66,10 +66,6 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{threads} thread{'s' if threads > 1 else ''}"
 
 
-def has_record(folder: Path) -> bool:
-    return (folder / NAME).exists()
-
-
 def read_record(folder: Path) -> dict[str, Any]:
     """The record of a run; {} if there is none. Raises UserError if it can't be read."""
     path = folder / NAME

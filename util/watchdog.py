@@ -164,6 +164,11 @@ class Jury:
         with self._lock:
             return self._silent_verdict(limit)
 
+    def silent_peers(self, ranks: Sequence[int], limit: float) -> list[Peer]:
+        """Those of `ranks` that have been silent for `limit` seconds."""
+        with self._lock:
+            return [self._peers[r] for r in self._silent_ranks(limit) if r in ranks]
+
     def store_closed(self) -> Verdict:
         with self._lock:
             return self._store_lost("has closed the connection")
@@ -181,8 +186,11 @@ class Jury:
     def _stand_still(self) -> list[float]:
         return [self._still[r] for r in [*self._present(), self._rank]]
 
+    def _silent_ranks(self, limit: float) -> list[int]:
+        return [r for r in self._present() if self._silent[r] >= limit]
+
     def _silent_verdict(self, limit: float) -> Verdict | None:
-        ranks = [r for r in self._present() if self._silent[r] >= limit]
+        ranks = self._silent_ranks(limit)
         if not ranks:
             return None
         seconds = max(self._silent[r] for r in ranks)
@@ -467,11 +475,14 @@ class Watchdog:
         return Verdict(missing, f"{told} (here: {_short(here)}); see the output of those that are missing, and {REMEDY}")
 
     def _end(self, verdict: Verdict) -> None:
-        """Tell the verdict, unless another process of this machine does, and end the culprit and this process."""
+        """Tell the verdict, unless another process of this machine does, and end a silent culprit and this process.
+
+        A culprit that gives signs of life reads the verdict, and ends by itself, however slow the machine.
+        """
         jury = self._jury
         if jury is None or self._leaving or jury.first_of_host(verdict):
             _bounded(2, lambda: os.write(2, f"{verdict.tell()}\n".encode()))
-            _end_those_that_hang([peer for r in verdict.ranks if r != self._rank and (peer := self._talk.peers[r])])
+            _kill(jury.silent_peers(verdict.ranks, self._limit / 2) if jury else [])
         self._talk.leave()
         self._wait_for_the_others(SHORT_WAIT)
         _bounded(1, lambda: (sys.stdout.flush(), sys.stderr.flush()))
@@ -543,8 +554,8 @@ def _born(pid: int) -> str:
     return after_name.split()[19]
 
 
-def _end_those_that_hang(peers: Sequence[Peer]) -> None:
-    """Kill those of this machine that do not read the verdict themselves, with their loader workers where these can be told
+def _kill(peers: Sequence[Peer]) -> None:
+    """Kill those of this machine that are still there after two seconds, with their loader workers where these can be told
     by the group that a launcher made. A stopped process does not answer SIGTERM."""
     for _ in range(20):
         there = [peer for peer in peers if peer.machine == _machine() and peer.born and peer.born == _born(peer.pid)]

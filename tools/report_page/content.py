@@ -5,7 +5,6 @@ Values are numbers or null where nothing can be said; average precisions are sha
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from pycocotools.coco import COCO
 
 from tools.report_page.runs import Result, Run, Tables, figures_in
-from util.config import Config
+from util.config import all_flags
 from util.metrics import FIGURES
 from util.plot_utils import Row, series
 
@@ -63,8 +62,7 @@ def total_batch(flags: Mapping[str, Any], environment: Mapping[str, Any]) -> int
 
 def flag_table(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Every flag, its meaning and its value in each run, in the order of --help."""
-    meanings = {f.name: f.metadata.get("help", "") for group in dataclasses.fields(Config)
-                for f in dataclasses.fields(group.default_factory)}  # fmt: skip
+    meanings = {item.name: item.metadata["help"] for _, item in all_flags()}
     names = [*meanings, *sorted({name for run in runs for name in run.flags} - set(meanings))]
     known = [name for name in names if any(name in run.flags for run in runs)]
     return [{"name": n, "help": meanings.get(n, ""), "values": [_flag(run.flags.get(n)) for run in runs]} for n in known]
