@@ -41,7 +41,7 @@ from util.errors import NotSavedError, UserError, run_as_command
 from util.finetune import fine_tune
 from util.history import History
 from util.optim import GROUPS, build_schedule, build_updater
-from util.precision import check_precision
+from util.precision_check import check_precision
 from util.preemption import StopRequest, StopVote
 from util.random_state import RandomGenerators
 from util.run_folder import announce_new, begun, set_aside
@@ -70,7 +70,6 @@ def main(config: Config) -> None:
             announce(config, device)
             seed_everything(config.run.seed + rank())
             check_operator(device)
-            check_precision(config.run.amp, device)
             check_tensorboard(config.run.tensorboard)
             if config.run.eval:
                 evaluate_only(config, device)
@@ -92,7 +91,7 @@ def evaluate_only(config: Config, device: torch.device) -> None:
         write_record(folder, run_facts(config, val=dataset), environment(device), {"checkpoint": str(source or "")})
     model, criterion, postprocessors = build_model(loading(config, source))
     load_checkpoint(model, checkpoint, source)
-    model.to(device)
+    check_precision(model.to(device), config.run.amp)
     batches = eval_loader(dataset, config, device, BadImages(config.data.on_bad_image, config.data.max_bad_images))
     for suffix in ["", *(["_ema"] if "ema" in checkpoint else [])]:
         if suffix:
@@ -135,7 +134,7 @@ class Training:
         load_checkpoint(self.model, checkpoint, source)
         if config.run.finetune and source is None:  # else the run has begun and goes on
             log.info("%s", fine_tune(self.model, config, self.classes))
-        self.model.to(device)
+        check_precision(self.model.to(device), config.run.amp)
         self.num_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.updater = build_updater(self.model, config)
         self.schedule = build_schedule(self.updater.optimizer, config)
@@ -362,15 +361,19 @@ def eval_loader(dataset, config: Config, device: torch.device, bad_images: BadIm
 
 def check_data(train, val, config: Config) -> None:
     """The quick part of tools/check_data.py, on the main process. Raises UserError, on all, for what would end the run later."""
-    error = broadcast_from_main(quick_check(train, val, config.data.on_bad_image == "skip") if is_main() else None)
+    skip_missing, num_queries = config.data.on_bad_image == "skip", config.transformer.num_queries
+    error = broadcast_from_main(quick_check(train, val, skip_missing, num_queries) if is_main() else None)
     if error:
         raise error
 
 
 def share_gradients(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
     """The model whose gradients are averaged over processes; the model itself if there is one."""
-    if world_size() == 1:
-        return model
+    return model if world_size() == 1 else data_parallel(model, config, device)
+
+
+def data_parallel(model: nn.Module, config: Config, device: torch.device) -> DistributedDataParallel:
+    """The model with an exchange of gradients in its backward; needs a process group."""
     # only then heads are there that no loss reaches
     unused = config.loss.no_aux_loss and config.transformer.with_box_refine
     known = inspect.signature(DistributedDataParallel).parameters

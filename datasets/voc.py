@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
+from datasets.files import IMAGE_SUFFIXES, Key, files_below, shown_size
 from datasets.labelled import (
-    IMAGE_SUFFIXES,
     Corners,
     Faults,
-    Key,
     Labelled,
     LabelledImage,
     Object,
@@ -23,7 +22,6 @@ from datasets.labelled import (
     names_in_part,
     parts_by_folder,
     progress,
-    shown_size,
 )
 from util.errors import UserError
 from util.images import Header, read_regular_file
@@ -48,7 +46,7 @@ class VocRules:
 
 
 def is_voc(root: Path) -> bool:
-    return root.is_dir() and next(root.rglob("*.xml"), None) is not None
+    return root.is_dir() and bool(files_below(root, [".xml"]))
 
 
 def read_voc(root: Path, rules: VocRules, faults: Faults) -> Labelled:

@@ -8,23 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from datasets.coco_format import shown
+from datasets.files import IMAGE_SUFFIXES, Key, files_below, shown_size
 from datasets.labelled import (
-    IMAGE_SUFFIXES,
     Corners,
     Faults,
-    Key,
     Labelled,
     LabelledImage,
     Object,
     as_stored,
     checked_name,
-    files_below,
     files_by_key,
     key_of,
     names_in_part,
     parts_by_folder,
     progress,
-    shown_size,
 )
 from util.errors import UserError
 from util.images import Header, read_regular_file

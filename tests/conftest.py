@@ -24,7 +24,7 @@ TINY_COCO = Path(os.environ.get("TINY_COCO", ROOT.parent / "shared" / "data" / "
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     missing_gpu = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(missing_gpu)
 
 

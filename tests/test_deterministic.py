@@ -151,10 +151,12 @@ def test_what_is_set(tmp_path, before, after):
 import os, torch
 from util.deterministic import make_deterministic
 torch.backends.cudnn.benchmark = True
+torch.utils.deterministic.fill_uninitialized_memory = True
 make_deterministic()
 cudnn = torch.backends.cudnn
 print(os.environ["CUBLAS_WORKSPACE_CONFIG"], torch.are_deterministic_algorithms_enabled(),
-      torch.is_deterministic_algorithms_warn_only_enabled(), cudnn.deterministic, cudnn.benchmark)
+      torch.is_deterministic_algorithms_warn_only_enabled(), cudnn.deterministic, cudnn.benchmark,
+      torch.utils.deterministic.fill_uninitialized_memory)
 """)
     result = run_forked(str(program), env={"CUBLAS_WORKSPACE_CONFIG": before})
-    assert result.stdout.split() == [after, "True", "False", "True", "False"], result.stderr
+    assert result.stdout.split() == [after, "True", "False", "True", "False", "False"], result.stderr

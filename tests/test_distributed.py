@@ -14,6 +14,7 @@ from tests.helpers import BATCHFORMER, SMALL_IMAGES, SMALL_MODEL, run_main, writ
 from tests.processes import run_main_together
 from util.checkpoint import read_checkpoint
 from util.config import parse_config
+from util.distributed import process_group
 
 
 def flags_for(folder):
@@ -30,6 +31,17 @@ def weights(tmp_path_factory):
     torch.save({"model": model.state_dict()}, path)
     yield path
     path.unlink()
+
+
+def test_without_a_launcher_too_the_chosen_gpu_becomes_the_current_one(monkeypatch):
+    """What does not name a device goes to the current one."""
+    chosen = []
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    with process_group("cuda:1") as device:
+        assert chosen == [device] == [torch.device("cuda:1")]
 
 
 @pytest.mark.parametrize("images", [3, 7, 10])

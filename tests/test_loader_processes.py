@@ -103,6 +103,26 @@ def test_it_is_told_at_the_next_batch_and_not_in_the_midst_of_other_work():
         list(batches)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_arrive_on_a_gpu_through_one_stream_for_all_epochs(workers, monkeypatch):
+    """PyTorch keeps memory of its own for every stream."""
+    made = []
+
+    class Counted(torch.cuda.Stream):
+        def __new__(cls, *args, **kwargs):
+            made.append(args)
+            return super().__new__(cls, *args, **kwargs)
+
+    monkeypatch.setattr(torch.cuda, "Stream", Counted)
+    batches = build_loader(Numbers(40), singly(40), workers, torch.device("cuda", 0))
+    for _ in range(3):
+        torch.cuda._sleep(10_000_000)
+        seen = [(targets[0]["image_id"].item(), images.tensors.unique().tolist()) for images, targets in batches]
+        assert seen == [(i, [float(i)]) for i in range(40)]
+    assert len(made) == 1
+
+
 def mistake() -> None:
     raise ZeroDivisionError("a bug of ours")
 

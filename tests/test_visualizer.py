@@ -123,7 +123,8 @@ def test_pixels_away_from_box_and_tag_stay(size):
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1", "CMYK", "I;16", "F"])
 def test_classes_have_their_colours_on_any_ground(mode, ground):
     image = Image.new("L", (640, 480), ground)
-    image = Image.new(mode, image.size, ground) if mode in ("I;16", "F") else image.convert(mode)
+    grounds = {"I;16": ground * 257, "F": ground / 255}
+    image = Image.new(mode, image.size, grounds[mode]) if mode in grounds else image.convert(mode)
     names = [f"thing {i}" for i in range(12)]
     boxes = [[20 + 150 * (i % 4), 40 + 140 * (i // 4), 120 + 150 * (i % 4), 120 + 140 * (i // 4)] for i in range(12)]
     colors = class_colors(names)

@@ -45,7 +45,7 @@ def read(args: argparse.Namespace, faults: Faults) -> dict[str, Part]:
         raise UserError(f"{source} does not exist; it must be a folder, a data.yaml or a COCO instances file")
     source_format = args.format if args.format != "auto" else format_of(source)
     if source_format == "coco":
-        return read_coco(source, args.val_fraction, args.seed)
+        return read_coco(source, args.val_fraction, args.seed, faults)
     if source_format == "yolo":
         return parted(read_yolo(source, faults), args)
     return parted(read_voc(source, VocRules(args.difficult, args.first_pixel, args.train_set, args.val_set), faults), args)
@@ -88,7 +88,8 @@ def tell(folder: Path, parts: dict[str, Part], faults: Faults) -> None:
             print(f"{note}: {count}")
     for part, (content, _) in parts.items():
         print(f"{part}: {len(content['images'])} images with {len(content['annotations'])} objects")
-    print(f"{folder}: {len(parts['train'].content['categories'])} classes; left out by --on_bad: {len(faults.messages)}; "
+    left_out = f"{len(faults.messages)} ({faults.counted()})" if faults.kinds.keys() - {"other"} else len(faults.messages)
+    print(f"{folder}: {len(parts['train'].content['categories'])} classes; left out by --on_bad: {left_out}; "
           f"next: python tools/check_data.py --coco_path {folder}")  # fmt: skip
 
 
@@ -103,8 +104,8 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--on_bad", choices=("stop", "clip", "skip"), default="stop",
-        help="at a broken file, an unknown class or a box outside of its image: stop; leave it out and count it (skip); or cut "
-        "boxes that reach out of their image and leave out the rest (clip)",
+        help="at a broken file, a wrong entry, an unknown class or a box outside of its image: stop; leave it out and count it "
+        "(skip); or cut boxes that reach out of their image and leave out the rest (clip)",
     )  # fmt: skip
     parser.add_argument(
         "--val_fraction", type=float,

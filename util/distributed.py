@@ -48,11 +48,11 @@ def process_group(device_flag: str, timeout: float = 1800) -> Iterator[torch.dev
     Raises UserError for a device that is not there, and LostProcessError where another process did not come, or is lost.
     """
     device = choose_device(device_flag)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if "WORLD_SIZE" not in os.environ:
         yield device
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     own_rank, world = _place_among_processes()
     store, address = _reach_store(own_rank, timeout)
     watch = Watchdog(
