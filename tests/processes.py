@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -30,7 +31,7 @@ def run_main_forked(*flags: str, env: dict[str, str] | None = None) -> subproces
 def run_forked(
     script: str, *arguments: str, env: dict[str, str] | None = None, timeout: float = PATIENCE
 ) -> subprocess.CompletedProcess[str]:
-    """A Python script of the project, by its path in it, with this process's environment and one thread."""
+    """A Python script, by its path from the project's root, with this process's environment and one thread."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
         process = _forked(script, arguments, environment(**(env or {})), out, err)
@@ -89,6 +90,8 @@ def _become(script: str, arguments: tuple[str, ...], variables: dict[str, str], 
     sys.stdout.reconfigure(line_buffering=True)
     torch.set_num_threads(1)
     multiprocessing.set_start_method(None, force=True)  # what the program itself starts is forked, as otherwise
+    for category in (FutureWarning, DeprecationWarning):  # as in tests.helpers.environment
+        warnings.simplefilter("ignore", category)
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(ROOT)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 import torch
 
-from tests.helpers import BATCHFORMER, SMALL_IMAGES, SMALL_MODEL, run, run_main, write_coco
+from tests.helpers import BATCHFORMER, SMALL_IMAGES, SMALL_MODEL, run_main, write_coco
+from tests.processes import run_forked
 from util.checkpoint import read_checkpoint
 from util.deterministic import explaining_refusals
 from util.errors import UserError
@@ -33,7 +33,7 @@ def test_two_runs_in_fresh_processes_give_the_same_bits(tmp_path):
             "--deterministic", "--coco_path", str(tmp_path / "data"), *SMALL_IMAGES, *SMALL_MODEL, *BATCHFORMER,
             "--with_box_refine", "--two_stage", "--dropout", "0.2", "--drop_path", "0.2", "--num_workers", "2",
             "--device", "cpu", "--epochs", "1", "--batch_size", "4", "--output_dir", str(out),
-            env={"OMP_NUM_THREADS": "2"},
+            env={"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"},  # two that spin come nowhere on a busy machine
         )  # fmt: skip
         assert result.returncode == 0, result.stderr
         lines = [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
@@ -133,18 +133,21 @@ runpy.run_path("main.py", run_name="__main__")
 
 
 def test_a_run_that_can_not_be_deterministic_ends_with_one_line(tmp_path, refused):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
     write_coco(tmp_path, num_train=2, num_val=1)
     flags = ("--coco_path", str(tmp_path), *SMALL_IMAGES, *SMALL_MODEL, "--num_workers", "0", "--device", "cpu", "--epochs", "1")
-    result = run(sys.executable, "-c", PROGRAM, "--deterministic", *flags)
+    result = run_forked(str(program), "--deterministic", *flags)
     assert result.returncode == 2, result.stderr
     assert result.stderr.startswith(f"error: --deterministic: {refused} has no deterministic implementation")
     assert len(result.stderr.splitlines()) == 1
-    assert run(sys.executable, "-c", PROGRAM, *flags).returncode == 0
+    assert run_forked(str(program), *flags).returncode == 0
 
 
 @pytest.mark.parametrize(("before", "after"), [("", ":4096:8"), (":16:8", ":16:8")])
-def test_what_is_set(before, after):
-    program = """
+def test_what_is_set(tmp_path, before, after):
+    program = tmp_path / "program.py"
+    program.write_text("""
 import os, torch
 from util.deterministic import make_deterministic
 torch.backends.cudnn.benchmark = True
@@ -154,6 +157,6 @@ cudnn = torch.backends.cudnn
 print(os.environ["CUBLAS_WORKSPACE_CONFIG"], torch.are_deterministic_algorithms_enabled(),
       torch.is_deterministic_algorithms_warn_only_enabled(), cudnn.deterministic, cudnn.benchmark,
       torch.utils.deterministic.fill_uninitialized_memory)
-"""
-    result = run(sys.executable, "-c", program, env={"CUBLAS_WORKSPACE_CONFIG": before})
+""")
+    result = run_forked(str(program), env={"CUBLAS_WORKSPACE_CONFIG": before})
     assert result.stdout.split() == [after, "True", "False", "True", "False", "False"], result.stderr

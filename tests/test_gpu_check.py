@@ -139,8 +139,8 @@ def test_every_step_is_in_the_documentation():
 def check(tmp_path, monkeypatch):
     """Makes a check of other steps, with seconds to do them in."""
 
-    def make(timings, checks=(), seconds=60.0):
-        monkeypatch.setattr(runner, "preparation", lambda device: Step("prepare", 0, 5, "echo device: a tin"))
+    def make(timings, checks=(), seconds=600.0):
+        monkeypatch.setattr(runner, "preparation", lambda device: Step("prepare", 0, 60, "echo device: a tin"))
         monkeypatch.setattr(runner, "timings", lambda device: list(timings))
         monkeypatch.setattr(runner, "checks", lambda device: list(checks))
         monkeypatch.setattr(runner, "CHECKS_TAKE", 0)
@@ -153,13 +153,13 @@ def test_no_end_of_a_step_stops_the_next(check):
     done = check(
         [
             Step("hangs", 0, 1, "sleep 600"),
-            Step("fails", 0, 5, "sh -c 'echo speed 7; exit 3'", {"speed": r"^speed (\d+)", "other": r"^other (\d+)"}, "above 6"),
-            Step("reads it", 0, 5, "true", after="fails"),
-            Step("on a GPU", 0, 5, "true", needs_gpu=True),
-            Step("lacks a module", 0, 5, "true", modules=("json", "no_such_module")),
-            Step("works", 0, 5, "true"),
+            Step("fails", 0, 60, "sh -c 'echo speed 7; exit 3'", {"speed": r"^speed (\d+)", "other": r"^other (\d+)"}, "above 6"),
+            Step("reads it", 0, 60, "true", after="fails"),
+            Step("on a GPU", 0, 60, "true", needs_gpu=True),
+            Step("lacks a module", 0, 60, "true", modules=("json", "no_such_module")),
+            Step("works", 0, 60, "true"),
         ],
-        [Step("first", 0, 5, "true"), Step("second", 0, 5, "true", after="first")],
+        [Step("first", 0, 60, "true"), Step("second", 0, 60, "true", after="first")],
     )
     assert not done.run()
     assert {name: result.result for name, result in done.results.items()} == {
@@ -181,16 +181,16 @@ def test_no_end_of_a_step_stops_the_next(check):
 
 
 def test_what_does_not_fit_is_left_out(check):
-    done = check([Step("long", 100, 100, "false"), Step("cut", 0, 100, "sleep 600"), Step("late", 3, 5, "false")], seconds=2)
+    done = check([Step("long", 100, 100, "false"), Step("cut", 0, 100, "sleep 600"), Step("late", 6, 60, "false")], seconds=5)
     assert done.run(), "nothing failed"
     assert done.results["long"].result.startswith("left out: takes 100 s, ")
     assert done.results["cut"].result.startswith("left out: cut off after ")
-    assert done.results["late"].result == "left out: takes 3 s, 0 s left"
+    assert done.results["late"].result == "left out: takes 6 s, 0 s left"
 
 
 def test_wrong_kernels_leave_the_rest_to_triton(check):
-    shows = Step("shows", 0, 5, "sh -c 'echo backend $MS_DEFORM_ATTN_BACKEND'", {"backend": "backend (.*)"})
-    done = check([Step("kernels", 0, 5, "false"), shows])
+    shows = Step("shows", 0, 60, "sh -c 'echo backend $MS_DEFORM_ATTN_BACKEND'", {"backend": "backend (.*)"})
+    done = check([Step("kernels", 0, 60, "false"), shows])
     done.run()
     assert done.results["shows"].figures == {"backend": "triton"}
 

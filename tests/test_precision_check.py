@@ -91,7 +91,7 @@ def test_a_device_is_tried_before_the_run(amp, layers):
     assert all(x.grad is None for x in layers.parameters())
     elsewhere = nn.Linear(2, 2, device="meta")
     check_precision(elsewhere, "off")
-    with pytest.raises(UserError, match=f"--amp {amp} can't be used on meta: .*unsupported autocast") as error:
+    with pytest.raises(UserError, match=f"--amp {amp} can't be used on meta: ") as error:
         check_precision(elsewhere, amp)
     assert "\n" not in str(error.value)
 

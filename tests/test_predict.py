@@ -20,7 +20,7 @@ from pycocotools.coco import COCO
 
 from datasets.files import SPELLING
 from models import build_model, load_detector
-from tests.helpers import ROOT, SMALL_IMAGES, SMALL_MODEL
+from tests.helpers import ROOT, SMALL_IMAGES, SMALL_MODEL, environment
 from tests.processes import run_main_forked
 from tools import predict
 from util.class_map import Category, ClassMap
@@ -544,7 +544,7 @@ def test_help_is_complete_and_needs_no_torch():
 def test_a_mistake_ends_the_command_with_one_line(checkpoint, tmp_path):
     result = subprocess.run(
         [sys.executable, ROOT / "tools/predict.py", "--resume", checkpoint, "gone.jpg", "--output_dir", "out"],
-        cwd=tmp_path, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": ""},
+        cwd=tmp_path, capture_output=True, text=True, check=False, env=environment(PYTHONPATH=""),
     )  # fmt: skip
     assert result.returncode == 2
     assert result.stderr.splitlines() == ["error: gone.jpg does not exist; give pictures, videos, or folders of pictures"]

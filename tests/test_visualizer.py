@@ -2,7 +2,6 @@
 
 import json
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from tests.helpers import run
 from tools import draw_detections, plot_logs
 from util.errors import UserError
 from util.plot_utils import plot_run, read_log, series
@@ -30,7 +30,6 @@ from util.visualizer import (
     side_by_side,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
 SIZES = [(64, 48), (128, 128), (640, 427), (1600, 1000), (480, 40), (30, 900), (1, 1)]
 
 
@@ -565,16 +564,12 @@ def test_plot_logs_names_the_broken_log(tmp_path, text):
 # ---- as commands ----
 
 
-def command(script: str, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, f"tools/{script}", *arguments], cwd=ROOT, capture_output=True, text=True)
-
-
 @pytest.mark.parametrize("script", ["draw_detections.py", "plot_logs.py"])
 def test_a_mistake_ends_the_command_with_one_line(coco, tmp_path, script):
     flags = [word for pair in coco.items() for word in pair] + ["--image_ids", "99"]
-    run = command(script, *(flags if script == "draw_detections.py" else [str(tmp_path / "run 99")]))
-    assert run.returncode == 2 and run.stdout == ""
-    assert len(run.stderr.splitlines()) == 1 and "99" in run.stderr
+    done = run(sys.executable, f"tools/{script}", *(flags if script == "draw_detections.py" else [str(tmp_path / "run 99")]))
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and "99" in done.stderr
 
 
 @pytest.mark.parametrize("tool", [draw_detections, plot_logs])
