@@ -39,6 +39,7 @@ from util.diagnose import FiniteWatch
 from util.distributed import broadcast_from_main, equalise_buffers, is_main, process_group, rank, sum_over_processes, world_size
 from util.errors import NotSavedError, UserError, run_as_command
 from util.finetune import fine_tune
+from util.folder_hold import FolderHold
 from util.history import History
 from util.optim import GROUPS, build_schedule, build_updater
 from util.precision import check_precision
@@ -72,18 +73,21 @@ def main(config: Config) -> None:
             check_operator(device)
             check_precision(config.run.amp, device)
             check_tensorboard(config.run.tensorboard)
-            if config.run.eval:
-                evaluate_only(config, device)
-            else:
-                training = Training(config, device, stop)
+            if not config.run.eval:
+                check_trainable(config)
+            with output_folder(config) as hold:
+                if config.run.eval:
+                    evaluate_only(config, device, hold)
+                    return
+                training = Training(config, device, stop, hold)
                 with contextlib.closing(training.board):
                     training.run()
     finally:
         end_workers()
 
 
-def evaluate_only(config: Config, device: torch.device) -> None:
-    folder = output_folder(config)
+def evaluate_only(config: Config, device: torch.device, hold: FolderHold | None) -> None:
+    folder = hold.folder if hold else None
     source = find_checkpoint(config, folder, goes_on(config, folder))
     checkpoint = read_checkpoint(source.path) if source else {}
     dataset = build_dataset("val", config, trained_classes(config, checkpoint, source))
@@ -101,17 +105,17 @@ def evaluate_only(config: Config, device: torch.device) -> None:
             model, criterion, postprocessors, batches, dataset.coco, dataset.classes, config.run.log_every, amp=config.run.amp
         )
         log.info("%s", figures_table(evaluation.stats["coco_eval_bbox"]))
-        if folder:
-            save_predictions(folder / f"predictions{suffix}.json", evaluation, config)
-            write_atomically(evaluation.tables, folder / f"eval{suffix}.pth")
+        if hold:
+            hold.check()
+            save_predictions(hold.folder / f"predictions{suffix}.json", evaluation, config)
+            write_atomically(evaluation.tables, hold.folder / f"eval{suffix}.pth")
 
 
 class Training:
     """A training run, from the data to the last epoch. All that must survive an interruption is in `state`."""
 
-    def __init__(self, config: Config, device: torch.device, stop: StopRequest) -> None:
-        check_trainable(config)
-        self.folder = output_folder(config)
+    def __init__(self, config: Config, device: torch.device, stop: StopRequest, hold: FolderHold | None) -> None:
+        self.hold, self.folder = hold, hold.folder if hold else None
         self.goes_on = goes_on(config, self.folder)
         if self.folder and not self.goes_on:
             announce_new(self.folder)
@@ -238,13 +242,14 @@ class Training:
         is_best = self.history.is_best(figures[0], epoch, prefix.strip("_") or "model")
         if not prefix:
             self.board.pictures(lambda: evaluation_pictures(self.val_dataset, evaluation), epoch)
-        if self.checkpoints and self.folder:
+        if self.hold and self.checkpoints:
+            self.hold.check()
             if is_best:
                 self.checkpoints.name_newest(BEST)
             try:
-                save_tables(self.folder / "eval", evaluation, epoch, prefix)
+                save_tables(self.hold.folder / "eval", evaluation, epoch, prefix)
                 suffix = "_ema" if prefix else ""
-                save_predictions(self.folder / f"predictions{suffix}.json", evaluation, self.config)
+                save_predictions(self.hold.folder / f"predictions{suffix}.json", evaluation, self.config)
             except (OSError, NotSavedError) as error:
                 log.warning("%s; training goes on", error)
         return {f"test_{prefix}{name}": value for name, value in evaluation.stats.items()}
@@ -263,7 +268,8 @@ class Training:
             return
         note("saving after %d images of epoch %d", self.position.images, self.position.epoch)
         content = self.state.gather()
-        if self.checkpoints and content:
+        if self.hold and self.checkpoints and content:
+            self.hold.check()
             self.checkpoints.save(content, self.position, also or [], must=must)
         broadcast_from_main(None)
 

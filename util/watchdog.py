@@ -27,6 +27,7 @@ from typing import NamedTuple
 from torch.distributed import Store
 
 from util.errors import EXIT_LOST_PROCESS, EXIT_PREEMPTED, LostProcessError, Preempted
+from util.processes import born, machine
 
 # Of the time-out. The rest is for telling the others, and for the last words.
 SHARE_OF_TIMEOUT = 0.85
@@ -523,31 +524,14 @@ _AROUND = (Path(__file__).resolve(), _PROJECT / "util" / "errors.py")  # what ev
 
 
 def _this_process() -> Peer:
-    return Peer(socket.gethostname(), _machine(), os.getpid(), _born(os.getpid()))
-
-
-def _machine() -> str:
-    """The same for two processes only if they see each other's process ids. Containers may share names, but not all of these."""
-    names = [socket.gethostname()]
-    with contextlib.suppress(OSError):
-        names += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
-    return " ".join(names)
-
-
-def _born(pid: int) -> str:
-    """When a process was started, in the kernel's ticks: process ids are used again. Empty where that is not known."""
-    try:
-        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
-    except OSError:
-        return ""
-    return after_name.split()[19]
+    return Peer(socket.gethostname(), machine(), os.getpid(), born(os.getpid()))
 
 
 def _end_those_that_hang(peers: Sequence[Peer]) -> None:
     """Kill those of this machine that do not read the verdict themselves, with their loader workers where these can be told
     by the group that a launcher made. A stopped process does not answer SIGTERM."""
     for _ in range(20):
-        there = [peer for peer in peers if peer.machine == _machine() and peer.born and peer.born == _born(peer.pid)]
+        there = [peer for peer in peers if peer.machine == machine() and peer.born and peer.born == born(peer.pid)]
         if not there:
             return
         time.sleep(0.1)
