@@ -66,7 +66,8 @@ def main(config: Config) -> None:
         make_deterministic()
     processes = process_group(config.run.device, config.run.dist_timeout)
     try:
-        with StopRequest().installed() as stop, processes as device, explaining_refusals():
+        request = StopRequest(what_is_kept(config, "nothing was trained since the start"))
+        with request.installed() as stop, processes as device, explaining_refusals():
             start_logging()
             announce(config, device)
             seed_everything(config.run.seed + rank())
@@ -199,8 +200,9 @@ class Training:
             self.position.epoch, self.position.images, self.exact = epoch + 1, 0, True
             self.history.unfinished = {f"train_{name}": value for name, value in (stats | self._skipped()).items()}
             self._save(self._scheduled(epoch))
+            self.stop.saved = what_is_kept(self.config, f"epoch {epoch} is saved, its evaluation is next")
             if self.votes.agreed_now():
-                self.stop.leave("the epoch is saved, its evaluation is next")
+                self.stop.leave(self.stop.saved)
 
     def _after_step(self, steps: int) -> None:
         """Note what has been trained; save if it is time to, and leave if any process was asked to."""
@@ -212,7 +214,8 @@ class Training:
             self.watch.check()
             self._save(must=leave)
         if leave:
-            self.stop.leave(f"saved after epoch {self.position.epoch}, {self.position.images} images")
+            done = f"saved in epoch {self.position.epoch}, after {self.position.images} of {self.order.images} images"
+            self.stop.leave(what_is_kept(self.config, done))
 
     def _images_trained(self) -> int:
         return self.position.epoch * self.order.images + self.position.images
@@ -343,8 +346,20 @@ def start_logging() -> None:
 def announce(config: Config, device: torch.device) -> None:
     log.info("flags: %s", json.dumps(config.flags()))
     log.info("device: %s (%s), %d process(es), torch %s", device, device_name(device), world_size(), torch.__version__)
+    if not (config.run.output_dir or config.run.eval):
+        log.warning("warning: %s, neither weights nor log.txt", NOTHING_KEPT)
     if config.batchformer.bf and config.optim.batch_size == 1:
         log.warning("BatchFormerV2 relates the images of a process's batch: --batch_size 1 gives it nothing to relate")
+
+
+NOTHING_KEPT = "nothing is saved without --output_dir"
+
+
+def what_is_kept(config: Config, saved: str) -> str:
+    """For the line with which a run leaves: what is on the disk, and how to go on."""
+    if config.run.eval:
+        return "the evaluation is not finished"
+    return f"{saved}; go on with --resume auto" if config.run.output_dir else NOTHING_KEPT
 
 
 def seed_everything(seed: int) -> None:

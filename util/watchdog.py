@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from torch.distributed import Store
 
-from util.errors import EXIT_LOST_PROCESS, EXIT_PREEMPTED, LostProcessError, Preempted
+from util.errors import EXIT_INTERRUPTED, EXIT_LOST_PROCESS, EXIT_PREEMPTED, LostProcessError, Preempted
 from util.processes import born, machine
 
 # Of the time-out. The rest is for telling the others, and for the last words.
@@ -67,11 +67,16 @@ class Verdict(NamedTuple):
     line: str
     status: int = EXIT_LOST_PROCESS  # with which the others leave
 
+    @property
+    def asked(self) -> bool:
+        """Whether a process was asked to leave, rather than lost."""
+        return self.status in (EXIT_PREEMPTED, EXIT_INTERRUPTED)
+
     def tell(self) -> str:
-        return self.line if self.status == EXIT_PREEMPTED else f"error: {self.line}"
+        return self.line if self.asked else f"error: {self.line}"
 
     def exception(self) -> BaseException:
-        return Preempted(self.line) if self.status == EXIT_PREEMPTED else LostProcessError(self.line)
+        return Preempted(self.line, self.status) if self.asked else LostProcessError(self.line)
 
 
 class Progress:
@@ -360,7 +365,7 @@ class Watchdog:
             line, status = _one_line(error), getattr(error, "exit_code", 1)
             told = Verdict([self._rank], f"rank {self._rank} on {socket.gethostname()} ended with: {line}")
             if isinstance(error, Preempted):  # the others may not have been asked
-                status, told = EXIT_PREEMPTED, Verdict([self._rank], str(error), EXIT_PREEMPTED)
+                told = Verdict([self._rank], str(error), status)
             self._leaving = time.monotonic() + LEAVE_WITHIN, line, status
             if not isinstance(error, LostProcessError):
                 self._talk.propose(told)
@@ -471,7 +476,8 @@ class Watchdog:
         """Tell the verdict, unless another process of this machine does, and end the culprit and this process."""
         jury = self._jury
         if jury is None or self._leaving or jury.first_of_host(verdict):
-            _bounded(2, lambda: os.write(2, f"{verdict.tell()}\n".encode()))
+            if self._rank == 0 or not verdict.asked:
+                _bounded(2, lambda: os.write(2, f"{verdict.tell()}\n".encode()))
             _end_those_that_hang([peer for r in verdict.ranks if r != self._rank and (peer := self._talk.peers[r])])
         self._talk.leave()
         self._wait_for_the_others(SHORT_WAIT)
