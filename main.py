@@ -153,8 +153,9 @@ class Training:
             Path(config.run.output_dir) if config.run.output_dir else None,
             skip=config.run.on_nan == "skip", max_steps=config.run.max_nan_steps,
         )  # fmt: skip
+        data = {"train": self.dataset.identity(), "val": self.val_dataset.identity()}
         self.state = TrainingState(
-            config, self.classes, self.model, self.updater, self.schedule, self.position,
+            config, self.classes, data, self.model, self.updater, self.schedule, self.position,
             shared={"history": self.history},
             own={
                 "random": RandomGenerators(device), "means": self.means, "not_finite": self.watch,
@@ -162,6 +163,7 @@ class Training:
             },
         )  # fmt: skip
         self.exact = self.state.restore(checkpoint, str(source))
+        epoch_anew = self._meet_changed_data()
         self._prepare_folder(source, checkpoint)
         finished = self.position.epoch - (self.history.unfinished is not None)
         wanted = self.folder and config.run.tensorboard
@@ -169,6 +171,10 @@ class Training:
         if self.folder:
             start = {"epoch": self.position.epoch, "images": self.position.images, "checkpoint": str(source or "")}
             write_record(self.folder, run_facts(config, train=self.dataset, val=self.val_dataset), environment(device), start)
+        if epoch_anew:
+            self._save(must=True)
+            if self.checkpoints and self.folder:  # not before: who is killed here must still find them
+                set_aside(self.folder, self.checkpoints.newer_than(self.position))
 
     def run(self) -> None:
         log.info("%d trainable parameters, %d + %d images", self.num_parameters, len(self.dataset), len(self.val_dataset))
@@ -297,6 +303,23 @@ class Training:
                 set_aside(self.folder, [*newer, self.folder / "log.txt"])
         self.history.write()
         begun(self.folder)
+
+    def _meet_changed_data(self) -> bool:
+        """What follows if the data are not the checkpoint's; gives whether an interrupted epoch begins anew.
+
+        Nobody knows which of the images as they are now it has seen: so that none is left out, it takes all.
+        """
+        if self.state.other_validation:
+            log.warning("resume: results before and after can't be compared; %s is chosen anew", BEST)
+            self.history.best = None
+        if not self.state.other_images or self.position.images == 0:
+            return False
+        epoch, done = self.position.epoch, self.position.images
+        log.warning("resume: epoch %d begins anew with the images as they are now, after %d of the earlier ones", epoch, done)
+        self.position.images, self.exact = 0, True
+        self.means.reset()
+        self.updater.optimizer.zero_grad()  # of an unfinished accumulation
+        return True
 
     def _nothing_left(self) -> None:
         epochs = self.config.optim.epochs
