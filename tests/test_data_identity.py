@@ -194,6 +194,7 @@ def test_other_classes_are_refused(interrupted, tmp_path):
 
     edited(interrupted, tmp_path / "val", "val", rename)
     validation = ("--val_annotations", str(tmp_path / "val/data/annotations/instances_val2017.json"))
+    validation += ("--val_images", str(tmp_path / "val/data/val2017"))
     run = (*edited(interrupted, tmp_path, "train", rename), *validation)
     checkpoint = interrupted / "out" / "resume_0001_000000004.pth"
     result = run_main_forked(*run, "--resume", str(checkpoint), "--output_dir", str(tmp_path / "out"))
