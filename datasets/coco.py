@@ -21,6 +21,7 @@ from datasets.transforms import Area, eval_transform, train_transform
 from util.box_ops import xyxy_to_cxcywh
 from util.class_map import AUTO, ClassMap
 from util.config import DataConfig
+from util.data_identity import DataIdentity
 from util.errors import UserError
 from util.images import BadImageError, decode, read_image_file
 
@@ -83,6 +84,11 @@ class CocoDetection(Dataset):
         target["image_id"] = torch.tensor([image_id])
         target["orig_size"] = torch.tensor([height, width])
         return image.as_subclass(torch.Tensor), target
+
+    def identity(self) -> DataIdentity:
+        """What a checkpoint says of these data."""
+        objects = [item for image_id in self.image_ids for item in self.coco.imgToAnns[image_id]]
+        return DataIdentity.of([self.coco.imgs[image_id] for image_id in self.image_ids], objects)
 
     def file_of(self, image_id: int) -> Path:
         """The path of an image."""

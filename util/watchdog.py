@@ -26,7 +26,8 @@ from typing import NamedTuple
 
 from torch.distributed import Store
 
-from util.errors import EXIT_LOST_PROCESS, EXIT_PREEMPTED, LostProcessError, Preempted
+from util.errors import EXIT_INTERRUPTED, EXIT_LOST_PROCESS, EXIT_PREEMPTED, LostProcessError, Preempted
+from util.processes import born, machine
 
 # Of the time-out. The rest is for telling the others, and for the last words.
 SHARE_OF_TIMEOUT = 0.85
@@ -66,11 +67,16 @@ class Verdict(NamedTuple):
     line: str
     status: int = EXIT_LOST_PROCESS  # with which the others leave
 
+    @property
+    def asked(self) -> bool:
+        """Whether a process was asked to leave, rather than lost."""
+        return self.status in (EXIT_PREEMPTED, EXIT_INTERRUPTED)
+
     def tell(self) -> str:
-        return self.line if self.status == EXIT_PREEMPTED else f"error: {self.line}"
+        return self.line if self.asked else f"error: {self.line}"
 
     def exception(self) -> BaseException:
-        return Preempted(self.line) if self.status == EXIT_PREEMPTED else LostProcessError(self.line)
+        return Preempted(self.line, self.status) if self.asked else LostProcessError(self.line)
 
 
 class Progress:
@@ -367,7 +373,7 @@ class Watchdog:
             line, status = _one_line(error), getattr(error, "exit_code", 1)
             told = Verdict([self._rank], f"rank {self._rank} on {socket.gethostname()} ended with: {line}")
             if isinstance(error, Preempted):  # the others may not have been asked
-                status, told = EXIT_PREEMPTED, Verdict([self._rank], str(error), EXIT_PREEMPTED)
+                told = Verdict([self._rank], str(error), status)
             self._leaving = time.monotonic() + LEAVE_WITHIN, line, status
             if not isinstance(error, LostProcessError):
                 self._talk.propose(told)
@@ -481,7 +487,8 @@ class Watchdog:
         """
         jury = self._jury
         if jury is None or self._leaving or jury.first_of_host(verdict):
-            _bounded(2, lambda: os.write(2, f"{verdict.tell()}\n".encode()))
+            if self._rank == 0 or not verdict.asked:
+                _bounded(2, lambda: os.write(2, f"{verdict.tell()}\n".encode()))
             _kill(jury.silent_peers(verdict.ranks, self._limit / 2) if jury else [])
         self._talk.leave()
         self._wait_for_the_others(SHORT_WAIT)
@@ -534,31 +541,14 @@ _AROUND = (Path(__file__).resolve(), _PROJECT / "util" / "errors.py")  # what ev
 
 
 def _this_process() -> Peer:
-    return Peer(socket.gethostname(), _machine(), os.getpid(), _born(os.getpid()))
-
-
-def _machine() -> str:
-    """The same for two processes only if they see each other's process ids. Containers may share names, but not all of these."""
-    names = [socket.gethostname()]
-    with contextlib.suppress(OSError):
-        names += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
-    return " ".join(names)
-
-
-def _born(pid: int) -> str:
-    """When a process was started, in the kernel's ticks: process ids are used again. Empty where that is not known."""
-    try:
-        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
-    except OSError:
-        return ""
-    return after_name.split()[19]
+    return Peer(socket.gethostname(), machine(), os.getpid(), born(os.getpid()))
 
 
 def _kill(peers: Sequence[Peer]) -> None:
     """Kill those of this machine that are still there after two seconds, with their loader workers where these can be told
     by the group that a launcher made. A stopped process does not answer SIGTERM."""
     for _ in range(20):
-        there = [peer for peer in peers if peer.machine == _machine() and peer.born and peer.born == _born(peer.pid)]
+        there = [peer for peer in peers if peer.machine == machine() and peer.born and peer.born == born(peer.pid)]
         if not there:
             return
         time.sleep(0.1)
