@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -215,16 +216,25 @@ def flags(tmp_path):
     return ("--coco_path", str(tmp_path / "data"), *SMALL_IMAGES, *SMALL_MODEL, "--log_every", "1", "--num_workers", "0")
 
 
-def test_a_second_run_is_refused_and_after_a_kill_the_folder_is_taken_over(tmp_path, flags):
+@contextmanager
+def running(command):
+    with subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_second_run_is_refused_while_an_evaluation_is_not_and_after_a_kill_the_folder_is_taken_over(tmp_path, flags):
     out = tmp_path / "out"
     command = [sys.executable, "-u", "main.py", *flags, "--epochs", "1000", "--output_dir", str(out)]
-    with subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True) as first:
+    with running(command) as first:
         for line in first.stdout:
             if line.startswith("epoch 1"):
                 break
         saved = (out / "resume_0001_000000000.pth").read_bytes()
         told = rf"error: --output_dir {out} is held by process {first.pid} on {os.uname().nodename} since \d{{4}}-.*"
-        for extra in ((), ("--resume", "auto"), ("--resume", str(out / "checkpoint.pth"), "--eval")):
+        for extra in ((), ("--resume", "auto")):
             second = run_main_forked(*flags, *extra, "--output_dir", str(out))
             assert second.returncode == 2
             assert re.fullmatch(told, second.stderr.strip()), second.stderr
@@ -232,9 +242,11 @@ def test_a_second_run_is_refused_and_after_a_kill_the_folder_is_taken_over(tmp_p
         assert together.returncode == 2
         assert re.search(told, together.stderr)
         assert not list(out.glob("earlier-*"))
+        evaluated = run_main_forked(*flags, "--resume", str(out / "checkpoint.pth"), "--eval", "--output_dir", str(out))
+        assert evaluated.returncode == 0, evaluated.stderr
+        assert (out / "evaluation-1" / "eval.pth").exists()
         assert not (out / "eval.pth").exists()
         assert first.poll() is None
-        first.kill()
     assert saved
     resumed = run_main_forked(*flags, "--epochs", "1", "--output_dir", str(out), "--resume", "auto")
     assert resumed.returncode == 0, resumed.stderr
