@@ -7,7 +7,7 @@
 
 --amp bf16 and, of a training step, --bf and --checkpoint_encoder are timed beside the same without them, and the memory of a
 training step is given at its peak. --against_reference times the same with the attention operator in plain PyTorch too;
---profile adds what the time goes to.
+--profile adds what the time goes to; --trace writes it as a timeline, for ui.perfetto.dev or tools/gpu_check/idle.py.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ from util.distributed import choose_device
 from util.errors import UserError, run_as_command
 from util.nested_tensor import NestedTensor
 from util.optim import build_updater
-from util.precision import autocast, check_precision
+from util.precision import autocast
+from util.precision_check import check_precision
 
 OBJECTS = 7  # an image of COCO has 7.3 on average
 
@@ -48,7 +49,6 @@ def main() -> int | None:
         return op_benchmark.main(sys.argv[2:])
     args, config = _parse()
     device = choose_device(config.run.device)
-    check_precision(config.run.amp, device)
     torch.manual_seed(config.run.seed)
     images, targets, config = _batch(args, config, device)
     height, width = images.tensors.shape[-2:]
@@ -99,8 +99,7 @@ def _inference(args: argparse.Namespace, config: Config, device: torch.device, i
         if i:
             print(f"{variants[i].added} takes {_ratio(seconds[i], seconds[i - 1]):.2f} times as long as without")
     _report_against_reference(names[-1], len(images), seconds[len(calls) - 1], seconds[len(calls) :])
-    if args.profile:
-        _profile(calls[-1], device)
+    _profile(calls[-1], args, device)
 
 
 def _inference_call(config: Config, device: torch.device, images: NestedTensor) -> Callable[[], None]:
@@ -132,8 +131,7 @@ def _train(args: argparse.Namespace, config: Config, device: torch.device, image
             )
     print(f"memory: {what}")
     _report_against_reference(names[-1], len(images), seconds[len(steps) - 1], seconds[len(steps) :])
-    if args.profile:
-        _profile(steps[-1], device)
+    _profile(steps[-1], args, device)
 
 
 def _training_step(config: Config, device: torch.device, images: NestedTensor, targets: list) -> Callable[[], None]:
@@ -196,13 +194,19 @@ def _report_against_reference(what: str, batch: int, seconds: list[float], other
         print(f"{what} takes {_ratio(seconds, reference):.1%} of the time that it takes with the operator in plain PyTorch")
 
 
-def _profile(function: Callable[[], None], device: torch.device) -> None:
+def _profile(function: Callable[[], None], args: argparse.Namespace, device: torch.device) -> None:
+    if not (args.profile or args.trace):
+        return
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    with profile(activities=activities) as recorded:
-        function()
-        _wait(device)
-    order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    print(recorded.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=50))
+    for _ in range(2):  # the first call also pays for the start of the profiler
+        with profile(activities=activities) as recorded:
+            function()
+            _wait(device)
+    if args.profile:
+        order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+        print(recorded.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=50))
+    if args.trace:
+        recorded.export_chrome_trace(args.trace)
 
 
 def _time(functions: Sequence[Callable], args: argparse.Namespace, device: torch.device) -> list[list[float]]:
@@ -233,7 +237,8 @@ def _build(config: Config, device: torch.device) -> tuple[torch.nn.Module, torch
     model, criterion, _ = build_model(config)
     if config.run.resume:
         load_weights(model, config.run.resume)
-    return model.to(device), criterion
+    check_precision(model.to(device), config.run.amp)
+    return model, criterion
 
 
 def _batch(args: argparse.Namespace, config: Config, device: torch.device) -> tuple[NestedTensor, list, Config]:
@@ -274,6 +279,7 @@ def _parse() -> tuple[argparse.Namespace, Config]:
     own.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="noise of this size instead of the data set")
     own.add_argument("--against_reference", action="store_true", help="the same with the attention operator in plain PyTorch too")
     own.add_argument("--profile", action="store_true", help="what the time of one iteration goes to")
+    own.add_argument("--trace", metavar="FILE", help="write a timeline of one iteration, as .json or .json.gz")
     args, config = parse_with_config(parser, None, batch_size=1)
     if args.num_iters < 1 or args.warm_iters < 0 or (args.size and min(args.size) < 1):
         raise UserError("--num_iters and --size must be above 0, --warm_iters not negative")

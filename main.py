@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from datasets import build_dataset
+from datasets.coco import CocoDetection
 from datasets.coco_eval import figures_table
 from datasets.loader import BadImages, Prefetcher, build_loader, end_workers
 from datasets.preflight import quick_check
@@ -42,12 +43,13 @@ from util.distributed import broadcast_from_main, equalise_buffers, is_main, pro
 from util.errors import NotSavedError, UserError, run_as_command
 from util.finetune import FLAG as FINETUNE
 from util.finetune import fine_tune
+from util.folder_hold import FolderHold
 from util.history import History
 from util.optim import GROUPS, build_schedule, build_updater
-from util.precision import check_precision
+from util.precision_check import check_precision
 from util.preemption import StopRequest, StopVote
 from util.random_state import RandomGenerators
-from util.run_folder import announce_new, begun, evaluation_folder, set_aside
+from util.run_folder import announce_new, begun, set_aside
 from util.run_record import device_name, environment, write_record
 from util.starting_point import Source, find_checkpoint, goes_on, loading, output_folder
 from util.tensorboard import Board, check_tensorboard, detection_pictures
@@ -69,19 +71,20 @@ def main(config: Config) -> None:
         make_deterministic()
     processes = process_group(config.run.device, config.run.dist_timeout)
     try:
-        with StopRequest().installed() as stop, processes as device, explaining_refusals():
+        request = StopRequest(what_is_kept(config, "nothing was trained since the start"))
+        with request.installed() as stop, processes as device, explaining_refusals():
             start_logging()
             log.info(
                 "device: %s (%s), %d process(es), torch %s", device, device_name(device), world_size(), torch.__version__
             )
             seed_everything(config.run.seed + rank())
             check_operator(device)
-            check_precision(config.run.amp, device)
             check_tensorboard(config.run.tensorboard)
             if config.run.eval:
                 evaluate_only(config, device)
-            else:
-                training = Training(config, device, stop)
+                return
+            with output_folder(config) as hold:
+                training = Training(config, device, stop, hold)
                 with contextlib.closing(training.board):
                     training.run()
     finally:
@@ -97,12 +100,20 @@ def evaluate_only(config: Config, device: torch.device) -> None:
     announce(config)
     dataset = evaluation_data(config, checkpoint, source)
     config = settle_classes(config, dataset.classes, checkpoint, source)
-    folder = evaluation_folder(run) if run else None
-    if folder:
-        write_record(folder, run_facts(config, val=dataset), environment(device), {"checkpoint": str(source)})
+    with output_folder(config) as hold:
+        _evaluate_weights(config, device, checkpoint, source, dataset, hold)
+
+
+def _evaluate_weights(
+    config: Config, device: torch.device, checkpoint: Mapping[str, Any], source: Source, dataset: CocoDetection,
+    hold: FolderHold | None,
+) -> None:  # fmt: skip
+    """Evaluate the weights of a checkpoint, and the averaged ones if it has such."""
+    if hold:
+        write_record(hold.folder, run_facts(config, val=dataset), environment(device), {"checkpoint": str(source)})
     model, criterion, postprocessors = build_model(config)
     load_checkpoint(model, checkpoint, source, may_lack=())
-    model.to(device)
+    check_precision(model.to(device), config.run.amp)
     batches = eval_loader(dataset, config, device, BadImages(config.data.on_bad_image, config.data.max_bad_images))
     for suffix in ["", *(["_ema"] if "ema" in checkpoint else [])]:
         if suffix:
@@ -111,18 +122,19 @@ def evaluate_only(config: Config, device: torch.device) -> None:
             model, criterion, postprocessors, batches, dataset.coco, dataset.classes, config.run.log_every, amp=config.run.amp
         )
         log.info("%s", figures_table(evaluation.stats["coco_eval_bbox"]))
-        if folder:
-            save_predictions(folder / f"predictions{suffix}.json", evaluation, config)
-            write_atomically(evaluation.tables, folder / f"eval{suffix}.pth")
-    if folder:
-        log.info("the evaluation is in %s", folder)
+        if hold:
+            hold.check()
+            save_predictions(hold.folder / f"predictions{suffix}.json", evaluation, config)
+            write_atomically(evaluation.tables, hold.folder / f"eval{suffix}.pth")
+    if hold:
+        log.info("the evaluation is in %s", hold.folder)
 
 
 class Training:
     """A training run, from the data to the last epoch. All that must survive an interruption is in `state`."""
 
-    def __init__(self, config: Config, device: torch.device, stop: StopRequest) -> None:
-        self.folder = output_folder(config)
+    def __init__(self, config: Config, device: torch.device, stop: StopRequest, hold: FolderHold | None) -> None:
+        self.hold, self.folder = hold, hold.folder if hold else None
         self.goes_on = goes_on(config, self.folder)
         if self.folder and not self.goes_on:
             announce_new(self.folder)
@@ -151,7 +163,7 @@ class Training:
             load_checkpoint(self.model, checkpoint, source)
         elif start:
             log.info("%s", fine_tune(self.model, config, self.classes, start, config.run.finetune))
-        self.model.to(device)
+        check_precision(self.model.to(device), config.run.amp)
         self.num_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.updater = build_updater(self.model, config)
         self.schedule = build_schedule(self.updater.optimizer, config)
@@ -164,8 +176,9 @@ class Training:
             Path(config.run.output_dir) if config.run.output_dir else None,
             skip=config.run.on_nan == "skip", max_steps=config.run.max_nan_steps,
         )  # fmt: skip
+        data = {"train": self.dataset.identity(), "val": self.val_dataset.identity()}
         self.state = TrainingState(
-            config, self.classes, self.model, self.updater, self.schedule, self.position,
+            config, self.classes, data, self.model, self.updater, self.schedule, self.position,
             shared={"history": self.history},
             own={
                 "random": RandomGenerators(device), "means": self.means, "not_finite": self.watch,
@@ -173,6 +186,7 @@ class Training:
             },
         )  # fmt: skip
         self.exact = self.state.restore(checkpoint, str(source))
+        epoch_anew = self._meet_changed_data()
         self._prepare_folder(source, checkpoint)
         finished = self.position.epoch - (self.history.unfinished is not None)
         wanted = self.folder and config.run.tensorboard
@@ -180,6 +194,10 @@ class Training:
         if self.folder:
             start = {"epoch": self.position.epoch, "images": self.position.images, "checkpoint": str(source or "")}
             write_record(self.folder, run_facts(config, train=self.dataset, val=self.val_dataset), environment(device), start)
+        if epoch_anew:
+            self._save(must=True)
+            if self.checkpoints and self.folder:  # not before: who is killed here must still find them
+                set_aside(self.folder, self.checkpoints.newer_than(self.position))
 
     def run(self) -> None:
         log.info("%d trainable parameters, %d + %d images", self.num_parameters, len(self.dataset), len(self.val_dataset))
@@ -211,8 +229,9 @@ class Training:
             self.position.epoch, self.position.images, self.exact = epoch + 1, 0, True
             self.history.unfinished = {f"train_{name}": value for name, value in (stats | self._skipped()).items()}
             self._save(self._scheduled(epoch))
+            self.stop.saved = what_is_kept(self.config, f"epoch {epoch} is saved, its evaluation is next")
             if self.votes.agreed_now():
-                self.stop.leave("the epoch is saved, its evaluation is next")
+                self.stop.leave(self.stop.saved)
 
     def _after_step(self, steps: int) -> None:
         """Note what has been trained; save if it is time to, and leave if any process was asked to."""
@@ -224,7 +243,8 @@ class Training:
             self.watch.check()
             self._save(must=leave)
         if leave:
-            self.stop.leave(f"saved after epoch {self.position.epoch}, {self.position.images} images")
+            done = f"saved in epoch {self.position.epoch}, after {self.position.images} of {self.order.images} images"
+            self.stop.leave(what_is_kept(self.config, done))
 
     def _images_trained(self) -> int:
         return self.position.epoch * self.order.images + self.position.images
@@ -254,13 +274,14 @@ class Training:
         is_best = self.history.is_best(figures[0], epoch, prefix.strip("_") or "model")
         if not prefix:
             self.board.pictures(lambda: evaluation_pictures(self.val_dataset, evaluation), epoch)
-        if self.checkpoints and self.folder:
+        if self.hold and self.checkpoints:
+            self.hold.check()
             if is_best:
                 self.checkpoints.name_newest(BEST)
             try:
-                save_tables(self.folder / "eval", evaluation, epoch, prefix)
+                save_tables(self.hold.folder / "eval", evaluation, epoch, prefix)
                 suffix = "_ema" if prefix else ""
-                save_predictions(self.folder / f"predictions{suffix}.json", evaluation, self.config)
+                save_predictions(self.hold.folder / f"predictions{suffix}.json", evaluation, self.config)
             except (OSError, NotSavedError) as error:
                 log.warning("%s; training goes on", error)
         return {f"test_{prefix}{name}": value for name, value in evaluation.stats.items()}
@@ -279,7 +300,8 @@ class Training:
             return
         note("saving after %d images of epoch %d", self.position.images, self.position.epoch)
         content = self.state.gather()
-        if self.checkpoints and content:
+        if self.hold and self.checkpoints and content:
+            self.hold.check()
             self.checkpoints.save(content, self.position, also or [], must=must)
         broadcast_from_main(None)
 
@@ -304,6 +326,23 @@ class Training:
                 set_aside(self.folder, [*newer, self.folder / "log.txt"])
         self.history.write()
         begun(self.folder)
+
+    def _meet_changed_data(self) -> bool:
+        """What follows if the data are not the checkpoint's; gives whether an interrupted epoch begins anew.
+
+        Nobody knows which of the images as they are now it has seen: so that none is left out, it takes all.
+        """
+        if self.state.other_validation:
+            log.warning("resume: results before and after can't be compared; %s is chosen anew", BEST)
+            self.history.best = None
+        if not self.state.other_images or self.position.images == 0:
+            return False
+        epoch, done = self.position.epoch, self.position.images
+        log.warning("resume: epoch %d begins anew with the images as they are now, after %d of the earlier ones", epoch, done)
+        self.position.images, self.exact = 0, True
+        self.means.reset()
+        self.updater.optimizer.zero_grad()  # of an unfinished accumulation
+        return True
 
     def _nothing_left(self) -> None:
         epochs = self.config.optim.epochs
@@ -370,8 +409,20 @@ def announce(config: Config) -> None:
     if names := config.without_effect():
         off = "evaluation does without it unless --eval_bf is given" if config.run.eval else "--bf 0"
         log.info("without effect: %s; BatchFormerV2 is off (%s)", ", ".join(f"--{name}" for name in names), off)
+    if not (config.run.output_dir or config.run.eval):
+        log.warning("warning: %s, neither weights nor log.txt", NOTHING_KEPT)
     if config.batchformer.bf and config.optim.batch_size == 1:
         log.warning("BatchFormerV2 relates the images of a process's batch: --batch_size 1 gives it nothing to relate")
+
+
+NOTHING_KEPT = "nothing is saved without --output_dir"
+
+
+def what_is_kept(config: Config, saved: str) -> str:
+    """For the line with which a run leaves: what is on the disk, and how to go on."""
+    if config.run.eval:
+        return "the evaluation is not finished"
+    return f"{saved}; go on with --resume auto" if config.run.output_dir else NOTHING_KEPT
 
 
 def seed_everything(seed: int) -> None:
@@ -395,15 +446,19 @@ def eval_loader(dataset, config: Config, device: torch.device, bad_images: BadIm
 
 def check_data(train, val, config: Config) -> None:
     """The quick part of tools/check_data.py, on the main process. Raises UserError, on all, for what would end the run later."""
-    error = broadcast_from_main(quick_check(train, val, config.data.on_bad_image == "skip") if is_main() else None)
+    skip_missing, num_queries = config.data.on_bad_image == "skip", config.transformer.num_queries
+    error = broadcast_from_main(quick_check(train, val, skip_missing, num_queries) if is_main() else None)
     if error:
         raise error
 
 
 def share_gradients(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
     """The model whose gradients are averaged over processes; the model itself if there is one."""
-    if world_size() == 1:
-        return model
+    return model if world_size() == 1 else data_parallel(model, config, device)
+
+
+def data_parallel(model: nn.Module, config: Config, device: torch.device) -> DistributedDataParallel:
+    """The model with an exchange of gradients in its backward; needs a process group."""
     # only then heads are there that no loss reaches
     unused = config.loss.no_aux_loss and config.transformer.with_box_refine
     known = inspect.signature(DistributedDataParallel).parameters

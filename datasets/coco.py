@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,19 +16,23 @@ from torch.utils.data import Dataset
 from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
 
 from datasets.coco_format import read_annotations
+from datasets.files import respell
 from datasets.transforms import Area, eval_transform, train_transform
 from util.box_ops import xyxy_to_cxcywh
 from util.class_map import AUTO, ClassMap
 from util.config import DataConfig
+from util.data_identity import DataIdentity
 from util.errors import UserError
 from util.images import BadImageError, decode, read_image_file
+
+log = logging.getLogger(__name__)
 
 
 class CocoDetection(Dataset):
     """(image, target) items of a folder of images and a COCO instances file.
 
     Args:
-        images: folder of the images.
+        images: folder of the images. A name that no file below it has may be spelled otherwise, or have other folders before it.
         annotations: COCO JSON.
         transform: maps (PIL image, {"boxes", "labels", "area", "iscrowd"}) to the same with a [3, H, W] float image.
         classes: labels of the category ids; without it the annotations' categories and `num_classes` (see ClassMap.of) make it.
@@ -51,6 +56,8 @@ class CocoDetection(Dataset):
             raise UserError(f"{images} does not exist; it must be the folder of the images: {_FLAGS}")
         self.images, self.annotations = images, annotations
         self.coco = read_annotations(annotations)
+        for how, count in respell(self.coco.imgs.values(), images).items():
+            log.info("%s: %s: %d", annotations, how, count)
         self.image_ids = sorted(self.coco.imgs)
         if not self.image_ids:
             raise UserError(f"{annotations} has no images: {_FLAGS}")
@@ -77,6 +84,11 @@ class CocoDetection(Dataset):
         target["image_id"] = torch.tensor([image_id])
         target["orig_size"] = torch.tensor([height, width])
         return image.as_subclass(torch.Tensor), target
+
+    def identity(self) -> DataIdentity:
+        """What a checkpoint says of these data."""
+        objects = [item for image_id in self.image_ids for item in self.coco.imgToAnns[image_id]]
+        return DataIdentity.of([self.coco.imgs[image_id] for image_id in self.image_ids], objects)
 
     def file_of(self, image_id: int) -> Path:
         """The path of an image."""

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets.coco_format import read_annotations
+from datasets.coco_export import check_export, leave_out, mend
+from datasets.coco_format import is_file_name, read_json
 from datasets.coco_layout import Part
-from datasets.labelled import IMAGE_SUFFIXES, PARTS, VAL_FRACTION
+from datasets.files import IMAGE_SUFFIXES, Index, annotated_size, files_below, portable
+from datasets.labelled import PARTS, ROLES, VAL_FRACTION, Faults
 from util.errors import UserError
 from util.images import read_regular_file
 
 _LISTS = ("images", "annotations", "categories")
+# words in the names of COCO's other annotation files, some of which have boxes too
+_OTHER_KINDS = {"captions", "keypoints", "stuff", "panoptic", "info"}
 
 
 def is_coco(source: Path) -> bool:
@@ -22,37 +28,76 @@ def is_coco(source: Path) -> bool:
     return bool(_instances(source))
 
 
-def read_coco(source: Path, fraction: float | None, seed: int) -> dict[str, Part]:
+def read_coco(source: Path, fraction: float | None, seed: int, faults: Faults) -> dict[str, Part]:
     """The "train" and "val" parts of an instances file, or of a folder with one or with one for each part.
 
     A file belongs to the part that its name or its folder names (train; val, valid or validation; test, where there is no val). A
-    single file is parted at random: `fraction` of its images are for validation, the same ones for the same seed. Ids of
-    categories, images and annotations stay as they are.
+    single file is parted at random: `fraction` of its images are for validation, the same ones for the same seed. Whole numbers
+    that are ids stay as they are (see coco_export.mend). Annotation files that are not taken are noted.
 
     Raises:
-        UserError: files or images can't be told apart or found, or are not as they should be.
+        UserError: files can't be told apart, nothing is left to convert; or as Faults says, of all faults at once.
     """
     paths = _instances(source)
-    root = source if source.is_dir() else source.parent
+    root = source if source.is_dir() else _folder_of(source)
+    if source.is_dir():
+        _note("annotation files without instances, left out", _by_kind(source)[1], faults)
     if len(paths) == 1:
-        content = read_annotations(paths[0]).dataset
-        contents = _split(content, paths[0], fraction or VAL_FRACTION, seed)
-        return {part: Part(content, _find(content, paths[0], root)) for part, content in contents.items()}
-    named = {part: [path for path in paths if _part_of(path, root) == part] for part in ("train", "val", "test")}
-    chosen = {"train": named["train"], "val": named["val"] or named["test"]}
+        (whole,) = _read(paths, root, faults)
+        contents = _split(whole.content, paths[0], fraction or VAL_FRACTION, seed)
+        return {part: Part(content, whole.files) for part, content in contents.items()}
+    named = {part: [path for path in paths if _part_of(path, root) == part] for part in ("train", "val", "test", "")}
+    chosen = {"train": named["train"] or named[""], "val": named["val"] or named["test"]}
     for part, files in chosen.items():
         if len(files) != 1:
             listed = ", ".join(path.name for path in files or paths)
             raise UserError(f"{source} has {len(files)} instances files for {part} ({listed}); name one file to convert instead")
     if fraction is not None:
         raise UserError(f"--val_fraction {fraction}: {source} has a validation part already; leave the flag out")
-    contents = {part: read_annotations(files[0]).dataset for part, files in chosen.items()}
-    return {part: Part(content, _find(content, chosen[part][0], root)) for part, content in contents.items()}
+    unused = [path for path in paths if path not in (chosen["train"][0], chosen["val"][0])]
+    _note("instances files of another part, left out", unused, faults)
+    return dict(zip(chosen, _read([path for files in chosen.values() for path in files], root, faults), strict=True))
+
+
+def _folder_of(path: Path) -> Path:
+    """The folder of an export of which an instances file is given alone: images may lie beside its folder, `annotations`."""
+    beside = path.parent.name.lower() in ROLES and not files_below(path.parent, IMAGE_SUFFIXES)
+    return path.parent.parent if beside else path.parent
+
+
+def _read(paths: Sequence[Path], root: Path, faults: Faults) -> list[Part]:
+    """What is sound in instances files, and where the images are."""
+    contents = {path: read_json(path) for path in paths}
+    parts = []
+    with faults.all_at_once() as found:
+        mend(contents, found)
+        for path, content in contents.items():
+            files = _find(content, path, root, found)
+            check_export(content, files, path, found)
+            parts.append(Part(content, files))
+    for path, part in zip(paths, parts, strict=True):
+        if not part.content["images"]:
+            raise UserError(f"{path} has no images that can be used")
+    return parts
 
 
 def _instances(source: Path) -> list[Path]:
-    files = [source] if source.suffix == ".json" else sorted(source.rglob("*.json")) if source.is_dir() else []
-    return [path for path in files if _looks_like_instances(path)]
+    if source.is_dir():
+        return [path for path in _by_kind(source)[0] if _looks_like_instances(path)]
+    return [source] if source.suffix == ".json" and _looks_like_instances(source) else []
+
+
+def _by_kind(folder: Path) -> tuple[list[Path], list[Path]]:
+    """JSON files that may hold instances, and those of COCO's other kinds. The latter are not read: they can be gigabytes."""
+    kinds: dict[bool, list[Path]] = {True: [], False: []}
+    for path in files_below(folder, [".json"]):
+        kinds[_OTHER_KINDS.isdisjoint(_words(path))].append(path)
+    return (kinds[True], kinds[False]) if kinds[True] else (kinds[False], [])
+
+
+def _note(what: str, paths: list[Path], faults: Faults) -> None:
+    names = ", ".join(path.name for path in paths[:5]) + ", ..." * (len(paths) > 5)
+    faults.notes[f"{what} ({names})"] += len(paths)
 
 
 def _looks_like_instances(path: Path) -> bool:
@@ -65,12 +110,15 @@ def _looks_like_instances(path: Path) -> bool:
 
 def _part_of(path: Path, root: Path) -> str:
     """By the words in its name, or else by the nearest folder that is named after a part."""
-    words = path.stem.lower().replace("-", "_").replace(".", "_").split("_")
-    for name in [*words, *(folder.name.lower() for folder in path.relative_to(root).parents)]:
+    for name in [*_words(path), *(folder.name.lower() for folder in path.relative_to(root).parents)]:
         name = name.rstrip("0123456789")  # train2017
         if name in PARTS:
             return PARTS[name]
     return ""
+
+
+def _words(path: Path) -> list[str]:
+    return path.stem.lower().replace("-", "_").replace(".", "_").split("_")
 
 
 def _split(content: dict[str, Any], path: Path, fraction: float, seed: int) -> dict[str, dict[str, Any]]:
@@ -89,41 +137,32 @@ def _split(content: dict[str, Any], path: Path, fraction: float, seed: int) -> d
     return parts
 
 
-def _find(content: dict[str, Any], path: Path, root: Path) -> dict[str, Path]:
-    """Where the images are: as named below the folder of the file or of the source, or in the one folder that has them all.
+def _find(content: dict[str, Any], path: Path, root: Path, faults: Faults) -> dict[str, Path]:
+    """Where the images are: as named below the folder of the file or of the source, or else found by their names.
 
-    Of several such folders it is the one that is named as the file's part is. Else images are found by their bare names.
+    In `content` names that can't be used below another folder are replaced, and images that are missing are left out.
     """
-    names = [image["file_name"] for image in content["images"]]
+    entries = [image for image in content["images"] if isinstance(image, dict) and isinstance(image.get("file_name"), str)]
+    names = {image["file_name"]: annotated_size(image) for image in entries}
     for folder in (path.parent, root):
-        if _has_all(folder, names):
+        if all(is_file_name(name) and os.path.isfile(folder / name) for name in names):
             return {name: folder / name for name in names}
-    fitting = [folder for folder in sorted({file.parent for file in _images(root)}) if _has_all(folder, names)]
-    if len(fitting) > 1:
-        part = _part_of(path, root)
-        fitting = [folder for folder in fitting if _part_of(folder, root) == part] if part else fitting
-        if len(fitting) != 1:
-            raise UserError(f"{path}: several folders below {root} have images of these names; put the file beside its own")
-    if fitting:
-        return {name: fitting[0] / name for name in names}
-    return _by_bare_name(names, path, root)
+    findings = Index.below(root).find(names, prefers=_preference(path, root))
+    files = faults.located(findings, str(path))
+    leave_out(content, "images", [image for image in entries if image["file_name"] in findings.missing], faults)
+    written = {name: name if not found.how else portable(name) for name, found in findings.found.items()}
+    for image in entries:
+        image["file_name"] = written.get(image["file_name"], image["file_name"])
+    return {written[name]: file for name, file in files.items()}
 
 
-def _by_bare_name(names: list[str], path: Path, root: Path) -> dict[str, Path]:
-    by_name: dict[str, list[Path]] = {}
-    for file in _images(root):
-        by_name.setdefault(file.name, []).append(file)
-    found = {name: by_name.get(Path(name).name, []) for name in names}
-    for name, files in found.items():
-        if len(files) != 1:
-            several = f"there are {len(files)} of that name, {files[0]} and {files[1]} first" if files else "it is not there"
-            raise UserError(f"{path} names the image {name}, and below {root} {several}; put it where the file says")
-    return {name: files[0] for name, files in found.items()}
+def _preference(path: Path, root: Path) -> Callable[[Path], int]:
+    """An annotation file of one part doesn't take images of another part."""
+    part = _part_of(path, root)
 
+    @functools.cache
+    def of_folder(folder: Path) -> int:
+        other = _part_of(folder, root) if folder != root else ""
+        return 0 if "" in (part, other) else 1 if part == other else -1
 
-def _has_all(folder: Path, names: Iterable[str]) -> bool:
-    return all((folder / name).is_file() for name in names)
-
-
-def _images(root: Path) -> Iterable[Path]:
-    return (file for file in sorted(root.rglob("*")) if file.suffix.lower() in IMAGE_SUFFIXES)
+    return lambda file: of_folder(file.parent)

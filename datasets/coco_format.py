@@ -98,10 +98,11 @@ def check_instances(content: Any, path: Path) -> None:
         raise UserError(fault.message)
 
 
-def format_faults(content: Any, path: Path) -> Iterator[Fault]:
+def format_faults(content: Any, path: Path, *, sizes_known: bool = True) -> Iterator[Fault]:
     """Every fault of an instances file; what annotations may lack is filled in on the way.
 
-    When all have been taken, what is left in the three lists is sound: entries with a fault are out of them.
+    When all have been taken, what is left in the three lists is sound: entries with a fault are out of them. Without
+    `sizes_known` images may have a width and height of 0.
     """
     if not isinstance(content, dict):
         message = f"{path} is not in COCO's instances format: it must be an object with {', '.join(_FIELDS)}"
@@ -116,6 +117,8 @@ def format_faults(content: Any, path: Path) -> Iterator[Fault]:
             entries, incomplete = [], True
         broken: set[int] = set()
         for field in fields:
+            if field.fits is _is_side and not sizes_known:
+                field = field._replace(fits=_is_side_or_0)
             yield from _field_faults(entries, name, field, broken, path)
         yield from _id_faults(entries, name, broken, path)
         known[name] = {entry["id"] for entry in entries if _has_id(entry)}
@@ -224,16 +227,21 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _is_id(value: Any) -> bool:
+def is_id(value: Any) -> bool:
+    """Whether it may be an id: a whole number of 64 bits."""
     return type(value) is int and -(2**63) <= value < 2**63  # a bool is an int to isinstance
 
 
 def _has_id(entry: Any) -> bool:
-    return isinstance(entry, dict) and _is_id(entry.get("id"))
+    return isinstance(entry, dict) and is_id(entry.get("id"))
 
 
 def _is_side(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value <= _FARTHEST and value == int(value)
+
+
+def _is_side_or_0(value: Any) -> bool:
+    return _is_side(value) or type(value) in (int, float) and value == 0
 
 
 def is_file_name(value: Any) -> bool:
@@ -264,7 +272,8 @@ def _box_fault(value: Any) -> str:
     return "degenerate_box" if sides_alone else "wrong_bbox"
 
 
-def _is_area(value: Any) -> bool:
+def is_area(value: Any) -> bool:
+    """Whether it may be an area, in pixels."""
     return _is_number(value, 0, _LARGEST_AREA)
 
 
@@ -280,22 +289,23 @@ def _box_area(annotation: dict[str, Any]) -> float:
     return min(annotation["bbox"][2] * annotation["bbox"][3], _LARGEST_AREA)
 
 
-_ID = _Field("id", _is_id, "a whole number, of 64 bits")
+_ID = _Field("id", is_id, "a whole number, of 64 bits")
 # every entry has an id that fits when its other fields are checked, and a box before its area is filled in
 _FIELDS = {
     "images": (
         _ID,
-        _Field("file_name", is_file_name, f"the path of a file below the image folder, of at most {_LONGEST_NAME} characters"),
+        _Field("file_name", is_file_name, "the path of a file below the image folder, of at most "
+               f"{_LONGEST_NAME} characters (tools/convert_dataset.py finds files of other names)"),
         _Field("height", _is_side, "a whole number of pixels above 0"),
         _Field("width", _is_side, "a whole number of pixels above 0"),
     ),
     "annotations": (
         _ID,
-        _Field("image_id", _is_id, "a whole number, an image's id"),
-        _Field("category_id", _is_id, "a whole number, a category's id"),
+        _Field("image_id", is_id, "a whole number, an image's id"),
+        _Field("category_id", is_id, "a whole number, a category's id"),
         _Field("bbox", _is_box, "four finite numbers x, y, width, height in pixels, width and height not negative", None,
                _box_fault),
-        _Field("area", _is_area, "a finite number of pixels, not negative", _box_area),
+        _Field("area", is_area, "a finite number of pixels, not negative", _box_area),
         _Field("iscrowd", _is_flag, "0 or 1", lambda annotation: 0),
     ),
     "categories": (_ID, _Field("name", _is_text, "a text")),

@@ -6,6 +6,7 @@ Readers for these formats on PyPI give boxes alone: of the light and maintained 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import random
@@ -17,14 +18,14 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from datasets.coco_format import is_file_name
+from datasets.coco_format import is_file_name, shown
+from datasets.files import Findings, Key, files_below
 from util.config import DataConfig
 from util.errors import UserError
 from util.images import BadImageError, Header, read_header
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".jp2"}
 # folders that tell images from labels, and parts from each other; an image and its labels have the other names in common
-_ROLES = {"jpegimages", "images", "imgs", "annotations", "labels", "xmls"}
+ROLES = {"jpegimages", "images", "imgs", "annotations", "labels", "xmls"}
 PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 # share of the images for validation where nobody says
 VAL_FRACTION = 0.2
@@ -73,18 +74,34 @@ class Labelled:
 class Faults:
     """What is wrong with a source: ends the conversion, or is left out and counted. `notes` counts what was done otherwise.
 
-    on_bad: stop; clip: cut boxes that reach out of their image, and skip the rest; skip.
+    on_bad: stop; clip: cut boxes that reach out of their image, and skip the rest; skip. kinds: how many faults there are of each
+    kind, which is named as in the check (preflight.py).
     """
 
     on_bad: str = "stop"
     messages: list[str] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
+    kinds: Counter[str] = field(default_factory=Counter)
 
-    def add(self, message: str) -> None:
+    def add(self, message: str, kind: str = "other") -> None:
         """Raises UserError unless faults are skipped; `message` is one line that names file and line or object."""
         if self.on_bad == "stop":
             raise UserError(f"{message}; mend it, or leave such things out with --on_bad skip")
         self.messages.append(message)
+        self.kinds[kind] += 1
+
+    @contextlib.contextmanager
+    def all_at_once(self) -> Iterator[Faults]:
+        """Faults to add to in the block, which ends with all of them. Raises UserError then, unless faults are skipped."""
+        found = Faults("skip" if self.on_bad == "stop" else self.on_bad, self.messages, self.notes, self.kinds)
+        yield found
+        if self.on_bad == "stop" and found.messages:
+            raise UserError(f"{found.messages[0]}; faults in all: {found.counted()}; mend them, or leave such things out with "
+                            "--on_bad skip (clip: and cut boxes that reach out of their image)")  # fmt: skip
+
+    def counted(self) -> str:
+        """The faults by kind, the most frequent first."""
+        return ", ".join(f"{kind} {count}" for kind, count in self.kinds.most_common())
 
     def placed(self, corners: Corners, size: tuple[int, int], where: str) -> Corners | None:
         """The box cut to its image, or None if it is none; `where` begins the message."""
@@ -92,25 +109,33 @@ class Faults:
         width, height = size
         said = f"{where}: box from ({x0:g}, {y0:g}) to ({x1:g}, {y1:g})"
         if not all(map(math.isfinite, corners)):
-            return self.add(f"{said} is not finite")
+            return self.add(f"{said} is not finite", "wrong_bbox")
         if min(x1 - x0, y1 - y0) < _SHORTEST:
-            return self.add(f"{said} has no width or no height")
+            return self.add(f"{said} has no width or no height", "degenerate_box")
         within = Corners(max(x0, 0), max(y0, 0), min(x1, width), min(y1, height))
         if min(within.x1 - within.x0, within.y1 - within.y0) < _SHORTEST:
-            return self.add(f"{said} lies outside of the image of {width} x {height}")
+            return self.add(f"{said} lies outside of the image of {width} x {height}", "box_outside")
         out = max(-x0, -y0, x1 - width, y1 - height)
         if out > _ROUNDING:
             if self.on_bad != "clip":
-                return self.add(f"{said} reaches {out:g} pixels out of the image of {width} x {height} (--on_bad clip cuts it)")
+                reaches = f"reaches {out:g} pixels out of the image of {width} x {height} (--on_bad clip cuts it)"
+                return self.add(f"{said} {reaches}", "box_reaches_out")
             self.notes["boxes cut at the border of their image"] += 1
         return within
+
+    def located(self, findings: Findings, where: str) -> dict[str, Path]:
+        """The files that were found, by name; what was found by less than the exact name is noted, what is missing is added."""
+        self.notes.update(findings.notes())
+        for name, reason in findings.missing.items():
+            self.add(f"{where} names the image {shown(name)}, and {reason}", "missing_image")
+        return {name: found.path for name, found in findings.found.items()}
 
     def header(self, path: Path) -> Header | None:
         """Size and orientation of an image, or None if it can't be used."""
         try:
             return read_header(path, DataConfig.max_image_megapixels, "or take it out")
         except BadImageError as error:
-            return self.add(f"{error.path} {error.reason}")
+            return self.add(f"{error.path} {error.reason}", "broken_image")
 
 
 def as_stored(corners: Corners, header: Header) -> Corners:
@@ -118,11 +143,6 @@ def as_stored(corners: Corners, header: Header) -> Corners:
     width, height = header.size
     (u0, v0), (u1, v1) = (_stored_point(header.orientation, *point, width, height) for point in (corners[:2], corners[2:]))
     return Corners(min(u0, u1), min(v0, v1), max(u0, u1), max(v0, v1))
-
-
-def shown_size(header: Header) -> tuple[int, int]:
-    """(width, height) as viewers show it."""
-    return header.size if header.orientation < 5 else header.size[::-1]
 
 
 def _stored_point(orientation: int, u: float, v: float, width: float, height: float) -> tuple[float, float]:
@@ -136,35 +156,34 @@ def _stored_point(orientation: int, u: float, v: float, width: float, height: fl
 # ---- folders
 
 
-Key = tuple[str, ...]
-
-
 def key_of(path: PurePath) -> Key:
     """What an image and its labels have in common: images/train/7.jpg and labels/train/7.txt have ("train", "7")."""
-    return (*(name for name in path.parts[:-1] if name.lower() not in _ROLES), path.stem)
+    return (*(name for name in path.parts[:-1] if name.lower() not in ROLES), path.stem)
 
 
 def files_by_key(
     root: Path, suffixes: Container[str], faults: Faults, wanted: Container[Key] | None = None
 ) -> dict[Key, Path]:
-    """The files below `root` with one of these endings, in order; of these keys only, if they are given."""
-    found: dict[Key, Path] = {}
+    """The files below `root` with one of these endings, in order; of these keys only, if they are given.
+
+    Two files of one key are left out, unless a link makes two of one.
+    """
+    found: dict[Key, list[Path]] = {}
     for path in files_below(root, suffixes):
         key = key_of(path.relative_to(root))
-        if wanted is not None and key not in wanted:
-            continue
-        if key in found:
-            faults.add(f"{path} and {found[key]} can't be told apart: labels belong to images of the same name")
-        found.setdefault(key, path)
-    return found
+        if wanted is None or key in wanted:
+            found.setdefault(key, []).append(path)
+    for key, (first, *others) in list(found.items()):
+        for other in others:
+            if not first.samefile(other):
+                found.pop(key, None)
+                faults.add(f"{other} and {first} can't be told apart: labels belong to images of the same name")
+    return {key: paths[0] for key, paths in found.items()}
 
 
-def files_below(root: Path, suffixes: Container[str]) -> Iterator[Path]:
-    """In order, without what file managers leave behind: hidden files, and macOS' shadows of files."""
-    for path in sorted(root.rglob("*")):
-        hidden = any(name.startswith((".", "__MACOSX")) for name in path.relative_to(root).parts)
-        if path.suffix.lower() in suffixes and not hidden and path.is_file():
-            yield path
+def part_of(key: Key) -> str:
+    """The part that a folder is named after; "": none is."""
+    return next((PARTS[folder.lower()] for folder in key[:-1] if folder.lower() in PARTS), "")
 
 
 def parts_by_folder(keys: Iterable[Key]) -> dict[str, list[Key]]:
@@ -172,8 +191,7 @@ def parts_by_folder(keys: Iterable[Key]) -> dict[str, list[Key]]:
     keys = list(keys)
     parts: dict[str, list[Key]] = {}
     for key in keys:
-        name = next((PARTS[folder.lower()] for folder in key[:-1] if folder.lower() in PARTS), "")
-        parts.setdefault(name, []).append(key)
+        parts.setdefault(part_of(key), []).append(key)
     if "train" in parts and ("val" in parts or "test" in parts) and "" not in parts:
         return {"train": parts["train"], "val": parts.get("val") or parts["test"]}
     return {"train": keys}

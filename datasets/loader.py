@@ -316,28 +316,30 @@ class Prefetcher:
     def __init__(self, loader: DataLoader, device: torch.device, bad_images: BadImages, consequence: str) -> None:
         self.bad_images = bad_images
         self._loader, self._device, self._consequence = loader, device, consequence
+        # one for all epochs: every stream has memory of its own that PyTorch keeps
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __len__(self) -> int:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        return self._overlapped() if self._device.type == "cuda" else self._plain()
+        return self._overlapped(self._copies) if self._copies else self._plain()
 
     def _plain(self) -> Iterator[Batch]:
         for images, targets in self._batches():
             yield images.to(self._device), _move(targets, self._device)
 
-    def _overlapped(self) -> Iterator[Batch]:
-        copies = torch.cuda.Stream(self._device)
-        waiting: Batch | None = None
+    def _overlapped(self, copies: torch.cuda.Stream) -> Iterator[Batch]:
+        waiting: tuple[Batch, torch.cuda.Event] | None = None
         for images, targets in self._batches():
             with torch.cuda.stream(copies):
                 following = images.to(self._device, non_blocking=True), _move(targets, self._device)
+            copied = copies.record_event()
             if waiting is not None:
-                yield self._arrived(waiting, copies)
-            waiting = following
+                yield self._arrived(*waiting)
+            waiting = following, copied
         if waiting is not None:
-            yield self._arrived(waiting, copies)
+            yield self._arrived(*waiting)
 
     def _batches(self) -> Iterator[Batch]:
         left_out = 0
@@ -351,10 +353,10 @@ class Prefetcher:
         if left_out and self._consequence == _LEFT_OUT:
             log.warning("%d images of this pass were left out; they count as images without detections", left_out)
 
-    def _arrived(self, batch: Batch, copies: torch.cuda.Stream) -> Batch:
-        """Make the device's main stream wait for the copy, and keep the memory until that stream is done with it."""
+    def _arrived(self, batch: Batch, copied: torch.cuda.Event) -> Batch:
+        """Make the device's main stream wait for this batch's copy, and keep the memory until that stream is done with it."""
         main = torch.cuda.current_stream(self._device)
-        main.wait_stream(copies)
+        main.wait_event(copied)  # the whole stream would mean waiting for the next batch, too
         images, targets = batch
         for tensor in (images.tensors, images.mask, *(value for target in targets for value in target.values())):
             tensor.record_stream(main)

@@ -1,7 +1,7 @@
 """Faults of a data set: all of them at once, before a run meets them one by one.
 
-`check_part` and `check_files` are what tools/check_data.py is made of; `quick_check` is what every training does. The rules for
-fields of annotations are those by which training reads them (coco_format.py).
+`check_part`, `check_objects` and `check_files` are what tools/check_data.py is made of; `quick_check` is what every training
+does. The rules for fields of annotations are those by which training reads them (coco_format.py).
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ import numpy as np
 from tqdm import tqdm
 
 from datasets.coco_format import Fault, format_faults, read_json, shown
+from datasets.files import respell
 from util.class_map import ClassMap
+from util.config import TransformerConfig
 from util.errors import UserError
 from util.images import BadImageError, decode, read_header, read_image_file
 
@@ -36,6 +38,10 @@ BOX_TOLERANCE = 2.0
 SIZE_LIMITS = {"small": 32**2, "medium": 96**2, "large": float("inf")}
 # an object's pixels lie within its box; polygons that overlap count some twice
 _LARGEST_SHARE = 2.0
+# detections an image that COCO counts and the detector gives
+COUNTED_DETECTIONS = 100
+# levels of 256 by which the pixels of a picture differ: below, nearly nothing is seen in it
+_FLAT = 16
 _FEW_FILES = 64  # are read faster than processes start
 
 
@@ -128,6 +134,49 @@ def check_classes(parts: Sequence[Part], num_classes: int | str) -> None:
                 part.add("other_category", str(error), category_id=category["id"])
 
 
+def check_objects(part: Part, num_queries: int) -> None:
+    """Whether there is something to learn or to measure, and no more of it in an image than --num_queries can find."""
+    if part.boxes is None or not part.images or not part.categories:
+        return  # which has been said
+    for kind, message in _purposeless(part.split, part.images, part.categories, part.boxes, num_queries):
+        part.add(kind, f"{part.annotations}: {message}", is_fault=False)
+
+
+_PURPOSES = {"train": "learn", "val": "measure"}
+
+
+def _purposeless(
+    split: str, images: Sequence[dict[str, Any]], categories: Iterable[dict[str, Any]], boxes: Boxes, num_queries: int
+) -> Iterator[tuple[str, str]]:
+    """(kind, message) of objects that can be neither learnt nor measured, or are none."""
+    single, purpose = ~boxes.crowd, _PURPOSES[split]
+    crowds_only = set(boxes.category_id.tolist()) - set(boxes.category_id[single].tolist())
+    if not len(single):
+        yield "no_objects", f"no object in {len(images)} images: there is nothing to {purpose}"
+    elif not single.any():
+        yield "only_crowds", f"all {len(single)} objects are {_CROWDS}, so there is nothing to {purpose}; {_UNCROWD}"
+    elif crowds_only:
+        names = _listed([category["name"] for category in categories if category["id"] in crowds_only])
+        yield "class_of_crowds", f"{len(crowds_only)} categories have but {_CROWDS}: {names}; {_UNCROWD}"
+    limits = {"more_than_queries": (num_queries, f"the {num_queries} of --num_queries can find; raise it")}
+    if split == "val":
+        counted = f"the {COUNTED_DETECTIONS} detections that count: not even a perfect detector has an AP of 1"
+        limits["more_than_detections"] = (COUNTED_DETECTIONS, counted)
+    counts = np.bincount(boxes.image[single], minlength=len(images))
+    for kind, (limit, meaning) in limits.items():
+        if counts.max() > limit:
+            most = f"up to {counts.max()} (image {images[counts.argmax()]['id']})"
+            yield kind, f"{(counts > limit).sum()} images have more objects, {most}, than {meaning}"
+
+
+_CROWDS = "crowd regions (iscrowd 1), which neither train nor count"
+_UNCROWD = "set iscrowd to 0 where they are single objects, or convert Pascal VOC's with --difficult keep"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(shown, names[:5])) + ", ..." * (len(names) > 5)
+
+
 def _ids(fault: Fault) -> dict[str, Any]:
     """The ids of what has a fault, as far as it has any."""
     entry = fault.entry if isinstance(fault.entry, dict) else {}
@@ -171,8 +220,8 @@ def _check_names(part: Part) -> None:
     used = set(part.boxes.category_id.tolist()) if part.boxes else set()
     unused = [category["name"] for category in part.categories if category["id"] not in used]
     if unused and part.boxes is not None and len(part.boxes.ids):
-        listed = ", ".join(map(shown, unused[:5])) + ", ..." * (len(unused) > 5)
-        part.add("unused_category", f"{part.annotations}: {len(unused)} categories have no object: {listed}", is_fault=False)
+        message = f"{part.annotations}: {len(unused)} categories have no object: {_listed(unused)}"
+        part.add("unused_category", message, is_fault=False)
 
 
 def _check_boxes(part: Part, tolerance: float) -> None:
@@ -182,18 +231,18 @@ def _check_boxes(part: Part, tolerance: float) -> None:
     if (boxes.xywh <= 1).all():
         part.add("boxes_in_shares", f"{part.annotations}: no box exceeds 1; boxes must be in pixels, not shares of the image")
         return
-    sizes = np.array([[image["width"], image["height"]] for image in part.images], dtype=np.float64)[boxes.image]
-    for kind, flagged in _box_faults(boxes.xywh, sizes, tolerance).items():
+    for kind, flagged in box_faults(boxes.xywh, sizes_of(part.images)[boxes.image], tolerance).items():
         for i in flagged.nonzero()[0].tolist():
-            image = part.images[boxes.image[i]]
-            size = f"{image['width']:g} x {image['height']:g}"
-            _add_box(part, kind, i, _BOX_FAULTS[kind].format(size=size, tolerance=tolerance))
-    box_area = boxes.xywh[:, 2] * boxes.xywh[:, 3]
-    wrong = (boxes.area > _LARGEST_SHARE * box_area + 1) | (boxes.area == 0) & (box_area > 1)
-    for i in (wrong & (box_area > 0)).nonzero()[0].tolist():
+            _add_box(part, kind, i, box_fault(kind, part.images[boxes.image[i]], tolerance))
+    for i in wrong_areas(boxes.xywh, boxes.area).nonzero()[0].tolist():
         _add_box(part, "wrong_area", i, f"an area of {boxes.area[i]:g}, which no object in that box can have; give its pixels")
     for i, other in _repeated(boxes):
         _add_box(part, "duplicate_box", i, f"the box and the category of annotation {boxes.ids[other]} too", is_fault=False)
+
+
+def sizes_of(images: Iterable[dict[str, Any]]) -> np.ndarray:
+    """[N, 2]: width and height."""
+    return np.array([[image["width"], image["height"]] for image in images], dtype=np.float64).reshape(-1, 2)
 
 
 _BOX_FAULTS = {
@@ -203,13 +252,24 @@ _BOX_FAULTS = {
 }
 
 
-def _box_faults(xywh: np.ndarray, sizes: np.ndarray, tolerance: float) -> dict[str, np.ndarray]:
+def box_fault(kind: str, image: Mapping[str, Any], tolerance: float = BOX_TOLERANCE) -> str:
+    """What a box in `image` has that is wrong by `box_faults`."""
+    return _BOX_FAULTS[kind].format(size=f"{image['width']:g} x {image['height']:g}", tolerance=tolerance)
+
+
+def box_faults(xywh: np.ndarray, sizes: np.ndarray, tolerance: float = BOX_TOLERANCE) -> dict[str, np.ndarray]:
     """Which boxes [N, 4] are wrong in images of sizes [N, 2] (width, height), by kind; each has one kind at most."""
     low, high = xywh[:, :2], xywh[:, :2] + xywh[:, 2:]
     degenerate = (xywh[:, 2:] <= 0).any(1)
     outside = ~degenerate & ((high <= 0) | (low >= sizes)).any(1)
     far = np.maximum(-low, high - sizes).max(1, initial=-np.inf) > tolerance
     return {"degenerate_box": degenerate, "box_outside": outside, "box_reaches_out": far & ~degenerate & ~outside}
+
+
+def wrong_areas(xywh: np.ndarray, area: np.ndarray) -> np.ndarray:
+    """[N] bool: areas that no object in a box [N, 4] of that size can have."""
+    box_area = xywh[:, 2] * xywh[:, 3]
+    return (box_area > 0) & ((area > _LARGEST_SHARE * box_area + 1) | (area == 0) & (box_area > 1))
 
 
 def _repeated(boxes: Boxes) -> Iterator[tuple[int, int]]:
@@ -224,11 +284,16 @@ def _repeated(boxes: Boxes) -> Iterator[tuple[int, int]]:
 def _add_box(part: Part, kind: str, i: int, what: str, is_fault: bool = True) -> None:
     assert part.boxes is not None
     image, number = part.images[part.boxes.image[i]], int(part.boxes.ids[i])
-    box = ", ".join(f"{value:g}" for value in part.boxes.xywh[i])
     part.add(
-        kind, f"{part.annotations}: annotation {number} of image {image['id']} ({image['file_name']}), box [{box}], has {what}",
+        kind, describe_box(part.annotations, number, part.boxes.xywh[i], image, what),
         is_fault=is_fault, image_id=image["id"], annotation_id=number, category_id=int(part.boxes.category_id[i]),
     )  # fmt: skip
+
+
+def describe_box(path: Path, number: int, xywh: Iterable[float], image: Mapping[str, Any], what: str) -> str:
+    """One line: an object of the annotation file `path` by its number, its image, its box, and `what` it has."""
+    box = ", ".join(f"{value:g}" for value in xywh)
+    return f"{path}: annotation {number} of image {image['id']} ({image['file_name']}), box [{box}], has {what}"
 
 
 # ---- image files
@@ -243,32 +308,55 @@ class _Task(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """What a file is. identity: the same for files with the same content (read as a whole) or of the same place (else)."""
+    """What a file is.
+
+    identity: the same for files with the same content (read as a whole) or of the same place (else). Of files read as a whole,
+    levels: of 256, by which the pixels differ; bits: as `util.images.as_rgb` tells.
+    """
 
     identity: tuple[Any, ...] | None = None
     kind: str = ""
     message: str = ""
+    levels: int | None = None
+    bits: int | None = None
 
 
 def check_files(parts: Sequence[Part], *, whole: bool, megapixels: float, workers: int) -> None:
     """Open every image, in `workers` processes, and add what is wrong to the parts.
 
-    whole: decode them as training does, and compare their contents; else only their headers, and their places on the disk.
+    whole: decode them as training does, look at their pixels and compare their contents; else only their headers, and their
+    places on the disk.
     """
     owners: list[tuple[Part, dict[str, Any]]] = []
     for part in parts:
         if part.folder.is_dir():
+            for how, count in respell(part.images, part.folder).items():
+                part.add("other_name", f"{part.annotations}: {how}: {count}", is_fault=False)
             owners += [(part, image) for image in part.images]
         else:
             message = f"{part.folder} does not exist; it must be the folder of the {part.split} images"
             part.add("missing_folder", message, part.folder)
     tasks = [_task(part, image, megapixels, whole) for part, image in owners]
     first: dict[Any, tuple[Part, dict[str, Any]]] = {}
+    depths: Counter[int | None] = Counter()
     for (part, image), task, seen in zip(owners, tasks, _look_at_all(tasks, workers), strict=True):
         if seen.kind:
             part.add(seen.kind, seen.message, task.path, image_id=image["id"])
         if seen.identity is not None:
             _check_repetition(part, image, task.path, *first.setdefault(seen.identity, (part, image)))
+        if seen.levels is not None and seen.levels < _FLAT:
+            message = f"{task.path} is nearly of one level: as the detector sees it, its pixels differ by {seen.levels} of 255"
+            part.add("flat_picture", message, task.path, is_fault=False, image_id=image["id"])
+        depths[seen.bits] += 1
+    _check_depths(parts[0], depths)
+
+
+def _check_depths(part: Part, depths: Mapping[int | None, int]) -> None:
+    known = sorted(bits for bits in depths if bits is not None)
+    if len(known) > 1:
+        found = ", ".join(f"{depths[bits]} of {bits} bits" for bits in known)
+        message = f"pictures are scaled by the depth that holds their largest number: {found}; convert those of one camera alike"
+        part.add("mixed_depths", message, part.folder, is_fault=False)
 
 
 def check_paths(parts: Sequence[Part]) -> None:
@@ -333,16 +421,17 @@ def _look_at(task: _Task) -> _Seen:
         if task.whole:
             content = read_image_file(task.path, task.megapixels, task.otherwise)
             identity: tuple[Any, ...] = (hashlib.blake2b(content, digest_size=16).digest(),)
-            size = decode(content, task.path, task.megapixels, task.otherwise).size
+            picture = decode(content, task.path, task.megapixels, task.otherwise)
+            seen = _Seen(identity, levels=max(high - low for low, high in picture.getextrema()), bits=picture.info.get("bits"))
+            size = picture.size
         else:
             status = task.path.stat()
             identity = (status.st_dev, status.st_ino)
+            seen = _Seen(identity)
             size = read_header(task.path, task.megapixels, task.otherwise).size
     except BadImageError as error:
         return _Seen(kind="broken_image", message=str(error))
-    if size == task.size:
-        return _Seen(identity)
-    return _Seen(identity, "wrong_size", _wrong_size(task, size))
+    return seen if size == task.size else seen._replace(kind="wrong_size", message=_wrong_size(task, size))
 
 
 def _wrong_size(task: _Task, size: tuple[int, int]) -> str:
@@ -355,8 +444,11 @@ def _wrong_size(task: _Task, size: tuple[int, int]) -> str:
 # ---- what training does
 
 
-def quick_check(train: Any, val: Any, skip_missing: bool = False) -> UserError | None:
-    """What can be seen in seconds of two CocoDetection data sets, before a run: missing files, and doubtful boxes and images.
+def quick_check(
+    train: Any, val: Any, skip_missing: bool = False, num_queries: int = TransformerConfig.num_queries
+) -> UserError | None:
+    """What can be seen in seconds of two CocoDetection data sets, before a run: missing files, doubtful boxes and images, and
+    whether there is something to learn and to measure.
 
     Gives the error to end with (for the caller to raise in all processes) if image files are missing; with `skip_missing` that
     is but a part of the one warning that tells the rest.
@@ -369,7 +461,7 @@ def quick_check(train: Any, val: Any, skip_missing: bool = False) -> UserError |
             if not skip_missing:
                 return UserError(f"{said}; add them, take them out, or add --on_bad_image skip")
             notes.append(said)
-        notes += [f"{_COUNTED[kind]} in {split}: {count}" for kind, count in _box_counts(dataset.coco).items() if count]
+        notes += _doubts(split, dataset.coco.dataset, num_queries)
     shared = len(_paths(train) & _paths(val))
     if shared:
         notes.append(f"images in both train and val: {shared}")
@@ -407,13 +499,14 @@ def _listing(folder: Path) -> set[str]:
         return set()
 
 
-def _box_counts(coco: Any) -> Mapping[str, int]:
-    annotations = coco.dataset["annotations"]
-    xywh = np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(-1, 4)
-    images = coco.imgs
-    sizes = np.array([(images[a["image_id"]]["width"], images[a["image_id"]]["height"]) for a in annotations], dtype=np.float64)
-    faults = _box_faults(xywh, sizes.reshape(-1, 2), BOX_TOLERANCE)
-    return {kind: int(flagged.sum()) for kind, flagged in faults.items()}
+def _doubts(split: str, content: Mapping[str, Any], num_queries: int) -> Iterator[str]:
+    images = content["images"]
+    boxes = _boxes(images, content["annotations"])
+    for kind, flagged in box_faults(boxes.xywh, sizes_of(images)[boxes.image]).items():
+        if flagged.any():
+            yield f"{_COUNTED[kind]} in {split}: {flagged.sum()}"
+    for _, message in _purposeless(split, images, content["categories"], boxes, num_queries):
+        yield f"{split}: {message}"
 
 
 def _paths(dataset: Any) -> set[str]:

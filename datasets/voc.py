@@ -3,17 +3,21 @@ of the development kits)."""
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
+from datasets.files import IMAGE_SUFFIXES, SPELLING, UNKNOWN_SIZE, Found, Index, Key, Size, files_below, parts_of, shown_size
 from datasets.labelled import (
-    IMAGE_SUFFIXES,
+    PARTS,
+    ROLES,
     Corners,
     Faults,
-    Key,
     Labelled,
     LabelledImage,
     Object,
@@ -21,16 +25,19 @@ from datasets.labelled import (
     checked_name,
     files_by_key,
     names_in_part,
+    part_of,
     parts_by_folder,
     progress,
-    shown_size,
 )
 from util.errors import UserError
 from util.images import Header, read_regular_file
+from util.text_files import read_lines, unquoted
 
 _SETS = Path("ImageSets/Main")
+# how an image was found, as the user is told
+BY_FILENAME = "images found by the filename in their XML files"
 # training and validation set, in order of preference
-_SET_PAIRS = (("train", "val"), ("trainval", "test"), ("train", "test"), ("trainval", ""), ("train", ""))
+_SET_PAIRS = (("train", "val"), ("trainval", "test"), ("train", "test"), ("trainval", ""), ("train", ""), ("default", ""))
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class VocRules:
 
 
 def is_voc(root: Path) -> bool:
-    return root.is_dir() and next(root.rglob("*.xml"), None) is not None
+    return root.is_dir() and bool(files_below(root, [".xml"]))
 
 
 def read_voc(root: Path, rules: VocRules, faults: Faults) -> Labelled:
@@ -65,20 +72,23 @@ def read_voc(root: Path, rules: VocRules, faults: Faults) -> Labelled:
     labels = files_by_key(root, [".xml"], faults)
     if not labels:
         raise UserError(f"{root} has no XML files: it is no data set in Pascal VOC's format")
+    listed = _parts(root, labels, rules, faults)
+    missing = [key for keys in listed.values() for key in keys if key in labels and key not in images]
+    images |= _images_of_other_names(dict.fromkeys(missing), root, labels, images, faults)
     parts = {}
-    for part, keys in _parts(root, labels, rules).items():
+    for part, keys in listed.items():
         pairs = {}
         for key in keys:
             if key not in labels:
                 faults.add(f"{root / _SETS}: image {'/'.join(key)} of the {part} set has no XML file")
-            elif key not in images:
-                faults.add(f"{labels[key]} has no image: none of that name is below {root}")
-            else:
+            elif key in images:
                 pairs[key] = images[key]
         named = zip(pairs, names_in_part(pairs.items()), strict=True)
         parts[part] = list(_read_images(named, labels, rules, faults, part))
-    if not (root / _SETS).is_dir() and images.keys() - labels.keys():
-        faults.notes["images without an XML file, left out"] += len(images.keys() - labels.keys())
+    used = {os.path.realpath(images[key]) for key in labels if key in images}
+    unused = {os.path.realpath(path) for path in images.values()} - used
+    if not (root / _SETS).is_dir():
+        faults.notes["images without an XML file, left out"] += len(unused)
     names = sorted({item.name for images_of_part in parts.values() for image in images_of_part for item in image.objects})
     return Labelled(names, parts)
 
@@ -93,37 +103,113 @@ def _with_annotations(root: Path) -> Path:
     return years[0] if years else root
 
 
-def _parts(root: Path, labels: dict[Key, Path], rules: VocRules) -> dict[str, list[Key]]:
+def _images_of_other_names(
+    missing: Iterable[Key], root: Path, labels: dict[Key, Path], images: dict[Key, Path], faults: Faults
+) -> dict[Key, Path]:
+    """Images of XML files for which there is none of the same name; what is not found is a fault.
+
+    An image that has an XML file, or that lies in a folder of another part, is none of them.
+    """
+    found: dict[Key, Path] = {}
+    free = {key: path for key, path in images.items() if key not in labels}
+    for part, keys in itertools.groupby(sorted(missing, key=part_of), part_of):
+        likely = {key: path for key, path in free.items() if not part or part_of(key) in (part, "")}
+        described = {key: _description(labels[key]) for key in keys}
+        files = _of_other_spelling(described, likely, root)
+        files |= _of_filename({key: described[key] for key in described if key not in files}, files.values(), likely, root)
+        faults.notes.update(file.how or BY_FILENAME for file in files.values())
+        found |= {key: file.path for key, file in files.items()}
+        for key in [key for key in described if key not in files]:
+            faults.add(f"{labels[key]} has no image: none of that name is below {root}", "missing_image")
+    return found
+
+
+def _of_other_spelling(described: Mapping[Key, tuple[str, Size]], images: dict[Key, Path], root: Path) -> dict[Key, Found]:
+    """The same name in another folder does not count: with any ending, it may be a mask or a drawing of the image."""
+    keys = {"/".join(key): key for key in described}
+    found = Index(images.items(), root).find({name: described[key][1] for name, key in keys.items()}).found
+    return {keys[name]: file for name, file in found.items() if file.how == SPELLING}
+
+
+def _of_filename(
+    described: Mapping[Key, tuple[str, Size]], taken: Iterable[Found], images: dict[Key, Path], root: Path
+) -> dict[Key, Found]:
+    """By what `filename` says in the XML file, where no other says the same."""
+    counts = Counter(name for name, _ in described.values())
+    keys = {name: key for key, (name, _) in described.items() if counts[name] == 1}
+    files = ((parts_of(path.relative_to(root).as_posix()), path) for path in images.values())
+    sizes = {name: described[key][1] for name, key in keys.items()}
+    found = Index(files, root).find(sizes, [file.path for file in taken]).found
+    return {keys[name]: file for name, file in found.items()}
+
+
+def _description(path: Path) -> tuple[str, Size]:
+    """What an XML file says of its image: its name and size, as far as it does."""
+    try:
+        root = _parse(path)
+        size = _said_size(root)
+    except ValueError:
+        return "", UNKNOWN_SIZE
+    return root.findtext("filename", "").strip(), size
+
+
+# ---- lists of images
+
+
+def _parts(root: Path, labels: dict[Key, Path], rules: VocRules, faults: Faults) -> dict[str, list[Key]]:
     lists = root / _SETS
-    if rules.train_set or rules.val_set:
-        train, val = rules.train_set or "train", rules.val_set
-    elif lists.is_dir():
-        there = {path.stem for path in lists.glob("*.txt")} | {""}
-        pair = next((pair for pair in _SET_PAIRS if set(pair) <= there), None)
-        if pair is None:
-            raise UserError(f"{lists} has no train.txt or trainval.txt; name a list with --train_set")
-        train, val = pair
-    else:
+    if not (rules.train_set or rules.val_set or lists.is_dir()):
         return parts_by_folder(labels)
-    parts = {part: list(_listed(lists / f"{name}.txt", labels)) for part, name in (("train", train), ("val", val)) if name}
+    train, val = _sets(lists, rules)
+    parts = {part: _listed(lists / f"{name}.txt", labels, faults) for part, name in (("train", train), ("val", val)) if name}
     shared = set(parts["train"]) & set(parts.get("val", []))
     if shared:
         raise UserError(f"{lists}: {train}.txt and {val}.txt share {len(shared)} images, {'/'.join(min(shared))} for one")
     return parts
 
 
-def _listed(path: Path, labels: dict[Key, Path]) -> Iterator[Key]:
+def _sets(lists: Path, rules: VocRules) -> tuple[str, str]:
+    """The names of the lists for training and validation; "": there is none for validation."""
+    if rules.train_set or rules.val_set:
+        return rules.train_set or "train", rules.val_set
+    # exact names last, so that they have priority
+    names = sorted((path.stem for path in lists.glob("*.txt")), key=lambda name: name in ("train", "val"))
+    there = {"": ""} | {PARTS.get(name.lower(), name): name for name in names}
+    pair = next((pair for pair in _SET_PAIRS if set(pair) <= there.keys()), None)
+    if pair is None:
+        raise UserError(f"{lists} has no train.txt, trainval.txt or default.txt; name a list with --train_set")
+    return there[pair[0]], there[pair[1]]
+
+
+def _listed(path: Path, labels: dict[Key, Path], faults: Faults) -> list[Key]:
+    """The keys of a list's entries, in order."""
     try:
-        lines = read_regular_file(path).decode().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path} can't be read ({reason}); --train_set and --val_set must name lists that are there") from None
-    for line in lines:
-        name = line.strip()
-        if tuple(name.split("/")) not in labels:
-            name = re.sub(r"\s+(-1|0|1)$", "", name)  # lists of one class say for each image whether it has it
-        if name:
-            yield tuple(name.split("/"))
+        entries = [_entry(line.text, labels) for line in read_lines(path)]
+    except UserError as error:
+        raise UserError(f"{error}; --train_set and --val_set must name lists that are there") from None
+    others = {"/".join(key): None for key in entries if key not in labels}
+    findings = Index(labels.items(), path).find(others)
+    faults.notes.update({f"entries of lists: {how}": count for how, count in findings.notes().items()})
+    keys = {file: key for key, file in labels.items()}
+    found = {name: keys[file.path] for name, file in findings.found.items()}
+    return [found.get("/".join(key), key) for key in entries]
+
+
+def _entry(text: str, labels: dict[Key, Path]) -> Key:
+    """The name of an image, whose folders and ending some programs write, too."""
+    written = tuple(unquoted(text).split("/"))
+    if written in labels:
+        return written
+    # lists of one class say for each image whether it has it
+    name = unquoted(re.sub(r"\s+(-1|0|1)$", "", text))
+    parts = parts_of(name)
+    stem, suffix = os.path.splitext(name)
+    if suffix.lower() in (*IMAGE_SUFFIXES, ".xml"):
+        parts = parts_of(stem)
+    return tuple(part for part in parts if part.lower() not in ROLES) or (name,)
+
+
+# ---- XML files
 
 
 def _read_images(
@@ -173,8 +259,8 @@ def _is_turned(root: ElementTree.Element, header: Header, path: Path, faults: Fa
     The size in the file tells, where turning changes it. None: the size is of another image.
     """
     try:
-        said = tuple(int(float(root.findtext(f"size/{side}", "0"))) for side in ("width", "height"))
-    except (ValueError, OverflowError):
+        said = _said_size(root)
+    except ValueError:
         return faults.add(f"{path}: its size is no number")
     if 0 in said or said == shown_size(header):  # some programs write no size, or 0
         if header.orientation > 1:
@@ -184,6 +270,15 @@ def _is_turned(root: ElementTree.Element, header: Header, path: Path, faults: Fa
         return False
     width, height = header.size
     return faults.add(f"{path}: its size is {said[0]} x {said[1]}, and the image's {width} x {height}")
+
+
+def _said_size(root: ElementTree.Element) -> tuple[int, int]:
+    """(width, height); 0 where there is none. Raises ValueError."""
+    try:
+        width, height = (int(float(root.findtext(f"size/{side}", "0"))) for side in ("width", "height"))
+    except OverflowError as error:
+        raise ValueError from error
+    return width, height
 
 
 def _objects(

@@ -3,91 +3,149 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from datasets.coco_format import shown
+from datasets.files import IMAGE_SUFFIXES, Key, files_below, folded_key, shown_size
 from datasets.labelled import (
-    IMAGE_SUFFIXES,
     Corners,
     Faults,
-    Key,
     Labelled,
     LabelledImage,
     Object,
     as_stored,
     checked_name,
-    files_below,
     files_by_key,
     key_of,
     names_in_part,
     parts_by_folder,
     progress,
-    shown_size,
 )
+from datasets.yolo_files import DARKNET, LABELS_BY_SPELLING, YAML, Lookup, describe, names_in
 from util.errors import UserError
-from util.images import Header, read_regular_file
+from util.images import Header
+from util.text_files import read_lines
 
-_YAML = (".yaml", ".yml")
 _CLASSES = ("classes.txt", "labels/classes.txt")
+# class, x, y, width, height
+_LINE_OF_LABELS = re.compile(r"\d+(\s+[-+.\deE]+){4,}$")
 
 
 def is_yolo(source: Path) -> bool:
-    if source.suffix in _YAML:
+    if source.suffix in YAML:
         return True
     return source.is_dir() and (_yaml_in(source) is not None or _classes_in(source) is not None)
 
 
-def read_yolo(source: Path, faults: Faults) -> Labelled:
-    """A data.yaml with train, val and names; a folder with such a file; or a folder with classes.txt, images and labels.
+def is_darknet(source: Path) -> bool:
+    if source.suffix == DARKNET:
+        return True
+    return source.is_dir() and any(_darknet_in(source, suffix) is not None for suffix in (DARKNET, ".names"))
 
-    The labels of images/7.jpg are labels/7.txt: lines `class x y width height`, of the box's centre and size as shares of the
-    image. A line with more columns is an outline, of which the box around it is taken. An image without a file of labels has no
-    objects. Sides are those of the image as viewers show it, which is how Ultralytics' programs read it.
+
+def read_yolo(source: Path, faults: Faults) -> Labelled:
+    """A data.yaml or an obj.data, a folder with such a file, or a folder with classes.txt or obj.names, images and labels.
+
+    The labels of images/7.jpg are labels/7.txt, or 7.txt beside it: lines `class x y width height`, of the box's centre and size
+    as shares of the image. A line with more columns is an outline, of which the box around it is taken. An image without a file
+    of labels has no objects. Sides are those of the image as viewers show it, which is how Ultralytics' programs read it.
 
     Raises:
         UserError: there is nothing to convert; or as Faults says.
     """
-    if source.is_dir() and _yaml_in(source) is None:
+    path = (_yaml_in(source) or _darknet_in(source, DARKNET)) if source.is_dir() else source
+    if path is None:
         return _read_folder(source, faults)
-    path = source if source.suffix in _YAML else _yaml_in(source)
-    if path is None or not path.is_file():
-        raise UserError(f"{source} does not exist; it must be a data.yaml, or a folder with one or with classes.txt")
-    content = _read_yaml(path)
-    names = _names(content.get("names"), path)
-    if not content.get("train"):
-        raise UserError(f"{path} has no 'train': it must name the folder or the list of the training images")
-    boxes_first = "kpt_shape" in content  # then key points follow the box
-    parts = {}
-    for part in ("train", "val"):
-        if content.get(part):
-            files = [image for entry in _entries(content[part], path) for image in _images(entry, content, path, faults)]
-            pairs = [(_key(image, path), image) for image in dict.fromkeys(files)]
-            labels = {image: _label_file(image) for _, image in pairs}
-            parts[part] = list(_read_images(pairs, labels, names, boxes_first, faults, part))
+    if not path.is_file():
+        raise UserError(f"{source} does not exist; it must be a data.yaml, an obj.data, or a folder with one or with classes.txt")
+    description = describe(path)
+    lookup = Lookup(description, source.is_file(), faults)
+    names = lookup.names()
+    parts, used = {}, set()
+    for part, images in lookup.images().items():
+        pairs = [(_key(image, path), image) for image in images]
+        labels = {image: lookup.label_file(image) for image in images}
+        used |= set(labels.values())
+        parts[part] = list(_read_images(pairs, labels, names, description.boxes_first, faults, part))
+    _note_unused_labels(path.parent, used, faults)
     return Labelled(names, parts)
 
 
 def _read_folder(root: Path, faults: Faults) -> Labelled:
-    listed = _classes_in(root)
+    listed = _classes_in(root) or _darknet_in(root, ".names")
     if listed is None:
-        raise UserError(f"{root} has neither a data.yaml nor a classes.txt: it is no data set in YOLO's format")
-    names = _names([line.strip() for line in _lines(listed) if line.strip()], listed)
+        raise UserError(f"{root} has no data.yaml, obj.data, classes.txt or obj.names: it is no data set in YOLO's format")
+    names = names_in(listed, faults)
     images = files_by_key(root, IMAGE_SUFFIXES, faults)
     labels = files_by_key(root, [".txt"], faults, wanted=images)
+    _add_other_spellings(root, images, labels, faults)
+    images = _each_file_once(images, labels)
     parts = {}
     for part, keys in parts_by_folder(images).items():
         pairs = [(key, images[key]) for key in keys]
         of_image = {images[key]: labels.get(key, images[key].with_suffix(".txt")) for key in keys}
         parts[part] = list(_read_images(pairs, of_image, names, False, faults, part))
+    _note_unused_labels(root, set(labels.values()), faults)
     return Labelled(names, parts)
+
+
+def _add_other_spellings(root: Path, images: dict[Key, Path], labels: dict[Key, Path], faults: Faults) -> None:
+    """Add labels whose names are spelled otherwise than their images'; leave out images whose labels can't be told apart."""
+    spelled: dict[Key, list[Path]] = defaultdict(list)
+    claimed = set(labels.values())
+    for path in files_below(root, [".txt"]):
+        if path not in claimed:
+            spelled[folded_key(key_of(path.relative_to(root)))].append(path)
+    unlabelled: dict[Key, list[Key]] = defaultdict(list)
+    for key in images.keys() - labels.keys():
+        unlabelled[folded_key(key)].append(key)
+    for spelling in spelled.keys() & unlabelled.keys():
+        keys, paths = unlabelled[spelling], spelled[spelling]
+        if len(keys) == len(paths) == 1:
+            labels[keys[0]] = paths[0]
+            faults.notes[LABELS_BY_SPELLING] += 1
+            continue
+        for key in keys:
+            faults.add(f"{images.pop(key)} has no labels of its own name, and {paths[0]} can't be told from others'")
+
+
+def _each_file_once(images: dict[Key, Path], labels: dict[Key, Path]) -> dict[Key, Path]:
+    """Without what is seen a second time, through a link, and has no labels there."""
+    first: dict[str, Key] = {}
+    for key in sorted(images, key=lambda key: key not in labels):
+        first.setdefault(os.path.realpath(images[key]), key)
+    return {key: path for key, path in images.items() if key in labels or first[os.path.realpath(path)] == key}
+
+
+def _note_unused_labels(root: Path, used: Iterable[Path], faults: Faults) -> None:
+    used = {os.path.realpath(path) for path in used}
+    rest = [path for path in files_below(root, [".txt"]) if os.path.realpath(path) not in used]
+    faults.notes["files of labels that belong to no image of these parts, left out"] += sum(map(_has_labels, rest))
+
+
+def _has_labels(path: Path) -> bool:
+    try:
+        return any(_LINE_OF_LABELS.match(line.text) for line in read_lines(path))
+    except UserError:
+        return False
 
 
 def _yaml_in(folder: Path) -> Path | None:
     """data.yaml, or the only YAML file of the folder."""
-    found = sorted(path for path in folder.iterdir() if path.suffix in _YAML)
-    usual = [path for path in found if path.stem in ("data", "dataset")]
+    return _usual_file(folder, YAML, ("data", "dataset"))
+
+
+def _darknet_in(folder: Path, suffix: str) -> Path | None:
+    """obj.data or obj.names, or the only file with that ending."""
+    return _usual_file(folder, (suffix,), ("obj",))
+
+
+def _usual_file(folder: Path, suffixes: tuple[str, ...], stems: tuple[str, ...]) -> Path | None:
+    found = sorted(path for path in folder.iterdir() if path.suffix in suffixes)
+    usual = [path for path in found if path.stem in stems]
     return usual[0] if usual else found[0] if len(found) == 1 else None
 
 
@@ -95,82 +153,11 @@ def _classes_in(folder: Path) -> Path | None:
     return next((folder / name for name in _CLASSES if (folder / name).is_file()), None)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml  # of all formats only this one needs it
-
-    try:
-        content = yaml.safe_load(read_regular_file(path))
-    except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror})") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise UserError(f"{path} is not YAML ({' '.join(str(error).split())[:200]})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must have train, val and names, as Ultralytics' data.yaml has")
-    return content
-
-
-def _names(names: Any, path: Path) -> list[str]:
-    """Class names by number: a list, or a mapping from 0, 1, ..."""
-    if isinstance(names, dict):
-        if sorted(map(str, names)) != sorted(map(str, range(len(names)))):
-            raise UserError(f"{path}: the keys of 'names' must be 0, 1, ... without gaps")
-        names = [name for _, name in sorted(names.items(), key=lambda item: int(item[0]))]
-    if not isinstance(names, list) or not names or not all(isinstance(name, str | int | float) for name in names):
-        raise UserError(f"{path}: 'names' must be a list of class names, or a mapping from numbers to names")
-    names = [str(name) for name in names]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"{path} names two classes {shown(twice)}; names must differ")
-    return names
-
-
-def _entries(value: Any, path: Path) -> list[str]:
-    entries = value if isinstance(value, list) else [value]
-    if not all(isinstance(entry, str) for entry in entries):
-        raise UserError(f"{path}: 'train' and 'val' must be a path or a list of paths, not {shown(value)}")
-    return entries
-
-
-def _images(entry: str, content: dict[str, Any], path: Path, faults: Faults) -> list[Path]:
-    """The images of a folder, or of a file that lists them, in order."""
-    place = _find(entry, content, path)
-    if place.is_dir():
-        return list(files_below(place, IMAGE_SUFFIXES))
-    images = []
-    for number, line in enumerate(_lines(place), 1):
-        if line.strip():
-            image = Path(os.path.normpath(place.parent / line.strip()))
-            if image.is_file():
-                images.append(image)
-            else:
-                faults.add(f"{place}: line {number} names {image}, which is missing")
-    return images
-
-
-def _find(entry: str, content: dict[str, Any], path: Path) -> Path:
-    """Where a path of the YAML leads: from its `path`, or from the file itself if that is of another machine."""
-    root = content.get("path")
-    root = root if isinstance(root, str) else ""
-    tried = [path.parent / root / entry, path.parent / entry, path.parent / entry.removeprefix("../")]
-    for place in tried:
-        if place.exists():
-            return Path(os.path.normpath(place))
-    raise UserError(f"{path} names {entry}, which is missing: tried {', '.join(dict.fromkeys(map(str, tried)))}")
-
-
 def _key(image: Path, yaml_file: Path) -> Key:
     try:
         return key_of(image.relative_to(os.path.normpath(yaml_file.parent)))
     except ValueError:
         return key_of(image.relative_to(image.parent))
-
-
-def _label_file(image: Path) -> Path:
-    """As Ultralytics has it: in `labels` in place of the last `images`; beside the image where there is no such folder."""
-    parts = list(image.parent.parts)
-    if "images" in parts:
-        parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
-    return Path(*parts, image.stem + ".txt")
 
 
 def _read_images(
@@ -195,15 +182,13 @@ def _read_images(
 
 def _objects(path: Path, header: Header, names: list[str], boxes_first: bool, faults: Faults) -> Iterator[Object]:
     try:
-        lines = _lines(path)
+        lines = read_lines(path)
     except UserError as error:
         faults.add(str(error))
         return
     width, height = shown_size(header)
-    for number, line in enumerate(lines, 1):
-        columns = line.split()
-        if not columns:
-            continue
+    for number, line in lines:
+        columns = line.partition("#")[0].split()
         where = f"{path}: line {number}"
         try:
             which, *values = map(float, columns)
@@ -233,12 +218,3 @@ def _box(values: list[float], faults: Faults) -> Corners | None:
         return None
     faults.notes["outlines, of which the boxes were taken"] += 1
     return Corners(min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2]))
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return read_regular_file(path).decode("utf-8-sig").splitlines()
-    except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is no text") from None

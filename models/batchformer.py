@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from models.token_batch import TokenBatch
 
 OFF, TWO_STREAMS, ONE_STREAM = 0, 1, 7  # the published values of --bf
 _HEADS, _DROPOUT = 4, 0.5
+# Token positions that go through a module at a time. They are the batch of its attention, for which CUDA takes no larger one;
+# an image of 1330 x 2300 pixels has more.
+_MOST_POSITIONS = 65_535
 
 
 class BatchFormerV2:
@@ -49,7 +53,8 @@ class BatchFormerV2:
     def _mix(self, layer: int, tokens_BSC: Tensor) -> Tensor:
         """The batch is the sequence and the token positions are the batch: no position term, no padding mask."""
         module = self._modules[layer] if isinstance(self._modules, nn.ModuleList) else self._modules
-        return module(tokens_BSC)
+        parts = [module(part_BSC) for part_BSC in tokens_BSC.split(_MOST_POSITIONS, dim=1)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def build_modules(

@@ -104,8 +104,11 @@ class SetCriterion(nn.Module):
 
         The published form, a mean over queries times their number, is the same.
         """
-        is_class = torch.zeros_like(group.logits)
-        is_class.flatten(0, 2)[query_NT, group.targets.labels[target_NT]] = 1
+        num_classes = group.logits.shape[-1]
+        is_class = torch.zeros_like(group.logits, memory_format=torch.contiguous_format)
+        matched_NT = query_NT * num_classes + group.targets.labels[target_NT]
+        # `is_class[indices] = 1` would copy the 1 from the host, and the copy waits for the GPU
+        is_class.view(-1).scatter_(0, matched_NT.flatten(), 1.0)
         loss = sigmoid_focal_loss(group.logits, is_class, alpha=self.focal_alpha, gamma=2)
         return loss.sum((1, 2, 3))
 

@@ -26,7 +26,8 @@ from util.distributed import choose_device
 from util.errors import UserError
 from util.image_input import ImageLike, as_picture, prepare
 from util.nested_tensor import NestedTensor
-from util.precision import LOW_TYPES, autocast, check_precision
+from util.precision import LOW_TYPES, autocast
+from util.precision_check import check_precision
 from util.trained import choose_weights, read_trained
 
 
@@ -200,14 +201,14 @@ def load_detector(
     if amp not in ("off", *LOW_TYPES):
         raise UserError(f"--amp {amp!r} must be one of off, {', '.join(LOW_TYPES)}")
     where = choose_device(device)
-    check_precision(amp, where)
     content = read_trained(source, "--resume")
     chosen, _ = choose_weights(content, source, "--resume", weights)
     config = config_of({**content, "model": chosen}, source, batchformer=batchformer, **architecture)
     classes = classes_of(content, source) or unnamed_classes(chosen)
     model, _, _ = build_model(config, classes)
     load_state(model, {"model": chosen}, source).require_same_architecture()
+    check_precision(model.to(where), amp)
     return Detector(
-        model.to(where), config, classes, amp=amp, batch_size=batch_size, score_threshold=score_threshold,
+        model, config, classes, amp=amp, batch_size=batch_size, score_threshold=score_threshold,
         max_image_megapixels=max_image_megapixels,
     )  # fmt: skip

@@ -24,7 +24,8 @@ class PositionEmbeddingSine(nn.Module):
     def forward(self, mask_BHW: Tensor) -> Tensor:
         """Padding mask (True on padding) -> [B, C, H, W] float32, y's features first."""
         valid = ~mask_BHW
-        features = [self._features(valid.cumsum(axis, dtype=torch.float32), axis) for axis in (1, 2)]
+        # integers: the order of additions, which CUDA does not promise, can't change their sums
+        features = [self._features(valid.cumsum(axis, dtype=torch.int32).float(), axis) for axis in (1, 2)]
         return torch.cat(features, -1).permute(0, 3, 1, 2)
 
     def _features(self, count_BHW: Tensor, axis: int) -> Tensor:

@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.helpers import PATIENCE
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-extensions",
     "--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe", "--hide-scrollbars",
 )  # fmt: skip
-TIMEOUT = 60
 
 
 def find_chromium() -> str | None:
@@ -105,7 +106,7 @@ class Page:
         return self.value(f"document.querySelector({json.dumps(selector)}).innerText")
 
     def wait_for(self, expression: str) -> None:
-        deadline = time.monotonic() + TIMEOUT
+        deadline = time.monotonic() + PATIENCE
         while not self.value(expression):
             assert time.monotonic() < deadline, f"waited in vain for {expression}; {self.problems}"
             time.sleep(0.02)
@@ -171,7 +172,7 @@ class Page:
 
     def _read(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:
-            ready, _, _ = select.select([self._in], [], [], TIMEOUT)
+            ready, _, _ = select.select([self._in], [], [], PATIENCE)
             assert ready, "the browser does not answer"
             part = os.read(self._in, 1 << 16)
             assert part, "the browser has ended"

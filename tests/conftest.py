@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import SMALL_IMAGES, SMALL_MODEL, run_main, write_coco
+from tests.helpers import SMALL_IMAGES, SMALL_MODEL, write_coco
+from tests.processes import run_main_forked
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -23,7 +24,7 @@ TINY_COCO = Path(os.environ.get("TINY_COCO", ROOT.parent / "shared" / "data" / "
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     missing_gpu = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(missing_gpu)
 
 
@@ -62,12 +63,12 @@ def trained_run(tmp_path_factory) -> Path:
         "--coco_path", str(folder / "data"), *SMALL_IMAGES, *SMALL_MODEL, "--batch_size", "2", "--num_workers", "0",
         "--log_every", "1", "--save_every", "3", "--tensorboard", "--output_dir", str(folder / "out"), "--ema_decay", "0.9",
     )  # fmt: skip
-    result = run_main(*flags, "--epochs", "2")
+    result = run_main_forked(*flags, "--epochs", "2")
     assert result.returncode == 0, result.stderr
     for file in folder.glob("out/checkpoint*.pth"):
         file.unlink()
     (folder / "out" / "resume_0002_000000000.pth").unlink()
-    result = run_main(*flags, "--epochs", "3", "--resume", "auto")
+    result = run_main_forked(*flags, "--epochs", "3", "--resume", "auto")
     assert result.returncode == 0, result.stderr
     assert "resume_0001_000000006.pth" in result.stdout
     assert result.stderr == "", "no warnings"

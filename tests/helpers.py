@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
+PATIENCE = 600  # seconds until a process is taken to hang, on a machine that has other work too
 
 SMALL_IMAGES = (
     "--train_sizes", "48", "64", "--eval_size", "64", "--max_size", "96", "--crop_resize_sizes", "56", "--crop_sizes", "32", "56",
@@ -58,13 +59,19 @@ def run_main(*flags: str, processes: int = 1, env: dict[str, str] | None = None)
     return run(*command, *flags, env=env)
 
 
-def run(*command: str, env: dict[str, str] | None = None, cwd: Path = ROOT, timeout: int = 300) -> subprocess.CompletedProcess:
+def run(
+    *command: str, env: dict[str, str] | None = None, cwd: Path = ROOT, timeout: float = PATIENCE
+) -> subprocess.CompletedProcess:
     """A command in the project's root, in this environment, with one thread a process."""
     variables = environment(**(env or {}))
     return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=timeout, check=False)
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """This process's environment for a child: this Python first on PATH, one thread a process, and `variables`."""
+    """This process's environment for a child: this Python first on PATH, one thread a process, and `variables`.
+
+    What a library announces for a later version is not told: it is no part of what a run says.
+    """
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "VIRTUAL_ENV": sys.prefix, **variables}
+    quiet = {"PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning"}
+    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "VIRTUAL_ENV": sys.prefix, **quiet, **variables}

@@ -5,18 +5,22 @@ Loading them takes seconds a process; forked, a dozen start in one. tests.helper
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import random
 import runpy
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+import warnings
+from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-from tests.helpers import ROOT, environment
+from tests.helpers import PATIENCE, ROOT, environment
 
 
 def run_main_forked(*flags: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -25,9 +29,9 @@ def run_main_forked(*flags: str, env: dict[str, str] | None = None) -> subproces
 
 
 def run_forked(
-    script: str, *arguments: str, env: dict[str, str] | None = None, timeout: float = 300
+    script: str, *arguments: str, env: dict[str, str] | None = None, timeout: float = PATIENCE
 ) -> subprocess.CompletedProcess[str]:
-    """A Python script of the project, by its path in it, with this process's environment and one thread."""
+    """A Python script, by its path from the project's root, with this process's environment and one thread."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
         process = _forked(script, arguments, environment(**(env or {})), out, err)
@@ -40,7 +44,7 @@ def run_forked(
         return subprocess.CompletedProcess([script, *arguments], process.exitcode, out.read_text(), err.read_text())
 
 
-def run_main_together(*flags: str, processes: int, output: Path, timeout: float = 300) -> str:
+def run_main_together(*flags: str, processes: int, output: Path, timeout: float = PATIENCE) -> str:
     """main.py with the variables that torchrun sets, one thread a process; gives what rank 0 printed.
 
     Args:
@@ -86,6 +90,8 @@ def _become(script: str, arguments: tuple[str, ...], variables: dict[str, str], 
     sys.stdout.reconfigure(line_buffering=True)
     torch.set_num_threads(1)
     multiprocessing.set_start_method(None, force=True)  # what the program itself starts is forked, as otherwise
+    for category in (FutureWarning, DeprecationWarning):  # as in tests.helpers.environment
+        warnings.simplefilter("ignore", category)
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(ROOT)
@@ -94,9 +100,20 @@ def _become(script: str, arguments: tuple[str, ...], variables: dict[str, str], 
 
 
 def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+    """Below those that the system gives to whoever asks for any, who could get it before it is used here."""
+    while True:
+        port = random.SystemRandom().randrange(15000, 32000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return str(port)
+
+
+def wait_until(condition: Callable[[], object], what: str) -> None:
+    """Raises AssertionError with `what` if it does not come."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
 
 
 def variables_of_processes() -> Iterator[tuple[int, int, dict[str, str]]]:

@@ -124,7 +124,8 @@ def test_nothing_is_kept_but_the_tokens_between_the_layers():
     tokens = 8 * 10 + 4 * 5 + 2 * 3 + 1 * 2  # of the four levels at 64 x 80
     in_bytes = tokens * 64 * 4
     two_images_then_two_streams = 2 * in_bytes + 4 * in_bytes
-    assert kept_bytes(build(*BATCHFORMER, "--checkpoint_encoder")[0]) == two_images_then_two_streams
+    kept = kept_bytes(build(*BATCHFORMER, "--checkpoint_encoder")[0])
+    assert two_images_then_two_streams <= kept < 1.1 * two_images_then_two_streams, "beside them only what PyTorch notes"
     assert kept_bytes(build(*BATCHFORMER)[0]) > 10 * two_images_then_two_streams
 
 

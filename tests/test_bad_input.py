@@ -235,7 +235,9 @@ def test_mistakes_get_one_line_and_lose_nothing(scene, mistake, capsys):
 def test_a_loader_process_reports_the_same_way(scene):
     """The image that can't be read is met in another process."""
     flags, named = image_truncated(scene)
-    result = run_main("--coco_path", str(scene.data), *SMALL_IMAGES, *SMALL_MODEL, "--epochs", "1", "--num_workers", "2", *flags)
+    result = run_main_forked(
+        "--coco_path", str(scene.data), *SMALL_IMAGES, *SMALL_MODEL, "--epochs", "1", "--num_workers", "2", *flags
+    )  # fmt: skip
     assert result.returncode == 2
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith("error: ")

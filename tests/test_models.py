@@ -9,8 +9,9 @@ from urllib.error import URLError
 import pytest
 import torch
 import torchvision
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from models import build_model
+from models import batchformer, build_model
 from models.backbone import build_resnet
 from models.heads import decode_boxes
 from models.position_encoding import PositionEmbeddingLearned, PositionEmbeddingSine
@@ -103,6 +104,19 @@ def test_eval_bf_acts_on_the_single_stream(mode, batch):
     assert (a["pred_logits"] - b["pred_logits"]).abs().max() > 1e-3
     one_stream = build("--bf", "7", "--share_bf", "0", "--insert_idx", "0", "1")[0].train()
     torch.testing.assert_close(b["pred_logits"], one_stream(batch[0])["pred_logits"], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_more_positions_than_cuda_takes_go_through_the_module_in_parts(batch, monkeypatch):
+    model = build("--bf", "7", "--insert_idx", "0", "--eval_bf")[0].eval()
+    calls = []
+    model.transformer.bf.register_forward_hook(lambda module, args, out: calls.append(args[0].shape[1]))
+    whole = model(batch[0])["pred_logits"]
+    (positions,) = calls
+    monkeypatch.setattr(batchformer, "_MOST_POSITIONS", positions - 7)
+    in_parts = model(batch[0])["pred_logits"]
+    assert calls == [positions, positions - 7, 7]
+    torch.testing.assert_close(in_parts, whole, atol=1e-5, rtol=0)
 
 
 def test_more_queries_than_proposals_are_refused():
@@ -238,6 +252,21 @@ def test_position_encodings():
     assert torch.equal(out[0, 8:, 3, 5], learned.row_embed.weight[3])
     with pytest.raises(UserError, match="--position_embedding"):
         learned(torch.zeros(1, 4, 11, dtype=torch.bool))
+
+
+def test_positions_are_counted_in_integers():
+    """Sums of floats depend on the order of the additions, and --deterministic may refuse them on a GPU."""
+    counted = []
+
+    class Cumsum(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            counted.extend([out.dtype] if func._schema.name == "aten::cumsum" else [])
+            return out
+
+    with Cumsum():
+        PositionEmbeddingSine(8)(torch.zeros(1, 6, 8, dtype=torch.bool))
+    assert counted == [torch.int32, torch.int32]
 
 
 def test_reference_points_are_pixel_centres():

@@ -22,9 +22,8 @@ from models.matcher import Targets
 from tests.golden import recipe
 from tests.helpers import BATCHFORMER, SMALL_MODEL
 from util.config import parse_config
-from util.errors import UserError
 from util.nested_tensor import NestedTensor
-from util.precision import LOW_TYPES, autocast, check_precision, full_precision, widened
+from util.precision import LOW_TYPES, autocast, full_precision, widened
 
 CPU = torch.device("cpu")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -273,26 +272,3 @@ def test_full_precision_ends_where_it_says():
         assert not torch.is_autocast_enabled("cpu")
     assert widened(x) is x
     assert widened(x.double()).dtype == torch.float64
-
-
-def test_a_device_is_tried_before_the_run(amp):
-    torch.manual_seed(3)
-    before = torch.get_rng_state()
-    check_precision(amp, CPU)
-    assert torch.equal(torch.get_rng_state(), before), "the run's random numbers must not depend on it"
-    check_precision("off", torch.device("meta"))
-    with pytest.raises(UserError, match=f"--amp {amp} can't be used on meta: .*unsupported autocast") as error:
-        check_precision(amp, torch.device("meta"))
-    assert "\n" not in str(error.value)
-
-
-def test_an_operator_that_the_device_lacks_is_named(monkeypatch):
-    def missing(*args, **kwargs):
-        raise RuntimeError("\"conv2d_cpu\" not implemented for 'Half'\nand a trace")
-
-    monkeypatch.setattr(F, "conv2d", missing)
-    monkeypatch.setattr(nn.Conv2d, "_conv_forward", missing)
-    with pytest.raises(UserError, match="conv2d_cpu.*not implemented for 'Half'.*use --amp bf16") as error:
-        check_precision("fp16", CPU)
-    assert "\n" not in str(error.value)
-    check_precision("off", CPU)

@@ -18,8 +18,9 @@ import torch
 from PIL import Image
 from pycocotools.coco import COCO
 
+from datasets.files import SPELLING
 from models import build_model, load_detector
-from tests.helpers import ROOT, SMALL_IMAGES, SMALL_MODEL
+from tests.helpers import ROOT, SMALL_IMAGES, SMALL_MODEL, environment
 from tests.processes import run_main_forked
 from tools import predict
 from util.class_map import Category, ClassMap
@@ -250,6 +251,17 @@ def test_no_detection_is_told_with_the_best_score(run, checkpoint, capsys):
     assert "the best scores" not in capsys.readouterr().out
 
 
+def test_annotated_names_may_be_those_of_another_system(run, capsys):
+    Path("photos/Über").mkdir(parents=True)
+    for name in ("Über/a 1.jpg", "b.JPG", "c.jpg", "e.jpg"):
+        picture((80, 60)).save(f"photos/{name}")
+    written = {7: "U\u0308ber\\a%201.jpg", 3: "b.jpg", 5: "c.jpg", 9: "d.jpg", 11: "other/e.jpg"}
+    write_annotations(Path("names.json"), written, NAMES)
+    _, images = run("photos", "--annotations", "names.json", "--no_pictures")
+    assert {entry["id"]: entry["file_name"] for entry in images} == {number: written[number] for number in (7, 3, 5)}
+    assert f"{SPELLING}: 2" in capsys.readouterr().out
+
+
 def test_annotations_that_do_not_fit_are_told(run, tmp_path):
     for folder in ("l", "r"):
         Path(folder).mkdir()
@@ -319,7 +331,7 @@ def test_a_folder_that_can_not_be_searched_is_told(run, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refusing)
-    assert "in/secret can't be searched for pictures (Permission denied)" in refusal(run, "in")
+    assert "in/secret can't be searched (Permission denied)" in refusal(run, "in")
 
 
 def test_what_can_not_be_written_is_told_in_a_line(run, monkeypatch):
@@ -563,7 +575,7 @@ def test_help_is_complete_and_needs_no_torch():
 def test_a_mistake_ends_the_command_with_one_line(checkpoint, tmp_path):
     result = subprocess.run(
         [sys.executable, ROOT / "tools/predict.py", "--resume", checkpoint, "gone.jpg", "--output_dir", "out"],
-        cwd=tmp_path, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": ""},
+        cwd=tmp_path, capture_output=True, text=True, check=False, env=environment(PYTHONPATH=""),
     )  # fmt: skip
     assert result.returncode == 2
     assert result.stderr.splitlines() == ["error: gone.jpg does not exist; give pictures, videos, or folders of pictures"]

@@ -16,7 +16,8 @@ from pycocotools.cocoeval import COCOeval
 
 from datasets.coco_format import read_annotations
 from datasets.detection_errors import FALSE_POSITIVES, average_precision, find_errors
-from tests.helpers import SMALL_IMAGES, SMALL_MODEL, run, run_main
+from tests.helpers import SMALL_IMAGES, SMALL_MODEL, run
+from tests.processes import run_main_forked
 from tests.report_runs import CATEGORIES, detections_of, log_row, write_data, write_run
 from tools import report
 from tools.report_page import content
@@ -262,7 +263,7 @@ def test_a_real_run_and_an_evaluation_by_itself(trained_run, tmp_path):
     alone = tmp_path / "alone"
     data = ["--coco_path", str(trained_run.parent / "data"), "--batch_size", "2", "--num_workers", "0"]
     flags = [*data, *SMALL_IMAGES, *SMALL_MODEL, "--eval", "--save_predictions", "--output_dir", str(alone)]
-    result = run_main(*flags, "--resume", str(trained_run / "checkpoint.pth"))
+    result = run_main_forked(*flags, "--resume", str(trained_run / "checkpoint.pth"))
     assert result.returncode == 0, result.stderr
     told = page_data(trained_run, alone, threshold=0.0)
     assert told["notes"] == ["alone: has no log.txt yet, so it has no curves; they appear after its first epoch."]

@@ -2,7 +2,6 @@
 
 import json
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from tests.helpers import run
 from tools import draw_detections, plot_logs
 from util.errors import UserError
 from util.plot_utils import plot_run, read_log, series
@@ -30,7 +30,6 @@ from util.visualizer import (
     side_by_side,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
 SIZES = [(64, 48), (128, 128), (640, 427), (1600, 1000), (480, 40), (30, 900), (1, 1)]
 
 
@@ -124,7 +123,8 @@ def test_pixels_away_from_box_and_tag_stay(size):
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1", "CMYK", "I;16", "F"])
 def test_classes_have_their_colours_on_any_ground(mode, ground):
     image = Image.new("L", (640, 480), ground)
-    image = Image.new(mode, image.size, ground) if mode in ("I;16", "F") else image.convert(mode)
+    grounds = {"I;16": ground * 257, "F": ground / 255}
+    image = Image.new(mode, image.size, grounds[mode]) if mode in grounds else image.convert(mode)
     names = [f"thing {i}" for i in range(12)]
     boxes = [[20 + 150 * (i % 4), 40 + 140 * (i // 4), 120 + 150 * (i % 4), 120 + 140 * (i // 4)] for i in range(12)]
     colors = class_colors(names)
@@ -529,7 +529,7 @@ def test_evaluations_every_few_epochs_are_joined(tmp_path, figure):
     {"empty": [], "bare": [{"epoch": 0}], "undefined": rows(3, test_coco_eval_bbox=[-1] * 12, train_lr=0.0)},
     {f"run {i} {'long name ' * i}": rows(2, train_lr=1e-4 * (i + 1)) for i in range(14)},
 ], ids=["one", "gaps", "many"])  # fmt: skip
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::UserWarning", "error::RuntimeWarning")
 def test_unusual_logs_are_drawn(tmp_path, logs):
     plot_run(logs, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").stat().st_size > 0
@@ -564,16 +564,12 @@ def test_plot_logs_names_the_broken_log(tmp_path, text):
 # ---- as commands ----
 
 
-def command(script: str, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, f"tools/{script}", *arguments], cwd=ROOT, capture_output=True, text=True)
-
-
 @pytest.mark.parametrize("script", ["draw_detections.py", "plot_logs.py"])
 def test_a_mistake_ends_the_command_with_one_line(coco, tmp_path, script):
     flags = [word for pair in coco.items() for word in pair] + ["--image_ids", "99"]
-    run = command(script, *(flags if script == "draw_detections.py" else [str(tmp_path / "run 99")]))
-    assert run.returncode == 2 and run.stdout == ""
-    assert len(run.stderr.splitlines()) == 1 and "99" in run.stderr
+    done = run(sys.executable, f"tools/{script}", *(flags if script == "draw_detections.py" else [str(tmp_path / "run 99")]))
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and "99" in done.stderr
 
 
 @pytest.mark.parametrize("tool", [draw_detections, plot_logs])

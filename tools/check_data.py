@@ -28,6 +28,7 @@ from datasets.preflight import (
     Summary,
     check_classes,
     check_files,
+    check_objects,
     check_part,
     check_paths,
     summary,
@@ -64,6 +65,8 @@ def check(config: Config, args: argparse.Namespace) -> list[Part]:
         print(f"reading {data.annotations_file(split)}", flush=True)
         parts.append(check_part(split, data.images_folder(split), data.annotations_file(split), args.box_tolerance))
     check_classes(parts, data.num_classes)
+    for part in parts:
+        check_objects(part, config.transformer.num_queries)
     if args.no_images:
         check_paths(parts)
     else:

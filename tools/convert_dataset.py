@@ -1,9 +1,27 @@
 """Convert a data set in Pascal VOC's, YOLO's or COCO's format to the layout of folders that --coco_path takes.
 
 SOURCE is one of: a folder of Pascal VOC (JPEGImages, Annotations, ImageSets/Main) or any folder of images with an XML file of the
-same name each; a data.yaml of Ultralytics or the folder with it; a folder with classes.txt, images and labels; a COCO instances
-file with its images beside it or below, or a folder with one, or with one for each part. A source that does not say which images
-are for validation is split at random. Images are linked, and nothing of the source is changed.
+same name each; a data.yaml of Ultralytics or Darknet's obj.data, or the folder with it; a folder with classes.txt, images and
+labels; a COCO instances file with its images beside it or below, or a folder with one, or with one for each part. A source that
+does not say which images are for validation is split at random. Images are linked, and nothing of the source is changed.
+
+Give the folder of an export as it was unpacked, images included:
+
+  tool            writes                                   taken
+  CVAT            COCO: annotations/instances_<part>.json  parts by name; subfolders of images
+                  VOC: ImageSets/Main/<subset>.txt         train, val, test; default is split
+                  YOLO 1.1: obj.data, obj.names, lists     lists with or without data/ before the paths
+                  Ultralytics YOLO: data.yaml, lists       the same
+  Label Studio    COCO: result.json                        \\ in names, addresses, upload paths and prefixes
+                  YOLO: classes.txt, notes.json            classes.txt
+  Roboflow        COCO: <part>/_annotations.coco.json      train and valid, or test without valid
+                  YOLO: data.yaml with ../train/images     the folders beside data.yaml
+  labelme2coco    annotations.json, JPEGImages             \\ in names, absolute names
+  COCO            annotations of several kinds             the instances files
+
+Names lead to files of the folder given only. One that is not there as written is looked for in another spelling (letter case,
+Unicode form, backslashes, %20), by the end of its path, and last by its bare name, if it is the only one and of the annotated
+size. The number of files that were found so is printed.
 """
 
 from __future__ import annotations
@@ -18,7 +36,7 @@ from datasets.coco_folder import is_coco, read_coco
 from datasets.coco_layout import WAYS, Part, new_folder, write_part
 from datasets.labelled import VAL_FRACTION, Faults, Labelled, split_off, to_coco
 from datasets.voc import VocRules, is_voc, read_voc
-from datasets.yolo import is_yolo, read_yolo
+from datasets.yolo import is_darknet, is_yolo, read_yolo
 from util.config import make_parser
 from util.errors import UserError, run_as_command
 
@@ -42,10 +60,10 @@ def read(args: argparse.Namespace, faults: Faults) -> dict[str, Part]:
     """The parts of the source. Raises UserError."""
     source = Path(args.source)
     if not source.exists():
-        raise UserError(f"{source} does not exist; it must be a folder, a data.yaml or a COCO instances file")
+        raise UserError(f"{source} does not exist; it must be a folder, a data.yaml, an obj.data or a COCO instances file")
     source_format = args.format if args.format != "auto" else format_of(source)
     if source_format == "coco":
-        return read_coco(source, args.val_fraction, args.seed)
+        return read_coco(source, args.val_fraction, args.seed, faults)
     if source_format == "yolo":
         return parted(read_yolo(source, faults), args)
     return parted(read_voc(source, VocRules(args.difficult, args.first_pixel, args.train_set, args.val_set), faults), args)
@@ -54,10 +72,12 @@ def read(args: argparse.Namespace, faults: Faults) -> dict[str, Part]:
 def format_of(source: Path) -> str:
     """By what the source looks like. Raises UserError."""
     looks = [name for name, fits in (("voc", is_voc), ("yolo", is_yolo), ("coco", is_coco)) if fits(source)]
+    if not looks and is_darknet(source):
+        return "yolo"
     if not looks:
         raise UserError(
-            f"{source} has no XML files, no data.yaml or classes.txt and no COCO instances file: it is in neither of Pascal "
-            "VOC's, YOLO's and COCO's formats"
+            f"{source} has no XML files, no data.yaml, obj.data or classes.txt and no COCO instances file: it is in neither of "
+            "Pascal VOC's, YOLO's and COCO's formats"
         )
     if len(looks) > 1:
         raise UserError(f"{source} has files of several formats; add --format {' or --format '.join(looks)}")
@@ -88,13 +108,14 @@ def tell(folder: Path, parts: dict[str, Part], faults: Faults) -> None:
             print(f"{note}: {count}")
     for part, (content, _) in parts.items():
         print(f"{part}: {len(content['images'])} images with {len(content['annotations'])} objects")
-    print(f"{folder}: {len(parts['train'].content['categories'])} classes; left out by --on_bad: {len(faults.messages)}; "
+    left_out = f"{len(faults.messages)} ({faults.counted()})" if faults.kinds.keys() - {"other"} else len(faults.messages)
+    print(f"{folder}: {len(parts['train'].content['categories'])} classes; left out by --on_bad: {left_out}; "
           f"next: python tools/check_data.py --coco_path {folder}")  # fmt: skip
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser("tools/convert_dataset.py", __doc__, EXAMPLE)
-    parser.add_argument("source", help="folder, data.yaml or instances file to convert")
+    parser.add_argument("source", help="folder, data.yaml, obj.data or instances file to convert")
     parser.add_argument("--output_dir", required=True, help="folder to write; it must not hold anything yet")
     parser.add_argument("--format", choices=("auto", "voc", "yolo", "coco"), default="auto", help="format of the source")
     parser.add_argument(
@@ -103,8 +124,8 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--on_bad", choices=("stop", "clip", "skip"), default="stop",
-        help="at a broken file, an unknown class or a box outside of its image: stop; leave it out and count it (skip); or cut "
-        "boxes that reach out of their image and leave out the rest (clip)",
+        help="at a broken file, a wrong entry, an unknown class or a box outside of its image: stop; leave it out and count it "
+        "(skip); or cut boxes that reach out of their image and leave out the rest (clip)",
     )  # fmt: skip
     parser.add_argument(
         "--val_fraction", type=float,
@@ -118,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
         "own; ordinary objects; or none",
     )  # fmt: skip
     voc.add_argument("--first_pixel", type=int, choices=(0, 1), default=1, help="number of the first column and row of an image")
-    voc.add_argument("--train_set", default="", help="list in ImageSets/Main for training (default: train, or else trainval)")
+    voc.add_argument("--train_set", default="", help="list in ImageSets/Main for training (default: train, trainval or default)")
     voc.add_argument("--val_set", default="", help="list in ImageSets/Main for validation (default: val, or else test)")
     return parser
 

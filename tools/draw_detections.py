@@ -14,8 +14,10 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees only its own folder, not the project
-from util.config import add_score_threshold_flag, make_parser
+from datasets.files import respell
+from util.config import DataConfig, add_score_threshold_flag, make_parser
 from util.errors import UserError, run_as_command
+from util.images import decode, read_image_file
 from util.visualizer import Color, class_colors, contact_sheet, draw_boxes, side_by_side
 
 EXAMPLE = """\
@@ -117,12 +119,8 @@ def choose_images(coco: COCO, num_images: int, image_ids: Sequence[int] | None) 
 def open_image(folder: Path, info: dict) -> Image.Image:
     """Raises UserError where the file cannot be read or is not as large as the annotations say."""
     path = folder / info["file_name"]
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read image {path}: {reason}") from error
+    megapixels, otherwise = DataConfig.max_image_megapixels, "or choose other --image_ids"
+    image = decode(read_image_file(path, megapixels, otherwise), path, megapixels, otherwise)
     expected = (info.get("width", image.width), info.get("height", image.height))
     if image.size != expected:  # the boxes would all be in the wrong place
         raise UserError(f"{path} is {image.width} x {image.height}, but its annotations are for "
@@ -155,6 +153,7 @@ def run(args: argparse.Namespace) -> None:
     coco = read_annotations(args.annotations)
     predictions = read_predictions(args.predictions, coco)
     chosen = choose_images(coco, args.num_images, getattr(args, "image_ids", None))
+    respell([coco.imgs[image_id] for image_id in chosen], args.images)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     pairs = []
     for image_id in chosen:

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder would be searched instead
 
@@ -38,7 +38,6 @@ if TYPE_CHECKING:  # imported where they are used: --help needs no torch
     from util.video import VideoReader
 
 EXAMPLE = "python tools/predict.py --resume exps/run/checkpoint.pth photos street.jpg drive.mp4 --output_dir predictions"
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pnm", ".jp2")
 T = TypeVar("T")
 
 
@@ -123,31 +122,25 @@ class Source:
 def find_sources(inputs: Sequence[Path]) -> list[Source]:
     """The files of `inputs`, each once, folders searched for pictures through all their folders, in natural order.
 
+    Links to folders are followed; what two of them show is taken once.
+
     Raises UserError for a path that is not there, and a folder without pictures.
     """
-    found: dict[Path, None] = {}
+    from datasets.files import IMAGE_SUFFIXES, files_below
+
+    found: dict[tuple[str, str], Path] = {}
     for path in inputs:
         if not path.exists():
             raise UserError(f"{path} does not exist; give pictures, videos, or folders of pictures")
-        inside = sorted(_pictures_in(path), key=_natural) if path.is_dir() else [path]
+        inside = sorted(files_below(path, IMAGE_SUFFIXES), key=_natural) if path.is_dir() else [path]
         if not inside:
-            raise UserError(f"{path} holds no pictures ({', '.join(PICTURES)}); videos are given by name")
-        found |= dict.fromkeys(Path(os.path.abspath(file)) for file in inside)
+            raise UserError(f"{path} holds no pictures ({', '.join(IMAGE_SUFFIXES)}); videos are given by name")
+        for file in map(os.path.abspath, inside):
+            folder, name = os.path.split(file)
+            found.setdefault((os.path.realpath(folder), name), Path(file))
     tops = [os.path.abspath(path if path.is_dir() else path.parent) for path in inputs]
     common = os.path.commonpath(tops)
-    return [Source(file, file.relative_to(common).as_posix()) for file in found]
-
-
-def _pictures_in(folder: Path) -> Iterator[Path]:
-    for place, folders, files in os.walk(folder, onerror=_refuse_folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]  # thumbnails of viewers, and the like
-        for name in files:
-            if not name.startswith(".") and name.lower().endswith(PICTURES):
-                yield Path(place, name)
-
-
-def _refuse_folder(error: OSError) -> NoReturn:
-    raise UserError(f"{error.filename} can't be searched for pictures ({error.strerror}); make it readable") from None
+    return [Source(file, file.relative_to(common).as_posix()) for file in found.values()]
 
 
 def _natural(path: Path) -> list[Any]:
@@ -183,7 +176,8 @@ def output_name(source: Source) -> str:
 def with_annotated_ids(sources: Sequence[Source], annotations: Path, detector: Detector) -> list[Source]:
     """Names and ids as in a COCO file: an image is the one whose file name there is the longest end of the file's path.
 
-    Pictures that it does not list are left out, as those of COCO's test2017 that are not in test-dev; how many is printed.
+    Where none is, it may be spelled otherwise (datasets/files.py). Pictures that it does not list are left out, as those of
+    COCO's test2017 that are not in test-dev; how many is printed.
 
     Raises UserError for a file without any of them, two that are the same, and a category that the detector does not know.
     """
@@ -192,12 +186,12 @@ def with_annotated_ids(sources: Sequence[Source], annotations: Path, detector: D
     images, categories = read_images_and_categories(annotations)
     detector.classes.check(categories, str(annotations))
     ids = {info["file_name"]: info["id"] for info in images}
+    names = _annotated_names([source.path for source in sources], images, annotations)
     taken: dict[str, Path] = {}
     for source in sources:
         if source.is_video:
             raise UserError(f"--annotations are of pictures and {source.path} is a video; give them apart")
-        parts = source.path.parts
-        name = next((end for i in range(1, len(parts)) if (end := "/".join(parts[i:])) in ids), None)
+        name = names.get(source.path)
         if name is None:
             continue
         if name in taken:
@@ -210,6 +204,27 @@ def with_annotated_ids(sources: Sequence[Source], annotations: Path, detector: D
     if len(taken) < len(ids):
         print(f"images of --annotations {annotations} without a picture here: {len(ids) - len(taken)}")
     return [Source(path, name, ids[name]) for name, path in taken.items()]
+
+
+def _annotated_names(paths: Sequence[Path], images: Iterable[dict[str, Any]], annotations: Path) -> dict[Path, str]:
+    """The file names that COCO's `images` have for files, as far as they have any; how many are spelled otherwise is printed."""
+    from datasets.files import SPELLING, Index, annotated_size
+
+    sizes = {image["file_name"]: annotated_size(image) for image in images}
+    names: dict[Path, str] = {}
+    for path in paths:
+        ends = ("/".join(path.parts[i:]) for i in range(1, len(path.parts)))
+        name = next((end for end in ends if end in sizes), None)
+        if name is not None:
+            names[path] = name
+    others = [(path.parts[1:], path) for path in paths if path not in names]
+    taken = set(names.values())
+    found = Index(others, annotations).find({name: size for name, size in sizes.items() if name not in taken}).found
+    # by less than the whole name a picture could get the id of one in another folder
+    spelled = {file.path: name for name, file in found.items() if file.how in ("", SPELLING)}
+    if spelled:
+        print(f"{SPELLING}: {len(spelled)}")
+    return names | spelled
 
 
 # ---- prediction

@@ -20,6 +20,7 @@ from util.diagnose import Rerun, run_again
 from util.distributed import choose_device
 from util.errors import UserError, run_as_command
 from util.nested_tensor import NestedTensor
+from util.precision_check import check_precision
 from util.random_state import set_torch_state
 
 EXAMPLE = "python tools/replay.py exps/run/nonfinite_0003_000120_process0.pth"
@@ -72,7 +73,7 @@ def replay(step: Mapping[str, Any], device: torch.device, source: str) -> Rerun:
     config: Config = config_from_flags({**step["args"], "backbone_weights": "none", "resume": "", "eval": False})
     model, criterion, _ = build_model(config)
     load_state(model, {"model": step["model"]}, source)
-    model.to(device).train()
+    check_precision(model.to(device).train(), config.run.amp)
     images = NestedTensor(step["images"], step["mask"]).to(device)
     targets = [{name: value.to(device) for name, value in target.items()} for target in step["targets"]]
     loss_of = training_loss(model, criterion, config.run.amp)

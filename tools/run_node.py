@@ -4,8 +4,8 @@
 
 The processes get torchrun's variables, and a store that outlives them. What torchrun does not do:
 
-- SIGTERM, SIGUSR1 and SIGUSR2 go to the processes once, which may save and leave with EXIT_PREEMPTED in PREEMPT_SECONDS. That is
-  this program's exit status too, and nothing is started again. The same signal a second time kills.
+- SIGTERM, SIGUSR1, SIGUSR2 and SIGINT go to the processes once, which may save and leave with EXIT_PREEMPTED or EXIT_INTERRUPTED
+  in PREEMPT_SECONDS. That is this program's exit status too, and nothing is started again. The same signal a second time kills.
 - A failure anywhere ends the processes of all nodes; one line names the first that failed, and its exit status is given on.
 - MAX_RESTARTS: all processes of all nodes are started again after a crash. The nodes meet before every attempt, so one
   whose machine went down joins when this program is started there again. Not after a mistake of the user's, nor a full disk.
@@ -183,6 +183,8 @@ def variables(settings: Settings, port: int, attempt: int, local: int) -> dict[s
 def describe(rank: int, code: int) -> Failure:
     if code == EXIT_PREEMPTED:
         return Failure(code, "the processes left to be started again (exit status 75)")
+    if code == EXIT_INTERRUPTED:
+        return Failure(code, "")  # the processes have said all
     if code == EXIT_LOST_PROCESS:
         return Failure(code, f"rank {rank} lost another process (exit status 76), see its message above; all others were ended")
     if code > 0:
@@ -467,7 +469,7 @@ def main(settings: Settings, command: list[str]) -> int:
             say(f"ended by {signal.Signals(signals.seen[0]).name} before the nodes had met")
             return EXIT_PREEMPTED if signals.seen[0] in ASK_TO_LEAVE else 128 + signals.seen[0]
         failure, again = run_once(settings, command, nodes, number, signals)
-        if failure:
+        if failure and failure.line:
             say(failure.line)
         if not again or number >= settings.max_restarts:
             if failure and settings.nodes > 1 and settings.node == 0:

@@ -39,7 +39,7 @@ from typing import IO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees only its own folder, not the project
 from util.errors import EXIT_LOST_PROCESS, EXIT_PREEMPTED
-from util.slurm_job import job_fields, why_job_is_ended
+from util.slurm_job import job_fields, restart_count, why_job_is_ended
 
 PAUSE = 5.0  # seconds before a job is submitted again: what fails at once should not keep Slurm busy
 PATIENCE = 300  # seconds to wait for the state of a job whose nodes are being cleaned up
@@ -145,7 +145,7 @@ def main(arguments: Sequence[str]) -> int:
             return status
         if not may_start_again(messages.job, reason, "submitted again"):
             return status or EXIT_LOST_PROCESS
-        os.environ["SLURM_RESTART_COUNT"] = str(restarts() + 1)
+        os.environ["SLURM_RESTART_COUNT"] = str(restart_count() + 1)
         time.sleep(PAUSE)
 
 
@@ -182,17 +182,13 @@ def state_of(job: str) -> str:
     return ""
 
 
-def restarts() -> int:
-    return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-
-
 def may_start_again(job: str, reason: str, how: str) -> bool:
     """Whether it has not been done too often; says so."""
     limit = int(os.environ.get("MAX_REQUEUES", "50"))
-    if restarts() >= limit:
-        say(f"job {job} {reason}; it stays ended, because it was started again {restarts()} times already (MAX_REQUEUES)")
+    if restart_count() >= limit:
+        say(f"job {job} {reason}; it stays ended, because it was started again {restart_count()} times already (MAX_REQUEUES)")
         return False
-    say(f"job {job} {reason}: {how} (restart {restarts() + 1} of at most {limit})")
+    say(f"job {job} {reason}: {how} (restart {restart_count() + 1} of at most {limit})")
     return True
 
 

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 from datasets.coco_format import read_annotations
 from datasets.coco_layout import WAYS, write_part
+from datasets.files import respell
 from util.config import make_parser
 from util.errors import UserError, run_as_command
 
@@ -30,6 +31,7 @@ def main() -> None:
         raise UserError(f"--output_dir {folder} is the source itself; name another folder")
     for part in ("train", "val") if args.split == "both" else (args.split,):
         content = read_annotations(source / "annotations" / f"instances_{part}2017.json").dataset
+        respell(content["images"], source / f"{part}2017")
         subset = cut(content, args)
         files = {image["file_name"]: source / f"{part}2017" / image["file_name"] for image in subset["images"]}
         written = (part,) if args.split == "both" else ("train", "val")

@@ -75,7 +75,7 @@ class CheckpointFolder:
         self._damaged.discard(path)
         for name in (NEWEST, *also):
             self.name_also(path, name)
-        self._remove_old()
+        self._remove_old(path)
         return path
 
     def name_also(self, path: Path, name: str) -> None:
@@ -146,11 +146,12 @@ class CheckpointFolder:
         rolling = [p for p in self.folder.glob("resume_*.pth") if _ROLLING.fullmatch(p.name) and p not in self._damaged]
         return sorted(rolling, key=lambda path: _position_in(path.name) or Position())
 
-    def _remove_old(self) -> None:
-        """Damaged files are not counted: those that are kept are good."""
+    def _remove_old(self, saved: Path) -> None:
+        """Damaged files are not counted: those that are kept are good. Nor is the newest removed, if its epoch began anew."""
         for path in self._rolling()[: -self._keep]:
-            with contextlib.suppress(OSError):
-                path.unlink()
+            if path != saved:
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
     def _remedy(self) -> str:
         good = self._rolling()

@@ -331,7 +331,14 @@ def add_config_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         section = parser.add_argument_group(_config_class(group).__doc__)
         for item in dataclasses.fields(_config_class(group)):
             _add_flag(section, item, _types(group)[item.name])
+    parser.add_argument("--local_rank", "--local-rank", type=_local_rank, help=argparse.SUPPRESS)
     return parser
+
+
+def _local_rank(text: str) -> None:
+    """torch.distributed.launch says in a flag, too, what torchrun says in variables alone."""
+    if os.environ.get("LOCAL_RANK") != text:
+        raise argparse.ArgumentTypeError(f"{text} is from a launcher that does not set LOCAL_RANK; start with torchrun")
 
 
 # what the weights of a detector don't tell (util/architecture.py)

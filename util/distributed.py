@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from util.errors import LostProcessError, UserError
+from util.launchers import require_single_process
 from util.watchdog import Watchdog, waiting
 
 log = logging.getLogger(__name__)
@@ -45,14 +46,16 @@ def process_group(device_flag: str, timeout: float = 1800) -> Iterator[torch.dev
 
     The job is watched (util/watchdog.py): within `timeout` seconds of the death or hang of any process all others end.
 
-    Raises UserError for a device that is not there, and LostProcessError where another process did not come, or is lost.
+    Raises UserError for a device that is not there or a process that knows nothing of others, and LostProcessError where
+    another process did not come, or is lost.
     """
     device = choose_device(device_flag)
-    if "WORLD_SIZE" not in os.environ:
-        yield device
-        return
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if "WORLD_SIZE" not in os.environ:
+        require_single_process()
+        yield device
+        return
     own_rank, world = _place_among_processes()
     store, address = _reach_store(own_rank, timeout)
     watch = Watchdog(

@@ -7,7 +7,7 @@
 | 74 | checkpoints can't be written any more; the earlier ones are intact |
 | 75 | a signal asked to leave: all is saved, start again with --resume auto |
 | 76 | another process died, hung or can't be reached; start again with --resume auto |
-| 130 | interrupted from the keyboard |
+| 130 | interrupted from the keyboard; a training run has saved first, as with 75 |
 """
 
 from __future__ import annotations
@@ -44,6 +44,10 @@ class LostProcessError(UserError):
 class Preempted(BaseException):
     """A signal asked the program to leave, and it is ready to. No Exception, so that nobody takes it for a failure."""
 
+    def __init__(self, message: str, exit_code: int = EXIT_PREEMPTED) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
 
 def run_as_command(command: Callable[[], object]) -> None:
     """Run `command`; an end that is no success costs one line on stderr, without a traceback, and its exit code."""
@@ -51,8 +55,8 @@ def run_as_command(command: Callable[[], object]) -> None:
         command()
     except UserError as error:
         _leave(f"error: {error}", error.exit_code)
-    except Preempted as reason:
-        _leave(str(reason), EXIT_PREEMPTED)
+    except Preempted as reason:  # the same for all processes of a job: the first one tells it
+        _leave(str(reason) if os.environ.get("RANK", "0") == "0" else "", reason.exit_code)
     except KeyboardInterrupt:
         _leave("interrupted", EXIT_INTERRUPTED)
     finally:
@@ -60,7 +64,9 @@ def run_as_command(command: Callable[[], object]) -> None:
 
 
 def _leave(message: str, code: int) -> None:
-    print(message, file=sys.stderr, flush=True)
+    if message:
+        sys.stderr.write(f"{message}\n")  # print() writes the end of the line by itself, between the words of other processes
+        sys.stderr.flush()
     sys.exit(code)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from util.errors import UserError
-from util.images import as_rgb, decode, read_image_file
+from util.images import as_rgb, decode, read_image_file, to_8_bits
 
 ImageLike = str | os.PathLike | Image.Image | np.ndarray | Tensor
 
@@ -32,11 +32,11 @@ def as_picture(image: ImageLike, megapixels: float) -> Image.Image:
     Args:
         image: a path; a PIL image, whose pixels are taken as they lie; an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]; a
             tensor [1, H, W], [3, H, W] or [4, H, W] on any device. Three channels are RGB, of four the last is left out. Numbers
-            are uint8, or floats in [0, 1], which are rounded to 8 bits.
+            become 8 bits by the rule of files (util.images.to_8_bits).
         megapixels: larger files are refused before they are decoded.
 
     Raises:
-        BadImageError: the file can't be used.
+        BadImageError: the file, or a number of the image, can't be used.
         UserError: the array is none of these; the message says which it should be.
         TypeError: it is something else.
     """
@@ -61,14 +61,9 @@ def _picture_of_tensor(image: Tensor) -> Image.Image:
 def _picture_of_array(image: np.ndarray) -> Image.Image:
     if image.ndim not in (2, 3) or image.ndim == 3 and image.shape[2] not in (1, 3, 4) or 0 in image.shape:
         raise UserError(f"an array of shape {list(image.shape)} is no image: it must be [H, W, 3]; give several as a list")
-    if np.issubdtype(image.dtype, np.floating):
-        if not ((image >= 0) & (image <= 1)).all():  # not so for NaN either
-            raise UserError("an image of floats must lie in [0, 1]; divide by 255, or give uint8")
-        image = (image * 255).round().astype(np.uint8)
-    if image.dtype != np.uint8:
-        raise UserError(f"an image of {image.dtype} can't be used: give uint8, or floats in [0, 1]")
     grey = image.ndim == 2 or image.shape[2] == 1
-    return as_rgb(Image.fromarray(np.ascontiguousarray(image.reshape(image.shape[:2]) if grey else image[..., :3])))
+    pixels = image.reshape(image.shape[:2]) if grey else image[..., :3]
+    return as_rgb(Image.fromarray(np.ascontiguousarray(to_8_bits(pixels))))
 
 
 def prepare(image: Image.Image, size: int, max_size: int) -> Tensor:

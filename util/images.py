@@ -72,13 +72,13 @@ def read_image_file(path: Path, megapixels: float, otherwise: str) -> bytes:
 
 
 def decode(content: bytes, path: Path, megapixels: float, otherwise: str, *, upright: bool = False) -> Image.Image:
-    """The image in the bytes of the file `path`, as RGB.
+    """The image in the bytes of the file `path`, as RGB of 8 bits (as_rgb).
 
     `upright`: turned as the file's EXIF orientation says, which is how viewers show it. Data sets leave it: their boxes refer
     to the pixels as they are stored.
 
-    Raises BadImageError if it is no whole image of one of FORMATS, or larger than `megapixels` by its header: then nothing of
-    it is decoded. `otherwise` ends the remedy.
+    Raises BadImageError if it is no whole image of one of FORMATS, has numbers that `to_8_bits` refuses, or is larger than
+    `megapixels` by its header: then nothing of it is decoded. `otherwise` ends the remedy.
     """
     limit = int(megapixels * 1e6)
     remedy = "replace the file"
@@ -87,7 +87,10 @@ def decode(content: bytes, path: Path, megapixels: float, otherwise: str, *, upr
             image = Image.open(io.BytesIO(content), formats=FORMATS)
             if image.width * image.height > limit:
                 raise Image.DecompressionBombError(f"{image.width * image.height} pixels")
-            return as_rgb(_turned_upright(image) if upright else image)
+            picture = as_rgb(image)
+            return _turned(picture, _orientation(image)) if upright else picture  # asked for late: see read_header
+    except BadImageError as error:
+        reason, remedy = error.reason, error.remedy
     except UnidentifiedImageError:
         reason = _UNKNOWN_FORMAT
     except Image.DecompressionBombError as error:
@@ -113,7 +116,8 @@ def read_header(path: Path, megapixels: float, otherwise: str) -> Header:
             raise OSError(0, "not a regular file")
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height <= int(megapixels * 1e6):
-                return Header(image.size, _orientation(image))
+                turned_by_decoding = image.format == "TIFF"  # by Pillow, which leaves nothing to do
+                return Header(image.size, 1 if turned_by_decoding else _orientation(image))
             reason, remedy = _too_large(f"has {image.width * image.height / 1e6:.4g} megapixels, more", megapixels)
     except UnidentifiedImageError:
         reason, remedy = _UNKNOWN_FORMAT, "replace the file"
@@ -155,18 +159,65 @@ _UPRIGHT = {
 }  # fmt: skip
 
 
-def _turned_upright(image: Image.Image) -> Image.Image:
-    orientation = None
-    with contextlib.suppress(Exception):  # metadata that can't be read don't make the picture bad
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
+# bits that cameras, scanners and screens have for a number
+_DEPTHS = (8, 10, 12, 14, 16)
+_SCALE_IT = "scale all pictures of the data by one factor, to uint8 or to floats in [0, 1]"
+
+
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Grayscale, palette, CMYK and transparent images as RGB; 16-bit ones are scaled, which Pillow would clip to white."""
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
+    """Any image as RGB of 8 bits; numbers of more bits are scaled by `to_8_bits`, where Pillow would cut them off at 255.
+
+    `info["bits"]` of the outcome is `bit_depth` of such numbers, if they are whole. Raises BadImageError as `to_8_bits` does.
+    """
+    if image.mode[0] in "IF":
+        numbers = np.asarray(image)
+        picture = Image.fromarray(to_8_bits(numbers)).convert("RGB")
+        return _with_bits(picture, bit_depth(numbers)) if image.mode[0] == "I" else picture
+    upper_half = any(";16" in str(tile) for tile in getattr(image, "tile", ()))
+    picture = image.convert("RGB")
+    if not upper_half:
+        return picture
+    # Pillow has the upper 8 bits only of colours of 16: what to_8_bits gives, unless the numbers have fewer
+    if max(high for _, high in picture.getextrema()) < 2**6:
+        reason = "has colours of 16 bits but no number above 16383, so what can be read of it is nearly black"
+        raise BadImageError("an image", reason, _SCALE_IT)
+    return _with_bits(picture, 16)
+
+
+def to_8_bits(numbers: np.ndarray) -> np.ndarray:
+    """The numbers of a picture as uint8, by one rule for files, arrays and tensors.
+
+    Floats must lie in [0, 1], and are multiplied by 255 and rounded. Whole numbers of any dtype must lie in 0 to 65535; their
+    upper 8 bits are taken, of as many as `bit_depth` says, so numbers up to 255 stay as they are.
+
+    Raises BadImageError for any others.
+    """
+    if np.issubdtype(numbers.dtype, np.floating):
+        if not ((numbers >= 0) & (numbers <= 1)).all():  # not so for NaN either
+            reason = f"has floats outside of [0, 1], from {numbers.min():g} to {numbers.max():g}"
+            raise BadImageError("an image", reason, _SCALE_IT)
+        return (numbers * 255).round().astype(np.uint8)
+    if not np.issubdtype(numbers.dtype, np.integer):
+        raise BadImageError("an image", f"has numbers of type {numbers.dtype}", "give uint8, or floats in [0, 1]")
+    low, high = int(numbers.min()), int(numbers.max())
+    if low < 0 or high >= 2 ** _DEPTHS[-1]:
+        reason = f"has numbers of {numbers.dtype} outside of 0 to 65535, from {low} to {high}"
+        raise BadImageError("an image", reason, _SCALE_IT)
+    return (numbers >> (bit_depth(numbers) - 8)).astype(np.uint8)
+
+
+def bit_depth(numbers: np.ndarray) -> int:
+    """The smallest of 8, 10, 12, 14 and 16 bits that hold the largest of whole numbers from 0 to 65535."""
+    return next(depth for depth in _DEPTHS if int(numbers.max()) < 2**depth)
+
+
+def _with_bits(picture: Image.Image, bits: int) -> Image.Image:
+    picture.info["bits"] = bits
+    return picture
 
 
 def _in_a_line(error: BaseException) -> str:

@@ -183,14 +183,15 @@ class Updater:
         return state | ({"ema": self.averaged.state_dict()} if self.averaged else {})
 
     def load_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take those entries back; the weight decay stays this run's. What the checkpoint lacks starts afresh, and is said."""
-        weight_decay = self.optimizer.defaults["weight_decay"]
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        """Restore these entries. Weight decay and `fused` stay those of this run: the flags and the device decide them, and
+        PyTorch places the step counts by `fused`. An entry that the checkpoint lacks starts afresh, with a warning."""
+        own = {name: self.optimizer.defaults[name] for name in ("weight_decay", "fused")}
+        saved = checkpoint["optimizer"]
+        groups = [{**group, **own} for group in saved["param_groups"]]
+        self.optimizer.load_state_dict({**saved, "param_groups": groups})
         for parameter, state in self.optimizer.state.items():  # which it does not look at
             if any(isinstance(x, Tensor) and x.dim() and x.shape != parameter.shape for x in state.values()):
                 raise ValueError(f"the state of a parameter of {list(parameter.shape)} has another shape")
-        for group in self.optimizer.param_groups:
-            group["weight_decay"] = weight_decay
         if self.scaler and "scaler" in checkpoint:
             self.scaler.load_state_dict(checkpoint["scaler"])
         if self.averaged and "ema" in checkpoint:

@@ -11,9 +11,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor, nn
-
-from util.errors import UserError
+from torch import Tensor
 
 LOW_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by --amp
 
@@ -38,36 +36,3 @@ def full_precision(device: torch.device) -> AbstractContextManager:
 def widened(tensor: Tensor) -> Tensor:
     """bfloat16 and float16 as float32; every other tensor itself."""
     return tensor.float() if tensor.dtype in LOW_TYPES.values() else tensor
-
-
-def check_precision(amp: str, device: torch.device) -> None:
-    """Try the operators that the detector takes from PyTorch, forward and backward, before a run begins.
-
-    Raises:
-        UserError: the device lacks one of them in this precision.
-    """
-    if amp == "off":
-        return
-    try:
-        # the run's own random numbers are not to depend on this
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            with autocast(amp, device):
-                out = _probe(device)
-            out.float().sum().backward()
-    except RuntimeError as error:  # NotImplementedError is one
-        other = "bf16" if amp == "fp16" else "fp16"
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"--amp {amp} can't be used on {device}: PyTorch {torch.__version__} says: {reason}; "
-            f"use --amp {other}, or leave it out"
-        ) from None
-
-
-def _probe(device: torch.device) -> Tensor:
-    """Every kind of layer of the detector once, its own attention aside, on noise."""
-    body = nn.Sequential(
-        nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(32, 32, 1), nn.GroupNorm(32, 32)
-    )  # fmt: skip
-    layer = nn.TransformerEncoderLayer(32, 2, dim_feedforward=32)
-    maps = body.to(device)(torch.zeros(2, 3, 16, 16, device=device))
-    return layer.to(device)(maps.flatten(2).transpose(1, 2))

@@ -1,8 +1,8 @@
-"""Being asked to leave: by a scheduler that needs the machine, or because the time is over.
+"""Being asked to leave: by a scheduler that needs the machine, because the time is over, or from the keyboard.
 
-SIGTERM, SIGUSR1 and SIGUSR2 ask. In the training loop the request is noted, all processes agree on the step after which they stop
-(any of them may have been asked), the state is saved, and `Preempted` ends the program with exit code 75. Everywhere else
-the newest checkpoint holds everything already, and the program leaves at once.
+SIGTERM, SIGUSR1, SIGUSR2 and SIGINT (Ctrl-C) ask. In the training loop the request is noted, all processes agree on the step
+after which they stop (any of them may have been asked), the state is saved, and `Preempted` ends the program: with exit code 75,
+or 130 after Ctrl-C. Everywhere else nothing is left to save, and the program leaves at once. A second Ctrl-C waits for nothing.
 """
 
 from __future__ import annotations
@@ -18,31 +18,37 @@ import torch
 import torch.distributed as dist
 
 from util.distributed import world_size
-from util.errors import Preempted
+from util.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, Preempted
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-NOTHING_LOST = "nothing that is not in the newest checkpoint was lost"
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
 class StopRequest:
-    """What the signals have asked for. `signal` is the first one's name, "" without."""
+    """What the signals have asked for. `signal` is the first one's name, "" without; `interrupted`: Ctrl-C, here or elsewhere.
 
-    def __init__(self) -> None:
-        self.signal = ""
+    saved: what to say of the state when the program leaves where nothing is left to save.
+    """
+
+    def __init__(self, saved: str) -> None:
+        self.signal, self.interrupted = "", False
+        self.saved = saved
         self._deferred = 0
 
     @contextmanager
     def installed(self) -> Iterator[StopRequest]:
-        """Listen to the signals for the length of the block; after a request they are ignored, to leave undisturbed."""
+        """Listen to the signals for the length of the block; after a request all but Ctrl-C are ignored, to leave undisturbed."""
         if threading.current_thread() is not threading.main_thread():  # the only one that may listen
             yield self
             return
-        before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        # a shell lets what it runs in the background ignore Ctrl-C
+        wanted = [number for number in SIGNALS if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, self._handle) for number in wanted}
         try:
             yield self
         finally:
             for number, handler in before.items():
-                signal.signal(number, signal.SIG_IGN if self.signal else handler)
+                after_request = signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN
+                signal.signal(number, after_request if self.signal else handler)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -57,19 +63,22 @@ class StopRequest:
         finally:
             self._deferred -= 1
         if self.signal and not self._deferred:
-            self.leave(NOTHING_LOST)
+            self.leave(self.saved)
 
     def leave(self, saved: str) -> NoReturn:
-        """Raise Preempted; `saved` says what is on the disk."""
-        who = self.signal or "a signal to another process"
-        raise Preempted(f"asked to leave by {who}; {saved}; start again with --resume auto")
+        """Raise Preempted; `saved` says what is on the disk, and how to go on."""
+        if self.interrupted:
+            raise Preempted(f"interrupted; {saved}", EXIT_INTERRUPTED)
+        raise Preempted(f"asked to leave by {self.signal or 'a signal to another process'}; {saved}", EXIT_PREEMPTED)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)  # even where Python is not asked, in an exchange that hangs, say
         if self.signal:  # is leaving already, or about to
             return
-        self.signal = signal.Signals(number).name
+        self.signal, self.interrupted = signal.Signals(number).name, number == signal.SIGINT
         if not self._deferred:
-            self.leave(NOTHING_LOST)
+            self.leave(self.saved)
 
 
 class StopVote:
@@ -87,8 +96,9 @@ class StopVote:
         if world_size() == 1:
             return bool(self._request.signal)
         stop = self._result()
-        votes = torch.tensor([1.0 if self._request.signal else 0.0])
-        self._running = dist.all_reduce(votes, async_op=True), votes
+        vote = 2.0 if self._request.interrupted else 1.0 if self._request.signal else 0.0
+        votes = torch.tensor([vote])
+        self._running = dist.all_reduce(votes, dist.ReduceOp.MAX, async_op=True), votes
         return stop
 
     def agreed_now(self) -> bool:
@@ -102,4 +112,5 @@ class StopVote:
         work, votes = self._running
         self._running = None
         work.wait()
-        return bool(votes.item())
+        self._request.interrupted |= votes.item() == 2
+        return votes.item() > 0

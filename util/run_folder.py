@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from util.errors import UserError
+from util.folder_hold import FolderHold
 
 log = logging.getLogger(__name__)
 
@@ -20,25 +21,32 @@ _FILES = (
 )  # fmt: skip
 
 
-def open_folder(name: str) -> Path:
-    """The folder of --output_dir, made if need be. Raises UserError if it can't be written to."""
-    folder = Path(name)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".write_test").touch()
-        (folder / ".write_test").unlink()
-        _finish_moving(folder)
-    except OSError as error:
-        raise UserError(f"--output_dir {folder} can't be written to ({error.strerror}); choose another") from None
-    return folder
+@contextlib.contextmanager
+def open_folder(name: str) -> Iterator[FolderHold]:
+    """The folder of --output_dir, made if need be, and held for the length of the block.
 
-
-def evaluation_folder(folder: Path) -> Path:
-    """Where an evaluation writes: into `folder`, or, if a training has its files there, into a new folder `evaluation-<n>` in it.
-
-    Raises UserError if it can't be written to.
+    Raises UserError if it can't be written to, or another process holds it.
     """
-    return open_folder(str(_new_folder(folder, "evaluation") if _holds_training(folder) else folder))
+    folder = Path(name)
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            hold = stack.enter_context(FolderHold(folder))
+            _finish_moving(folder)
+        except OSError as error:
+            raise _not_writable(folder, error) from None
+        yield hold
+
+
+def evaluation_folder(name: str) -> contextlib.AbstractContextManager[FolderHold]:
+    """`open_folder` for an evaluation: a new folder `evaluation-<n>` in --output_dir if a training has its files there."""
+    folder = Path(name)
+    if not _holds_training(folder):
+        return open_folder(name)
+    try:
+        return open_folder(str(_new_folder(folder, "evaluation")))
+    except OSError as error:
+        raise _not_writable(folder, error) from None
 
 
 def _holds_training(folder: Path) -> bool:
@@ -50,7 +58,7 @@ def announce_new(folder: Path) -> None:
     try:
         (folder / _NEW).touch()
     except OSError as error:
-        raise UserError(f"--output_dir {folder} can't be written to ({error.strerror}); choose another") from None
+        raise _not_writable(folder, error) from None
 
 
 def is_announced(folder: Path) -> bool:
@@ -73,8 +81,12 @@ def set_aside(folder: Path, files: Iterable[Path] | None = None) -> None:
         (earlier / _MARKER).write_text("\n".join(file.name for file in files))
         _finish_moving(folder)
     except OSError as error:
-        raise UserError(f"--output_dir {folder} can't be written to ({error.strerror}); choose another") from None
+        raise _not_writable(folder, error) from None
     log.warning("%s held an earlier run; it is now in %s (to go on with it, use --resume)", folder, earlier)
+
+
+def _not_writable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"--output_dir {folder} can't be written to ({error.strerror}); choose another")
 
 
 def _of_a_run(folder: Path) -> list[Path]:

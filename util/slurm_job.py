@@ -1,9 +1,21 @@
-"""What Slurm's controller knows of a job, and why a job that it ends must come back."""
+"""Which Slurm job this is, what Slurm's controller knows of a job, and why a job that it ends must come back."""
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
+
+
+def own_job() -> str:
+    """The job that this process belongs to; "" without Slurm."""
+    job, cluster = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_CLUSTER_NAME", "")
+    return f"{job} on {cluster}" if job and cluster else job
+
+
+def restart_count() -> int:
+    """How often this job has been started again, by Slurm or by tools/run_srun.py."""
+    return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
 
 
 def job_fields(job: str) -> dict[str, str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +14,8 @@ from util.checkpoint_folder import CheckpointFolder
 from util.config import Config
 from util.distributed import broadcast_from_main, is_main
 from util.errors import UserError
-from util.run_folder import is_announced, open_folder
+from util.folder_hold import FolderHold
+from util.run_folder import evaluation_folder, is_announced, open_folder
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +31,14 @@ class Source:
         return self.path
 
 
-def output_folder(config: Config) -> Path | None:
-    """The run's folder, made if need be, on the process that writes; the others have none."""
-    return open_folder(config.run.output_dir) if config.run.output_dir and is_main() else None
+@contextlib.contextmanager
+def output_folder(config: Config) -> Iterator[FolderHold | None]:
+    """The folder to write to, made if need be and held for the length of the block, in the main process. The others have none."""
+    if not config.run.output_dir or not is_main():
+        yield None
+        return
+    with (evaluation_folder if config.run.eval else open_folder)(config.run.output_dir) as hold:
+        yield hold
 
 
 def goes_on(config: Config, folder: Path | None) -> bool:

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from util.errors import UserError
+from util.images import as_rgb
 from util.metrics import FIGURES
 from util.visualizer import class_colors, draw_boxes, side_by_side
 
@@ -134,7 +135,8 @@ def detection_pictures(
     for image_id in chosen:
         try:
             with Image.open(images[image_id]) as image:
-                pair = [_drawn(image, entries, names) for entries in (truth.get(image_id, []), found[image_id])]
+                picture = as_rgb(image)
+            pair = [_drawn(picture, entries, names) for entries in (truth.get(image_id, []), found[image_id])]
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
             log.warning("no picture of %s for TensorBoard (%s)", images[image_id], error)
             continue

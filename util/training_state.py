@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from util.class_map import ClassMap
 from util.config import Config
+from util.data_identity import DataIdentity
 from util.distributed import gather_on_main, is_main, rank, world_size
 from util.errors import UserError
 from util.optim import Updater, go_to_epoch
@@ -30,6 +31,9 @@ _MAY_DIFFER = (
     "cache_mode", "eval_every", "backbone_weights", "epochs", "save_every", "keep", "dist_timeout", "checkpoint_encoder",
     "max_bad_images", "max_nan_steps", "max_image_megapixels",
 )  # fmt: skip
+
+
+_PARTS = {"train": "training", "val": "validation"}
 
 
 class Stateful(Protocol):
@@ -58,15 +62,20 @@ class TrainingState:
     """The parts of a run, and their one dictionary for a checkpoint.
 
     Args:
+        data: of the parts "train" and "val".
         shared: name -> part that all processes have alike; the main process's is saved.
         own: name -> part of which every process has its own.
+
+    After `restore`: `other_images` if the training images are not the checkpoint's, so that the order of an interrupted epoch
+    means nothing any more; `other_validation` if results before and after can't be compared.
     """
 
     def __init__(
-        self, config: Config, classes: ClassMap, model: nn.Module, updater: Updater, schedule: LambdaLR,
-        position: Position, shared: Mapping[str, Stateful], own: Mapping[str, Stateful],
+        self, config: Config, classes: ClassMap, data: Mapping[str, DataIdentity], model: nn.Module, updater: Updater,
+        schedule: LambdaLR, position: Position, shared: Mapping[str, Stateful], own: Mapping[str, Stateful],
     ) -> None:  # fmt: skip
-        self._config, self._classes = config, classes
+        self._config, self._classes, self._data = config, classes, data
+        self.other_images = self.other_validation = False
         self._model, self._updater, self._schedule, self._position = model, updater, schedule, position
         self._shared, self._own = dict(shared), dict(own)
 
@@ -83,6 +92,7 @@ class TrainingState:
             "epoch": self._position.epoch - 1,  # as published: the last finished one
             "args": self._config.flags(),
             "classes": self._classes.to_plain(),
+            "data": {part: identity.to_plain() for part, identity in self._data.items()},
             "position": self._position.state_dict(),
             **{name: part.state_dict() for name, part in self._shared.items()},
             "processes": processes,
@@ -121,9 +131,23 @@ class TrainingState:
         self._schedule.base_lrs = base_lrs
         go_to_epoch(self._schedule, self._schedule.last_epoch)
         self._position.load_state_dict(checkpoint["position"])
+        self._compare_data(checkpoint.get("data", {}))
         for name, part in self._shared.items():
             part.load_state_dict(checkpoint[name])
         return self._restore_own(checkpoint["processes"], checkpoint["args"])
+
+    def _compare_data(self, saved: Mapping[str, Any]) -> None:
+        """Say which data are not the checkpoint's, if it says which it had."""
+        for part, plain in saved.items():
+            before, now = DataIdentity.from_plain(plain), self._data[part]
+            changes = now.changes_since(before)
+            if changes:
+                log.warning("resume: the %s data are not the checkpoint's: now %s", _PARTS[part], ", ".join(changes))
+            if part == "train":
+                self.other_images = now.images_sum != before.images_sum
+            else:
+                self.other_validation = bool(changes)
+        self.other_images |= self._position.images > self._data["train"].images
 
     def _restore_own(self, processes: Sequence[Mapping[str, Any]], flags: Mapping[str, Any]) -> bool:
         """This process's part; with another number of processes what can be kept of it."""

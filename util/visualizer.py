@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from util.images import as_rgb
+
 Color = tuple[int, int, int]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
@@ -154,7 +156,7 @@ def draw_boxes(
     """Draw boxes with a tag of class and score each.
 
     Args:
-        image: any mode; it stays as it is.
+        image: any mode, as the detector takes it (util.images.as_rgb); it stays as it is.
         boxes: (n, 4) x0, y0, x1, y1 in pixels of `image`. They are cut at its border, swapped corners are put in
             order, and a box that is NaN or wholly outside is left out. An empty list is no boxes.
         labels: n class names. A name too long for the picture is shortened.
@@ -167,14 +169,14 @@ def draw_boxes(
         an RGB picture `display_scale(image.size)` times the size of `image`; without `enlarge` as large as `image`.
 
     Raises:
-        ValueError: the lengths disagree, `boxes` is not (n, 4), or `colors` lacks a label.
+        ValueError: the image is none, the lengths disagree, `boxes` is not (n, 4), or `colors` lacks a label.
     """
     boxes, scores, crowd = _checked(boxes, labels, scores, crowd)
     colors = _colors_by_name(labels) if colors is None else colors
     if missing := sorted(set(labels) - set(colors)):
         raise ValueError(f"colors has none for {', '.join(missing)}")
     scale = display_scale(image.size) if enlarge else 1
-    canvas = _as_rgb(image)
+    canvas = as_rgb(image)
     canvas = canvas.resize((canvas.width * scale, canvas.height * scale), Image.Resampling.LANCZOS)
     boxes, kept = _visible(boxes * scale, canvas.size)
     style = _style_for(canvas.size)
@@ -200,16 +202,6 @@ def _checked(
         if values is not None and len(values) != len(boxes):
             raise ValueError(f"{len(boxes)} boxes but {len(values)} {name}")
     return boxes, scores, crowd
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
-    """An RGB copy. PIL cuts 16 and 32 bit grey off at 255, so those are stretched from their own range."""
-    if image.mode[0] not in "IF":
-        return image.convert("RGB")
-    values = np.asarray(image, dtype=np.float64)
-    low, high = values.min(), values.max()
-    grey = (values - low) * (255 / max(high - low, 1e-12))
-    return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
 
 
 def _visible(boxes: NDArray[np.float64], size: tuple[int, int]) -> tuple[NDArray[np.float64], NDArray[np.intp]]:

@@ -26,7 +26,8 @@ from typing import NamedTuple
 
 from torch.distributed import Store
 
-from util.errors import EXIT_LOST_PROCESS, EXIT_PREEMPTED, LostProcessError, Preempted
+from util.errors import EXIT_INTERRUPTED, EXIT_LOST_PROCESS, EXIT_PREEMPTED, LostProcessError, Preempted
+from util.processes import born, machine
 
 # Of the time-out. The rest is for telling the others, and for the last words.
 SHARE_OF_TIMEOUT = 0.85
@@ -66,11 +67,16 @@ class Verdict(NamedTuple):
     line: str
     status: int = EXIT_LOST_PROCESS  # with which the others leave
 
+    @property
+    def asked(self) -> bool:
+        """Whether a process was asked to leave, rather than lost."""
+        return self.status in (EXIT_PREEMPTED, EXIT_INTERRUPTED)
+
     def tell(self) -> str:
-        return self.line if self.status == EXIT_PREEMPTED else f"error: {self.line}"
+        return self.line if self.asked else f"error: {self.line}"
 
     def exception(self) -> BaseException:
-        return Preempted(self.line) if self.status == EXIT_PREEMPTED else LostProcessError(self.line)
+        return Preempted(self.line, self.status) if self.asked else LostProcessError(self.line)
 
 
 class Progress:
@@ -164,6 +170,11 @@ class Jury:
         with self._lock:
             return self._silent_verdict(limit)
 
+    def silent_peers(self, ranks: Sequence[int], limit: float) -> list[Peer]:
+        """Those of `ranks` that have been silent for `limit` seconds."""
+        with self._lock:
+            return [self._peers[r] for r in self._silent_ranks(limit) if r in ranks]
+
     def store_closed(self) -> Verdict:
         with self._lock:
             return self._store_lost("has closed the connection")
@@ -181,8 +192,11 @@ class Jury:
     def _stand_still(self) -> list[float]:
         return [self._still[r] for r in [*self._present(), self._rank]]
 
+    def _silent_ranks(self, limit: float) -> list[int]:
+        return [r for r in self._present() if self._silent[r] >= limit]
+
     def _silent_verdict(self, limit: float) -> Verdict | None:
-        ranks = [r for r in self._present() if self._silent[r] >= limit]
+        ranks = self._silent_ranks(limit)
         if not ranks:
             return None
         seconds = max(self._silent[r] for r in ranks)
@@ -359,7 +373,7 @@ class Watchdog:
             line, status = _one_line(error), getattr(error, "exit_code", 1)
             told = Verdict([self._rank], f"rank {self._rank} on {socket.gethostname()} ended with: {line}")
             if isinstance(error, Preempted):  # the others may not have been asked
-                status, told = EXIT_PREEMPTED, Verdict([self._rank], str(error), EXIT_PREEMPTED)
+                told = Verdict([self._rank], str(error), status)
             self._leaving = time.monotonic() + LEAVE_WITHIN, line, status
             if not isinstance(error, LostProcessError):
                 self._talk.propose(told)
@@ -467,11 +481,15 @@ class Watchdog:
         return Verdict(missing, f"{told} (here: {_short(here)}); see the output of those that are missing, and {REMEDY}")
 
     def _end(self, verdict: Verdict) -> None:
-        """Tell the verdict, unless another process of this machine does, and end the culprit and this process."""
+        """Tell the verdict, unless another process of this machine does, and end a silent culprit and this process.
+
+        A culprit that gives signs of life reads the verdict, and ends by itself, however slow the machine.
+        """
         jury = self._jury
         if jury is None or self._leaving or jury.first_of_host(verdict):
-            _bounded(2, lambda: os.write(2, f"{verdict.tell()}\n".encode()))
-            _end_those_that_hang([peer for r in verdict.ranks if r != self._rank and (peer := self._talk.peers[r])])
+            if self._rank == 0 or not verdict.asked:
+                _bounded(2, lambda: os.write(2, f"{verdict.tell()}\n".encode()))
+            _kill(jury.silent_peers(verdict.ranks, self._limit / 2) if jury else [])
         self._talk.leave()
         self._wait_for_the_others(SHORT_WAIT)
         _bounded(1, lambda: (sys.stdout.flush(), sys.stderr.flush()))
@@ -523,31 +541,14 @@ _AROUND = (Path(__file__).resolve(), _PROJECT / "util" / "errors.py")  # what ev
 
 
 def _this_process() -> Peer:
-    return Peer(socket.gethostname(), _machine(), os.getpid(), _born(os.getpid()))
+    return Peer(socket.gethostname(), machine(), os.getpid(), born(os.getpid()))
 
 
-def _machine() -> str:
-    """The same for two processes only if they see each other's process ids. Containers may share names, but not all of these."""
-    names = [socket.gethostname()]
-    with contextlib.suppress(OSError):
-        names += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
-    return " ".join(names)
-
-
-def _born(pid: int) -> str:
-    """When a process was started, in the kernel's ticks: process ids are used again. Empty where that is not known."""
-    try:
-        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
-    except OSError:
-        return ""
-    return after_name.split()[19]
-
-
-def _end_those_that_hang(peers: Sequence[Peer]) -> None:
-    """Kill those of this machine that do not read the verdict themselves, with their loader workers where these can be told
+def _kill(peers: Sequence[Peer]) -> None:
+    """Kill those of this machine that are still there after two seconds, with their loader workers where these can be told
     by the group that a launcher made. A stopped process does not answer SIGTERM."""
     for _ in range(20):
-        there = [peer for peer in peers if peer.machine == _machine() and peer.born and peer.born == _born(peer.pid)]
+        there = [peer for peer in peers if peer.machine == machine() and peer.born and peer.born == born(peer.pid)]
         if not there:
             return
         time.sleep(0.1)

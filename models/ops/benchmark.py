@@ -93,7 +93,7 @@ def _compare(load: Load, names: list[str], device, dtype: torch.dtype, iteration
     print(load.name)
     for i, name in enumerate(names):
         forward, step = seconds[2 * i], seconds[2 * i + 1]
-        line = f"    {name:42}{forward * 1e3:8.2f} ms{seconds[-2] / forward:7.1f}x{step * 1e3:9.2f} ms{seconds[-1] / step:7.1f}x"
+        line = f"    {name:42}{forward * 1e3:8.3f} ms{seconds[-2] / forward:7.1f}x{step * 1e3:9.3f} ms{seconds[-1] / step:7.1f}x"
         line += f"{memory[i] / 2**20:7.1f} MiB"
         print(line + (f"{rates.floor(load, tensors) / forward:8.0%}" if rates else ""), flush=True)
 

@@ -149,7 +149,7 @@ if __name__ == "__main__":
     setup(
         name=PACKAGE,
         version="1.0",
-        description=f"Multi-scale deformable attention for PyTorch 2.10 and later, built on {platform.system()}",
+        description=f"Multi-scale deformable attention on the stable ABI of PyTorch 2.10, built on {platform.system()}",
         packages=[PACKAGE],
         package_dir={PACKAGE: "."},
         package_data={PACKAGE: ["*.json"]},

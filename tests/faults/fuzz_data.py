@@ -45,6 +45,7 @@ from tests.faults.fuzz_watch import Misbehaviour, Watch
 from util.checkpoint import load_state, read_checkpoint, write_atomically
 from util.class_map import ClassMap
 from util.config import parse_config
+from util.data_identity import DataIdentity
 from util.diagnose import FiniteWatch
 from util.errors import UserError
 from util.history import History
@@ -282,7 +283,8 @@ def _training(model: nn.Module) -> tuple[TrainingState, Updater]:
     own = {"random": random_state, "means": EpochMeans(), "not_finite": watch, "bad_images": BadImages("skip", 9)}
     schedule = build_schedule(updater.optimizer, config)
     classes = ClassMap.of([{"id": 1, "name": "one"}], _NUM_CLASSES, "")
-    return TrainingState(config, classes, model, updater, schedule, Position(), shared, own), updater
+    data = dict.fromkeys(("train", "val"), DataIdentity.of([{"id": 1, "file_name": "1.jpg"}], []))
+    return TrainingState(config, classes, data, model, updater, schedule, Position(), shared, own), updater
 
 
 def main() -> int:

@@ -1,11 +1,11 @@
 """Kill -9 at random moments: a two-process run that is started again each time ends as the run that was never disturbed.
 
-    python -m tests.faults.kill [--kills 50] [--case plain|precision|accumulation|batchformer] [--seed 0]
+    python -m tests.faults.kill [--kills 50] [--case plain|precision|accumulation|batchformer|together] [--seed 0]
 
 Each kill strikes one of the two processes or both, at a random moment of start-up, training, saving or evaluation. Half of them
 under torchrun's restarts (MAX_RESTARTS), half with a new start by hand; always with --resume auto. A run that comes to its
-end is compared, and another one killed. Prints where the kills struck, and whether every bit is as in the undisturbed run:
-weights, optimiser, averages, random states, best result, log.txt.
+end is compared, and another one killed. Prints the processor, as another one takes other kernels; where the kills struck; and
+whether every bit is as in the undisturbed run: weights, optimiser, averages, random states, best result, log.txt.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import os
+import platform
 import random
 import re
 import shutil
@@ -25,17 +26,26 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import torch
+
 from tests.faults.compare import differences
 from tests.helpers import BATCHFORMER, ROOT, SMALL_IMAGES, SMALL_MODEL, environment, write_coco
 from tests.processes import training_processes
 from util.errors import EXIT_LOST_PROCESS
 
+PRECISION = ("--amp", "bf16", "--ema_decay", "0.999")
+ACCUMULATION = ("--accumulate_steps", "3")
 CASES = {
     "plain": (),
-    "precision": ("--amp", "bf16", "--ema_decay", "0.999"),
-    "accumulation": ("--accumulate_steps", "3"),
+    "precision": PRECISION,
+    "accumulation": ACCUMULATION,
     "batchformer": BATCHFORMER,
+    "together": (*PRECISION, *ACCUMULATION, *BATCHFORMER),
 }
+# what libraries choose kernels by, in the names of Linux on x86 and on ARM
+INSTRUCTIONS = (
+    "avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16", "asimd", "asimdhp", "sve", "bf16",
+)  # fmt: skip
 # what a line of the output says of the moment
 MOMENTS = (
     (r"trainable parameters", "training"), (r"^epoch \d+ \[", "training"), (r"^evaluate", "evaluation"), (r"^AP ", "evaluation"),
@@ -49,11 +59,23 @@ def main() -> int:
     parser.add_argument("--case", choices=CASES, nargs="*", default=list(CASES), help="which runs (all)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (0)")
     args = parser.parse_args()
+    print(f"{processor()}; torch {torch.__version__}", flush=True)
     failed = False
     for case in args.case:
         with tempfile.TemporaryDirectory() as work:
             failed |= not survives(case, args.kills, random.Random(f"{case} {args.seed}"), Path(work))
     return int(failed)
+
+
+def processor() -> str:
+    """This machine's by name, family and model; its instructions, and which of them oneDNN is limited to."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    name = " / ".join(facts[key] for key in ("model name", "cpu family", "model") if key in facts) or platform.machine()
+    has = facts.get("flags", facts.get("Features", "")).split()
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    known = ", ".join(one for one in INSTRUCTIONS if one in has)
+    return f"{name} ({known})" + (f", ONEDNN_MAX_CPU_ISA={limit}" if limit else "")
 
 
 def survives(case: str, kills: int, rng: random.Random, work: Path) -> bool:

@@ -18,6 +18,7 @@ from pycocotools.coco import COCO
 from datasets.coco_eval import evaluate_boxes, precision_tables
 from datasets.coco_format import read_annotations
 from datasets.detection_errors import Errors, find_errors
+from datasets.files import respell
 from tools.report_page import content
 from tools.report_page.mistakes import Album, error_table, worst
 from tools.report_page.runs import Result, Run, Tables, read_runs
@@ -68,7 +69,10 @@ class GroundTruth:
         images = images or (folders[0] if folders else None)
         if images is None:
             notes.append("The folder of the images is missing, so boxes are drawn on empty ground; add --images.")
-        return cls(read_annotations(path), path, images, named=annotations is not None)
+        coco = read_annotations(path)
+        if images is not None:
+            respell(coco.imgs.values(), images)
+        return cls(coco, path, images, named=annotations is not None)
 
     def is_of(self, run: Run) -> bool:
         """Whether a run was evaluated on these annotations, as far as it says."""

@@ -15,6 +15,7 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 
 from datasets.detection_errors import CORRECT, FALSE_POSITIVES, FOUND_IOU, IGNORED, KINDS, MISSED, Errors
+from util.images import as_rgb
 
 PICTURE_SIDE = 420  # pixels of the longer side
 PICTURE_BYTES = 7_000_000  # of all pictures together, as text of the page
@@ -60,7 +61,7 @@ class Album:
                 if image.width * image.height > MAX_PIXELS:
                     raise OSError("too large")
                 left, top, width, height = view
-                cut = image.convert("RGB").crop((round(left), round(top), round(left + width), round(top + height)))
+                cut = as_rgb(image).crop((round(left), round(top), round(left + width), round(top + height)))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # SyntaxError: a broken PNG
             if name not in self.unreadable:
                 self.unreadable.append(name)

@@ -156,7 +156,7 @@ def undisturbed(run: Run) -> str:
 
 
 def saved_mid_epoch(run: Run, who: str) -> str:
-    found = re.search(rf"asked to leave by {who}; (saved after epoch \d+, \d+ images)", run.text)
+    found = re.search(rf"asked to leave by {who}; (saved in epoch \d+, after \d+ of \d+ images)", run.text)
     expect(found, f"{run.output} says nothing of {who}")
     return found[1]
 

@@ -41,7 +41,8 @@ __global__ void __launch_bounds__(kForwardThreads, kChannels ? 2 : 1)
     forward_kernel(const T* __restrict__ value, Source source, T* __restrict__ out, Teams teams,
                    const __grid_constant__ Geometry geometry) {
   using A = Accumulate<T>;
-  // Samples whose pixels are on their way at the same time; there are no registers for 8 channels of two.
+  // Two samples in turn, so that some of their loads overlap: with 64 registers ptxas for sm_90 issues three of the eight loads,
+  // waits, and issues the rest. For 8 channels there are no registers for a second sample.
   [[maybe_unused]] constexpr int kAhead = V > 4 ? 1 : 2;
   const int size = team_size<kChannels, V>(teams), lane = threadIdx.x % size;
   const int channels = kChannels ? kChannels : geometry.channels;

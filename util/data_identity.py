@@ -1,0 +1,60 @@
+"""Which data a run trains on, small enough for a checkpoint: a run that goes on says what has changed since."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class DataIdentity:
+    """How many images and annotations a data set has, and checksums of what they are.
+
+    images_sum: of ids and file names in the order of the items, which an interrupted epoch's order refers to.
+    annotations_sum: of every object's image, category, box and crowd flag.
+    """
+
+    images: int
+    annotations: int
+    images_sum: str
+    annotations_sum: str
+
+    @classmethod
+    def of(cls, images: Iterable[Mapping[str, Any]], annotations: Iterable[Mapping[str, Any]]) -> DataIdentity:
+        """Of COCO's `images` and `annotations` in the order of the items."""
+        names = [f"{image['id']} {image['file_name']}\n" for image in images]
+        objects = list(annotations)
+        fields = np.array([(item["image_id"], item["category_id"], item["iscrowd"]) for item in objects], np.int64)
+        boxes = np.array([item["bbox"] for item in objects], np.float64)
+        return cls(len(names), len(objects), _sum("".join(names).encode()), _sum(fields.tobytes() + boxes.tobytes()))
+
+    def to_plain(self) -> dict[str, Any]:
+        """As a checkpoint holds it."""
+        return asdict(self)
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> DataIdentity:
+        """The reverse of `to_plain`. Raises TypeError, KeyError or ValueError for what it never gives."""
+        sums = str(plain["images_sum"]), str(plain["annotations_sum"])
+        return cls(int(plain["images"]), int(plain["annotations"]), *sums)
+
+    def changes_since(self, before: DataIdentity) -> list[str]:
+        """What is different, to be read after "now"."""
+        changes = []
+        if self.images != before.images:
+            changes.append(f"{self.images} images instead of {before.images}")
+        elif self.images_sum != before.images_sum:
+            changes.append(f"{self.images} images with other ids or file names")
+        if self.annotations != before.annotations:
+            changes.append(f"{self.annotations} annotations instead of {before.annotations}")
+        elif self.annotations_sum != before.annotations_sum:
+            changes.append(f"{self.annotations} annotations with other boxes, classes or images")
+        return changes
+
+
+def _sum(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
