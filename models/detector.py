@@ -182,7 +182,10 @@ def load_detector(
     Args:
         checkpoint: a path or an https address; for Hugging Face's that of the folder, its safetensors file or the model's page.
         device: "cuda", "cuda:1", "mps" or "cpu"; by default CUDA where there is one, else the CPU.
-        amp, batch_size, score_threshold, max_image_megapixels: see Detector.
+        amp: mixed precision, "off", "bf16" or "fp16".
+        batch_size: images that the network gets at once, of a list.
+        score_threshold: leave out detections that score less, from 0 to 1.
+        max_image_megapixels: refuse larger files.
         weights: "ema" the averaged weights (--ema_decay), "model" the others, "auto" the averaged where the
             file has them, unless their last evaluation was worse.
         batchformer: with the modules of BatchFormerV2, which act in training alone: models.inspection.as_in_training.

@@ -104,7 +104,6 @@ def lay_out(root: Path) -> None:
         if not run(command, root):
             raise SystemExit("the pages can't be tried")
     write_published(root / "r50_deformable_detr.pth", SMALL_MODEL)
-    write_published(root / "checkpoint.pth", ["--backbone_weights", "none"])
     write_pictures(root)
 
 

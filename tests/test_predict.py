@@ -220,6 +220,37 @@ def test_annotations_give_the_ids_and_the_figures_are_those_of_evaluation(run, c
         assert row["bbox"] == pytest.approx(other["bbox"], abs=1e-3)
 
 
+def test_images_and_categories_are_enough_to_give_ids(run, capsys):
+    """COCO's image_info_test-dev2017.json: no annotations, and a part only of the images in test2017."""
+    Path("test2017").mkdir()
+    for name in ("a", "b", "c", "d"):
+        picture((80, 60)).save(f"test2017/{name}.png")
+    write_annotations(Path("info.json"), {1000: "b.png", 3: "d.png", 5: "lost.png"}, NAMES)
+    content = json.loads(Path("info.json").read_text())
+    del content["annotations"]
+    Path("info.json").write_text(json.dumps(content))
+    results, entries = run("test2017", "--annotations", "info.json", "--score_threshold", "0", "--no_pictures")
+    assert {entry["id"]: entry["file_name"] for entry in entries} == {1000: "b.png", 3: "d.png"}
+    assert {row["image_id"] for row in results} == {1000, 3}
+    told = capsys.readouterr().out
+    assert "pictures that --annotations info.json does not list, left out: 2\n" in told
+    assert "images of --annotations info.json without a picture here: 1\n" in told
+    del content["categories"]
+    Path("info.json").write_text(json.dumps(content))
+    assert "no list 'categories'" in refusal(run, "test2017", "--annotations", "info.json")
+
+
+def test_no_detection_is_told_with_the_best_score(run, checkpoint, capsys):
+    picture((80, 60)).save("a.png")
+    best = load_detector(checkpoint, device="cpu")("a.png").scores[0].item()
+    run("a.png")
+    assert 0 < best < 0.3
+    line = f"detections that score 0.3 and more: 0 (the best scores {best:.2g}; lower --score_threshold to see it)"
+    assert line in capsys.readouterr().out
+    run("a.png", "--score_threshold", best / 2)
+    assert "the best scores" not in capsys.readouterr().out
+
+
 def test_annotated_names_may_be_those_of_another_system(run, capsys):
     Path("photos/Über").mkdir(parents=True)
     for name in ("Über/a 1.jpg", "b.JPG", "c.jpg", "e.jpg"):
@@ -240,7 +271,7 @@ def test_annotations_that_do_not_fit_are_told(run, tmp_path):
     assert "l/a.png" in message
     assert "r/a.png" in message
     write_annotations(Path("none.json"), {7: "b.png"}, NAMES)
-    assert "a.png is not in" in refusal(run, "l", "--annotations", "none.json")
+    assert "none.json lists none of the pictures" in refusal(run, "l", "--annotations", "none.json")
     write_annotations(Path("other.json"), {7: "a.png"}, {17: "dog"})
     assert "17" in refusal(run, "l", "--annotations", "other.json")
     assert "nowhere.json" in refusal(run, "l", "--annotations", "nowhere.json")

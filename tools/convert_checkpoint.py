@@ -65,11 +65,11 @@ def convert(source: str, target: Path, which: str = "auto", **architecture: Any)
     checkpoint = read_trained(source, "source")
     state, which = choose_weights(checkpoint, source, "source", which)
     checkpoint = {**checkpoint, "model": state}
-    if to_file:
-        check_weights(state, config_from_flags({**checkpoint["args"], "backbone_weights": "none"}), source)
+    config = config_of(checkpoint, source, "source", **architecture)
+    if to_file:  # its config.json must agree with its weights
+        check_weights(state, config.with_flags({**checkpoint.get("args", {}), "resume": source}), source)
         write_file(checkpoint, target)
     else:
-        config = config_of(checkpoint, source, "source", **architecture)
         check_weights(state, config, source)
         write_folder(checkpoint, which, with_batchformer(config, checkpoint), source, target)
 
@@ -86,8 +86,10 @@ def check_weights(state: Mapping[str, Any], config: Config, source: str) -> None
     """Raise UserError unless the weights are those of the detector that `config` describes."""
     from models import build_model
     from util.checkpoint import load_state
+    from util.class_map import unnamed_classes
 
-    load_state(build_model(config)[0], {"model": state}, source, "source").require_same_architecture()
+    model, _, _ = build_model(config, unnamed_classes(state))
+    load_state(model, {"model": state}, source, "source").require_same_architecture()
 
 
 def write_file(checkpoint: Mapping[str, Any], target: Path) -> None:

@@ -130,8 +130,9 @@ def adopt(
     there = known_flags(checkpoint, source, flag, given)
     if not without_heads:
         _require_heads(weights_of(checkpoint, source, flag), source, flag)
-    modules_off = purpose is Purpose.EVALUATE and not {**there, **given}.get("eval_bf")
+    modules_off = purpose is Purpose.EVALUATE and (given.get("bf") == 0 or not {**there, **given}.get("eval_bf"))
     decided = purpose.value - (_MODULES if modules_off or not there.get("bf") else frozenset())
+    _require_sound({name: there[name] for name in sorted(decided & there.keys())}, f"{flag} {source}")
     is_own_run = purpose is Purpose.RESUME and "processes" in checkpoint
     _require_same(there, given, f"{flag} {source}", modules=is_own_run or purpose is Purpose.EVALUATE and not modules_off)
     taken = {name: value for name, value in there.items() if name in decided and name not in given}
@@ -144,7 +145,7 @@ def adopt(
         raise UserError(f"{flag} {source} can't be used: {error}") from None
     _tell(config, settled, taken, source)
     if not _flags_in(checkpoint, purpose.value):
-        _warn_of_guesses(settled, given, source)
+        _warn_of_guesses(settled, source)
     return settled
 
 
@@ -168,11 +169,10 @@ def _tell(config: Config, settled: Config, taken: Mapping[str, Any], source: str
         log.info("taken from %s: %s", source, _given_as(changed))
 
 
-def _warn_of_guesses(config: Config, given: Mapping[str, Any], source: str) -> None:
+def _warn_of_guesses(config: Config, source: str) -> None:
     names = ("nheads", "dilation", *(("eval_size",) if config.run.eval else ()))
-    guessed = ", ".join(f"{name} {config.flags()[name]}" for name in names if name not in given)
-    if guessed:
-        log.warning("%s does not say how it was trained; taken for granted: %s", source, guessed)
+    guessed = ", ".join(f"{name} {config.flags()[name]}" for name in names)
+    log.warning("%s does not say how it was trained; taken for granted: %s", source, guessed)
 
 
 def known_flags(checkpoint: Mapping[str, Any], source: str, flag: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -189,6 +189,14 @@ def known_flags(checkpoint: Mapping[str, Any], source: str, flag: str, given: Ma
         raise UserError(f"{flag} {source} holds no Deformable DETR under the published names: {what}") from None
     except (IndexError, TypeError) as error:
         raise UserError(f"{flag} {source} holds no Deformable DETR: {error}") from None
+
+
+def _require_sound(flags: Mapping[str, Any], named: str) -> None:
+    """Raise UserError for a flag of a checkpoint whose value is of another type than the flag's."""
+    for name, default in Config().flags().items():
+        kinds = next((kinds for kinds in ((bool, int), (int, float), (list, tuple)) if type(default) in kinds), (type(default),))
+        if name in flags and type(flags[name]) not in kinds:
+            raise UserError(f"{named} is damaged: its --{name} can't be {type(flags[name]).__name__} {str(flags[name])[:60]!a}")
 
 
 def _require_heads(state: Mapping[str, Tensor], source: str, flag: str) -> None:

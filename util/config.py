@@ -188,13 +188,15 @@ class RunConfig:
     device: str = flag("", "cuda, cpu, cuda:1, mps; default: cuda where there is one, else cpu")
     seed: int = flag(42, "seed of weights, data order and augmentation")
     resume: str = flag(
-        "", "a checkpoint to go on from or to evaluate: a path, an https address, or auto: the newest good one in output_dir"
+        "", "a checkpoint to go on from or to evaluate, whose architecture is taken: a path, an https address, or auto: the "
+        "newest good one in output_dir"
     )
     finetune: str = flag(
-        "", "start from the weights of this checkpoint (ours, published, or Hugging Face's); a path or an https address"
+        "", "start from the weights of this checkpoint (ours, published, or Hugging Face's), whose architecture is taken; a path "
+        "or an https address"
     )
     start_epoch: int = flag(0, "first epoch, for a checkpoint that does not say")
-    eval: bool = flag(False, "evaluate only")
+    eval: bool = flag(False, "evaluate only; image sizes too are those of the checkpoint where they are not given")
     eval_every: int = flag(1, "evaluate after every so many epochs, and after the last")
     save_every: int = flag(0, "save every so many iterations too; 0: after every epoch and on a signal only")
     keep: int = flag(2, "how many of the last checkpoints are kept, beside those of the published schedule")
@@ -205,7 +207,7 @@ class RunConfig:
     )
     max_nan_steps: int = flag(10, "with --on_nan skip: end the run after more than so many such steps")
     dist_timeout: int = flag(1800, "seconds after which a process that is dead or makes no progress ends the whole job")
-    save_predictions: bool = flag(False, "write the detections to <output_dir>/predictions.json (COCO results format)")
+    save_predictions: bool = flag(False, "write the detections to predictions.json in output_dir (COCO results format)")
     tensorboard: bool = flag(False, "write losses, rates, figures and pictures for TensorBoard to <output_dir>/tensorboard")
     log_every: int = flag(10, "steps between log lines; only then are the losses read back from the device")
 
@@ -231,9 +233,9 @@ class Config:
     """All flags, by concern. Valid by construction: a combination that can't work raises UserError.
 
     classes: the data's or a checkpoint's, where they are known; --num_classes is their number then.
-    given: flags that a command line, or a checkpoint, has given; None: all.
-    settled: False while a checkpoint is to say what the others are (util/architecture.py); until then they are not checked
-        against each other.
+    given: the flags that were given on a command line; None: all of them.
+    settled: False until a checkpoint has said what the others are (util/architecture.py); only then is it known whether they
+        go together.
     """
 
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -475,8 +477,7 @@ _NOT_NEGATIVE = (
 
 # not looked at with --eval
 _TRAINING_ONLY = {f.name for f in dataclasses.fields(OptimConfig)} - {"batch_size"} | {
-    "dropout", "drop_path", "train_sizes", "crop_resize_sizes", "crop_sizes", "start_epoch", "eval_every", "save_every", "keep",
-    "max_nan_steps",
+    "train_sizes", "crop_resize_sizes", "crop_sizes", "start_epoch", "eval_every", "save_every", "keep", "max_nan_steps",
 }  # fmt: skip
 
 

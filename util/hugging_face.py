@@ -83,7 +83,7 @@ def read_hugging_face(source: str, flag: str) -> dict[str, Any]:
     if not config_file.is_file():
         return in_our_layout(weights, str(weights_file))
     config = _read_json(config_file, flag)
-    flags = flags_of(config, f"{flag} {config_file}")
+    flags = flags_of(config, f"{flag} {config_file}") | _sizes_in(config_file.with_name(PROCESSOR), flag)
     state = from_hugging_face(weights, flags["with_box_refine"], flags["dec_layers"], f"{flag} {weights_file}")
     if "class_embed.0.bias" in state:
         flags["num_classes"] = len(state["class_embed.0.bias"])
@@ -218,6 +218,20 @@ def _processor_of(config: Config) -> dict[str, Any]:
     """The contents of preprocessor_config.json: the sizes of our evaluation. The rest is transformers' default, and ours."""
     size = {"shortest_edge": config.data.eval_size, "longest_edge": config.data.max_size}
     return {"image_processor_type": "DeformableDetrImageProcessor", "size": size}
+
+
+def _sizes_in(processor: Path, flag: str) -> dict[str, Any]:
+    """The image sizes in preprocessor_config.json, if it is there and says others than the published ones."""
+    if not processor.is_file():
+        return {}
+    content = _read_json(processor, flag)
+    size = content.get("size")
+    if not isinstance(size, dict):  # as older versions wrote it
+        size = {"shortest_edge": size, "longest_edge": content.get("max_size")}
+    sizes = {"eval_size": size.get("shortest_edge"), "max_size": size.get("longest_edge")}
+    if not all(isinstance(value, int) for value in sizes.values()) or sizes.items() <= Config().flags().items():
+        return {}
+    return {**sizes, "train_sizes": [sizes["eval_size"]]}  # or max_size might not fit the published ones
 
 
 # ---- files

@@ -50,7 +50,7 @@ def evaluation_folder(name: str) -> contextlib.AbstractContextManager[FolderHold
 
 
 def _holds_training(folder: Path) -> bool:
-    return any(any(folder.glob(pattern)) for pattern in ("checkpoint*.pth", "resume_*.pth", "log.txt", _NEW))
+    return any(any(folder.glob(pattern)) for pattern in ("checkpoint*.pth", "resume_*.pth", "log.txt"))
 
 
 def announce_new(folder: Path) -> None:
