@@ -16,7 +16,8 @@ from torch import nn
 
 from models import build_model, load_detector
 from tests.golden import recipe
-from tests.helpers import ROOT, run
+from tests.helpers import ROOT
+from tests.processes import run_forked
 from util.checkpoint import load_weights, read_checkpoint, write_atomically
 from util.class_map import COCO_CLASSES, Category, ClassMap, classes_of
 from util.config import config_from_flags, parse_config
@@ -165,15 +166,15 @@ def test_running_statistics_are_frozen_and_their_counts_left_out(tmp_path, file,
 
 def test_the_tool_by_its_command_line(tmp_path, file):
     path, folder = str(file(ema={"model": {"a": torch.zeros(1)}})), str(tmp_path / "folder")
-    refused = run(sys.executable, "tools/convert_checkpoint.py", path, folder)
+    refused = run_forked("tools/convert_checkpoint.py", path, folder)
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1
     assert "holds no Deformable DETR" in refused.stderr
-    done = run(sys.executable, "tools/convert_checkpoint.py", path, folder, "--weights", "model")
+    done = run_forked("tools/convert_checkpoint.py", path, folder, "--weights", "model")
     assert done.returncode == 0, done.stderr
     assert f"{folder}: weights" in done.stdout
     require_equal(read_hugging_face(folder, "source")["model"], detector()[0].state_dict())
-    shown = run(sys.executable, "tools/convert_checkpoint.py", "--help")
+    shown = run_forked("tools/convert_checkpoint.py", "--help")
     assert "example:" in shown.stdout
     assert "default: auto" in shown.stdout
 
