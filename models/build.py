@@ -19,7 +19,7 @@ from models.position_encoding import PositionEmbeddingLearned, PositionEmbedding
 from models.postprocess import PostProcess
 from util.architecture import Purpose, adopt, as_given
 from util.checkpoint import load_state
-from util.class_map import AUTO, ClassMap, classes_of, unnamed_classes
+from util.class_map import AUTO, COCO_CLASSES, ClassMap, classes_of, unnamed_classes
 from util.config import LEARNED_POSITIONS, BackboneConfig, Config, all_flags, with_classes
 from util.errors import UserError
 from util.finetune import fine_tune
@@ -87,17 +87,19 @@ def build_model(
     """The detector, its losses, and {"bbox": postprocessor}.
 
     Args:
-        classes: those of the data (`build_dataset(...).classes`), in place of --num_classes auto.
+        classes: those of the data (`build_dataset(...).classes`), in place of --num_classes auto. Without them "auto" means
+            COCO's 91 logits, and a warning says so.
 
     Raises:
-        UserError: nobody says how many classes there are; the backbone's weights can't be had or don't fit.
+        UserError: the backbone's weights can't be had or don't fit.
     """
-    config = with_classes(config, classes) if classes else config
-    if config.data.num_classes == AUTO:
-        raise UserError(
-            "--num_classes auto: the data decides how many classes there are; give them, as in "
-            "build_model(config, build_dataset('train', config).classes), or give --num_classes a number"
+    if config.data.num_classes == AUTO and classes is None:
+        log.warning(
+            "build_model: --num_classes auto without classes gives the 91 logits of COCO; for other data use "
+            "build_model(config, build_dataset('train', config).classes)"
         )
+        classes = COCO_CLASSES
+    config = with_classes(config, classes) if classes else config
     transformer = config.transformer
     class_heads, box_heads = build_heads(
         transformer.hidden_dim,

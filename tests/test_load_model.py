@@ -99,12 +99,14 @@ def test_labels_are_the_checkpoints_however_the_data_counts(trained, tmp_path):
     assert build_dataset("val", config)[0][1]["labels"].tolist() == [2]
 
 
-def test_a_new_detector_has_the_classes_of_the_data_or_is_refused(trained):
+def test_a_new_detector_has_the_classes_of_the_data_or_cocos_with_a_warning(trained, caplog):
     config = parse_config(["--coco_path", str(trained / "data"), *SMALL_MODEL[:-2]])
     classes = build_dataset("train", config).classes
     assert build_model(config, classes)[0].state_dict()["class_embed.0.bias"].shape == (3,)
-    with pytest.raises(UserError, match=r"--num_classes auto: .*build_model\(config, build_dataset\('train', config\).classes\)"):
-        build_model(config)
+    assert not caplog.records
+    assert build_model(config)[0].state_dict()["class_embed.0.bias"].shape == (91,)
+    (told,) = caplog.messages
+    assert "91 logits of COCO" in told and "build_model(config, build_dataset('train', config).classes)" in told
 
 
 def test_help_lists_what_the_functions_take():
