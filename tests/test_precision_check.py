@@ -71,11 +71,11 @@ def amp(request):
 
 
 @pytest.fixture(autouse=True)
-def replaced(monkeypatch):
-    """What is mended; nothing is before a test, and what a test mended no longer after it."""
-    operators: dict = {}
-    monkeypatch.setattr(precision_check, "_replaced", operators)
-    return operators
+def replaced():
+    """What is mended in this process: nothing before a test, whatever ran earlier, and nothing after it."""
+    precision_check._replaced.clear()
+    yield precision_check._replaced
+    precision_check._replaced.clear()
 
 
 @pytest.fixture
