@@ -83,6 +83,13 @@ def test_coco_exports_of_labelling_tools(tmp_path, tool):
                 assert picture.size == (width_of(image["id"]), HEIGHT)
 
 
+def test_images_that_are_named_without_an_ending_get_one(tmp_path):
+    places = coco_export(tmp_path, "result.json", "{}".format, "images/{}.jpg".format)
+    parts = read_coco(tmp_path, None, 1, Faults())
+    assert merged(coco_boxes(parts, tmp_path)) == wanted(places)
+    assert {name for part in parts.values() for name in part.files} == {f"{number}.jpg" for number in places}
+
+
 def test_an_instances_file_may_be_given_without_its_folder(tmp_path):
     places = coco_export(tmp_path, "annotations/instances_default.json", "{}.jpg".format, "images/{}.jpg".format)
     parts = read_coco(tmp_path / "annotations/instances_default.json", None, 1, Faults())
