@@ -68,7 +68,7 @@ def _walk(folder: Path, above: tuple[Identity, ...], seen: set[Identity], linked
         return
     seen.add(here)
     for entry in entries:
-        if entry.name.startswith(_LEFT_BEHIND):
+        if is_left_behind(entry.name):
             continue
         is_link = entry.is_symlink()
         if os.path.isdir(entry.path) if is_link else entry.is_dir():
@@ -76,6 +76,10 @@ def _walk(folder: Path, above: tuple[Identity, ...], seen: set[Identity], linked
                 yield from _walk(Path(entry.path), (*above, here), seen, linked or is_link)
         elif os.path.isfile(entry.path) if is_link else entry.is_file():
             yield Path(entry.path)
+
+
+def is_left_behind(name: str) -> bool:
+    return name.startswith(_LEFT_BEHIND)
 
 
 def _identity(folder: Path) -> Identity:

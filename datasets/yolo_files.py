@@ -41,7 +41,7 @@ class Description:
 
 def describe(path: Path) -> Description:
     """Read a data.yaml or an obj.data. Raises UserError."""
-    return _describe_darknet(path) if path.suffix == DARKNET else _describe_yaml(path)
+    return _describe_darknet(path) if path.suffix.lower() == DARKNET else _describe_yaml(path)
 
 
 def _describe_darknet(path: Path) -> Description:

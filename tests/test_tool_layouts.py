@@ -338,6 +338,15 @@ def test_label_studio_yolo(tmp_path):
     assert merged(boxes(data, tmp_path)) == merged(places)
 
 
+def test_an_archive_may_have_put_all_into_one_folder(tmp_path):
+    yolo_export(tmp_path / "given/project", "images/{part}/{n}.jpg", "labels/{part}/{n}.txt")
+    write(tmp_path / "given/project/DATA.YAML", "train: images/train\nval: images/val\nnames: [thing]\n")
+    write(tmp_path / "given/.DS_Store", "")
+    convert(tmp_path / "given", "--output_dir", tmp_path / "out")
+    content = json.loads((tmp_path / "out/annotations/instances_val2017.json").read_text())
+    assert len(content["images"]) == len(content["annotations"]) > 0
+
+
 def test_text_of_a_yaml_stays_text(tmp_path):
     yolo_export(tmp_path, "images/{part}/{n}.jpg", "labels/{part}/{n}.txt")
     names = ["yes", "no", "on", "007", "1e3", "2024-01-31", "null", "~", "1_000", "0x1f", "12:30:45", ".inf", "true", "é"]

@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 from datasets.coco_folder import has_json, is_coco, read_coco
 from datasets.coco_layout import WAYS, Part, new_folder, write_part
+from datasets.files import is_left_behind
 from datasets.labelled import VAL_FRACTION, Faults, Labelled, split_off, to_coco
 from datasets.voc import VocRules, is_voc, read_voc
 from datasets.yolo import is_darknet, is_yolo, read_yolo
@@ -61,6 +62,7 @@ def read(args: argparse.Namespace, faults: Faults) -> dict[str, Part]:
     source = Path(args.source)
     if not source.exists():
         raise UserError(f"{source} does not exist; it must be a folder, a data.yaml, an obj.data or a COCO instances file")
+    source = _unpacked(source)
     source_format = args.format if args.format != "auto" else format_of(source)
     if source_format == "coco":
         return read_coco(source, args.val_fraction, args.seed, faults)
@@ -68,6 +70,13 @@ def read(args: argparse.Namespace, faults: Faults) -> dict[str, Part]:
         return parted(read_yolo(source, faults), args, faults)
     rules = VocRules(args.difficult, args.first_pixel, args.train_set, args.val_set)
     return parted(read_voc(source, rules, faults), args, faults)
+
+
+def _unpacked(source: Path) -> Path:
+    """Of a folder that holds but another one with a data.yaml or the like, as archives do, the inner one."""
+    inside = [path for path in source.iterdir() if not is_left_behind(path.name)] if source.is_dir() else []
+    alone = len(inside) == 1 and inside[0].is_dir()
+    return inside[0] if alone and (is_yolo(inside[0]) or is_darknet(inside[0])) else source
 
 
 def format_of(source: Path) -> str:
