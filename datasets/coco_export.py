@@ -168,6 +168,7 @@ def check_export(content: Content, files: Mapping[str, Path], path: Path, faults
         UserError: there is nothing that could be used at all.
     """
     _check_format(content, path, faults)
+    _merge_images(content, files, faults)
     _read_sizes(content, files, faults)
     _check_boxes(content, path, faults)
 
@@ -184,6 +185,17 @@ def _check_format(content: Content, path: Path, faults: Faults) -> None:
             faults.add(fault.message, fault.kind)
             objects -= fault.section == "annotations"
     faults.notes[_GONE_ALONG] += objects - len(content["annotations"])
+
+
+def _merge_images(content: Content, files: Mapping[str, Path], faults: Faults) -> None:
+    """An image that is listed twice would be in both parts, or half of its objects would be taken for background."""
+    first: dict[Path, int] = {}
+    ids = {image["id"]: first.setdefault(files[image["file_name"]], image["id"]) for image in content["images"]}
+    once = [image for image in content["images"] if ids[image["id"]] == image["id"]]
+    faults.notes["images listed again under another id, merged"] += len(ids) - len(once)
+    content["images"] = once
+    for annotation in content["annotations"]:
+        annotation["image_id"] = ids[annotation["image_id"]]
 
 
 def _read_sizes(content: Content, files: Mapping[str, Path], faults: Faults) -> None:

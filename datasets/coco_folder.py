@@ -8,12 +8,12 @@ import os
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from datasets.coco_export import check_export, leave_out, mend
 from datasets.coco_format import is_file_name, read_json
 from datasets.coco_layout import Part
-from datasets.files import IMAGE_SUFFIXES, Index, annotated_size, files_below, portable
+from datasets.files import IMAGE_SUFFIXES, Found, Index, annotated_size, files_below, portable
 from datasets.labelled import PARTS, ROLES, VAL_FRACTION, Faults
 from util.errors import UserError
 from util.images import read_regular_file
@@ -28,6 +28,11 @@ def is_coco(source: Path) -> bool:
     return bool(_instances(source))
 
 
+def has_json(source: Path) -> bool:
+    """Whether there is a file that may have been meant as an instances file."""
+    return bool(_json_files(source))
+
+
 def read_coco(source: Path, fraction: float | None, seed: int, faults: Faults) -> dict[str, Part]:
     """The "train" and "val" parts of an instances file, or of a folder with one or with one for each part.
 
@@ -38,7 +43,7 @@ def read_coco(source: Path, fraction: float | None, seed: int, faults: Faults) -
     Raises:
         UserError: files can't be told apart, nothing is left to convert; or as Faults says, of all faults at once.
     """
-    paths = _instances(source)
+    paths = _instances(source) or [_no_instances(source)]
     root = source if source.is_dir() else _folder_of(source)
     if source.is_dir():
         _note("annotation files without instances, left out", _by_kind(source)[1], faults)
@@ -77,14 +82,27 @@ def _read(paths: Sequence[Path], root: Path, faults: Faults) -> list[Part]:
             parts.append(Part(content, files))
     for path, part in zip(paths, parts, strict=True):
         if not part.content["images"]:
-            raise UserError(f"{path} has no images that can be used")
+            raise faults.nothing_left(f"{path} has no images")
     return parts
 
 
 def _instances(source: Path) -> list[Path]:
+    return [path for path in _json_files(source) if _looks_like_instances(path)]
+
+
+def _json_files(source: Path) -> list[Path]:
     if source.is_dir():
-        return [path for path in _by_kind(source)[0] if _looks_like_instances(path)]
-    return [source] if source.suffix == ".json" and _looks_like_instances(source) else []
+        return _by_kind(source)[0]
+    return [source] if source.suffix.lower() == ".json" else []
+
+
+def _no_instances(source: Path) -> NoReturn:
+    """Raises UserError with what is wrong with the first file."""
+    for path in _json_files(source):
+        content = read_json(path)
+        lacks = [name for name in _LISTS if not isinstance(content, dict) or not isinstance(content.get(name), list)]
+        raise UserError(f"{path} is no COCO instances file: it lacks the lists {', '.join(lacks)}")
+    raise UserError(f"{source} has no COCO instances file (.json)")
 
 
 def _by_kind(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -150,10 +168,18 @@ def _find(content: dict[str, Any], path: Path, root: Path, faults: Faults) -> di
     findings = Index.below(root).find(names, prefers=_preference(path, root))
     files = faults.located(findings, str(path))
     leave_out(content, "images", [image for image in entries if image["file_name"] in findings.missing], faults)
-    written = {name: name if not found.how else portable(name) for name, found in findings.found.items()}
+    written = {name: _written(name, found) for name, found in findings.found.items()}
     for image in entries:
         image["file_name"] = written.get(image["file_name"], image["file_name"])
     return {written[name]: file for name, file in files.items()}
+
+
+def _written(name: str, found: Found) -> str:
+    """The name below the folder to write. It has an ending, or prediction would not find the image in that folder."""
+    if not found.how:
+        return name
+    plain = portable(name)
+    return plain if plain.lower().endswith(IMAGE_SUFFIXES) else plain + found.path.suffix
 
 
 def _preference(path: Path, root: Path) -> Callable[[Path], int]:

@@ -49,7 +49,7 @@ def read_annotations(path: Path) -> COCO:
 
 
 def read_images_and_categories(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Those of an instances file, whether or not it has annotations (COCO's image_info_test-dev2017.json has none).
+    """Those of an instances file, whether or not it has annotations (COCO's image_info_test-dev2017.json has none) or sizes.
 
     Raises:
         UserError: as `read_annotations`.
@@ -57,7 +57,7 @@ def read_images_and_categories(path: Path) -> tuple[list[dict[str, Any]], list[d
     content = read_json(path, without=("annotations",))
     if isinstance(content, dict):
         content["annotations"] = []
-    check_instances(content, path)
+    check_instances(content, path, sizes_known=False)
     return content["images"], content["categories"]
 
 
@@ -92,9 +92,9 @@ class Fault(NamedTuple):
     message: str
 
 
-def check_instances(content: Any, path: Path) -> None:
+def check_instances(content: Any, path: Path, *, sizes_known: bool = True) -> None:
     """Fill in what annotations may lack. Raises UserError for what is not COCO's instances format; `path` is the file's."""
-    for fault in format_faults(content, path):
+    for fault in format_faults(content, path, sizes_known=sizes_known):
         raise UserError(fault.message)
 
 
@@ -102,7 +102,7 @@ def format_faults(content: Any, path: Path, *, sizes_known: bool = True) -> Iter
     """Every fault of an instances file; what annotations may lack is filled in on the way.
 
     When all have been taken, what is left in the three lists is sound: entries with a fault are out of them. Without
-    `sizes_known` images may have a width and height of 0.
+    `sizes_known` images may have a width and height of 0, or none.
     """
     if not isinstance(content, dict):
         message = f"{path} is not in COCO's instances format: it must be an object with {', '.join(_FIELDS)}"
@@ -118,7 +118,7 @@ def format_faults(content: Any, path: Path, *, sizes_known: bool = True) -> Iter
         broken: set[int] = set()
         for field in fields:
             if field.fits is _is_side and not sizes_known:
-                field = field._replace(fits=_is_side_or_0)
+                field = field._replace(fits=_is_side_or_0, default=lambda image: 0)
             yield from _field_faults(entries, name, field, broken, path)
         yield from _id_faults(entries, name, broken, path)
         known[name] = {entry["id"] for entry in entries if _has_id(entry)}

@@ -15,7 +15,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 from tqdm import tqdm
 
@@ -24,6 +24,8 @@ from util.errors import UserError
 from util.images import BadImageError, Header, read_header
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pnm", ".jp2")
+# folders that are called so have images, not masks or thumbnails
+IMAGE_FOLDERS = frozenset({"images", "jpegimages", "imgs"})
 # how a file was found by less than its exact name, as the user is told
 SPELLING = "images found by another spelling of their names (letter case, Unicode form, slashes, URL)"
 END = "images found by the end of their paths"
@@ -66,7 +68,7 @@ def _walk(folder: Path, above: tuple[Identity, ...], seen: set[Identity], linked
         return
     seen.add(here)
     for entry in entries:
-        if entry.name.startswith(_LEFT_BEHIND):
+        if is_left_behind(entry.name):
             continue
         is_link = entry.is_symlink()
         if os.path.isdir(entry.path) if is_link else entry.is_dir():
@@ -74,6 +76,10 @@ def _walk(folder: Path, above: tuple[Identity, ...], seen: set[Identity], linked
                 yield from _walk(Path(entry.path), (*above, here), seen, linked or is_link)
         elif os.path.isfile(entry.path) if is_link else entry.is_file():
             yield Path(entry.path)
+
+
+def is_left_behind(name: str) -> bool:
+    return name.startswith(_LEFT_BEHIND)
 
 
 def _identity(folder: Path) -> Identity:
@@ -96,14 +102,15 @@ def portable(name: str) -> str:
 
 
 def _without_host(name: str) -> str:
-    is_url = re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", name)
-    if not is_url and "?d=" not in name:
+    _, is_local_file, path = name.partition("?d=")
+    if is_local_file:
+        return unquote(path)  # not parse_qs: +, & and # may be in a name
+    if not re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", name):
         return name
     try:
-        url = urlsplit(name, allow_fragments=False)  # a # is one of the name
+        return urlsplit(name, allow_fragments=False).path  # a # is one of the name
     except ValueError:
         return name
-    return parse_qs(url.query).get("d", [url.path])[0]
 
 
 def folded(text: str) -> str:
@@ -369,13 +376,13 @@ def _without_unlikely(options: dict[str, list[_Option]], prefers: Callable[[Path
 
 
 def _home(fitting: Mapping[str, list[_Option]], prefers: Callable[[Path], int]) -> Key | None:
-    """The folder that most names are relative to. None: there is no such folder, or several of them."""
+    """The folder that most names are relative to; of several, the one named for images. None: there is none, or several."""
     votes: Counter[Key] = Counter()
-    likely: dict[Key, int] = {}
+    likely: dict[Key, tuple[int, bool]] = {}
     for options in fitting.values():
         for option in {option.base: option for option in options}.values():
             votes[option.base] += 1
-            likely[option.base] = prefers(option.path)
+            likely[option.base] = (prefers(option.path), not IMAGE_FOLDERS.isdisjoint(option.base[-1:]))
     ranked = sorted(votes, key=lambda base: (votes[base], likely[base]), reverse=True)
     rank = [(votes[base], likely[base]) for base in ranked[:2]]
     if not rank or (len(rank) == 2 and rank[0] == rank[1]):

@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from datasets.coco_format import is_file_name, shown
-from datasets.files import Findings, Key, files_below
+from datasets.files import IMAGE_FOLDERS, Findings, Key, files_below
 from util.config import DataConfig
 from util.errors import UserError
 from util.images import BadImageError, Header, read_header
 
 # folders that tell images from labels, and parts from each other; an image and its labels have the other names in common
-ROLES = {"jpegimages", "images", "imgs", "annotations", "labels", "xmls"}
+ROLES = IMAGE_FOLDERS | {"annotations", "labels", "xmls"}
 PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 # share of the images for validation where nobody says
 VAL_FRACTION = 0.2
@@ -102,6 +102,11 @@ class Faults:
     def counted(self) -> str:
         """The faults by kind, the most frequent first."""
         return ", ".join(f"{kind} {count}" for kind, count in self.kinds.most_common())
+
+    def nothing_left(self, what: str) -> UserError:
+        """The error of a source of which everything was left out; `what` begins the message."""
+        first = f"; faults: {len(self.messages)}, the first one: {self.messages[0]}" if self.messages else ""
+        return UserError(f"{what} that can be used{first}")
 
     def placed(self, corners: Corners, size: tuple[int, int], where: str) -> Corners | None:
         """The box cut to its image, or None if it is none; `where` begins the message."""

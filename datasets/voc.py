@@ -197,7 +197,7 @@ def _listed(path: Path, labels: dict[Key, Path], faults: Faults) -> list[Key]:
 
 def _entry(text: str, labels: dict[Key, Path]) -> Key:
     """The name of an image, whose folders and ending some programs write, too."""
-    written = tuple(unquoted(text).split("/"))
+    written = tuple(text.split("/"))
     if written in labels:
         return written
     # lists of one class say for each image whether it has it
@@ -242,15 +242,26 @@ def _parse(path: Path) -> ElementTree.Element:
     """The root of an XML file. Raises ValueError with what is wrong, to be read after the path."""
     parser = ElementTree.XMLParser(target=_PlainXml())
     try:
-        parser.feed(read_regular_file(path))
+        parser.feed(_xml_text(read_regular_file(path)))
         root = parser.close()
     except OSError as error:
         raise ValueError(f"can't be read ({error.strerror})") from None
+    except (LookupError, UnicodeError) as error:
+        raise ValueError(f"is not in the encoding that it names ({error})") from None
     except ElementTree.ParseError as error:
         raise ValueError(f"is not XML ({error})") from None
     if root.tag != "annotation":
         raise ValueError(f"has {root.tag[:40]!r} where Pascal VOC has 'annotation'")
     return root
+
+
+def _xml_text(content: bytes) -> bytes | str:
+    """Python knows more encodings than ElementTree does, GB2312 and Shift JIS for example."""
+    named = re.match(rb"""<\?xml[^>]*\sencoding=["']([\w.-]+)["']""", content)
+    if not named:
+        return content
+    name = named[1].decode().lower()
+    return content.decode("utf-8" if name.startswith("utf") else name)  # what says utf-16 in bytes of ASCII is none
 
 
 def _is_turned(root: ElementTree.Element, header: Header, path: Path, faults: Faults) -> bool | None:

@@ -35,13 +35,13 @@ _LINE_OF_LABELS = re.compile(r"\d+(\s+[-+.\deE]+){4,}$")
 
 
 def is_yolo(source: Path) -> bool:
-    if source.suffix in YAML:
+    if source.suffix.lower() in YAML:
         return True
     return source.is_dir() and (_yaml_in(source) is not None or _classes_in(source) is not None)
 
 
 def is_darknet(source: Path) -> bool:
-    if source.suffix == DARKNET:
+    if source.suffix.lower() == DARKNET:
         return True
     return source.is_dir() and any(_darknet_in(source, suffix) is not None for suffix in (DARKNET, ".names"))
 
@@ -144,7 +144,7 @@ def _darknet_in(folder: Path, suffix: str) -> Path | None:
 
 
 def _usual_file(folder: Path, suffixes: tuple[str, ...], stems: tuple[str, ...]) -> Path | None:
-    found = sorted(path for path in folder.iterdir() if path.suffix in suffixes)
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
     usual = [path for path in found if path.stem in stems]
     return usual[0] if usual else found[0] if len(found) == 1 else None
 
@@ -164,7 +164,7 @@ def _read_images(
     pairs: list[tuple[Key, Path]], labels: dict[Path, Path], names: list[str], boxes_first: bool, faults: Faults, part: str
 ) -> Iterator[LabelledImage]:
     if not pairs:
-        raise UserError(f"the {part} part has no images")
+        return
     there = {image for image, label in labels.items() if label.is_file()}
     if not there:
         image, label = next(iter(labels.items()))

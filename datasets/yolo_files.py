@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets.coco_format import shown
-from datasets.files import IMAGE_SUFFIXES, Index, Key, Places, files_below, folded, is_within, parts_of
+from datasets.files import IMAGE_FOLDERS, IMAGE_SUFFIXES, Index, Key, Places, files_below, folded, is_within, parts_of
 from datasets.labelled import PARTS, Faults
 from util.errors import UserError
 from util.text_files import read_lines, read_text, unquoted
@@ -17,8 +17,6 @@ from util.text_files import read_lines, read_text, unquoted
 YAML = (".yaml", ".yml")
 DARKNET = ".data"
 LABELS_BY_SPELLING = "files of labels found by another spelling of their names"
-# folders of images; their labels lie in `labels` in place of it
-_IMAGE_FOLDERS = ("images", "jpegimages")
 # values of a YAML file that name nothing
 _NOTHING = ("", "~", "null", "Null", "NULL")
 
@@ -43,7 +41,7 @@ class Description:
 
 def describe(path: Path) -> Description:
     """Read a data.yaml or an obj.data. Raises UserError."""
-    return _describe_darknet(path) if path.suffix == DARKNET else _describe_yaml(path)
+    return _describe_darknet(path) if path.suffix.lower() == DARKNET else _describe_yaml(path)
 
 
 def _describe_darknet(path: Path) -> Description:
@@ -110,7 +108,7 @@ def names_in(path: Path, faults: Faults) -> list[str]:
     """The class names of a file, one a line. Raises UserError."""
     comments = sum(line.lstrip().startswith("#") for line in read_text(path).split("\n"))
     faults.notes[f"lines of {path} that begin with #, taken for comments"] += comments
-    return class_names([unquoted(line.text) for line in read_lines(path)], path)
+    return class_names([line.text for line in read_lines(path)], path)
 
 
 # ---- what it leads to
@@ -205,8 +203,7 @@ class Lookup:
             for path in files_below(place, IMAGE_SUFFIXES):
                 yield _Listed(str(path), str(place), path)
             return
-        for number, text in read_lines(place):
-            name = unquoted(text)
+        for number, name in read_lines(place):
             yield _Listed(name, f"{place}: line {number}", self._as_written(name, place.parent))
 
     def _as_written(self, name: str, folder: Path) -> Path | None:
@@ -244,7 +241,7 @@ def _ends(parts: Key) -> Iterator[Key]:
 
 
 def _label_options(parts: Key) -> list[Key]:
-    """Where the labels of the image at `parts` may be."""
+    """Where the labels of the image at `parts` may be: in `labels` in place of a folder of images, or beside it."""
     names = (*parts[:-1], f"{os.path.splitext(parts[-1])[0]}.txt")
-    folders = [i for i, part in enumerate(parts[:-1]) if folded(part) in _IMAGE_FOLDERS]
+    folders = [i for i, part in enumerate(parts[:-1]) if folded(part) in IMAGE_FOLDERS]
     return [*((*names[:i], "labels", *names[i + 1 :]) for i in reversed(folders)), names]

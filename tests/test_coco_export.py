@@ -58,6 +58,15 @@ def told(faults: Faults) -> dict[str, int]:
     return {note: count for note, count in faults.notes.items() if count}
 
 
+def test_a_file_that_is_listed_twice_is_one_image_with_all_objects(tmp_path):
+    content = export()
+    content["images"][3]["file_name"] = "./3.png"
+    written, faults = converted(write(tmp_path, content), "stop")
+    assert [image["id"] for image in written["images"]] == [1, 2, 3]
+    assert [(entry["id"], entry["image_id"]) for entry in written["annotations"]] == [(1, 1), (2, 2), (3, 3), (4, 3)]
+    assert told(faults) == {"images listed again under another id, merged": 1}
+
+
 # ---- ids
 
 

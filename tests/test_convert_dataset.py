@@ -215,6 +215,18 @@ VOC_FAULTS = {
 }
 
 
+@pytest.mark.parametrize(
+    ("named", "encoding"), [("gb2312", "gb2312"), ("Shift_JIS", "cp932"), ("utf-16", "utf-8"), ("utf-16", "utf-16")]
+)
+def test_xml_files_may_name_any_encoding(tmp_path, named, encoding):
+    write_image(tmp_path / "a.jpg")
+    text = f'<?xml version="1.0" encoding="{named}"?>' + voc_xml(voc_object("中", 1, 1, 20, 10))
+    (tmp_path / "a.xml").write_bytes(text.encode(encoding))
+    assert read(tmp_path)[0]["train"]["a.jpg"] == [("中", [0, 0, 20, 10], 0)]
+    write(tmp_path / "a.xml", text.replace(named, "klingon"))
+    assert "is not in the encoding that it names" in refusal(tmp_path)
+
+
 @pytest.mark.parametrize("wanted", VOC_FAULTS)
 def test_a_fault_of_an_xml_file_is_named_or_left_out(tmp_path, wanted):
     for name in ("a", "b"):
@@ -340,6 +352,12 @@ def test_boxes_in_pixels_are_not_taken_for_shares(tmp_path):
     write_yolo(tmp_path)
     write(tmp_path / "labels/val/c.txt", "0 50 30 10 10")
     assert "lies outside of the image of 100 x 60" in refusal(tmp_path)
+
+
+def test_a_line_of_labels_may_have_quotes(tmp_path):
+    write_yolo(tmp_path)
+    write(tmp_path / "labels/val/c.txt", '"0 0.5 0.5 0.5 0.5"\n')
+    assert read(tmp_path)[0]["val"]["c.png"] == [("car", [25, 15, 50, 30], 0)]
 
 
 def test_key_points_behind_a_box_are_passed_over(tmp_path):
@@ -521,6 +539,20 @@ def test_mistakes_cost_one_line(tmp_path):
     assert not any((tmp_path / "out").iterdir()), "nothing is written before all has been read"
     convert(tmp_path / "both", *out, "--format", "yolo")
     assert json.loads((tmp_path / "out/annotations/instances_train2017.json").read_text())["categories"][0]["name"] == "car"
+
+
+def test_a_source_of_which_nothing_is_left_says_what_is_wrong_with_it(tmp_path):
+    out = ("--output_dir", tmp_path / "out")
+    write_yolo(tmp_path / "yolo")
+    write(tmp_path / "yolo/data.yaml", "train: train.txt\nnames: [car]\n")
+    write(tmp_path / "yolo/train.txt", "nowhere.png\n")
+    said = convert(tmp_path / "yolo", *out, "--on_bad", "skip", code=2)
+    assert "no train images that can be used; faults: 1, the first one:" in said
+    assert "line 1 names the image 'nowhere.png'" in said
+    write(tmp_path / "coco/result.json", '{"images": [')
+    assert "result.json is not JSON" in convert(tmp_path / "coco", *out, code=2)
+    write(tmp_path / "coco/result.json", '{"images": [], "categories": []}')
+    assert "result.json is no COCO instances file: it lacks the lists annotations" in convert(tmp_path / "coco", *out, code=2)
 
 
 def test_help_shows_defaults_and_an_example():

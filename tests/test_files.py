@@ -49,6 +49,7 @@ def why_not(root: Path, name: str, *others: str, size: tuple[int, int] | None = 
         ("../../upload/4/b.jpg", "upload/4/b.jpg"), ("a/../../c/b.jpg", "c/b.jpg"), ("a/..", ""), ("..", ""), ("/", ""), ("", ""),
         ("..\\..\\b.jpg", "b.jpg"), ("https://host/a/b.jpg?token=1", "a/b.jpg"), ("s3://bucket/a/b.jpg", "a/b.jpg"),
         ("/data/local-files/?d=a%20b/c.jpg", "a b/c.jpg"), ("/data/local-files/?d=../../../etc/b.jpg", "etc/b.jpg"),
+        ("http://host/data/local-files/?d=a+b & c#1.jpg", "a+b & c#1.jpg"), ("/?d=a%2Bb%26c.jpg", "a+b&c.jpg"),
         ("what?.jpg", "what?.jpg"), ("http://[::1/a.jpg", "http:/[::1/a.jpg"), (" a b.jpg", " a b.jpg"),
     ],
 )  # fmt: skip
@@ -101,6 +102,12 @@ def test_a_bare_name_must_be_the_only_one_and_of_the_annotated_size(tmp_path):
     assert "not a picture of the annotated size" in why_not(tmp_path, "/x/2.jpg", size=UNKNOWN_SIZE)
     assert find(tmp_path, "/x/2.jpg", size=None) == {"/x/2.jpg": ("a/2.jpg", BARE)}, "where nobody knows sizes"
     assert "it is not there" in why_not(tmp_path, "/x/3.jpg")
+
+
+def test_a_folder_of_images_has_priority_over_masks_of_the_same_names(tmp_path):
+    write_images(tmp_path, "images/1.jpg", "masks/1.jpg", "a/2.jpg", "b/2.jpg")
+    assert find(tmp_path, "1.jpg") == {"1.jpg": ("images/1.jpg", "")}
+    assert find(tmp_path, "2.jpg") == {}
 
 
 def test_a_turned_picture_has_the_size_that_viewers_show(tmp_path):
@@ -247,7 +254,7 @@ def test_training_takes_no_image_of_another_folder_for_one_that_is_missing(tmp_p
 def test_text_is_read_whatever_wrote_it(tmp_path, encoding, end):
     path = tmp_path / "list.txt"
     path.write_bytes(end.join(("# names", "  Straße 1.jpg ", "", "'quoted'", "007")).encode(encoding))
-    assert [(number, text) for number, text in read_lines(path)] == [(2, "Straße 1.jpg"), (4, "'quoted'"), (5, "007")]
+    assert [(number, text) for number, text in read_lines(path)] == [(2, "Straße 1.jpg"), (4, "quoted"), (5, "007")]
     assert read_text(path).startswith("# names\n")
 
 

@@ -174,6 +174,15 @@ def test_other_numbers_are_refused_with_the_remedy(tmp_path, name):
         assert str(image) in str(error.value) or not isinstance(image, Path)
 
 
+def test_channels_that_pillow_lacks_are_refused_with_the_remedy(tmp_path):
+    path = tmp_path / "grey.tif"
+    Image.fromarray(RAMP.astype(np.float32)).save(path)
+    bits = struct.Struct("<HHIHH")  # the TIFF entry of bits a sample
+    path.write_bytes(path.read_bytes().replace(bits.pack(258, 3, 1, 32, 0), bits.pack(258, 3, 1, 64, 0)))
+    with pytest.raises(BadImageError, match=r"grey\.tif can't be decoded .*channels.*store it with 8 bits a channel"):
+        seen(path)
+
+
 WHOLE = st.sampled_from([np.uint8, np.uint16, np.int32, np.uint32, np.int64])
 
 

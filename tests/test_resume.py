@@ -243,6 +243,16 @@ def test_damaged_files_are_named(tmp_path, content):
         load_weights(small_model(), str(path))
 
 
+@pytest.mark.parametrize(("content", "told"), [
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 10\n", "is a pointer of Git LFS; .* git lfs pull"),
+    (b"\n<!DOCTYPE html><html>", "is a web page.*; download it anew"),
+])  # fmt: skip
+def test_what_came_in_place_of_a_checkpoint_is_told(tmp_path, content, told):
+    (tmp_path / "a.pth").write_bytes(content)
+    with pytest.raises(UserError, match=rf"a\.pth {told}"):
+        load_weights(small_model(), str(tmp_path / "a.pth"))
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pth"
     write_atomically({"a": 1}, path)

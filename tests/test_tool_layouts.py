@@ -83,6 +83,13 @@ def test_coco_exports_of_labelling_tools(tmp_path, tool):
                 assert picture.size == (width_of(image["id"]), HEIGHT)
 
 
+def test_images_that_are_named_without_an_ending_get_one(tmp_path):
+    places = coco_export(tmp_path, "result.json", "{}".format, "images/{}.jpg".format)
+    parts = read_coco(tmp_path, None, 1, Faults())
+    assert merged(coco_boxes(parts, tmp_path)) == wanted(places)
+    assert {name for part in parts.values() for name in part.files} == {f"{number}.jpg" for number in places}
+
+
 def test_an_instances_file_may_be_given_without_its_folder(tmp_path):
     places = coco_export(tmp_path, "annotations/instances_default.json", "{}.jpg".format, "images/{}.jpg".format)
     parts = read_coco(tmp_path / "annotations/instances_default.json", None, 1, Faults())
@@ -329,6 +336,15 @@ def test_label_studio_yolo(tmp_path):
     data = read_yolo(tmp_path, Faults())
     assert data.names == ["thing", "other"]
     assert merged(boxes(data, tmp_path)) == merged(places)
+
+
+def test_an_archive_may_have_put_all_into_one_folder(tmp_path):
+    yolo_export(tmp_path / "given/project", "images/{part}/{n}.jpg", "labels/{part}/{n}.txt")
+    write(tmp_path / "given/project/DATA.YAML", "train: images/train\nval: images/val\nnames: [thing]\n")
+    write(tmp_path / "given/.DS_Store", "")
+    convert(tmp_path / "given", "--output_dir", tmp_path / "out")
+    content = json.loads((tmp_path / "out/annotations/instances_val2017.json").read_text())
+    assert len(content["images"]) == len(content["annotations"]) > 0
 
 
 def test_text_of_a_yaml_stays_text(tmp_path):

@@ -32,8 +32,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder would be searched instead
 
-from datasets.coco_folder import is_coco, read_coco
+from datasets.coco_folder import has_json, is_coco, read_coco
 from datasets.coco_layout import WAYS, Part, new_folder, write_part
+from datasets.files import is_left_behind
 from datasets.labelled import VAL_FRACTION, Faults, Labelled, split_off, to_coco
 from datasets.voc import VocRules, is_voc, read_voc
 from datasets.yolo import is_darknet, is_yolo, read_yolo
@@ -61,12 +62,21 @@ def read(args: argparse.Namespace, faults: Faults) -> dict[str, Part]:
     source = Path(args.source)
     if not source.exists():
         raise UserError(f"{source} does not exist; it must be a folder, a data.yaml, an obj.data or a COCO instances file")
+    source = _unpacked(source)
     source_format = args.format if args.format != "auto" else format_of(source)
     if source_format == "coco":
         return read_coco(source, args.val_fraction, args.seed, faults)
     if source_format == "yolo":
-        return parted(read_yolo(source, faults), args)
-    return parted(read_voc(source, VocRules(args.difficult, args.first_pixel, args.train_set, args.val_set), faults), args)
+        return parted(read_yolo(source, faults), args, faults)
+    rules = VocRules(args.difficult, args.first_pixel, args.train_set, args.val_set)
+    return parted(read_voc(source, rules, faults), args, faults)
+
+
+def _unpacked(source: Path) -> Path:
+    """Of a folder that holds but another one with a data.yaml or the like, as archives do, the inner one."""
+    inside = [path for path in source.iterdir() if not is_left_behind(path.name)] if source.is_dir() else []
+    alone = len(inside) == 1 and inside[0].is_dir()
+    return inside[0] if alone and (is_yolo(inside[0]) or is_darknet(inside[0])) else source
 
 
 def format_of(source: Path) -> str:
@@ -74,6 +84,8 @@ def format_of(source: Path) -> str:
     looks = [name for name, fits in (("voc", is_voc), ("yolo", is_yolo), ("coco", is_coco)) if fits(source)]
     if not looks and is_darknet(source):
         return "yolo"
+    if not looks and has_json(source):
+        return "coco"  # read_coco says what is wrong with the file
     if not looks:
         raise UserError(
             f"{source} has no XML files, no data.yaml, obj.data or classes.txt and no COCO instances file: it is in neither of "
@@ -84,11 +96,11 @@ def format_of(source: Path) -> str:
     return looks[0]
 
 
-def parted(data: Labelled, args: argparse.Namespace) -> dict[str, Part]:
+def parted(data: Labelled, args: argparse.Namespace, faults: Faults) -> dict[str, Part]:
     """The parts of `data` in COCO's format; without a validation part one is drawn. Raises UserError."""
     empty = [part for part, images in data.parts.items() if not images]
     if empty or not data.names:
-        raise UserError(f"{args.source} has no {f'{empty[0]} images' if empty else 'objects'} that can be used")
+        raise faults.nothing_left(f"{args.source} has no {f'{empty[0]} images' if empty else 'objects'}")
     if "val" not in data.parts:
         split_off(data, args.val_fraction or VAL_FRACTION, args.seed)
     elif args.val_fraction is not None:

@@ -356,5 +356,17 @@ def folder_given(flag: str, folder: Path) -> UserError:
     return UserError(f"{flag} {folder} is a folder; name a checkpoint in it{example}")
 
 
+# how files begin that are often taken for the checkpoint whose name they have
+_OTHER_FILES = (
+    (b"version https://git-lfs", "is a pointer of Git LFS; fetch the file itself with git lfs pull"),
+    (b"<", "is a web page, as a server sends instead of a file that asks for a login or a confirmation; download it anew"),
+)
+
+
 def unreadable(flag: str, path: Path) -> UserError:
-    return UserError(f"{flag} {path} is damaged or no checkpoint (it may be truncated); take an earlier one, or --resume auto")
+    start = b""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        start = file.read(100).lstrip()
+    other = next((what for mark, what in _OTHER_FILES if start.startswith(mark)), None)
+    what = other or "is damaged or no checkpoint (it may be truncated); take an earlier one, or --resume auto"
+    return UserError(f"{flag} {path} {what}")

@@ -19,7 +19,8 @@ from util.errors import UserError
 
 # bitmaps that Pillow decodes by itself; for others it starts programs (EPS: Ghostscript)
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000")
-_UNKNOWN_FORMAT = f"can't be decoded (no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image)"
+_UNKNOWN_FORMAT = f"can't be decoded (no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image, or of channels that Pillow lacks)"
+_STORE_IT = "replace the file, or store it with 8 bits a channel"
 # four channels of 32 bits: no image that is small enough has a larger file, metadata aside
 _BYTES_PER_PIXEL = 16
 _METADATA_BYTES = 2**24
@@ -92,7 +93,7 @@ def decode(content: bytes, path: Path, megapixels: float, otherwise: str, *, upr
     except BadImageError as error:
         reason, remedy = error.reason, error.remedy
     except UnidentifiedImageError:
-        reason = _UNKNOWN_FORMAT
+        reason, remedy = _UNKNOWN_FORMAT, _STORE_IT
     except Image.DecompressionBombError as error:
         pixels = re.search(r"\d+", str(error))
         reason, remedy = _too_large(f"has {int(pixels[0]) / 1e6:.4g} megapixels, more" if pixels else "is larger", megapixels)
@@ -120,7 +121,7 @@ def read_header(path: Path, megapixels: float, otherwise: str) -> Header:
                 return Header(image.size, 1 if turned_by_decoding else _orientation(image))
             reason, remedy = _too_large(f"has {image.width * image.height / 1e6:.4g} megapixels, more", megapixels)
     except UnidentifiedImageError:
-        reason, remedy = _UNKNOWN_FORMAT, "replace the file"
+        reason, remedy = _UNKNOWN_FORMAT, _STORE_IT
     except OSError as error:
         reason, remedy = f"can't be read ({error.strerror or _in_a_line(error)})", "add the file"
     except Exception as error:  # a broken file can fail anywhere

@@ -18,7 +18,7 @@ _MARKS = (
 
 
 class Line(NamedTuple):
-    """number: counts from 1. text: without spaces around it."""
+    """number: counts from 1. text: without spaces and quotes around it."""
 
     number: int
     text: str
@@ -49,7 +49,8 @@ def read_lines(path: Path) -> Iterator[Line]:
     """
     lines = enumerate(read_text(path).split("\n"), 1)
     stripped = (Line(number, text.strip()) for number, text in lines)
-    return (line for line in stripped if line.text and not line.text.startswith("#"))
+    kept = (line for line in stripped if line.text and not line.text.startswith("#"))
+    return (line._replace(text=unquoted(line.text)) for line in kept)
 
 
 def unquoted(text: str) -> str:
