@@ -301,7 +301,7 @@ def test_archive_for_a_machine_without_a_network(tmp_path, monkeypatch):
         names = set(archive.getnames())
     carried = "gpu_check/tools/gpu_check/carried"
     assert {"gpu_check/main.py", "gpu_check/tools/gpu_check.sh", f"{carried}/commit"} <= names
-    assert sum(name.startswith(f"{carried}/data/train2017/") for name in names) == 32
+    assert sum(name.startswith(f"{carried}/data/train2017/") for name in names) == 16
 
 
 def test_tools_are_found_in_the_toolkit(tmp_path, monkeypatch):

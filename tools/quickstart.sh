@@ -3,7 +3,7 @@
 # its evaluation, a curve of the run, a report, and its detections beside the ground truth. About ten minutes on two CPU cores
 # after the installation. Run it again and it goes on from what is there.
 #   ./tools/quickstart.sh           the whole of it
-#   ./tools/quickstart.sh --short   the same path in a minute, too short to learn anything
+#   ./tools/quickstart.sh --short   the same path in two minutes, too short to learn anything
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=tools/env.sh

@@ -60,7 +60,7 @@ def find_checkpoint(config: Config, folder: Path | None, going_on: bool) -> Sour
     if isinstance(newest, UserError):
         raise newest
     if newest:
-        log.info("going on with %s", newest)
+        log.info("%s %s", "evaluating" if config.run.eval else "going on with", newest)
         return Source(newest, by_itself=True)
     if config.run.eval:
         raise UserError(f"--resume auto: there is no checkpoint in --output_dir {config.run.output_dir} to evaluate")

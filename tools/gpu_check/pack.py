@@ -14,6 +14,7 @@ from pathlib import Path
 from models.ops import compiled
 from tools.gpu_check.build import PLAIN, build_kernels, build_plain
 from tools.gpu_check.runner import CARRIED, commit
+from tools.gpu_check.steps import DATA
 from util.errors import UserError
 
 # what the steps take beside torch, torchvision and what comes with them
@@ -68,5 +69,5 @@ def fetch(package: str, python: str, target: Path) -> None:
 
 
 def make_data(folder: Path) -> None:
-    command = ["-m", "datasets.synthetic", "--output_dir", str(folder), "--train_images", "32", "--val_images", "8"]
+    command = ["-m", "datasets.synthetic", "--output_dir", str(folder), *DATA.split()]
     subprocess.run([sys.executable, *command], check=True)

@@ -36,6 +36,7 @@ class Step:
 
 DETECTOR = ("scipy", "tqdm")
 TRAINING = (*DETECTOR, "pycocotools", "safetensors")
+DATA = "--train_images 16 --val_images 8"  # enough to stop in the middle of an epoch
 BATCHFORMER = "--bf 1 --share_bf 0 --insert_idx 0"
 SMALL_MODEL = "--backbone resnet18 --enc_layers 1 --dec_layers 2 --num_queries 20"
 SANITIZER = "compute-sanitizer --report-api-errors no --target-processes all --kernel-name kns=deformable --error-exitcode 1"
@@ -173,7 +174,7 @@ def checks(device: str) -> list[Step]:
     checkpoint = "--resume {work}/resume/whole/checkpoint.pth"
     return [
         Step(
-            "data", 10, 60, "python3 -m datasets.synthetic --output_dir {data} --train_images 32 --val_images 8",
+            "data", 10, 60, f"python3 -m datasets.synthetic --output_dir {{data}} {DATA}",
             modules=("pycocotools", "scipy", "tqdm"),
         ),
         Step(
