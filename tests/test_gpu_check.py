@@ -275,10 +275,11 @@ def test_idle_time_of_a_trace(tmp_path, capsys, monkeypatch):
     path.write_text(json.dumps({"traceEvents": events}))
     monkeypatch.setattr(sys, "argv", ["idle", str(path)])
     idle.main()
-    first, longest, second = capsys.readouterr().out.splitlines()
+    first, longest, second, *kernels = capsys.readouterr().out.splitlines()
     assert first == "2 launches; of 5.00 ms the GPU was idle for 3.00 ms (60.0%)"
     assert longest.strip() == "2.000 ms after copy, before second of aten::cat"
     assert second.strip() == "1.000 ms after second, before the end"
+    assert [line.strip() for line in kernels] == ["1.000 ms in second", "0.800 ms in first"]
 
 
 # ---- the programs

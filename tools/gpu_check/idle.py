@@ -1,8 +1,8 @@
 """When a GPU had nothing to do in one iteration: python -m tools.gpu_check.idle <trace of benchmark.py --trace>.
 
-Prints how many kernels were launched, how long the GPU was at work and how long it was not, and the longest gaps with the
-operator that launched the kernel after each. The profiler makes the host slower: where the host is the limit, the gaps are
-longer than without it.
+Prints how many kernels were launched, how long the GPU was at work and how long it was not, the longest gaps with the operator
+that launched the kernel after each, and the kernels that took most of the time. The profiler makes the host slower: where the
+host is the limit, the gaps are longer than without it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import gzip
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 
 ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 ON_HOST = ("cpu_op", "cuda_runtime", "cuda_driver")
-GAPS = 10
+GAPS, KERNELS = 10, 15
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ def main() -> None:
         before = gap.before.name[:60] if gap.before else "the start"
         after = f"{gap.after.name[:60]} of {operator(gap.after, events)}" if gap.after else "the end"
         print(f"{gap.length / 1e3:9.3f} ms after {before}, before {after}")
+    for name, time in kernel_times(events).most_common(KERNELS):
+        print(f"{time / 1e3:9.3f} ms in {name[:100]}")
 
 
 def read(path: Path) -> list[Event]:
@@ -81,6 +84,15 @@ def gaps(events: Sequence[Event]) -> list[Gap]:
             now, last = event.end, event
     rest = max(event.end for event in events) - now
     return found + ([Gap(rest, last, None)] if rest else [])
+
+
+def kernel_times(events: Iterable[Event]) -> Counter[str]:
+    """Microseconds by the names of kernels."""
+    times: Counter[str] = Counter()
+    for event in events:
+        if event.kind == "kernel":
+            times[event.name] += event.end - event.start
+    return times
 
 
 def operator(work: Event, events: Sequence[Event]) -> str:
