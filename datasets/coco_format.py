@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from pycocotools.coco import COCO
 
+from datasets.files import portable
 from util.errors import UserError
 from util.images import read_regular_file
 
@@ -51,13 +52,15 @@ def read_annotations(path: Path) -> COCO:
 def read_images_and_categories(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Those of an instances file, whether or not it has annotations (COCO's image_info_test-dev2017.json has none) or sizes.
 
+    Names of images may be those of files on another machine (datasets.files.portable).
+
     Raises:
         UserError: as `read_annotations`.
     """
     content = read_json(path, without=("annotations",))
     if isinstance(content, dict):
         content["annotations"] = []
-    check_instances(content, path, sizes_known=False)
+    check_instances(content, path, only_names=True)
     return content["images"], content["categories"]
 
 
@@ -92,17 +95,17 @@ class Fault(NamedTuple):
     message: str
 
 
-def check_instances(content: Any, path: Path, *, sizes_known: bool = True) -> None:
+def check_instances(content: Any, path: Path, *, only_names: bool = False) -> None:
     """Fill in what annotations may lack. Raises UserError for what is not COCO's instances format; `path` is the file's."""
-    for fault in format_faults(content, path, sizes_known=sizes_known):
+    for fault in format_faults(content, path, only_names=only_names):
         raise UserError(fault.message)
 
 
-def format_faults(content: Any, path: Path, *, sizes_known: bool = True) -> Iterator[Fault]:
+def format_faults(content: Any, path: Path, *, only_names: bool = False) -> Iterator[Fault]:
     """Every fault of an instances file; what annotations may lack is filled in on the way.
 
-    When all have been taken, what is left in the three lists is sound: entries with a fault are out of them. Without
-    `sizes_known` images may have a width and height of 0, or none.
+    When all have been taken, what is left in the three lists is sound: entries with a fault are out of them. With `only_names`
+    images may lack width and height, and have the names of files on another machine.
     """
     if not isinstance(content, dict):
         message = f"{path} is not in COCO's instances format: it must be an object with {', '.join(_FIELDS)}"
@@ -116,9 +119,7 @@ def format_faults(content: Any, path: Path, *, sizes_known: bool = True) -> Iter
             yield Fault("not_instances_format", "", None, f"{path} is not in COCO's instances format: it has no list {name!r}")
             entries, incomplete = [], True
         broken: set[int] = set()
-        for field in fields:
-            if field.fits is _is_side and not sizes_known:
-                field = field._replace(fits=_is_side_or_0, default=lambda image: 0)
+        for field in map(_forgiving, fields) if only_names else fields:
             yield from _field_faults(entries, name, field, broken, path)
         yield from _id_faults(entries, name, broken, path)
         known[name] = {entry["id"] for entry in entries if _has_id(entry)}
@@ -240,8 +241,19 @@ def _is_side(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value <= _FARTHEST and value == int(value)
 
 
+def _forgiving(field: _Field) -> _Field:
+    """The same field where only the names of images count."""
+    if field.fits is _is_side:
+        return field._replace(fits=_is_side_or_0, default=lambda image: 0)
+    return field._replace(fits=_is_portable) if field.fits is is_file_name else field
+
+
 def _is_side_or_0(value: Any) -> bool:
     return _is_side(value) or type(value) in (int, float) and value == 0
+
+
+def _is_portable(value: Any) -> bool:
+    return isinstance(value, str) and is_file_name(portable(value))
 
 
 def is_file_name(value: Any) -> bool:

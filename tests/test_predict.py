@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from pycocotools.coco import COCO
 
-from datasets.files import SPELLING
+from datasets.files import BARE, END, SPELLING
 from models import build_model, load_detector
 from tests.helpers import ROOT, SMALL_IMAGES, SMALL_MODEL, environment
 from tests.processes import run_main_forked
@@ -260,6 +260,19 @@ def test_annotated_names_may_be_those_of_another_system(run, capsys):
     _, images = run("photos", "--annotations", "names.json", "--no_pictures")
     assert {entry["id"]: entry["file_name"] for entry in images} == {number: written[number] for number in (7, 3, 5)}
     assert f"{SPELLING}: 2" in capsys.readouterr().out
+
+
+def test_annotated_names_may_be_paths_on_another_machine(run, capsys):
+    """The end counts, where it is of one picture only and the size is the annotated one."""
+    for name, size in {"a.png": (80, 60), "b.png": (80, 60), "c.png": (60, 60), "d/e.png": (80, 60), "f/e.png": (80, 60)}.items():
+        Path("photos", name).parent.mkdir(parents=True, exist_ok=True)
+        picture(size).save(f"photos/{name}")
+    written = {7: "C:\\pics\\a.png", 3: "/home/me/pics/b.png", 5: "../pics/c.png", 9: "/home/me/e.png", 11: "/home/d/e.png"}
+    write_annotations(Path("names.json"), written, NAMES)
+    _, images = run("photos", "--annotations", "names.json", "--no_pictures")
+    assert {entry["id"]: entry["file_name"] for entry in images} == {7: "pics/a.png", 3: "home/me/pics/b.png", 11: "home/d/e.png"}
+    told = capsys.readouterr().out
+    assert f"{BARE}: 2" in told and f"{END}: 1" in told
 
 
 def test_annotations_that_do_not_fit_are_told(run, tmp_path):

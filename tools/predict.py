@@ -15,7 +15,7 @@ import json
 import os
 import re
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -176,12 +176,13 @@ def output_name(source: Source) -> str:
 def with_annotated_ids(sources: Sequence[Source], annotations: Path, detector: Detector) -> list[Source]:
     """Names and ids as in a COCO file: an image is the one whose file name there is the longest end of the file's path.
 
-    Where none is, it may be spelled otherwise (datasets/files.py). Pictures that it does not list are left out, as those of
-    COCO's test2017 that are not in test-dev; how many is printed.
+    Where none is, it may be spelled otherwise or be a path on another machine (datasets/files.py). Pictures that it does not
+    list are left out, as those of COCO's test2017 that are not in test-dev; how many is printed.
 
     Raises UserError for a file without any of them, two that are the same, and a category that the detector does not know.
     """
-    from datasets.coco_format import read_images_and_categories
+    from datasets.coco_format import is_file_name, read_images_and_categories
+    from datasets.files import portable
 
     images, categories = read_images_and_categories(annotations)
     detector.classes.check(categories, str(annotations))
@@ -203,11 +204,12 @@ def with_annotated_ids(sources: Sequence[Source], annotations: Path, detector: D
         print(f"pictures that --annotations {annotations} does not list, left out: {len(sources) - len(taken)}")
     if len(taken) < len(ids):
         print(f"images of --annotations {annotations} without a picture here: {len(ids) - len(taken)}")
-    return [Source(path, name, ids[name]) for name, path in taken.items()]
+    return [Source(path, name if is_file_name(name) else portable(name), ids[name]) for name, path in taken.items()]
 
 
 def _annotated_names(paths: Sequence[Path], images: Iterable[dict[str, Any]], annotations: Path) -> dict[Path, str]:
-    """The file names that COCO's `images` have for files, as far as they have any; how many are spelled otherwise is printed."""
+    """The file names that COCO's `images` have for files, as far as they have any; how many differ from the file's is printed."""
+    from datasets.coco_format import is_file_name
     from datasets.files import SPELLING, Index, annotated_size
 
     sizes = {image["file_name"]: annotated_size(image) for image in images}
@@ -220,11 +222,11 @@ def _annotated_names(paths: Sequence[Path], images: Iterable[dict[str, Any]], an
     others = [(path.parts[1:], path) for path in paths if path not in names]
     taken = set(names.values())
     found = Index(others, annotations).find({name: size for name, size in sizes.items() if name not in taken}).found
-    # by less than the whole name a picture could get the id of one in another folder
-    spelled = {file.path: name for name, file in found.items() if file.how in ("", SPELLING)}
-    if spelled:
-        print(f"{SPELLING}: {len(spelled)}")
-    return names | spelled
+    # by less than the whole name a picture could get the id of one in another folder; of another machine's there is only the end
+    chosen = {name: file for name, file in found.items() if file.how in ("", SPELLING) or not is_file_name(name)}
+    for how, count in Counter(file.how or SPELLING for file in chosen.values()).items():
+        print(f"{how}: {count}")
+    return names | {file.path: name for name, file in chosen.items()}
 
 
 # ---- prediction
