@@ -168,13 +168,20 @@ def test_a_folder_that_was_cleared_is_held_again(tmp_path):
         assert holder_in(tmp_path).pid == os.getpid()
 
 
-def test_a_hold_that_was_taken_by_mistake_is_given_back(tmp_path, ended):
-    """Of two that find the same dead holder, the slower one removes the hold of the quicker one."""
+def test_of_two_that_find_the_same_dead_holder_the_slower_one_leaves_the_quicker_one_its_hold(tmp_path, ended):
     slow = FolderHold(tmp_path)
     with FolderHold(tmp_path) as quick:
-        assert not slow._remove(ended)
+        assert not slow._replace(ended)
         quick.check()
         assert holder_in(tmp_path).pid == os.getpid()
+        assert [path.name for path in tmp_path.iterdir()] == [NAME]
+
+
+def test_one_that_died_while_it_took_over_is_not_waited_for(tmp_path, ended):
+    write(tmp_path, ended)
+    (tmp_path / f"{NAME}.turn").touch()
+    with FolderHold(tmp_path) as hold:
+        hold.check()
         assert [path.name for path in tmp_path.iterdir()] == [NAME]
 
 

@@ -71,6 +71,7 @@ class FolderHold:
         self.folder = folder
         self._path = folder / NAME
         self._own = Holder.this_process()
+        self._turn = folder / f"{NAME}.turn"
         self._aside = folder / f"{NAME}.{self._own.host}.{self._own.pid}.tmp"
         self._left = threading.Event()
         self._beating = threading.Thread(target=self._beat, name="hold of the folder", daemon=True)
@@ -78,8 +79,8 @@ class FolderHold:
     def __enter__(self) -> FolderHold:
         while not self._create():
             holder = _holder_in(self._path)
-            if holder is not None:
-                self._take_from(holder)
+            if holder is not None and self._take_from(holder):
+                break
         self._beating.start()
         return self
 
@@ -120,8 +121,8 @@ class FolderHold:
             os.close(file)
         return True
 
-    def _take_from(self, holder: Holder) -> None:
-        """Remove the hold of a process that has ended, unless it has changed meanwhile. Raises UserError if the process lives."""
+    def _take_from(self, holder: Holder) -> bool:
+        """Take the place of a process that has ended; whether this one has it now. Raises UserError if that process lives."""
         if holder.machine == self._own.machine:
             reason = "" if still_runs(holder.pid, holder.born) else "which has ended"
         elif holder.job and holder.job == self._own.job and holder.attempt < self._own.attempt:
@@ -129,14 +130,16 @@ class FolderHold:
         else:
             reason = self._watch(holder)
             if not reason and _holder_in(self._path) != holder:
-                return
+                return False
         if not reason:
             raise UserError(
                 f"--output_dir {self.folder} is held by {holder}, and only one run may write there; wait for its end, or give "
                 "another --output_dir"
             )
-        if self._remove(holder):
+        taken = self._replace(holder)
+        if taken:
             log.warning("%s was held by %s, %s: taken over", self.folder, holder, reason)
+        return taken
 
     def _watch(self, holder: Holder) -> str:
         """Why a process of another machine counts as dead; "" if it gives a sign of life."""
@@ -168,18 +171,32 @@ class FolderHold:
         self._aside.unlink()
         return now
 
-    def _remove(self, holder: Holder) -> bool:
-        """Whether this process has removed the hold of `holder`. If it was another's, who was quicker, that one gets it back."""
+    def _replace(self, holder: Holder) -> bool:
+        """Put this process in the place of `holder`, unless another has done so; whether it was put there.
+
+        Of several that want to, one at a time looks and replaces: the one that has made the file `.held.turn`.
+        """
         try:
-            os.replace(self._path, self._aside)
-        except FileNotFoundError:
+            os.close(os.open(self._turn, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+        except FileExistsError:
+            self._wait_for_turn()
             return False
-        removed = _holder_in(self._aside)
-        if removed != holder:
-            with contextlib.suppress(OSError):  # then its owner, who finds none, makes another
-                os.link(self._aside, self._path)
-        self._aside.unlink(missing_ok=True)
-        return removed == holder
+        try:
+            if _holder_in(self._path) != holder:
+                return False
+            self._aside.write_text(json.dumps(asdict(self._own)))
+            os.replace(self._aside, self._path)
+            return True
+        finally:
+            self._turn.unlink(missing_ok=True)
+
+    def _wait_for_turn(self) -> None:
+        """Until the other, who needs milliseconds, is done. One that died meanwhile is not waited for."""
+        deadline = time.monotonic() + LOOK_EVERY
+        while self._turn.exists() and time.monotonic() < deadline:
+            time.sleep(LOOK_EVERY / 100)
+        if time.monotonic() >= deadline:
+            self._turn.unlink(missing_ok=True)
 
     def _beat(self) -> None:
         while not self._left.wait(BEAT):
