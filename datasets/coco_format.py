@@ -60,7 +60,7 @@ def read_images_and_categories(path: Path) -> tuple[list[dict[str, Any]], list[d
     content = read_json(path, without=("annotations",))
     if isinstance(content, dict):
         content["annotations"] = []
-    check_instances(content, path, only_names=True)
+    check_instances(content, path, sizes_known=False, names_are_here=False)
     return content["images"], content["categories"]
 
 
@@ -95,17 +95,19 @@ class Fault(NamedTuple):
     message: str
 
 
-def check_instances(content: Any, path: Path, *, only_names: bool = False) -> None:
+def check_instances(content: Any, path: Path, *, sizes_known: bool = True, names_are_here: bool = True) -> None:
     """Fill in what annotations may lack. Raises UserError for what is not COCO's instances format; `path` is the file's."""
-    for fault in format_faults(content, path, only_names=only_names):
+    for fault in format_faults(content, path, sizes_known=sizes_known, names_are_here=names_are_here):
         raise UserError(fault.message)
 
 
-def format_faults(content: Any, path: Path, *, only_names: bool = False) -> Iterator[Fault]:
+def format_faults(
+    content: Any, path: Path, *, sizes_known: bool = True, names_are_here: bool = True
+) -> Iterator[Fault]:
     """Every fault of an instances file; what annotations may lack is filled in on the way.
 
-    When all have been taken, what is left in the three lists is sound: entries with a fault are out of them. With `only_names`
-    images may lack width and height, and have the names of files on another machine.
+    When all have been taken, what is left in the three lists is sound: entries with a fault are out of them. Without
+    `sizes_known` images may have a width and height of 0, or none; without `names_are_here` names of files on another machine.
     """
     if not isinstance(content, dict):
         message = f"{path} is not in COCO's instances format: it must be an object with {', '.join(_FIELDS)}"
@@ -119,7 +121,11 @@ def format_faults(content: Any, path: Path, *, only_names: bool = False) -> Iter
             yield Fault("not_instances_format", "", None, f"{path} is not in COCO's instances format: it has no list {name!r}")
             entries, incomplete = [], True
         broken: set[int] = set()
-        for field in map(_forgiving, fields) if only_names else fields:
+        for field in fields:
+            if field.fits is _is_side and not sizes_known:
+                field = field._replace(fits=_is_side_or_0, default=lambda image: 0)
+            if field.fits is is_file_name and not names_are_here:
+                field = field._replace(fits=_is_portable)
             yield from _field_faults(entries, name, field, broken, path)
         yield from _id_faults(entries, name, broken, path)
         known[name] = {entry["id"] for entry in entries if _has_id(entry)}
@@ -239,13 +245,6 @@ def _has_id(entry: Any) -> bool:
 
 def _is_side(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value <= _FARTHEST and value == int(value)
-
-
-def _forgiving(field: _Field) -> _Field:
-    """The same field where only the names of images count."""
-    if field.fits is _is_side:
-        return field._replace(fits=_is_side_or_0, default=lambda image: 0)
-    return field._replace(fits=_is_portable) if field.fits is is_file_name else field
 
 
 def _is_side_or_0(value: Any) -> bool:
