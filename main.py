@@ -101,10 +101,10 @@ def evaluate_only(config: Config, device: torch.device) -> None:
     dataset = evaluation_data(config, checkpoint, source)
     config = settle_classes(config, dataset.classes, checkpoint, source)
     with output_folder(config) as hold:
-        _evaluate_weights(config, device, checkpoint, source, dataset, hold)
+        evaluate_checkpoint(config, device, checkpoint, source, dataset, hold)
 
 
-def _evaluate_weights(
+def evaluate_checkpoint(
     config: Config, device: torch.device, checkpoint: Mapping[str, Any], source: Source, dataset: CocoDetection,
     hold: FolderHold | None,
 ) -> None:  # fmt: skip

@@ -220,7 +220,7 @@ def respell(images: Iterable[dict[str, Any]], folder: Path) -> Counter[str]:
     if not folder.is_dir():
         return Counter()
     names = {image["file_name"]: image for image in images}
-    absent = _absent(folder, names)
+    absent = absent_names(folder, names)
     if not absent:
         return Counter()
     there = (folder / name for name in names if name not in absent)
@@ -234,18 +234,26 @@ def respell(images: Iterable[dict[str, Any]], folder: Path) -> Counter[str]:
     return notes
 
 
-def _absent(folder: Path, names: Iterable[str]) -> set[str]:
-    """Names that are not there. Listing the folders takes a hundredth of the time of asking for each file."""
+def absent_names(folder: Path, names: Iterable[str]) -> set[str]:
+    """Names of no file below `folder`. Listing the folders takes a hundredth of the time of asking for each file."""
     listings: dict[str, set[str]] = {}
     absent = set()
     for name in names:
         place, bare = os.path.split(name)
         if place not in listings:
-            listings[place] = set(_names_in(folder / place)) if is_within(folder / place, folder) else set()
+            listings[place] = _file_names_in(folder / place) if is_within(folder / place, folder) else set()
         # where upper and lower case are one, a name that is not listed may yet be there
         if bare not in listings[place] and not (is_within(folder / name, folder) and os.path.exists(folder / name)):
             absent.add(name)
     return absent
+
+
+def _file_names_in(folder: Path) -> set[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if entry.is_file()}
+    except OSError:  # it is no folder, or can't be listed
+        return set()
 
 
 class _Option(NamedTuple):

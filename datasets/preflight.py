@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from datasets.coco_format import Fault, format_faults, read_json, shown
-from datasets.files import respell
+from datasets.files import absent_names, respell
 from util.class_map import ClassMap
 from util.config import TransformerConfig
 from util.errors import UserError
@@ -478,25 +478,9 @@ _COUNTED = {
 
 
 def _missing_files(dataset: Any) -> list[Path]:
-    """Listing the folders takes a hundredth of the time of asking for each file."""
-    names: dict[Path, list[str]] = {}
-    for image in dataset.coco.imgs.values():
-        folder, name = os.path.split(image["file_name"])
-        names.setdefault(dataset.images / folder, []).append(name)
-    missing = []
-    for folder, wanted in names.items():
-        there = _listing(folder)
-        # where upper and lower case are one, a name that is not listed may yet be there
-        missing += [folder / name for name in wanted if name not in there and not (folder / name).exists()]
-    return missing
-
-
-def _listing(folder: Path) -> set[str]:
-    try:
-        with os.scandir(folder) as entries:
-            return {entry.name for entry in entries if entry.is_file()}
-    except OSError:
-        return set()
+    names = [image["file_name"] for image in dataset.coco.imgs.values()]
+    absent = absent_names(dataset.images, names)
+    return [dataset.images / name for name in names if name in absent]
 
 
 def _doubts(split: str, content: Mapping[str, Any], num_queries: int) -> Iterator[str]:

@@ -20,7 +20,7 @@ from tests.helpers import ROOT
 from tests.processes import run_forked
 from util.checkpoint import load_weights, read_checkpoint, write_atomically
 from util.class_map import COCO_CLASSES, Category, ClassMap, classes_of
-from util.config import config_from_flags, parse_config
+from util.config import Config, parse_config
 from util.errors import UserError
 from util.hugging_face import read_hugging_face
 from util.nested_tensor import NestedTensor
@@ -94,7 +94,7 @@ def test_there_and_back_is_the_identity(tmp_path, file, flags):
 def test_a_file_of_a_folder_loads_evaluates_and_fits_its_own_flags(tmp_path, file):
     convert(file(*TWO_STAGE), tmp_path / "folder")
     convert(tmp_path / "folder" / "model.safetensors", tmp_path / "b.pth")
-    model = build_model(config_from_flags({**read_checkpoint(tmp_path / "b.pth")["args"], "backbone_weights": "none"}))[0]
+    model = build_model(Config().with_flags({**read_checkpoint(tmp_path / "b.pth")["args"], "backbone_weights": "none"}))[0]
     report = load_weights(model, str(tmp_path / "b.pth"))
     assert (report.missing, report.unexpected) == ((), ())
 

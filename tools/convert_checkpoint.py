@@ -18,7 +18,6 @@ from util.config import (
     Config,
     add_untold_flags,
     add_weights_flag,
-    config_from_flags,
     make_parser,
     untold_flags,
 )
@@ -79,7 +78,7 @@ def with_batchformer(config: Config, checkpoint: Mapping[str, Any]) -> Config:
     args = checkpoint.get("args", {})
     said = vars(args) if isinstance(args, argparse.Namespace) else args
     flags = {item.name: said[item.name] for item in fields(BatchFormerConfig) if said.get("bf") and item.name in said}
-    return config_from_flags({**config.flags(), **flags})
+    return config.with_flags(flags)
 
 
 def check_weights(state: Mapping[str, Any], config: Config, source: str) -> None:

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees on
 from engine import training_loss
 from models import build_model
 from util.checkpoint import load_state, read_checkpoint
-from util.config import Config, config_from_flags, make_parser
+from util.config import Config, make_parser
 from util.diagnose import Rerun, run_again
 from util.distributed import choose_device
 from util.errors import UserError, run_as_command
@@ -70,7 +70,7 @@ def describe(step: Mapping[str, Any]) -> list[str]:
 
 def replay(step: Mapping[str, Any], device: torch.device, source: str) -> Rerun:
     """The step once more: same weights, batch, random state, precision and scale of the gradient."""
-    config: Config = config_from_flags({**step["args"], "backbone_weights": "none", "resume": "", "eval": False})
+    config: Config = Config().with_flags({**step["args"], "backbone_weights": "none", "resume": "", "eval": False})
     model, criterion, _ = build_model(config)
     load_state(model, {"model": step["model"]}, source)
     check_precision(model.to(device).train(), config.run.amp)

@@ -372,14 +372,6 @@ def with_classes(config: Config, classes: ClassMap) -> Config:
     return dataclasses.replace(config, data=data, classes=classes)
 
 
-def config_from_flags(flags: Mapping[str, Any]) -> Config:
-    """The Config of flags as a checkpoint has them; what they lack has its default, what is unknown is passed over.
-
-    Raises UserError for values that no Config can have.
-    """
-    return Config().with_flags(flags)
-
-
 def all_flags() -> list[tuple[dataclasses.Field, dataclasses.Field]]:
     """(group, flag) for every flag, as fields of Config and of the group's class."""
     return [(g, f) for g in _groups() for f in dataclasses.fields(_config_class(g))]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from util.text_files import replace_text
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +77,4 @@ class History:
 
     def _rewrite(self) -> None:
         assert self._path is not None
-        temporary = self._path.with_name(f".{self._path.name}.tmp")
-        temporary.write_text("".join(f"{line}\n" for line in self._lines))
-        os.replace(temporary, self._path)
+        replace_text(self._path, "".join(f"{line}\n" for line in self._lines))

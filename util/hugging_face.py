@@ -22,7 +22,7 @@ from torch import Tensor
 
 from util.checkpoint import folder_given, is_address, local_file, read_checkpoint, temporary_name
 from util.class_map import AUTO, ClassMap
-from util.config import RESNETS, BackboneConfig, BatchFormerConfig, Config, config_from_flags
+from util.config import RESNETS, BackboneConfig, BatchFormerConfig, Config
 from util.errors import NotSavedError, UserError
 from util.hugging_face_names import Converted, from_hugging_face, to_hugging_face
 from util.other_layouts import in_our_layout
@@ -186,7 +186,7 @@ def flags_of(config: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 def _checked(flags: Mapping[str, Any], source: str) -> dict[str, Any]:
     try:
-        return config_from_flags(flags).flags()
+        return Config().with_flags(flags).flags()
     except UserError as error:
         raise UserError(f"{source} can't be used: {error}") from None
 

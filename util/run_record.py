@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ import torch
 
 from util.distributed import world_size
 from util.errors import UserError
+from util.text_files import replace_text
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +39,8 @@ def write_record(folder: Path, content: Mapping[str, Any], environment: Mapping[
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     starts = [*starts, {"at": now, **start, **environment, **({"changed_flags": changed} if changed else {})}]
     record = {**content, "environment": dict(environment), "starts": [*starts[:1], *starts[1:][-KEPT_STARTS:]]}
-    temporary = folder / f".{NAME}.tmp"
     try:
-        temporary.write_text(json.dumps(record, indent=1) + "\n")
-        os.replace(temporary, folder / NAME)
+        replace_text(folder / NAME, json.dumps(record, indent=1) + "\n")
     except OSError as error:
         log.warning("%s could not be written (%s); training goes on", folder / NAME, error.strerror)
 

@@ -1,8 +1,9 @@
-"""Text files that other programs wrote: lists, class names, labels, YAML."""
+"""Text files: those that other programs wrote (lists, class names, labels, YAML), and ours, which are replaced as a whole."""
 
 from __future__ import annotations
 
 import codecs
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -58,3 +59,10 @@ def unquoted(text: str) -> str:
     if len(text) >= 2 and text[0] == text[-1] and text[0] in "\"'":
         return text[1:-1]
     return text
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file in UTF-8; it is the old one or the new one, never a part. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8", errors="replace")
+    os.replace(temporary, path)

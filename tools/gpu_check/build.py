@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from tools.gpu_check.runner import find_tool
 
 HERE = Path(__file__).resolve().parent
 PLAIN = HERE / "plain.so"
@@ -27,9 +28,9 @@ def build_kernels(devices: str, **environment: str) -> bool:
 
 def build_plain(architecture: str) -> bool:
     """Makes plain.so of plain.cu for "native" or "sm_90"; false if that fails."""
-    from torch.utils.cpp_extension import CUDA_HOME, include_paths  # needs setuptools
+    from torch.utils.cpp_extension import include_paths  # needs setuptools
 
-    nvcc = shutil.which("nvcc", path=f"{os.environ['PATH']}:{CUDA_HOME}/bin")
+    nvcc = find_tool("nvcc")
     if nvcc is None:
         print("plain.cu can't be compiled: there is no nvcc on PATH or in CUDA_HOME")
         return False

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tools.gpu_check.steps import CHECKS_TAKE, Step, checks, preparation, timings
+from util.text_files import replace_text
 
 CARRIED = Path(__file__).resolve().parent / "carried"  # laid there by pack.py: site/<package>, data, commit
 LAST_WORDS = 15  # seconds kept for ending what runs, and for the results
@@ -158,16 +159,11 @@ class Check:
         if clock := busy_clock(self.logs / "clock.csv"):
             about["SM clock at work, MHz"] = clock
         steps = {name: asdict(result) for name, result in self.results.items()}
-        write(self.folder / "figures.json", json.dumps(about | {"steps": steps}, indent=1) + "\n")
-        write(self.folder / "summary.md", summary(about, self.results))
+        replace_text(self.folder / "figures.json", json.dumps(about | {"steps": steps}, indent=1) + "\n")
+        replace_text(self.folder / "summary.md", summary(about, self.results))
         with tarfile.open(self.work / "logs.tar.gz", "w:gz") as archive:
             archive.add(self.logs, "logs")
         shutil.move(self.work / "logs.tar.gz", self.folder / "logs.tar.gz")
-
-
-def write(path: Path, text: str) -> None:
-    path.with_suffix(".new").write_text(text)
-    path.with_suffix(".new").replace(path)
 
 
 def summary(about: Mapping[str, object], results: Mapping[str, Outcome]) -> str:

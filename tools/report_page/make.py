@@ -7,7 +7,6 @@ import html
 import json
 import logging
 import math
-import os
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -24,6 +23,7 @@ from tools.report_page.mistakes import Album, error_table, worst
 from tools.report_page.runs import Result, Run, Tables, read_runs
 from util.errors import UserError
 from util.metrics import FIGURES
+from util.text_files import replace_text
 
 log = logging.getLogger(__name__)
 
@@ -211,11 +211,9 @@ def write_page(data: Mapping[str, Any], title: str, output: Path) -> int:
     }  # fmt: skip
     before, *pieces = (FOLDER / "page.html").read_text().split("{{")
     page = before + "".join(parts[name] + rest for name, rest in (piece.split("}}", 1) for piece in pieces))
-    temporary = output.with_name(f".{output.name}.tmp")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(page, encoding="utf-8", errors="replace")
-        os.replace(temporary, output)
+        replace_text(output, page)
     except OSError as error:
         raise UserError(f"--output {output} can't be written ({error.strerror}); name another place") from None
     return output.stat().st_size
