@@ -9,12 +9,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
 import struct
+import tempfile
+import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +28,7 @@ from torch import Tensor, nn
 
 from util.errors import LostProcessError, UserError
 from util.launchers import require_single_process
-from util.watchdog import Watchdog, waiting
+from util.watchdog import Watchdog, first_sentence, waiting
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +49,13 @@ def is_main() -> bool:
 def process_group(device_flag: str, timeout: float = 1800) -> Iterator[torch.device]:
     """Join the other processes, if there are any, for the length of the block; gives this process's device.
 
-    The job is watched (util/watchdog.py): within `timeout` seconds of the death or hang of any process all others end.
+    An exchange that takes longer than `timeout` seconds fails. After a failed exchange util/watchdog.py names the process
+    at fault.
 
-    Raises UserError for a device that is not there or a process that knows nothing of others, and LostProcessError where
-    another process did not come, or is lost.
+    Raises:
+        UserError: a device that is not there, or a process that knows nothing of the others.
+        LostProcessError: another process did not come, or is lost.
+        Preempted: another process was asked to leave.
     """
     device = choose_device(device_flag)
     if device.type == "cuda":
@@ -56,84 +64,99 @@ def process_group(device_flag: str, timeout: float = 1800) -> Iterator[torch.dev
         require_single_process()
         yield device
         return
-    own_rank, world = _place_among_processes()
-    store, address = _reach_store(own_rank, timeout)
-    watch = Watchdog(
-        dist.PrefixStore("watchdog", store.clone()), own_rank, world, timeout, address, serves_store=_serves_store(own_rank)
-    )
+    watchdog = _join(device, timeout)
+    code, last_words = 0, ""
     try:
-        with watch:
-            # gloo beside NCCL carries Python objects without touching the GPU
-            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            # longer than the watchdog's: that one knows the culprit
-            limit = timedelta(seconds=2 * timeout)
-            interface = os.environ.get("GLOO_SOCKET_IFNAME", "of this machine's name")
-            watch.note("connecting to the other processes through the network interface %s (GLOO_SOCKET_IFNAME)", (interface,))
-            try:
-                dist.init_process_group(backend, store=store, rank=own_rank, world_size=world, timeout=limit)
-                yield device
-            except RuntimeError as error:
-                if not _lost_a_process(error):
-                    raise
-                raise watch.explain(error) from None
+        yield device
+    except BaseException as error:
+        reason = error
+        if isinstance(error, RuntimeError) and _lost_a_process(error):
+            _ignore_requests()
+            reason = watchdog.explain(error)
+        code, last_words = getattr(reason, "exit_code", 1), str(reason)
+        if reason is not error:
+            raise reason from None
+        raise
     finally:
-        # after an error the others may never arrive: leave without waiting for them
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        watch.stop()
+        watchdog.stop(code, last_words)
+        dist.destroy_process_group()
 
 
-def _place_among_processes() -> tuple[int, int]:
-    """Rank and number of processes. Raises UserError unless all of torchrun's variables are there."""
-    numbers = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_PORT")]
-    if not all(map(str.isdecimal, numbers)) or not os.environ.get("MASTER_ADDR"):
+def _join(device: torch.device, timeout: float) -> Watchdog:
+    """Initialise the process group by what the launcher says in the environment."""
+    place = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
+    if not all(map(str.isdecimal, place.values())) or not os.environ.get("MASTER_ADDR"):
         raise UserError(
             "WORLD_SIZE is set, so RANK, MASTER_ADDR and MASTER_PORT must be too; start with tools/run_dist_launch.sh or "
             "torchrun, or unset WORLD_SIZE for a single process"
         )
-    return int(numbers[0]), int(numbers[1])
+    limit = timedelta(seconds=timeout)
+    host, port = os.environ["MASTER_ADDR"], place["MASTER_PORT"]
+    hint, warn_after = "", None
+    backend = "gloo"
+    if device.type == "cuda":
+        backend = "cpu:gloo,cuda:nccl"  # gloo carries Python objects without touching the GPU
+        hint, warn_after = _start_flight_recorder(), 0.95 * timeout
+    try:
+        _choose_interface(host, int(port))
+        store, own_rank, world = next(dist.rendezvous("env://", timeout=limit))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+            store = _store_of_this_attempt(store, host, own_rank, world, limit)
+        dist.init_process_group(backend, store=store, rank=own_rank, world_size=world, timeout=limit)
+    except RuntimeError as error:
+        if not _lost_a_process(error):
+            raise
+        raise LostProcessError(
+            f"not all processes met at {host}:{port} within {timeout:.0f} s (--dist_timeout): see the output of the others, and "
+            f"start again with --resume auto ({first_sentence(error)})"
+        ) from None
+    return Watchdog(store.clone(), own_rank, world, f"{host}:{port}", warn_after, hint)
+
+
+def _store_of_this_attempt(launchers: dist.Store, host: str, own_rank: int, world: int, limit: timedelta) -> dist.Store:
+    """A store in the process of rank 0, whose port it tells the others through the launcher's store.
+
+    With restarts torchrun's own store keeps the keys of the processes before (PyTorch issue 135712), and no number that
+    torchrun gives is the same on all nodes and another after each restart. So rank 0 answers names that are new.
+    """
+    if own_rank > 0:
+        name = uuid.uuid4().hex
+        launchers.set(f"rank {own_rank}", name)
+        store = dist.TCPStore(host, int(launchers.get(f"port for {name}")), is_master=False, timeout=limit)
+        store.set(f"rank {own_rank}", "here")
+        return store
+    store = dist.TCPStore(host, 0, is_master=True, timeout=limit, wait_for_workers=False)
+    missing, deadline = list(range(1, world)), time.monotonic() + limit.total_seconds()
+    while missing:
+        if time.monotonic() > deadline:
+            raise dist.DistStoreError(f"missing ranks: {', '.join(map(str, missing))}")
+        for other in missing:
+            if launchers.check([f"rank {other}"]):
+                launchers.set(f"port for {launchers.get(f'rank {other}').decode()}", str(store.port))
+        time.sleep(0.1)
+        missing = [other for other in missing if not store.check([f"rank {other}"])]
+    return store
+
+
+def _start_flight_recorder() -> str:
+    """Record NCCL's exchanges, to be written to a file after a time-out; gives the sentence that says where."""
+    prefix = str(Path(tempfile.gettempdir()) / "flight_recorder_rank_")
+    settings = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1", "TORCH_FR_DUMP_TEMP_FILE": prefix}
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+    return f"; NCCL's flight recorder will be in {os.environ['TORCH_FR_DUMP_TEMP_FILE']}<rank> of each host"
+
+
+def _ignore_requests() -> None:
+    """The launcher asks the survivors to leave while they still find out why. They leave anyway."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _lost_a_process(error: RuntimeError) -> bool:
-    """Whether an exchange broke off because the other side is gone; gloo has no error type of its own."""
+    """Whether an exchange failed because of another process; gloo has no error type of its own."""
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
-
-
-def _serves_store(own_rank: int) -> bool:
-    """Whether the store lives in this process, and not in a launcher that works as torchrun does."""
-    return own_rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-
-
-def _reach_store(own_rank: int, timeout: float) -> tuple[dist.Store, str]:
-    """The job's store, and its address for messages. Raises LostProcessError if nobody serves it within `timeout` seconds."""
-    host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    deadline = time.monotonic() + timeout
-    if not _serves_store(own_rank):
-        _wait_for_port(host, int(port), deadline, timeout)
-    _choose_interface(host, int(port))
-    left = timedelta(seconds=max(5.0, deadline - time.monotonic()))
-    try:
-        # with the true world size it would wait for all processes here, and not know which are missing
-        store, _, _ = next(dist.rendezvous(f"env://?rank={own_rank}&world_size=1", timeout=left))
-    except dist.DistNetworkError as error:
-        raise LostProcessError(f"the job's store at {host}:{port} can't be opened ({str(error).splitlines()[0]})") from None
-    # processes that torchrun has started again may find the keys of those before
-    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store), f"{host}:{port}"
-
-
-def _wait_for_port(host: str, port: int, deadline: float, timeout: float) -> None:
-    """Until somebody listens there. TCPStore would too, but deaf to signals and with pages of warnings."""
-    while True:
-        try:
-            socket.create_connection((host, port), timeout=5).close()
-            return
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise LostProcessError(
-                    f"nobody served the job's store at {host}:{port} within {timeout:.0f} s ({error.strerror or error}): rank 0 "
-                    "or its launcher has not started there, or can't be reached; start again with --resume auto"
-                ) from None
-        time.sleep(0.2)
 
 
 def _choose_interface(host: str, port: int) -> None:

@@ -12,9 +12,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 EXIT_USER_ERROR = 2
 EXIT_NOT_SAVED = 74  # EX_IOERR of sysexits.h
@@ -55,19 +59,28 @@ def run_as_command(command: Callable[[], object]) -> None:
         command()
     except UserError as error:
         _leave(f"error: {error}", error.exit_code)
-    except Preempted as reason:  # the same for all processes of a job: the first one tells it
-        _leave(str(reason) if os.environ.get("RANK", "0") == "0" else "", reason.exit_code)
+    except Preempted as reason:
+        _leave(str(reason), reason.exit_code, silent=os.environ.get("RANK", "0") != "0")  # the same for all processes
     except KeyboardInterrupt:
         _leave("interrupted", EXIT_INTERRUPTED)
     finally:
         _give_up_lost_output()
 
 
-def _leave(message: str, code: int) -> None:
-    if message:
+def _leave(message: str, code: int, silent: bool = False) -> None:
+    _write_error_file(message, code)
+    if not silent:
         sys.stderr.write(f"{message}\n")  # print() writes the end of the line by itself, between the words of other processes
         sys.stderr.flush()
     sys.exit(code)
+
+
+def _write_error_file(message: str, code: int) -> None:
+    """Tell PyTorch's elastic launcher (torchrun) how this process ends, in the format of its error files."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        reason = {"message": message, "errorCode": code, "extraInfo": {"timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"message": reason}))
 
 
 def _give_up_lost_output() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from util.checkpoint_folder import CheckpointFolder
 from util.config import Config
-from util.distributed import broadcast_from_main, is_main
+from util.distributed import broadcast_from_main, gather_on_main, is_main
 from util.errors import UserError
 from util.folder_hold import FolderHold
 from util.run_folder import evaluation_folder, is_announced, open_folder
@@ -44,10 +44,10 @@ def output_folder(config: Config) -> Iterator[FolderHold | None]:
 def goes_on(config: Config, folder: Path | None) -> bool:
     """Whether the run goes on with what its folder holds: told to, or started again by torchrun or Slurm after it had begun.
 
-    The same on all processes.
+    The same on all processes. With several nodes torchrun counts the restarts on each, so one count decides for all.
     """
-    restarts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-    restarted = bool(folder) and any(count not in ("", "0") for count in restarts)
+    counts = [os.environ.get(name) or "0" for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
+    restarted = any(gather_on_main(counts != ["0", "0"]))
     return broadcast_from_main(config.run.resume == "auto" or bool(folder and restarted and not is_announced(folder)))
 
 
