@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import signal
 import socket
 import struct
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from util.errors import LostProcessError, UserError
 from util.launchers import require_single_process
-from util.watchdog import Watchdog, first_sentence, waiting
+from util.watchdog import Watchdog, waiting
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def process_group(device_flag: str, timeout: float = 1800) -> Iterator[torch.dev
         reason = error
         if isinstance(error, RuntimeError) and _lost_a_process(error):
             _ignore_requests()
-            reason = watchdog.explain(error)
+            reason = watchdog.explain(_first_sentence(error))
         code, last_words = getattr(reason, "exit_code", 1), str(reason)
         if reason is not error:
             raise reason from None
@@ -108,7 +109,7 @@ def _join(device: torch.device, timeout: float) -> Watchdog:
             raise
         raise LostProcessError(
             f"not all processes met at {host}:{port} within {timeout:.0f} s (--dist_timeout): see the output of the others, and "
-            f"start again with --resume auto ({first_sentence(error)})"
+            f"start again with --resume auto ({_first_sentence(error)})"
         ) from None
     return Watchdog(store.clone(), own_rank, world, f"{host}:{port}", warn_after, hint)
 
@@ -155,8 +156,13 @@ def _ignore_requests() -> None:
 
 
 def _lost_a_process(error: RuntimeError) -> bool:
-    """Whether an exchange failed because of another process; gloo has no error type of its own."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+    """Whether an exchange failed because of another process. The backends have no error type of their own."""
+    return isinstance(error, dist.DistError) or re.search("gloo|caused pair closure|NCCL", str(error)) is not None
+
+
+def _first_sentence(error: BaseException) -> str:
+    """Without the place in the source and the advice that gloo adds."""
+    return re.sub(r"^\[\S*\] |\. .*|\n.*", "", str(error), flags=re.DOTALL)
 
 
 def _choose_interface(host: str, port: int) -> None:

@@ -1,9 +1,8 @@
 """Explains why an exchange between the processes of a job failed. It ends nothing.
 
-The launcher (torchrun, srun) ends a job whose process dies, and the time-out of an exchange (`--dist_timeout`) ends one
-that hangs. Neither says which process is at fault. So each process writes what it is doing into the job's store, about
-once a second, and reads what the others write. After a failed exchange it names the ranks that stopped writing, or else
-the ranks that are furthest behind.
+The launcher ends a job whose process dies, and the time-out of an exchange (`--dist_timeout`) ends one that hangs. Neither says
+which process is at fault. So each process writes what it is doing into the job's store, about once a second, and reads what the
+others write. After a failed exchange it names the ranks that stopped writing, or else the ranks that are furthest behind.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import socket
 import threading
 import time
@@ -21,9 +19,6 @@ from typing import NamedTuple
 from torch.distributed import Store
 
 from util.errors import EXIT_INTERRUPTED, EXIT_LOST_PROCESS, EXIT_PREEMPTED, LostProcessError, Preempted
-
-BEAT_SECONDS = 1.0
-SILENT_SECONDS = 4.0  # a process that has written nothing for so long is dead, stopped or cut off
 
 
 class State(NamedTuple):
@@ -42,10 +37,9 @@ class State(NamedTuple):
 class Watchdog:
     """Writes this process's state and reads all states, in a thread, from now until `stop`.
 
-    Args:
-        store: a connection to the job's store that nothing else uses; `address` is for messages.
-        warn_after: seconds without progress after which this process writes the explanation to standard error, followed
-            by `hint`. For NCCL, whose time-out ends the process without an exception. None: never.
+    store: a connection to the job's store that nothing else uses. `address` is for messages.
+    warn_after: seconds without progress after which this process writes the explanation and `hint` to standard error, as NCCL's
+        time-out ends a process without an exception. None: never.
     """
 
     def __init__(
@@ -55,9 +49,10 @@ class Watchdog:
         self._store, self._rank, self._address, self._warn_after, self._hint = store, rank, address, warn_after, hint
         self.own = State(socket.gethostname(), os.getpid())
         self._states = [self.own] * size
-        self._progressed = self._answered = time.monotonic()  # this process; the store
-        self._written = [self._answered] * size  # when each process last wrote, as seen here
-        self._moved = [self._answered] * size  # when it last came further
+        self._seconds = 1 + size // 64  # between two beats: each of `size` processes reads `size` states
+        self._progressed = self._answered = time.monotonic()  # when this process came further, and when the store answered
+        self._written = [self._answered] * size  # when each process was last seen to write
+        self._moved = [self._answered] * size  # when each process was last seen to come further
         self._stopped = threading.Event()
         self._threads = [threading.Thread(target=target, daemon=True) for target in (self._talk, self._warn)]
         for thread in self._threads:
@@ -75,32 +70,28 @@ class Watchdog:
         self.set(left=left, doing=last_words or self.own.doing)
         self._stopped.set()
         for thread in self._threads:  # a thread inside the store while Python shuts down would abort the process
-            thread.join(2 * BEAT_SECONDS)
+            thread.join(2 * self._seconds)
 
-    def explain(self, error: BaseException) -> LostProcessError | Preempted:
-        """The reason why an exchange failed, in one line. Takes seconds, in which dead processes become silent."""
-        time.sleep(SILENT_SECONDS + 2 * BEAT_SECONDS)
+    def explain(self, error: str) -> LostProcessError | Preempted:
+        """Why an exchange failed with `error`. Takes some seconds, in which dead processes become silent."""
+        time.sleep(6 * self._seconds)
         for state in self._states:
             if state.left in (EXIT_PREEMPTED, EXIT_INTERRUPTED):
                 return Preempted(state.doing, state.left)
-        return LostProcessError(f"{self._blame()}; start again with --resume auto ({first_sentence(error)})")
+        return LostProcessError(f"{self._blame()}; start again with --resume auto ({error})")
 
     def _blame(self) -> str:
         """The ranks at fault, each with its host and last operation."""
-        now = time.monotonic()
-        store_silent = now - self._answered > SILENT_SECONDS
-        last_answer = self._answered if store_silent else now
+        now, limit = time.monotonic(), 4 * self._seconds  # without a sign for so long: dead, stopped or cut off
+        last_answer = self._answered if now - self._answered > limit else now
         others = [rank for rank in range(len(self._states)) if rank != self._rank]
-        lost = [rank for rank in others if self._states[rank].left != EXIT_LOST_PROCESS]  # for the loss of another
-        silent = [rank for rank in lost if last_answer - self._written[rank] > SILENT_SECONDS]
+        left_for_another = [rank for rank in others if self._states[rank].left == EXIT_LOST_PROCESS]
+        silent = [r for r in others if last_answer - self._written[r] > limit and r not in left_for_another]
         if silent:
             seconds = now - min(self._written[rank] for rank in silent)
             return f"no sign of life for {seconds:.0f} s from {self._describe(silent)}"
-        if store_silent:
-            return (
-                f"no answer for {now - self._answered:.0f} s from the job's store at {self._address}, in the process or the "
-                f"launcher of {self._describe([0])}"
-            )
+        if last_answer < now:
+            return f"no answer for {now - self._answered:.0f} s from the job's store at {self._address} and {self._describe([0])}"
         # A process that waits for others is at fault only if all processes wait.
         behind = [r for r, state in enumerate(self._states) if not (state.waits or state.left)] or [*others, self._rank]
         least = min(self._states[rank][2:4] for rank in behind)
@@ -109,42 +100,32 @@ class Watchdog:
         return f"no progress for {seconds:.0f} s of {self._describe(behind)}"
 
     def _describe(self, ranks: Sequence[int]) -> str:
-        told = []
-        for rank in ranks[:4]:
-            state = self._states[rank]
+        named = []
+        for rank, state in [(rank, self._states[rank]) for rank in ranks[:4]]:
             end = "" if state.left is None else f", which left with exit code {state.left}"
-            told.append(f"rank {rank} on {state.host} (process {state.pid}){end}; last known operation: '{state.doing}'")
-        return ", ".join(told + [f"and {len(ranks) - 4} more"] * (len(ranks) > 4))
+            named.append(f"rank {rank} on {state.host} (process {state.pid}){end}; last known operation: '{state.doing}'")
+        return ", ".join(named) + (f" and {len(ranks) - 4} more" if len(ranks) > 4 else "")
 
     def _talk(self) -> None:
-        reads_every = 1 + len(self._states) // 64  # each of n processes reads n states
         beat, last = 0, False
         with contextlib.suppress(RuntimeError):  # the store is gone: `_answered` shows it
             while not last:
-                last = self._stopped.wait(BEAT_SECONDS if beat else 0)
+                last = self._stopped.wait(self._seconds if beat else 0)
                 beat += 1
                 self._store.set(f"watchdog {self._rank}", json.dumps(self.own._replace(beat=beat)))
-                if beat % reads_every == 0 and not last:
-                    keys = [f"watchdog {rank}" for rank in range(len(self._states))]
-                    self._hear([State(*json.loads(text)) for text in self._store.multi_get(keys)])
-
-    def _hear(self, states: Sequence[State]) -> None:
-        now = time.monotonic()
-        for rank, (old, new) in enumerate(zip(self._states, states, strict=True)):
-            self._written[rank] = now if new.beat != old.beat else self._written[rank]
-            self._moved[rank] = now if new[2:4] != old[2:4] else self._moved[rank]
-        self._states, self._answered = list(states), now
+                texts = self._store.multi_get([f"watchdog {rank}" for rank in range(len(self._states))])
+                self._answered = time.monotonic()
+                for rank, text in enumerate(texts):
+                    old, new = self._states[rank], State(*json.loads(text))
+                    self._written[rank] = self._answered if new.beat != old.beat else self._written[rank]
+                    self._moved[rank] = self._answered if new[2:4] != old[2:4] else self._moved[rank]
+                    self._states[rank] = new
 
     def _warn(self) -> None:
-        while self._warn_after is not None and not self._stopped.wait(BEAT_SECONDS):
+        while self._warn_after is not None and not self._stopped.wait(self._seconds):
             if time.monotonic() - self._progressed > self._warn_after:
                 os.write(2, f"warning: {self._blame()}{self._hint}\n".encode())
                 return
-
-
-def first_sentence(error: BaseException) -> str:
-    """An error of gloo without the place in its source and its advice."""
-    return re.sub(r"^\[\S*\] |\. .*|\n.*", "", str(error), flags=re.DOTALL)
 
 
 _current: Watchdog | None = None
