@@ -26,7 +26,6 @@ from tools import predict
 from util.class_map import Category, ClassMap
 from util.config import parse_config
 from util.errors import UserError
-from util.visualizer import display_scale
 
 av = pytest.importorskip("av", reason="videos need PyAV")
 
@@ -115,8 +114,7 @@ def test_pictures_are_drawn_under_their_names(run):
     written = {"2.jpg", "10.png", "deep/2.jpg", "deep/er/x.GIF.png"}
     assert files_in("out") == written | {"predictions.json", "images.json"}
     drawn = Image.open("out/10.png")
-    scale = display_scale((80, 60))
-    assert drawn.size == (80 * scale, 60 * scale)
+    assert drawn.size == (480, 360), "enlarged"
     assert Image.open("out/deep/er/x.GIF.png").size == (700, 500)
     original = np.asarray(picture((80, 60)).resize(drawn.size, Image.Resampling.LANCZOS))
     changed = (np.asarray(drawn) != original).any(axis=2).mean()

@@ -18,7 +18,7 @@ from datasets.files import respell
 from util.config import DataConfig, add_score_threshold_flag, make_parser
 from util.errors import UserError, run_as_command
 from util.images import decode, read_image_file
-from util.visualizer import Color, class_colors, contact_sheet, draw_boxes, side_by_side
+from util.visualizer import contact_sheet, draw_coco, side_by_side
 
 EXAMPLE = """\
   python tools/draw_detections.py --annotations coco/annotations/instances_val2017.json --images coco/val2017 \\
@@ -128,23 +128,11 @@ def open_image(folder: Path, info: dict) -> Image.Image:
     return image
 
 
-def draw(image: Image.Image, entries: Sequence[dict], names: dict[int, str], colors: dict[str, Color]) -> Image.Image:
-    """Draw COCO annotations, or results, which alone have a score. A category without a name shows its number."""
-    boxes = np.array([entry["bbox"] for entry in entries], dtype=np.float64).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    labels = [names.get(entry["category_id"], f"class {entry['category_id']}") for entry in entries]
-    scores = [entry["score"] for entry in entries] if all("score" in entry for entry in entries) else None
-    crowd = [bool(entry.get("iscrowd", 0)) for entry in entries]
-    colors = class_colors([*colors, *sorted(set(labels))])
-    return draw_boxes(image, boxes, labels, scores, colors=colors, crowd=crowd)
-
-
 def draw_pair(
     image: Image.Image, info: dict, truth: Sequence[dict], found: Sequence[dict], coco: COCO, threshold: float
 ) -> Image.Image:
-    names = {i: category["name"] for i, category in sorted(coco.cats.items())}
-    colors = class_colors(list(names.values()))
-    left, right = (draw(image, entries, names, colors) for entries in (truth, found))
+    names = {i: category["name"] for i, category in coco.cats.items()}
+    left, right = draw_coco(image, truth, names), draw_coco(image, found, names)
     titles = f"Ground truth: {len(truth)}  ({info['file_name']})", f"Detections: {len(found)}  (score >= {threshold:g})"
     return side_by_side(left, right, titles)
 
@@ -163,8 +151,7 @@ def run(args: argparse.Namespace) -> None:
         pairs.append(draw_pair(image, info, coco.imgToAnns[image_id], found, coco, args.score_threshold))
         stem = Path(info["file_name"]).with_suffix("").as_posix().replace("/", "_")  # val/1.jpg, train/1.jpg stay two
         pairs[-1].save(args.output_dir / f"{stem}.png")
-    rows = [pairs[i : i + PAIRS_IN_A_ROW] for i in range(0, len(pairs), PAIRS_IN_A_ROW)]
-    contact_sheet(rows).save(args.output_dir / "contact_sheet.png")
+    contact_sheet(pairs, PAIRS_IN_A_ROW).save(args.output_dir / "contact_sheet.png")
     print(f"{len(pairs)} pictures and contact_sheet.png are in {args.output_dir}")
 
 

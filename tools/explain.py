@@ -254,24 +254,24 @@ def _streams(
     detector: Detector, pictures: list[Image.Image], batch: list[Prepared], mixed: dict, args: argparse.Namespace
 ) -> Path:
     """Detections of both streams side by side."""
-    from util.visualizer import class_colors, contact_sheet, draw_boxes, side_by_side
+    from util.visualizer import contact_sheet, draw_boxes, side_by_side
 
     if mixed["num_streams"] == 2:
         outputs = [{name: mixed[name].chunk(2)[i] for name in ("pred_logits", "pred_boxes")} for i in range(2)]
     else:
         outputs = [detector.outputs(batch), mixed]
     print(_difference(*(stream["pred_logits"] for stream in outputs), args.score_threshold))
-    colors = class_colors([detector.classes.name_of(label) for label in range(detector.classes.num_classes)])
+    classes = list(detector.classes.names.values())
     pairs = []
     for picture, *both in zip(pictures, *(detector.detections(stream, batch) for stream in outputs), strict=True):
         left, right = (
-            draw_boxes(picture, found.boxes.numpy(), found.names, found.scores.tolist(), colors=colors)
+            draw_boxes(picture, found.boxes.numpy(), found.names, found.scores.tolist(), classes=classes)
             for found in (found.above(args.score_threshold) for found in both)
         )
         above = f"(score >= {args.score_threshold:g})"
         pairs.append(side_by_side(left, right, (f"plain stream, as in evaluation {above}", f"mixed stream {above}")))
     path = _path(args, "streams")
-    contact_sheet([pairs[i : i + PAIRS_IN_A_ROW] for i in range(0, len(pairs), PAIRS_IN_A_ROW)]).save(path, quality=QUALITY)
+    contact_sheet(pairs, PAIRS_IN_A_ROW).save(path, quality=QUALITY)
     return path
 
 

@@ -251,10 +251,8 @@ class Prediction:
     """
 
     def __init__(self, detector: Detector, args: argparse.Namespace, results: JsonRows, images: JsonRows, progress: tqdm) -> None:
-        from util.visualizer import class_colors
-
         self.detector, self.args, self.results, self.images, self.progress = detector, args, results, images, progress
-        self.colors = class_colors([detector.classes.name_of(label) for label in range(detector.classes.num_classes)])
+        self.class_names = list(detector.classes.names.values())
         self.bad: list[BadImageError] = []
         self.num_shots = self.num_found = 0
         self.best_score = 0.0
@@ -344,7 +342,7 @@ class Prediction:
         from util.visualizer import draw_boxes
 
         boxes, scores = found.boxes.numpy(), found.scores.tolist()
-        return draw_boxes(shot.picture, boxes, found.names, scores, colors=self.colors, enlarge=enlarge)
+        return draw_boxes(shot.picture, boxes, found.names, scores, classes=self.class_names, enlarge=enlarge)
 
     def _output(self, source: Source) -> Path:
         path = self.args.output_dir / output_name(source)

@@ -19,7 +19,6 @@ from PIL import Image
 from util.errors import UserError
 from util.images import as_rgb
 from util.metrics import FIGURES
-from util.visualizer import class_colors, draw_boxes, side_by_side
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -125,6 +124,8 @@ def detection_pictures(
         results: detections in COCO's results format.
         names: category id -> name.
     """
+    from util.visualizer import draw_coco, side_by_side  # takes most of a second
+
     ids = sorted(images)
     chosen = [ids[i] for i in np.linspace(0, len(ids) - 1, min(PICTURES, len(ids))).round().astype(int)]
     found: dict[int, list[Mapping[str, Any]]] = {image_id: [] for image_id in chosen}
@@ -136,25 +137,15 @@ def detection_pictures(
         try:
             with Image.open(images[image_id]) as image:
                 picture = as_rgb(image)
-            pair = [_drawn(picture, entries, names) for entries in (truth.get(image_id, []), found[image_id])]
+            pair = [draw_coco(picture, entries, names) for entries in (truth.get(image_id, []), found[image_id])]
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
             log.warning("no picture of %s for TensorBoard (%s)", images[image_id], error)
             continue
+        for drawn in pair:
+            drawn.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
         titles = "Ground truth", f"Detections, score >= {THRESHOLD}"
         pictures[f"detections/{images[image_id].name}"] = side_by_side(*pair, titles)
     return pictures
-
-
-def _drawn(image: Image.Image, entries: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -> Image.Image:
-    scale = min(1.0, PICTURE_SIDE / max(image.size))
-    image = image.resize([max(1, round(side * scale)) for side in image.size]) if scale < 1 else image
-    boxes = np.array([entry["bbox"] for entry in entries], dtype=np.float64).reshape(-1, 4) * scale
-    boxes[:, 2:] += boxes[:, :2]
-    labels = [names.get(entry["category_id"], f"class {entry['category_id']}") for entry in entries]
-    scores = [entry["score"] for entry in entries] if entries and "score" in entries[0] else None
-    crowd = [bool(entry.get("iscrowd", 0)) for entry in entries]
-    colors = class_colors([*(names[i] for i in sorted(names)), *sorted(set(labels) - set(names.values()))])
-    return draw_boxes(image, boxes, labels, scores, colors=colors, crowd=crowd)
 
 
 def _add_scalars(writer: SummaryWriter, values: Mapping[str, float], at: int) -> None:
