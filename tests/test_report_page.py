@@ -249,7 +249,7 @@ def test_runs_and_lines_are_chosen(show, report):
 def test_precision_recall_is_chosen_by_class_and_iou(show, report, runs):
     page = show(report)
     plot = page.locator("#precision-recall .plot")
-    lines = "plot => plot.data.filter((line) => line.uid).map((line) => line.y)"
+    lines = "plot => plot.data.filter((line) => line.meta !== undefined).map((line) => line.y)"
     whole = plot.evaluate(lines)
     assert len(whole) == 3
     table = read_checkpoint(runs[0] / "eval" / "latest.pth")["precision"][0, :, :, 0, -1]

@@ -58,6 +58,9 @@ PANELS = (
 )
 
 
+MAX_MARKERS = 25  # with more epochs, markers would hide the line
+
+
 @dataclass(frozen=True)
 class Line:
     """One curve of a run: place of the run, name and place in the panel; epochs [E] ascending, values [E]."""

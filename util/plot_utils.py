@@ -11,11 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from util.curves import PANELS, Line, Panel, Row, lines, run_colors
+from util.curves import MAX_MARKERS, PANELS, Line, Panel, Row, lines, run_colors
 from util.errors import UserError
 
 LINE_STYLES = ("-", "--", ":")
-MAX_MARKERS = 25  # with more epochs, markers would hide the line
 STYLE = {
     "font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left",
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,

@@ -108,7 +108,7 @@ def page_content(
     names = _names(runs, truth.coco)
     classes = content.class_table(only, truth.coco, names)
     precision = content.precision_recall(only, [one["id"] for one in classes["classes"]])
-    chart = charts.precision_recall(results, precision["recalls"])
+    chart = charts.precision_recall(runs, precision["recalls"])
     return {
         "made": datetime.now().astimezone().strftime("%-d %B %Y, %H:%M"),
         "runs": [content.summary(run) for run in runs],

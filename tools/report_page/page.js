@@ -49,6 +49,13 @@ function short(value) {
   return Number(value.toPrecision(4)).toString();
 }
 
+function select(id, label, options) {
+  const list = options.map(([value, name]) => el("option", { value }, name));
+  return el("select", { id, "aria-label": label }, list);
+}
+
+const note = (section, text) => section.append(el("p", { class: "note" }, text));
+
 const thousands = (value) => (known(value) ? value.toLocaleString("en") : "–");
 
 const colourOf = (run) => ({ "--c": `var(--run-${run})` });
@@ -296,17 +303,14 @@ function tiles(evaluated) {
 function addCurves() {
   const section = byId("curves");
   const { panels, any } = data.curves;
-  if (!any.length) {
-    section.append(el("p", { class: "note" }, "No run has finished an epoch yet: curves appear with the first line of log.txt."));
-    return;
-  }
+  if (!any.length)
+    return note(section, "No run has finished an epoch yet: curves appear with the first line of log.txt.");
   const holder = el("div", { class: "charts" });
   section.append(el("p", { class: "muted small" },
     "Point at a chart for its values (arrow keys, when it has the focus). Drag across it to zoom all of them, ",
     "double-click for the whole range. Click a line's name to hide it."), holder);
   const nodes = panels.map(({ title, figure }) => addChart(holder, el("h3", {}, title), figure, title));
-  const choice = el("select", { id: "any-figure", "aria-label": "Figure of the log" },
-    any.map(({ title }, i) => el("option", { value: i }, title)));
+  const choice = select("any-figure", "Figure of the log", any.map(({ title }, i) => [i, title]));
   choice.value = Math.max(0, any.findIndex(({ title }) => title === "AP75"));
   const chosen = addChart(holder, choice, any[choice.value].figure, "Any figure of the log");
   choice.addEventListener("change", () => draw(chosen, any[choice.value].figure));
@@ -324,10 +328,8 @@ function addCurves() {
 function addFigures() {
   const section = byId("figures");
   const results = data.results.filter((result) => result.stats);
-  if (!results.length) {
-    section.append(el("p", { class: "note" }, "No run has been evaluated yet: the twelve figures appear after the first evaluation."));
-    return;
-  }
+  if (!results.length)
+    return note(section, "No run has been evaluated yet: the figures appear after the first evaluation.");
   if (results.length > 1) section.append(el("p", { class: "muted small" }, `In percent; differences are to ${results[0].name}. – where no object has this size.`));
   const base = results[0];
   const best = data.figures.map((_, i) => Math.max(...results.map((result) => result.stats[i])));
@@ -343,14 +345,13 @@ function addFigures() {
 
 const tintOf = (change) => (change === null || Math.abs(change) < 5e-4 ? null : Math.max(-1, Math.min(1, change / 0.1)));
 
+const NO_TABLES = "No run has tables of precision yet; an evaluation writes them (eval/latest.pth).";
+
 function addClasses() {
   const section = byId("classes");
   const { classes, figures, values } = data.classes;
   const results = data.results.map((result, i) => ({ ...result, values: values[i] })).filter((result) => result.values);
-  if (!results.length) {
-    section.append(el("p", { class: "note" }, "There are no tables of precision yet: classes appear after an evaluation (eval/latest.pth in the run's folder)."));
-    return;
-  }
+  if (!results.length) return note(section, NO_TABLES);
   const rows = classes.map((one, i) => ({ ...one, i }));
   const mean = { name: "all classes", i: -1, objects: classes.every((one) => one.objects !== null) ? classes.reduce((n, one) => n + one.objects, 0) : null };
   const value = (result, figure, row) => {
@@ -404,26 +405,24 @@ function addPrecisionRecall() {
   const section = byId("precision-recall");
   const { ious, curves, figure } = data.pr;
   const { classes, values } = data.classes;
-  if (!curves.some(Boolean)) {
-    section.append(el("p", { class: "note" }, "There are no tables of precision yet: these curves appear after an evaluation (eval/latest.pth in the run's folder)."));
-    return;
-  }
-  const one = el("select", { id: "pr-class", "aria-label": "Class" }, el("option", { value: "0" }, "all classes"),
-    classes.map((c, i) => [c.name, i + 1]).sort((a, b) => a[0].localeCompare(b[0], "en")).map(([name, i]) => el("option", { value: String(i) }, name)));
-  const iou = el("select", { id: "pr-iou", "aria-label": "IoU" }, ious.map((name) => el("option", { value: name }, name)));
+  if (!curves.some(Boolean)) return note(section, NO_TABLES);
+  const named = classes.map(({ name }, i) => [i + 1, name]).sort((a, b) => a[1].localeCompare(b[1], "en"));
+  const one = select("pr-class", "Class", [[0, "all classes"], ...named]);
+  const iou = select("pr-iou", "IoU", ious.map((name) => [name, name]));
   const areas = el("div", { class: "areas" });
   const labels = [el("label", {}, "Class", one), el("label", {}, "IoU", iou)];
   section.append(el("div", { class: "controls" }, labels), areas);
   const choose = () => {
     const shown = [];
-    for (const line of figure.data.filter(({ uid }) => uid)) {
-      const curve = curves[line.uid][iou.value][one.value];
-      line.y = (curve ?? []).map((thousandths) => thousandths / 10);
-      const list = values[line.uid][{ 0.5: "AP50", 0.75: "AP75" }[iou.value] ?? "AP"];
+    const lines = figure.data.filter((line) => line.meta !== undefined);
+    data.results.filter((_, i) => curves[i]).forEach((result, i) => {
+      const at = data.results.indexOf(result);
+      const curve = curves[at][iou.value][one.value];
+      lines[i].y = (curve ?? []).map((thousandths) => thousandths / 10);
+      const list = values[at][{ 0.5: "AP50", 0.75: "AP75" }[iou.value] ?? "AP"];
       const area = one.value === "0" ? meanOf(list) : list[one.value - 1];
-      const label = resultLabel(data.results[line.uid]);
-      if (curve) shown.push(el("span", { class: "small" }, label, ` ${percent(area)}`));
-    }
+      if (curve) shown.push(el("span", { class: "small" }, resultLabel(result), ` ${percent(area)}`));
+    });
     areas.replaceChildren(...(shown.length ? shown : ["The validation set has no object of this class."]));
   };
   choose();
@@ -445,10 +444,7 @@ const KINDS = {
 function addMistakes() {
   const section = byId("mistakes");
   const { table: rows, entries, pictures, threshold } = data.mistakes;
-  if (!rows.some(Boolean)) {
-    section.append(el("p", { class: "note" }, data.mistakes.choice));
-    return;
-  }
+  if (!rows.some(Boolean)) return note(section, data.mistakes.choice);
   section.append(el("p", {}, "Matched as COCO does at IoU 0.5, and sorted as in ",
     "TIDE (Bolya et al., ECCV 2020). The cost of a kind is how much AP50 would rise if this kind alone were put right, over all detections; ",
     `numbers and pictures are of detections that score at least ${threshold}. Crowd regions do not count.`));
@@ -516,7 +512,6 @@ function scene(entry, pictures, large) {
 }
 
 function gallery(entries, pictures) {
-  const select = (id, label, options) => el("select", { id, "aria-label": label }, options.map(([value, name]) => el("option", { value }, name)));
   const results = [...new Set(entries.map((entry) => entry.result))].sort((a, b) => a - b);
   const about = (entry) => [entry.detection?.class, entry.object?.class].filter((id) => id !== undefined);
   const ids = [...new Set(entries.flatMap(about))].sort((a, b) => className(a).localeCompare(className(b), "en"));
@@ -600,10 +595,8 @@ function addConfiguration() {
       ...data.runs.map((run, i) => ({ title: run.name, head: runLabel(i, run.name), kind: "text", wrap: true, cell: ([, get]) => String(get(run) ?? "–") }))],
       facts, { label: "Machine and data" }).node);
   }
-  if (!data.flags.length) {
-    section.append(el("p", { class: "note" }, "The flags are not known: no run has run.json or a checkpoint."));
-    return;
-  }
+  if (!data.flags.length)
+    return note(section, "The flags are not known: no run has run.json or a checkpoint.");
   const filter = el("input", { type: "search", id: "flag-filter", placeholder: "Filter flags", "aria-label": "Filter flags" });
   const sorted = [...data.flags.filter(differs), ...data.flags.filter((flag) => !differs(flag))];
   const all = flagTable(sorted, "All flags");
