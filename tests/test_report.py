@@ -214,7 +214,8 @@ def test_charts_have_the_lines_of_every_run(made, tmp_path):
         (1, "batchformer · AP50", "dash"), (2, "long · AP", "solid"), (2, "long · AP50", "dash"),
     ]  # fmt: skip
     assert [len(line["x"]) for line in lines] == [6, 6, 6, 6, 750, 750]
-    assert told["panels"][-1]["figure"]["layout"]["yaxis"]["type"] == "log"
+    axes = [chart["figure"]["layout"]["yaxis"] for chart in told["panels"]]
+    assert axes[-1]["type"] == "log" and all(axis["rangemode"] == "nonnegative" for axis in axes[:-1])
     assert not any("unscaled" in chart["title"] or chart["title"] == "epoch" for chart in told["any"])
 
 
