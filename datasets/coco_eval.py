@@ -14,7 +14,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from util.class_map import ClassMap
-from util.metrics import FIGURES
+from util.curves import FIGURES
 
 
 def coco_results(

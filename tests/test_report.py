@@ -25,6 +25,7 @@ from tools.report_page.make import GroundTruth, page_content, write_page
 from tools.report_page.mistakes import Album, found_score, missed, view_of, worst
 from tools.report_page.runs import read_runs
 from util.checkpoint import read_checkpoint, write_atomically
+from util.curves import PANELS
 from util.errors import UserError
 from util.run_record import KEPT_STARTS, read_record, write_record
 
@@ -85,6 +86,13 @@ def page_data(*folders, annotations=None, images=None, num_pictures=3, threshold
     runs = read_runs(folders)
     notes += [f"{run.name}: {note}." for run in runs for note in run.notes]
     return page_content(runs, GroundTruth.find(runs, annotations, images, notes), notes, num_pictures, threshold)
+
+
+def curve(told: dict, name: str) -> dict[float, float]:
+    """Values by epoch of the first run, as the chart of this figure has them."""
+    (chart,) = [chart for chart in told["curves"]["any"] if chart["title"] == name]
+    line = next(line for line in chart["figure"]["data"] if line["meta"] == 0)
+    return dict(zip(line["x"], line["y"], strict=True))
 
 
 # ---- mistakes
@@ -185,13 +193,30 @@ def test_curves_of_a_resumed_run_with_gaps(made, tmp_path):
     rows = [log_row(0), log_row(1, [0.25, *[-1.0] * 11]), log_row(1, [0.5, *[-1.0] * 11]), log_row(2, train_loss=float("nan")),
             log_row(3, test_ema_coco_eval_bbox=[0.125] * 12)]  # fmt: skip
     (folder / "log.txt").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"epoch": 4, "trai')
-    (one,) = read_runs([folder])
-    told = content.curves(one)
-    assert told["epochs"] == [0, 1, 2, 3]
-    assert told["values"]["AP"] == [None, 0.5, None, None] and "AP small" not in told["values"]
-    assert told["values"]["ema AP"] == [None, None, None, 0.125]
-    assert told["values"]["train_loss"] == [10, 5, None, 2.5]
-    assert content.summary(one)["best"] == {"AP": 0.5, "epoch": 1}
+    told = page_data(folder)
+    assert curve(told, "AP") == {1: 50}
+    assert curve(told, "ema AP") == {3: 12.5}
+    assert curve(told, "train_loss") == {0: 10, 1: 5, 3: 2.5}
+    assert "AP small" not in [chart["title"] for chart in told["curves"]["any"]]
+    assert told["runs"][0]["best"] == {"AP": 0.5, "epoch": 1}
+
+
+def test_charts_have_the_lines_of_every_run(made, tmp_path):
+    rows = [log_row(epoch, [0.25] * 12, train_loss_giou_unscaled=1.0) for epoch in range(1500)]
+    long = tmp_path / "long"
+    long.mkdir()
+    (long / "log.txt").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = page_data(*made, long)["curves"]
+    assert [chart["title"] for chart in told["panels"]] == [panel.title for panel in PANELS]
+    lines = [line for line in told["panels"][0]["figure"]["data"] if "meta" in line]
+    assert [(line["meta"], line["name"], line["line"]["dash"]) for line in lines] == [
+        (0, "plain · AP", "solid"), (0, "plain · AP50", "dash"), (1, "batchformer · AP", "solid"),
+        (1, "batchformer · AP50", "dash"), (2, "long · AP", "solid"), (2, "long · AP50", "dash"),
+    ]  # fmt: skip
+    assert [len(line["x"]) for line in lines] == [6, 6, 6, 6, 750, 750]
+    axes = [chart["figure"]["layout"]["yaxis"] for chart in told["panels"]]
+    assert axes[-1]["type"] == "log" and all(axis["rangemode"] == "nonnegative" for axis in axes[:-1])
+    assert not any("unscaled" in chart["title"] or chart["title"] == "epoch" for chart in told["any"])
 
 
 # ---- the page's content
@@ -270,7 +295,7 @@ def test_a_real_run_and_an_evaluation_by_itself(trained_run, tmp_path):
     last = json.loads((trained_run / "log.txt").read_text().splitlines()[-1])
     ours, averaged, evaluated, _ = (result["stats"] for result in told["results"])
     assert ours == evaluated == last["test_coco_eval_bbox"] and averaged == last["test_ema_coco_eval_bbox"]
-    assert told["curves"][0]["values"]["train_loss"][-1] == pytest.approx(last["train_loss"], rel=1e-5)
+    assert curve(told, "train_loss")[last["epoch"]] == pytest.approx(last["train_loss"], rel=1e-5)
     assert [one["name"] for one in told["classes"]["classes"]] == ["one", "two", "three"]
     assert told["runs"][0]["continued"] == 1 and told["runs"][0]["of"] == 3 == told["runs"][0]["epochs"]
     assert told["mistakes"]["entries"] and all(entry["picture"] is not None for entry in told["mistakes"]["entries"])
@@ -294,7 +319,7 @@ def test_a_run_without_an_evaluation(made, tmp_path):
     folder.mkdir()
     (folder / "log.txt").write_text(json.dumps(log_row(0)) + "\n")
     told = page_data(folder)
-    assert told["results"] == [] and told["curves"][0]["values"]["train_loss"] == [10]
+    assert told["results"] == [] and curve(told, "train_loss") == {0: 10}
     assert any("no run.json and no checkpoint" in note for note in told["notes"])
 
 
@@ -359,7 +384,7 @@ def test_edited_files_cost_what_they_say_at_most(made, tmp_path, record, row):
     with open(folder / "log.txt", "a") as log:
         log.write(json.dumps(row) + "\n" + json.dumps(log_row(8)) + "\n")
     told = page_data(folder)
-    assert told["curves"][0]["values"]["train_loss"][-1] == pytest.approx(10 / 9, rel=1e-5)
+    assert curve(told, "train_loss")[8] == pytest.approx(10 / 9, rel=1e-5)
     json.dumps(told, allow_nan=False)
 
 
@@ -416,7 +441,7 @@ def test_pictures_stay_within_their_room(made, data, monkeypatch):
 def test_names_never_end_the_script(made, tmp_path):
     write_page(page_data(*made), "<b>a</b> {{data}}", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    assert page.count("</script>") == 2 and "<b>" not in page
+    assert page.count("</script>") == 3 and "<b>" not in page
     assert "http://" not in page.replace("http://www.w3.org/2000/svg", "") and "https://" not in page
     assert list(tmp_path.iterdir()) == [tmp_path / "page.html"]
 

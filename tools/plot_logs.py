@@ -1,4 +1,4 @@
-"""Plot the curves of one or several runs: losses, average precision and learning rate over the epochs."""
+"""Plot the curves of one or several runs over the epochs: average precision, losses and learning rate."""
 
 import argparse
 import sys
@@ -7,8 +7,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees only its own folder, not the project
 from util.config import make_parser
+from util.curves import Row, read_log
 from util.errors import UserError, run_as_command
-from util.plot_utils import Row, plot_run, read_log
+from util.plot_utils import plot_run
 
 EXAMPLE = """\
   python tools/plot_logs.py exps/baseline exps/batchformer --output curve.png

@@ -17,12 +17,6 @@ from tqdm import tqdm
 
 from util.distributed import is_main, sum_over_processes
 
-# COCO's, in the order of COCOeval.stats
-FIGURES = (
-    "AP", "AP50", "AP75", "AP small", "AP medium", "AP large",
-    "AR 1", "AR 10", "AR 100", "AR small", "AR medium", "AR large",
-)  # fmt: skip
-
 
 class MeanOnDevice:
     """Means of named scalars, summed where they are made; only `window()` and `totals()` read them back.

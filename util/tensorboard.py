@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from util.curves import FIGURES
 from util.errors import UserError
 from util.images import as_rgb
-from util.metrics import FIGURES
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -1,4 +1,4 @@
-"""What the page shows, as plain data: the summary, curves, figures, classes and precision-recall curves of runs.
+"""What the page shows, as plain data: the summary of runs, their flags, classes, and precision by recall.
 
 Values are numbers or null where nothing can be said; average precisions are shares in [0, 1].
 """
@@ -14,12 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools.coco import COCO
 
-from tools.report_page.runs import Result, Run, Tables, figures_in
+from tools.report_page.runs import Result, Run, Tables
 from util.config import all_flags
-from util.metrics import FIGURES
-from util.plot_utils import Row, series
+from util.curves import series
 
-LINES_SHOWN = 1000  # points of a curve; a screen has no more
 # of a class: its name, and its places among IoU thresholds, sizes and numbers of detections; the last from recall
 CLASS_FIGURES: tuple[tuple[str, slice, int, bool], ...] = (
     ("AP", slice(None), 0, False), ("AP50", slice(0, 1), 0, False), ("AP75", slice(5, 6), 0, False),
@@ -41,12 +39,11 @@ def summary(run: Run) -> dict[str, Any]:
     """State, best result, size and machine of a run."""
     epochs, flags = len({row["epoch"] for row in run.rows}), run.flags
     last = run.rows[-1] if run.rows else {}
-    ap = [(value, int(epoch)) for epoch, value in zip(*series(run.rows, "AP"), strict=True) if math.isfinite(value)]
-    best = max(ap, key=lambda pair: pair[0], default=None)
+    evaluated, ap = series(run.rows, "AP")
     environment, starts = run.record.get("environment") or {}, run.record.get("starts") or []
     return {
         "name": run.name, "folder": str(run.folder), "epochs": epochs, "of": flags.get("epochs"),
-        "best": {"AP": best[0] / 100, "epoch": best[1]} if best else None,
+        "best": {"AP": ap.max() / 100, "epoch": int(evaluated[ap.argmax()])} if len(ap) else None,
         "loss": number(last.get("train_loss")), "parameters": number(last.get("n_parameters")),
         "batch": total_batch(flags, environment), "environment": environment, "data": run.record.get("data") or {},
         "started": starts[0].get("at") if starts else None, "continued": max(0, len(starts) - 1),
@@ -72,34 +69,6 @@ def _flag(value: Any) -> str | None:
     if isinstance(value, list):
         return " ".join(map(str, value))
     return None if value is None else str(value)
-
-
-def curves(run: Run) -> dict[str, Any]:
-    """Epochs, and by name of the figure its values at them: the figures of log.txt and COCO's, "ema" before averaged weights'."""
-    epochs = sorted({float(row["epoch"]) for row in run.rows})
-    epochs = epochs[:: -(-len(epochs) // LINES_SHOWN)] if epochs else []
-    places = {epoch: place for place, epoch in enumerate(epochs)}
-    values = {}
-    for name, pairs in _all_series(run.rows).items():
-        line: list[float | None] = [None] * len(epochs)
-        for epoch, value in pairs:
-            if epoch in places:
-                line[places[epoch]] = number(value)
-        if any(value is not None for value in line):
-            values[name] = line
-    return {"epochs": epochs, "values": values}
-
-
-def _all_series(rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
-    keys = dict.fromkeys(key for row in rows for key, value in row.items() if isinstance(value, int | float))
-    # an unscaled loss has the shape of its scaled one
-    kept = [key for key in keys if not key.endswith("_unscaled") and key not in ("epoch", "n_parameters")]
-    found = {key: list(zip(*series(rows, key), strict=True)) for key in kept}
-    for prefix, key in (("", "test_coco_eval_bbox"), ("ema ", "test_ema_coco_eval_bbox")):
-        for place, name in enumerate(FIGURES):
-            points = {row["epoch"]: figures[place] for row in rows if (figures := figures_in(row, key))}
-            found[f"{prefix}{name}"] = [(epoch, value if value >= 0 else math.nan) for epoch, value in sorted(points.items())]
-    return found
 
 
 def class_table(results: Sequence[Result], truth: COCO | None, names: Mapping[int, str]) -> dict[str, Any]:
@@ -133,23 +102,23 @@ def _defined_mean(values: NDArray[np.float64]) -> float | None:
 def precision_recall(results: Sequence[Result], ids: Sequence[int]) -> dict[str, Any]:
     """Precision in thousandths at COCO's recalls: by result, by IoU, a curve for all classes together and one for each class."""
     step = 1 if len(results) * len(ids) <= 800 else 4  # with many runs and classes the page would grow past what opens quickly
-    recalls = np.linspace(0, 1, 101)[::step]
-    curves_of = []
-    for result in results:
-        if result.tables is None:
-            curves_of.append(None)
-            continue
-        places = {category: place for place, category in enumerate(result.tables.category_ids)}
-        order = [places.get(i) for i in ids]
-        by_iou = {}
-        for name, ious in PR_IOUS.items():
-            table = result.tables.precision[ious, ::step, :, 0, -1]  # [T', R', K]
-            defined = (table > -1).all(axis=(0, 1))
-            whole = table[..., defined].mean(axis=(0, 2)) if defined.any() else None
-            single = [table[..., k].mean(axis=0) if k is not None and defined[k] else None for k in order]
-            by_iou[name] = [_thousandths(curve) for curve in (whole, *single)]
-        curves_of.append(by_iou)
-    return {"recalls": [round(float(r), 2) for r in recalls], "ious": [*PR_IOUS], "curves": curves_of}
+    curves_of = [_by_iou(result.tables, ids, step) if result.tables else None for result in results]
+    recalls = np.linspace(0, 1, 101)[::step].round(2).tolist()
+    return {"recalls": recalls, "ious": [*PR_IOUS], "curves": curves_of}
+
+
+def _by_iou(tables: Tables, ids: Sequence[int], step: int) -> dict[str, list[list[int] | None]]:
+    places = {category: place for place, category in enumerate(tables.category_ids)}
+    by_iou = {}
+    for name, ious in PR_IOUS.items():
+        table = tables.precision[ious, ::step, :, 0, -1]  # [T', R', K]
+        defined = (table > -1).all(axis=(0, 1))
+        curves = [table[..., defined].mean(axis=(0, 2)) if defined.any() else None]
+        for category in ids:
+            place = places.get(category)
+            curves.append(table[..., place].mean(axis=0) if place is not None and defined[place] else None)
+        by_iou[name] = [_thousandths(curve) for curve in curves]
+    return by_iou
 
 
 def _thousandths(curve: NDArray[np.float64] | None) -> list[int] | None:

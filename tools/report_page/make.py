@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import filecmp
+import gzip
+import hashlib
 import html
 import json
 import logging
@@ -12,17 +15,18 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from plotly.offline import get_plotlyjs
 from pycocotools.coco import COCO
 
 from datasets.coco_eval import evaluate_boxes, precision_tables
 from datasets.coco_format import read_annotations
 from datasets.detection_errors import Errors, find_errors
 from datasets.files import respell
-from tools.report_page import content
+from tools.report_page import charts, content
 from tools.report_page.mistakes import Album, error_table, worst
 from tools.report_page.runs import Result, Run, Tables, read_runs
+from util.curves import FIGURES, run_colors
 from util.errors import UserError
-from util.metrics import FIGURES
 from util.text_files import replace_text
 
 log = logging.getLogger(__name__)
@@ -97,12 +101,14 @@ def validation_data(run: Run) -> tuple[Path | None, Path | None]:
 def page_content(
     runs: Sequence[Run], truth: GroundTruth, notes: list[str], num_pictures: int, threshold: float
 ) -> dict[str, Any]:
-    """All that the page's script draws, as plain data."""
+    """All that the page's script shows, as plain data."""
     results = content.results_of(runs)
     errors = [_errors(run, result, truth, notes, threshold) for _, run, result in results]
     only = [result for _, _, result in results]
     names = _names(runs, truth.coco)
     classes = content.class_table(only, truth.coco, names)
+    precision = content.precision_recall(only, [one["id"] for one in classes["classes"]])
+    chart = charts.precision_recall(runs, precision["recalls"])
     return {
         "made": datetime.now().astimezone().strftime("%-d %B %Y, %H:%M"),
         "runs": [content.summary(run) for run in runs],
@@ -112,10 +118,11 @@ def page_content(
         ],
         "figures": FIGURES,
         "flags": content.flag_table(runs),
-        "curves": [content.curves(run) for run in runs],
+        "colors": {"light": run_colors(len(runs)), "dark": run_colors(len(runs), dark=True)},
+        "curves": charts.curves(runs),
         "names": names,
         "classes": classes,
-        "pr": content.precision_recall(only, [one["id"] for one in classes["classes"]]),
+        "pr": {**precision, "figure": chart.to_plotly_json()},
         "mistakes": _mistakes(errors, truth, notes, num_pictures, threshold),
         "notes": notes,  # last: making the rest adds to them
     }
@@ -203,10 +210,16 @@ def _mistakes(
 
 
 def write_page(data: Mapping[str, Any], title: str, output: Path) -> int:
-    """Fill the template; the file is the old one or the new one, never a part."""
+    """Fill the template; the file is the old one or the new one, never a part.
+
+    The page's policy names its two scripts by their digests, so that no other can run.
+    """
     text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    script, plotly = (FOLDER / "page.js").read_text(), get_plotlyjs()
     parts = {
-        "title": html.escape(title), "style": (FOLDER / "page.css").read_text(), "script": (FOLDER / "page.js").read_text(),
+        "title": html.escape(title), "style": (FOLDER / "page.css").read_text(), "script": script,
+        "plotly": base64.b64encode(gzip.compress(plotly.encode(), mtime=0)).decode(),  # 2 MB instead of 4.8
+        "allowed_scripts": f"{_digest(script)} {_digest(plotly)}",
         "data": text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"),
     }  # fmt: skip
     before, *pieces = (FOLDER / "page.html").read_text().split("{{")
@@ -217,3 +230,7 @@ def write_page(data: Mapping[str, Any], title: str, output: Path) -> int:
     except OSError as error:
         raise UserError(f"--output {output} can't be written ({error.strerror}); name another place") from None
     return output.stat().st_size
+
+
+def _digest(script: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"

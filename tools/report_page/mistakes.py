@@ -18,7 +18,7 @@ from datasets.detection_errors import CORRECT, FALSE_POSITIVES, FOUND_IOU, IGNOR
 from util.images import as_rgb
 
 PICTURE_SIDE = 420  # pixels of the longer side
-PICTURE_BYTES = 7_000_000  # of all pictures together, as text of the page
+PICTURE_BYTES = 5_500_000  # of all pictures together, as text of the page
 SURROUNDINGS = 2.2  # a picture's side, of what it is about
 SMALLEST_VIEW = 0.25  # of the image's longer side: an object of ten pixels says nothing without its surroundings
 MAX_PIXELS = 200_000_000

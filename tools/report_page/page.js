@@ -1,16 +1,17 @@
-// Draws the page from the JSON in #data. No library, no network. Text from runs only ever goes in as text, never as markup.
-"use strict";
+// Shows the JSON in #data: tables, pictures, and the charts that plotly draws. No network. Text of runs only
+// goes in as text, never as markup.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const SVG = "http://www.w3.org/2000/svg";
 const byId = (id) => document.getElementById(id);
 const shownRuns = new Set(data.runs.map((_, i) => i));
-const watchers = []; // called when the choice of runs changes
+const watchers = [() => charts.forEach((node) => draw(node))]; // called when the choice of runs changes
+const charts = []; // the nodes that plotly has drawn into
 
 // ---- elements and numbers ----
 
 function el(tag, attributes = {}, ...children) {
-  const svg = ["svg", "g", "rect", "line", "path", "text", "circle", "image", "title"].includes(tag);
+  const svg = ["svg", "rect", "text", "image"].includes(tag);
   const node = svg ? document.createElementNS(SVG, tag) : document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
@@ -30,8 +31,8 @@ function meanOf(list) {
   return some.length ? some.reduce((a, b) => a + b, 0) / some.length : null;
 }
 
-function signed(value, digits = 1) {
-  const text = Math.abs(100 * value).toFixed(digits);
+function signed(value) {
+  const text = Math.abs(100 * value).toFixed(1);
   return Number(text) === 0 ? "±0.0" : (value > 0 ? "+" : "−") + text;
 }
 
@@ -48,20 +49,14 @@ function short(value) {
   return Number(value.toPrecision(4)).toString();
 }
 
-const thousands = (value) => (known(value) ? value.toLocaleString("en") : "–");
-
-// ---- colours: one a run, apart in hue and lightness, for both themes ----
-
-const LIGHT = ["#0b62a8", "#d1500a", "#00805c", "#b04a8c", "#8a6d00", "#5b4fc4", "#4d5661"];
-const DARK = ["#6cb8ff", "#ff9a57", "#3fd0a0", "#f091cb", "#e0c14a", "#aba2ff", "#b9c2cc"];
-
-function addRunColours() {
-  const count = data.runs.length;
-  const colour = (i, theme) => (count <= LIGHT.length ? theme[i]
-    : `hsl(${Math.round((i * 360) / count)} ${i % 2 ? 85 : 60}% ${theme === LIGHT ? 38 + 10 * (i % 3) : 62 + 7 * (i % 3)}%)`);
-  const rule = (theme) => data.runs.map((_, i) => `--run-${i}:${colour(i, theme)}`).join(";");
-  document.head.append(el("style", {}, `:root{${rule(LIGHT)}}[data-theme="dark"]{${rule(DARK)}}`));
+function select(id, label, options) {
+  const list = options.map(([value, name]) => el("option", { value }, name));
+  return el("select", { id, "aria-label": label }, list);
 }
+
+const note = (section, text) => section.append(el("p", { class: "note" }, text));
+
+const thousands = (value) => (known(value) ? value.toLocaleString("en") : "–");
 
 const colourOf = (run) => ({ "--c": `var(--run-${run})` });
 
@@ -75,8 +70,11 @@ const resultLabel = (result) => runLabel(result.run, result.name, result.weights
 // ---- theme, sections, choice of runs ----
 
 function setTheme(theme) {
-  document.documentElement.dataset.theme = theme;
+  const root = document.documentElement;
+  root.dataset.theme = theme;
+  data.colors[theme].forEach((color, run) => root.style.setProperty(`--run-${run}`, color));
   byId("theme-name").textContent = theme === "dark" ? "Dark" : "Light";
+  charts.forEach((node) => draw(node));
 }
 
 function startTheme() {
@@ -130,9 +128,8 @@ function table(columns, rows, { sortable = false, pinned = () => false, tall = f
   const heads = columns.map((column, i) => {
     const kind = column.kind === "text" ? "text" : "";
     if (!sortable) return el("th", { scope: "col", class: kind }, column.head || column.title);
-    const head = el("th", { scope: "col", class: kind, "aria-sort": "none" },
+    return el("th", { scope: "col", class: kind, "aria-sort": "none" },
       el("button", { type: "button", onclick: () => sort(i) }, column.head || column.title));
-    return head;
   });
   function sort(i) {
     const first = columns[i].kind === "text" ? 1 : -1;
@@ -165,264 +162,75 @@ function table(columns, rows, { sortable = false, pinned = () => false, tall = f
   return { node, show(list) { shown = list; fill(); } };
 }
 
-// ---- charts ----
+// ---- charts: made in Python, drawn by plotly; the page decides on colours, runs and epochs ----
 
-const linked = { range: null, charts: new Set() }; // the epochs that all curves show
+let epochs = null; // the first and the last that all curves show; null: all
+let printing = false; // plotly does not see the width of paper
 
-function ticks(low, high, wanted, whole = false) {
-  const raw = (high - low) / Math.max(1, wanted);
-  if (!(raw > 0)) return [low];
-  const power = 10 ** Math.floor(Math.log10(raw));
-  let step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((s) => s >= raw * 0.999);
-  if (whole) step = Math.max(1, Math.round(step));
-  const out = [];
-  for (let k = Math.ceil(low / step - 1e-9); k * step <= high + step * 1e-9; k++) out.push(Number((k * step).toPrecision(12)));
-  return out;
+async function loadPlotly() {
+  const packed = Uint8Array.from(atob(byId("plotly").textContent), (letter) => letter.charCodeAt(0));
+  const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
+  document.head.append(el("script", {}, await new Response(stream).text()));
 }
 
-// options: title, lines() -> [{name, run, style: ""|"dashed"|"dotted", xs, ys, note}], x: {low, high, whole, title}, y: {low, high, log, percent}
-class Chart {
-  constructor(options) {
-    this.options = options;
-    this.hidden = new Set();
-    this.group = options.group || { range: null, charts: new Set() };
-    this.group.charts.add(this);
-    this.svg = el("svg", { tabindex: "0", role: "img" });
-    this.reset = el("button", { type: "button", class: "reset", hidden: true, onclick: () => this.zoom(null) }, "whole range");
-    this.keys = el("div", { class: "key" });
-    this.header = el("header", {}, options.heading || el("h3", {}, options.title), this.keys);
-    this.node = el("div", { class: "chart card " + (options.class || "") }, this.header, this.svg, this.reset);
-    this.listen();
-    new ResizeObserver(() => this.draw()).observe(this.node);
-    watchers.push(() => this.draw());
-  }
-
-  zoom(range) {
-    this.group.range = range;
-    for (const chart of this.group.charts) chart.draw();
-  }
-
-  visible() {
-    return this.options.lines().filter((line) => shownRuns.has(line.run) && !this.hidden.has(line.style || ""));
-  }
-
-  drawKey() {
-    const styles = this.options.styles;
-    if (!styles) return;
-    const used = new Set(this.options.lines().map((line) => line.style || ""));
-    const wanted = Object.entries(styles).filter(([style]) => used.has(style));
-    if (wanted.length < 2) { this.keys.replaceChildren(); return; }
-    this.keys.replaceChildren(...wanted.map(([style, name]) => {
-      const sample = el("svg", { width: 22, height: 8, "aria-hidden": "true" },
-        el("line", { x1: 1, x2: 21, y1: 4, y2: 4, class: `curve ${style}`, style: { "--c": "var(--muted)" } }));
-      return el("button", { type: "button", "aria-pressed": String(!this.hidden.has(style)), onclick: () => {
-        this.hidden.has(style) ? this.hidden.delete(style) : this.hidden.add(style);
-        this.draw();
-      } }, sample, name);
-    }));
-  }
-
-  draw() {
-    const { x, y, title } = this.options;
-    const width = Math.max(240, this.svg.clientWidth || this.node.clientWidth - 28);
-    const height = this.options.height || Math.round(Math.min(300, Math.max(190, width * 0.52)));
-    this.frame = { left: 46, right: width - 8, top: 10, bottom: height - 32, width, height };
-    this.svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
-    this.svg.setAttribute("height", height);
-    this.drawKey();
-    const lines = this.visible();
-    this.reset.hidden = !this.group.range;
-    const points = lines.flatMap((line) => line.xs.map((at, i) => [at, line.ys[i]])).filter(([, v]) => v !== null && (!y.log || v > 0));
-    if (!points.length) {
-      this.svg.replaceChildren(el("text", { x: width / 2, y: height / 2, class: "empty", "text-anchor": "middle" },
-        this.options.lines().length ? "nothing chosen" : this.options.empty || "not in the log yet"));
-      this.scale = null;
-      this.svg.setAttribute("aria-label", `${title}: empty`);
-      return;
-    }
-    const all = points.map(([at]) => at);
-    let [low, high] = [x.low ?? Math.min(...all), x.high ?? Math.max(...all)];
-    if (low === high) [low, high] = [low - 0.5, high + 0.5];
-    this.whole = [low, high];
-    if (this.group.range) [low, high] = this.group.range;
-    const inside = points.filter(([at]) => at >= low && at <= high).map(([, v]) => v);
-    const values = inside.length ? inside : points.map(([, v]) => v);
-    let [floor, top] = [Math.min(...values), Math.max(...values)];
-    if (y.log) { floor /= 1.4; top *= 1.4; } else {
-      const room = (top - floor || Math.abs(top) || 1) * 0.06;
-      const least = y.low ?? (floor >= 0 ? 0 : -Infinity);  // no room below 0 for what is never negative
-      floor = y.low !== undefined && !this.group.range ? least : Math.max(least, floor - room);
-      top = y.high ?? top + room;
-    }
-    const f = this.frame;
-    const across = (at) => f.left + ((at - low) / (high - low)) * (f.right - f.left);
-    const up = y.log ? (v) => f.bottom - (Math.log(v / floor) / Math.log(top / floor)) * (f.bottom - f.top)
-      : (v) => f.bottom - ((v - floor) / (top - floor)) * (f.bottom - f.top);
-    this.scale = { low, high, across, up, back: (px) => low + ((px - f.left) / (f.right - f.left)) * (high - low) };
-    this.svg.replaceChildren(...this.axes(floor, top), ...this.paths(lines), (this.overlay = el("g")));
-    this.svg.setAttribute("aria-label", `${title}: ${lines.map((l) => `${l.name} ends at ${this.word(this.last(l))}`).join("; ")}`);
-  }
-
-  last(line) {
-    const values = line.ys.filter((v) => v !== null);
-    return values.length ? values.at(-1) : null;
-  }
-
-  axes(floor, top) {
-    const { x, y } = this.options;
-    const f = this.frame;
-    const { low, high, across, up } = this.scale;
-    const down = y.log ? this.logTicks(floor, top) : ticks(floor, top, Math.max(4, f.height / 50));
-    const nodes = down.flatMap((v) => [
-      el("line", { class: "grid", x1: f.left, x2: f.right, y1: up(v), y2: up(v) }),
-      el("text", { class: "axis", x: f.left - 6, y: up(v) + 4, "text-anchor": "end" }, y.percent ? Number((100 * v).toFixed(2)) : this.axisWord(v)),
-    ]);
-    for (const v of ticks(low, high, Math.max(2, f.width / 75), x.whole)) {
-      nodes.push(el("text", { class: "axis", x: across(v), y: f.bottom + 16, "text-anchor": "middle" }, short(v)));
-    }
-    nodes.push(el("text", { class: "axis", x: (f.left + f.right) / 2, y: f.height - 2, "text-anchor": "middle" }, x.title));
-    return nodes;
-  }
-
-  logTicks(floor, top) {
-    const out = [];
-    for (let e = Math.floor(Math.log10(floor)); e <= Math.ceil(Math.log10(top)); e++) {
-      for (const m of [1, 2, 5]) if (m * 10 ** e >= floor && m * 10 ** e <= top) out.push(Number((m * 10 ** e).toPrecision(3)));
-    }
-    return out.length > 6 ? out.filter((v) => Math.abs(Math.log10(v) % 1) < 1e-9) : out;
-  }
-
-  axisWord(v) {
-    const size = Math.abs(v);
-    return size !== 0 && (size < 1e-3 || size >= 1e5) ? v.toExponential().replace("e+", "e") : String(Number(v.toPrecision(6)));
-  }
-
-  paths(lines) {
-    const { log } = this.options.y;
-    const { across, up, low, high } = this.scale;
-    const f = this.frame;
-    const clip = `clip-${Math.random().toString(36).slice(2)}`;
-    const clipPath = document.createElementNS(SVG, "clipPath");
-    clipPath.id = clip;
-    clipPath.append(el("rect", { x: f.left - 4, y: f.top - 4, width: f.right - f.left + 8, height: f.bottom - f.top + 8 }));
-    const group = el("g", { "clip-path": `url(#${clip})` });
-    for (const line of lines) {
-      let pen = "";
-      let drawing = false;
-      const places = [];
-      line.xs.forEach((at, i) => {
-        const v = line.ys[i];
-        if (v === null || (log && v <= 0)) { drawing = drawing && !line.breaks; return; }
-        pen += `${drawing ? "L" : "M"}${across(at).toFixed(1)} ${up(v).toFixed(1)}`;
-        drawing = true;
-        if (at >= low && at <= high) places.push([across(at), up(v)]);
-      });
-      group.append(el("path", { d: pen, class: `curve ${line.style || ""}`, style: colourOf(line.run) }));
-      if (!this.options.smooth && (places.length === 1 || (places.length <= 30 && lines.length <= 8))) {
-        for (const [cx, cy] of places) group.append(el("circle", { cx, cy, r: 2.4, class: "point", style: colourOf(line.run) }));
-      }
-    }
-    return [clipPath, group];
-  }
-
-  word(v) {
-    return this.options.y.percent ? percent(v) : short(v);
-  }
-
-  showAt(at, clientX, clientY) {
-    const lines = this.visible();
-    const xs = [...new Set(lines.flatMap((line) => line.xs.filter((_, i) => line.ys[i] !== null)))]
-      .filter((v) => v >= this.scale.low && v <= this.scale.high);
-    if (!xs.length) return;
-    const nearest = xs.reduce((best, v) => (Math.abs(v - at) < Math.abs(best - at) ? v : best));
-    this.at = nearest;
-    const found = lines.map((line) => ({ line, v: line.ys[line.xs.indexOf(nearest)] })).filter(({ v }) => v !== undefined && v !== null);
-    found.sort((a, b) => b.v - a.v);
-    const f = this.frame;
-    const px = this.scale.across(nearest);
-    this.overlay.replaceChildren(el("line", { class: "cursor", x1: px, x2: px, y1: f.top, y2: f.bottom }),
-      ...found.map(({ line, v }) => el("circle", { cx: px, cy: this.scale.up(v), r: 4, class: "point", style: colourOf(line.run) })));
-    const head = el("div", { class: "head" }, `${this.options.x.title} ${short(nearest)}`);
-    const rows = found.slice(0, 24).map(({ line, v }) => el("tr", {}, el("td", {}, runLabel(line.run, line.name)), el("td", {}, this.word(v))));
-    const more = found.length > 24 ? el("div", { class: "muted" }, `and ${found.length - 24} more`) : null;
-    tip([head, el("table", {}, rows), more], clientX, clientY);
-  }
-
-  hide() {
-    this.overlay?.replaceChildren();
-    byId("tip").hidden = true;
-  }
-
-  place(event) {
-    const box = this.svg.getBoundingClientRect();
-    return ((event.clientX - box.left) * this.frame.width) / box.width;
-  }
-
-  listen() {
-    const svg = this.svg;
-    let start = null;
-    svg.addEventListener("pointermove", (event) => {
-      if (!this.scale) return;
-      const px = this.place(event);
-      this.showAt(this.scale.back(px), event.clientX, event.clientY);
-      if (start !== null && Math.abs(px - start) > 4) {
-        const f = this.frame;
-        const [a, b] = [Math.max(f.left, Math.min(px, start)), Math.min(f.right, Math.max(px, start))];
-        this.overlay.append(el("rect", { class: "choice", x: a, y: f.top, width: Math.max(0, b - a), height: f.bottom - f.top }));
-      }
-    });
-    svg.addEventListener("pointerdown", (event) => {
-      if (!this.scale || event.button !== 0 || event.pointerType === "touch") return;
-      start = this.place(event);
-      svg.setPointerCapture(event.pointerId);
-    });
-    svg.addEventListener("pointerup", (event) => {
-      if (start === null || !this.scale) return;
-      const end = this.place(event);
-      const [a, b] = [this.scale.back(Math.min(start, end)), this.scale.back(Math.max(start, end))];
-      const moved = Math.abs(end - start) > 8;
-      start = null;
-      if (moved) this.zoom([Math.max(a, this.scale.low), Math.min(b, this.scale.high)]);
-    });
-    svg.addEventListener("pointercancel", () => { start = null; });
-    svg.addEventListener("pointerleave", () => { if (start === null) this.hide(); });
-    svg.addEventListener("dblclick", () => this.zoom(null));
-    svg.addEventListener("blur", () => this.hide());
-    svg.addEventListener("keydown", (event) => this.key(event));
-  }
-
-  // arrows read values, + and - zoom around the place that is read, 0 or Escape shows all
-  key(event) {
-    if (!this.scale) return;
-    const { low, high } = this.scale;
-    const xs = [...new Set(this.visible().flatMap((line) => line.xs))].filter((v) => v >= low && v <= high).sort((a, b) => a - b);
-    const middle = this.at >= low && this.at <= high ? this.at : (low + high) / 2;
-    if (event.key === "ArrowRight" || event.key === "ArrowLeft") {
-      const i = xs.indexOf(this.at);
-      const next = event.key === "ArrowRight" ? xs[Math.min(xs.length - 1, i + 1)] : xs[i <= 0 ? 0 : i - 1];
-      const box = this.svg.getBoundingClientRect();
-      if (next !== undefined) this.showAt(next, box.left + (this.scale.across(next) * box.width) / this.frame.width, box.top + 30);
-    } else if (event.key === "+" || event.key === "=") {
-      this.zoom([middle - (middle - low) / 2, middle + (high - middle) / 2]);
-    } else if (event.key === "-") {
-      const [a, b] = this.whole;
-      const wider = [Math.max(a, 2 * low - middle), Math.min(b, 2 * high - middle)];
-      this.zoom(wider[0] <= a && wider[1] >= b ? null : wider);
-    } else if (event.key === "0" || event.key === "Escape") {
-      this.zoom(null);
-      this.hide();
-    } else return;
-    event.preventDefault();
-  }
+function addChart(parent, heading, figure, label) {
+  const node = el("div", { class: "plot", tabindex: "0", role: "group", "aria-label": label });
+  node.addEventListener("keydown", (event) => readByKey(node, event));
+  parent.append(el("div", { class: "chart card" }, el("header", {}, heading), node));
+  charts.push(node);
+  draw(node, figure);
+  return node;
 }
 
-function tip(content, clientX, clientY) {
-  const node = byId("tip");
-  node.replaceChildren(...content.filter(Boolean));
-  node.hidden = false;
-  const box = node.getBoundingClientRect();
-  node.style.left = `${clientX + 18 + box.width > innerWidth ? Math.max(4, clientX - 18 - box.width) : clientX + 18}px`;
-  node.style.top = `${Math.max(4, Math.min(clientY + 12, innerHeight - box.height - 8))}px`;
+// draws a figure; without one, what the node shows already
+function draw(node, { data: lines, layout } = node) {
+  const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name);
+  for (const line of lines) {
+    line.line.color = css(line.meta === undefined ? "--muted" : `--run-${line.meta}`);
+    if (line.meta === undefined) continue; // a sample of the legend, which plotly hides with its lines
+    const sample = lines.find((other) => other.meta === undefined && other.legendgroup === line.legendgroup);
+    line.visible = shownRuns.has(line.meta) && (sample?.visible ?? true);
+  }
+  layout.font.color = css("--muted");
+  layout.hoverlabel.font = { color: css("--ink") };
+  layout.paper_bgcolor = layout.hoverlabel.bgcolor = css("--card");
+  layout.xaxis.gridcolor = layout.yaxis.gridcolor = layout.hoverlabel.bordercolor = css("--line");
+  const isCurve = layout.yaxis.fixedrange;
+  if (printing) layout.width = isCurve ? 310 : 620;
+  layout.dragmode = matchMedia("(pointer: coarse)").matches ? false : "zoom"; // a finger scrolls the page
+  if (isCurve) showEpochs(lines, layout);
+  const modeBarButtons = [["toImage", "zoomIn2d", "zoomOut2d", "resetScale2d"]];
+  const config = { displaylogo: false, responsive: true, showTips: false, modeBarButtons };
+  Plotly.react(node, lines, layout, config);
+}
+
+// the chosen epochs, and the values that lines have there; by itself plotly leaves room for all values
+function showEpochs(lines, { xaxis, yaxis }) {
+  xaxis.autorange = !epochs;
+  yaxis.autorange = true;
+  if (!epochs) return;
+  xaxis.range = [...epochs];
+  const inside = lines.filter((line) => line.visible === true)
+    .flatMap((line) => line.y.filter((_, i) => line.x[i] >= epochs[0] && line.x[i] <= epochs[1]))
+    .map((value) => (yaxis.type === "log" ? Math.log10(value) : value));
+  if (!inside.length) return;
+  const [low, high] = [Math.min(...inside), Math.max(...inside)];
+  const room = 0.06 * (high - low || Math.abs(high) || 1);
+  yaxis.autorange = false;
+  yaxis.range = [yaxis.rangemode === "nonnegative" ? Math.max(0, low - room) : low - room, high + room];
+}
+
+// the arrow keys go from epoch to epoch; plotly itself reads values for the mouse only
+function readByKey(node, event) {
+  const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+  if (!by) return;
+  event.preventDefault();
+  const [low, high] = node.layout.xaxis.range;
+  const shown = node.data.filter((line) => line.meta !== undefined && line.visible === true);
+  const inside = shown.flatMap((line) => line.x).filter((x) => x >= low && x <= high);
+  const places = [...new Set(inside)].sort((a, b) => a - b);
+  node.read = places[Math.max(0, Math.min(places.length - 1, places.indexOf(node.read) + by))];
+  Plotly.Fx.hover(node, { xval: node.read });
 }
 
 // ---- sections ----
@@ -434,8 +242,8 @@ function addSummary() {
   const evaluated = data.results.filter((result) => result.stats);
   if (evaluated.length) section.append(tiles(evaluated));
   const baseline = data.results.find((result) => result.run === 0)?.stats?.[0];
-  const final = (run) => data.results.find((result) => result.run === run.index && result.weights === "")?.stats ?? null;
-  const averaged = (run) => data.results.find((result) => result.run === run.index && result.weights === "ema")?.stats ?? null;
+  const stats = (run, kind) => data.results.find((r) => r.run === run.index && r.weights === kind)?.stats;
+  const [final, averaged] = [(run) => stats(run, ""), (run) => stats(run, "ema")];
   const rows = data.runs.map((run, index) => ({ ...run, index }));
   const some = (get) => rows.some((row) => known(get(row)));
   const columns = [
@@ -492,62 +300,36 @@ function tiles(evaluated) {
   })));
 }
 
-const PANELS = [
-  { title: "Average precision", solid: "AP", dashed: "AP50", dotted: "ema AP", names: ["AP", "AP50", "AP, averaged"], percent: true },
-  { title: "Total loss", solid: "train_loss", dashed: "test_loss" },
-  { title: "Classification loss", solid: "train_loss_ce", dashed: "test_loss_ce" },
-  { title: "Box L1 loss", solid: "train_loss_bbox", dashed: "test_loss_bbox" },
-  { title: "Box GIoU loss", solid: "train_loss_giou", dashed: "test_loss_giou" },
-  { title: "Classification error (%)", solid: "train_class_error", dashed: "test_class_error" },
-  { title: "Gradient norm", solid: "train_grad_norm" },
-  { title: "Learning rate", solid: "train_lr", log: true },
-];
-
-function curveLines(panel) {
-  return data.curves.flatMap((curve, run) => [["", panel.solid, 0], ["dashed", panel.dashed, 1], ["dotted", panel.dotted, 2]]
-    .filter(([, key]) => key && curve.values[key])
-    .map(([style, key, i]) => ({
-      name: data.runs[run].name + (panel.dashed ? ` · ${(panel.names || ["training", "validation"])[i]}` : ""), run, style,
-      xs: curve.epochs, ys: curve.values[key],
-    })));
-}
-
 function addCurves() {
   const section = byId("curves");
-  if (!data.curves.some((curve) => curve.epochs.length)) {
-    section.append(el("p", { class: "note" }, "No run has finished an epoch yet: curves appear with the first line of log.txt."));
-    return;
+  const { panels, any } = data.curves;
+  if (!any.length)
+    return note(section, "No run has finished an epoch yet: curves appear with the first line of log.txt.");
+  const holder = el("div", { class: "charts" });
+  section.append(el("p", { class: "muted small" },
+    "Point at a chart for its values (arrow keys, when it has the focus). Drag across it to zoom all of them, ",
+    "double-click for the whole range. Click a line's name to hide it."), holder);
+  const nodes = panels.map(({ title, figure }) => addChart(holder, el("h3", {}, title), figure, title));
+  const choice = select("any-figure", "Figure of the log", any.map(({ title }, i) => [i, title]));
+  choice.value = Math.max(0, any.findIndex(({ title }) => title === "AP75"));
+  const chosen = addChart(holder, choice, any[choice.value].figure, "Any figure of the log");
+  choice.addEventListener("change", () => draw(chosen, any[choice.value].figure));
+  nodes.push(chosen);
+  for (const node of nodes) {
+    node.on("plotly_relayout", (change) => {
+      if (change["xaxis.autorange"]) epochs = null;
+      else if ("xaxis.range[0]" in change) epochs = [change["xaxis.range[0]"], change["xaxis.range[1]"]];
+      else return;
+      nodes.forEach((other) => draw(other));
+    });
   }
-  section.append(el("p", { class: "muted small controls" },
-    "Point at a curve for its values, drag across it to zoom all curves, double-click for the whole range. With the keyboard: arrows, + and −, 0."));
-  const epochs = data.curves.flatMap((curve) => curve.epochs);
-  const x = { whole: true, title: "epoch", low: Math.min(...epochs), high: Math.max(...epochs) };
-  const charts = PANELS.filter((panel) => curveLines(panel).length).map((panel) => new Chart({
-    title: panel.title, lines: () => curveLines(panel), group: linked,
-    styles: panel.dashed ? Object.fromEntries(["", "dashed", "dotted"].map((style, i) => [style, (panel.names || ["training", "validation"])[i]])) : null,
-    x, y: { percent: panel.percent, log: panel.log },
-  }));
-  const keys = [...new Set(data.curves.flatMap((curve) => Object.keys(curve.values)))].sort();
-  const choice = el("select", { id: "any-figure", "aria-label": "Figure of the log" }, keys.map((key) => el("option", { value: key }, key)));
-  choice.value = keys.includes("AP75") ? "AP75" : keys[0];
-  const share = () => /^(ema )?A[PR]/.test(choice.value);
-  const y = {};
-  const any = new Chart({
-    title: "Any figure of the log", heading: choice, lines: () => curveLines({ solid: choice.value }), group: linked, x, y,
-  });
-  const set = () => { y.percent = share(); any.draw(); };
-  choice.addEventListener("change", set);
-  section.append(el("div", { class: "charts" }, [...charts, any].map((chart) => chart.node)));
-  set();
 }
 
 function addFigures() {
   const section = byId("figures");
   const results = data.results.filter((result) => result.stats);
-  if (!results.length) {
-    section.append(el("p", { class: "note" }, "No run has been evaluated yet: the twelve figures appear after the first evaluation."));
-    return;
-  }
+  if (!results.length)
+    return note(section, "No run has been evaluated yet: the figures appear after the first evaluation.");
   if (results.length > 1) section.append(el("p", { class: "muted small" }, `In percent; differences are to ${results[0].name}. – where no object has this size.`));
   const base = results[0];
   const best = data.figures.map((_, i) => Math.max(...results.map((result) => result.stats[i])));
@@ -563,14 +345,13 @@ function addFigures() {
 
 const tintOf = (change) => (change === null || Math.abs(change) < 5e-4 ? null : Math.max(-1, Math.min(1, change / 0.1)));
 
+const NO_TABLES = "No run has tables of precision yet; an evaluation writes them (eval/latest.pth).";
+
 function addClasses() {
   const section = byId("classes");
   const { classes, figures, values } = data.classes;
   const results = data.results.map((result, i) => ({ ...result, values: values[i] })).filter((result) => result.values);
-  if (!results.length) {
-    section.append(el("p", { class: "note" }, "There are no tables of precision yet: classes appear after an evaluation (eval/latest.pth in the run's folder)."));
-    return;
-  }
+  if (!results.length) return note(section, NO_TABLES);
   const rows = classes.map((one, i) => ({ ...one, i }));
   const mean = { name: "all classes", i: -1, objects: classes.every((one) => one.objects !== null) ? classes.reduce((n, one) => n + one.objects, 0) : null };
   const value = (result, figure, row) => {
@@ -622,36 +403,31 @@ function addClasses() {
 
 function addPrecisionRecall() {
   const section = byId("precision-recall");
-  const { recalls, ious, curves } = data.pr;
+  const { ious, curves, figure } = data.pr;
   const { classes, values } = data.classes;
-  if (!curves.some(Boolean)) {
-    section.append(el("p", { class: "note" }, "There are no tables of precision yet: these curves appear after an evaluation (eval/latest.pth in the run's folder)."));
-    return;
-  }
-  const one = el("select", { id: "pr-class", "aria-label": "Class" }, el("option", { value: "0" }, "all classes"),
-    classes.map((c, i) => [c.name, i + 1]).sort((a, b) => a[0].localeCompare(b[0], "en")).map(([name, i]) => el("option", { value: String(i) }, name)));
-  const iou = el("select", { id: "pr-iou", "aria-label": "IoU" }, ious.map((name) => el("option", { value: name }, name)));
-  const curve = (i) => curves[i]?.[iou.value][Number(one.value)] ?? null;
-  const precision = (i) => {
-    const list = values[i][{ 0.5: "AP50", 0.75: "AP75" }[iou.value] ?? "AP"];
-    return one.value === "0" ? meanOf(list) : list[Number(one.value) - 1];
+  if (!curves.some(Boolean)) return note(section, NO_TABLES);
+  const named = classes.map(({ name }, i) => [i + 1, name]).sort((a, b) => a[1].localeCompare(b[1], "en"));
+  const one = select("pr-class", "Class", [[0, "all classes"], ...named]);
+  const iou = select("pr-iou", "IoU", ious.map((name) => [name, name]));
+  const areas = el("div", { class: "areas" });
+  const labels = [el("label", {}, "Class", one), el("label", {}, "IoU", iou)];
+  section.append(el("div", { class: "controls" }, labels), areas);
+  const choose = () => {
+    const shown = [];
+    const lines = figure.data.filter((line) => line.meta !== undefined);
+    data.results.filter((_, i) => curves[i]).forEach((result, i) => {
+      const at = data.results.indexOf(result);
+      const curve = curves[at][iou.value][one.value];
+      lines[i].y = (curve ?? []).map((thousandths) => thousandths / 10);
+      const list = values[at][{ 0.5: "AP50", 0.75: "AP75" }[iou.value] ?? "AP"];
+      const area = one.value === "0" ? meanOf(list) : list[one.value - 1];
+      if (curve) shown.push(el("span", { class: "small" }, resultLabel(result), ` ${percent(area)}`));
+    });
+    areas.replaceChildren(...(shown.length ? shown : ["The validation set has no object of this class."]));
   };
-  const lines = () => data.results.map((result, i) => ({ result, i })).filter(({ i }) => curve(i))
-    .map(({ result, i }) => ({ name: result.name, run: result.run, style: result.weights === "ema" ? "dashed" : "", xs: recalls, ys: curve(i).map((v) => v / 1000) }));
-  const chart = new Chart({
-    title: "Precision by recall", lines, class: "pr", height: 380, smooth: true, empty: "no object of this class in the validation set",
-    styles: { "": "weights", dashed: "averaged weights" },
-    x: { low: 0, high: 1, title: "recall" }, y: { low: 0, high: 1.005, percent: true },
-  });
-  const areas = el("div", { class: "chips", style: { margin: "0 0 .6rem", "max-height": "none" } });
-  const draw = () => {
-    chart.draw();
-    areas.replaceChildren(...data.results.map((result, i) => (curve(i) ? el("span", { class: "small" }, resultLabel(result), ` ${percent(precision(i))}`) : null)).filter(Boolean));
-  };
-  one.addEventListener("change", draw);
-  iou.addEventListener("change", draw);
-  section.append(el("div", { class: "controls" }, el("label", {}, "Class", one), el("label", {}, "IoU", iou)), areas, chart.node);
-  draw();
+  choose();
+  const node = addChart(section, el("h3", {}, "Precision by recall"), figure, "Precision by recall");
+  for (const control of [one, iou]) control.addEventListener("change", () => { choose(); draw(node); });
 }
 
 // ---- mistakes ----
@@ -668,10 +444,7 @@ const KINDS = {
 function addMistakes() {
   const section = byId("mistakes");
   const { table: rows, entries, pictures, threshold } = data.mistakes;
-  if (!rows.some(Boolean)) {
-    section.append(el("p", { class: "note" }, data.mistakes.choice));
-    return;
-  }
+  if (!rows.some(Boolean)) return note(section, data.mistakes.choice);
   section.append(el("p", {}, "Matched as COCO does at IoU 0.5, and sorted as in ",
     "TIDE (Bolya et al., ECCV 2020). The cost of a kind is how much AP50 would rise if this kind alone were put right, over all detections; ",
     `numbers and pictures are of detections that score at least ${threshold}. Crowd regions do not count.`));
@@ -739,7 +512,6 @@ function scene(entry, pictures, large) {
 }
 
 function gallery(entries, pictures) {
-  const select = (id, label, options) => el("select", { id, "aria-label": label }, options.map(([value, name]) => el("option", { value }, name)));
   const results = [...new Set(entries.map((entry) => entry.result))].sort((a, b) => a - b);
   const about = (entry) => [entry.detection?.class, entry.object?.class].filter((id) => id !== undefined);
   const ids = [...new Set(entries.flatMap(about))].sort((a, b) => className(a).localeCompare(className(b), "en"));
@@ -823,10 +595,8 @@ function addConfiguration() {
       ...data.runs.map((run, i) => ({ title: run.name, head: runLabel(i, run.name), kind: "text", wrap: true, cell: ([, get]) => String(get(run) ?? "–") }))],
       facts, { label: "Machine and data" }).node);
   }
-  if (!data.flags.length) {
-    section.append(el("p", { class: "note" }, "The flags are not known: no run has run.json or a checkpoint."));
-    return;
-  }
+  if (!data.flags.length)
+    return note(section, "The flags are not known: no run has run.json or a checkpoint.");
   const filter = el("input", { type: "search", id: "flag-filter", placeholder: "Filter flags", "aria-label": "Filter flags" });
   const sorted = [...data.flags.filter(differs), ...data.flags.filter((flag) => !differs(flag))];
   const all = flagTable(sorted, "All flags");
@@ -834,21 +604,26 @@ function addConfiguration() {
   section.append(el("details", { id: "all-flags" }, el("summary", {}, `All ${data.flags.length} flags, those that differ first`), el("div", { class: "controls" }, filter), all.node));
 }
 
-addRunColours();
 startTheme();
 addSummary();
-addCurves();
 addFigures();
 addClasses();
-addPrecisionRecall();
 addMistakes();
 addConfiguration();
 startBar();
+await loadPlotly();
+addCurves();
+addPrecisionRecall();
 let themeBefore = null; // paper is white
 addEventListener("beforeprint", () => {
   themeBefore = document.documentElement.dataset.theme;
+  printing = true;
   setTheme("light");
   document.querySelectorAll("details").forEach((node) => { node.open = true; });
 });
-addEventListener("afterprint", () => setTheme(themeBefore));
+addEventListener("afterprint", () => {
+  printing = false;
+  setTheme(themeBefore);
+  charts.forEach((node) => Plotly.Plots.resize(node));
+});
 document.documentElement.dataset.ready = "true";

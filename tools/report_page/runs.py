@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from util.checkpoint import read_checkpoint
+from util.curves import FIGURES, Row, read_log
 from util.errors import UserError
-from util.plot_utils import Row, read_log
 from util.run_record import read_record
 
 log = logging.getLogger(__name__)
@@ -175,16 +175,11 @@ def _is_detection(entry: Any) -> bool:
 def last_figures(rows: Sequence[Row], weights: str) -> list[float] | None:
     """The twelve figures of the last evaluation in the log."""
     key = f"test_{weights}_coco_eval_bbox" if weights else "test_coco_eval_bbox"
-    found = list(filter(None, (figures_in(row, key) for row in rows)))
-    return found[-1] if found else None
-
-
-def figures_in(row: Row, key: str) -> list[float] | None:
-    """The twelve figures under a key of the log; None if they are not there."""
-    values = row.get(key)
-    if not isinstance(values, list) or len(values) != 12 or not all(map(is_number, values)):
-        return None
-    return [float(value) for value in values]
+    for row in reversed(rows):
+        values = row.get(key)
+        if isinstance(values, list) and len(values) == len(FIGURES) and all(map(is_number, values)):
+            return [float(value) for value in values]
+    return None
 
 
 def is_number(value: Any) -> bool:
