@@ -3,7 +3,7 @@
     python -m tests.faults.kill [--kills 50] [--case plain|precision|accumulation|batchformer|together] [--seed 0]
 
 Each kill strikes one of the two processes or both, at a random moment of start-up, training, saving or evaluation. Half of them
-under torchrun's restarts (MAX_RESTARTS), half with a new start by hand; always with --resume auto. A run that comes to its
+under the launcher's restarts (MAX_RESTARTS), half with a new start by hand; always with --resume auto. A run that comes to its
 end is compared, and another one killed. Prints the processor, as another one takes other kernels; where the kills struck; and
 whether every bit is as in the undisturbed run: weights, optimiser, averages, random states, best result, log.txt.
 """
