@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Runs a command as several processes, on this machine or on several, and ends all of them when one fails.
+# Runs a command as several processes, on this machine or on several, under PyTorch's elastic launcher (tools/launch.py).
 # With several nodes, run it on each: the same MASTER_ADDR and MASTER_PORT (node 0's), its own NODE_RANK.
-# MAX_RESTARTS=3 starts all of them again after a crash, up to three times; --resume auto lets main.py go on.
-# SIGTERM, SIGUSR1 and SIGUSR2 let main.py save and leave; what is still there after PREEMPT_SECONDS (120) is killed.
-# A node waits JOIN_SECONDS (1800) for the others. tools/run_node.py has the details.
+# MAX_RESTARTS=3 starts all processes again after a failure, up to three times; --resume auto lets main.py go on.
+# SIGTERM, SIGUSR1, SIGUSR2 and SIGINT let main.py save and leave; what is still there after PREEMPT_SECONDS (120) is killed.
+# A node waits JOIN_SECONDS (1800) for the others.
 set -euo pipefail
 # shellcheck source=tools/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"

@@ -206,7 +206,7 @@ class RunConfig:
         "stop", "stop, or skip a step whose loss or gradient is not finite (its batch is saved)", choices=("stop", "skip")
     )
     max_nan_steps: int = flag(10, "with --on_nan skip: end the run after more than so many such steps")
-    dist_timeout: int = flag(1800, "seconds after which a process that is dead or makes no progress ends the whole job")
+    dist_timeout: int = flag(1800, "seconds that a process waits for the others, or for its loader, before the run ends")
     save_predictions: bool = flag(False, "write the detections to predictions.json in output_dir (COCO results format)")
     tensorboard: bool = flag(False, "write losses, rates, figures and pictures for TensorBoard to <output_dir>/tensorboard")
     log_every: int = flag(10, "steps between log lines; only then are the losses read back from the device")
