@@ -151,12 +151,13 @@ class Evaluation:
 def evaluate(
     model: nn.Module, criterion: SetCriterion, postprocessors: Mapping[str, Callable], batches: Prefetcher, ground_truth: COCO,
     classes: ClassMap, log_every: int = 10, *, amp: str = "off", title: str = "evaluate",
+    evaluator: str = "faster",
 ) -> Evaluation:  # fmt: skip
     """COCO's figures and the losses over a data set; the same however many processes share the work.
 
-    `classes` gives detections the category ids of `ground_truth`. `model` must not be wrapped: processes may have
-    different numbers of batches. While the device works on a batch, the host puts the detections of the batch before into COCO's
-    format.
+    `classes` gives detections the category ids of `ground_truth`. `evaluator` is that of evaluate_boxes.
+    `model` must not be wrapped: processes may have different numbers of batches. While the device works on a
+    batch, the host puts the detections of the batch before into COCO's format.
     """
     model.eval()
     criterion.eval()
@@ -176,7 +177,7 @@ def evaluate(
         progress.step(f"{clock.rate():.2f} images/s" if progress.due() else None)
     done += [pending.collect()] if pending else []
     progress.close()
-    return _summarise(done, criterion, ground_truth)
+    return _summarise(done, criterion, ground_truth, evaluator)
 
 
 @dataclass(frozen=True)
@@ -248,7 +249,9 @@ def _packed(detection: dict[str, Tensor]) -> Tensor:
     return torch.cat([boxes, detection["scores"][:, None].float(), detection["labels"][:, None].to(boxes.dtype)], 1)
 
 
-def _summarise(done: list[BatchResult], criterion: SetCriterion, ground_truth: COCO) -> Evaluation:
+def _summarise(
+    done: list[BatchResult], criterion: SetCriterion, ground_truth: COCO, evaluator: str
+) -> Evaluation:
     """Everything to the main process, in the order of the data set whatever the number of processes."""
     shares = gather_on_main(done)
     if not is_main():
@@ -261,7 +264,7 @@ def _summarise(done: list[BatchResult], criterion: SetCriterion, ground_truth: C
     results = [detection for batch in in_order for detection in batch.detections]
     results.sort(key=lambda detection: detection["image_id"])  # where batches were passed over, the turns have shifted
     note("COCO's figures of %d detections", len(results))
-    evaluation = evaluate_boxes(ground_truth, results)
+    evaluation = evaluate_boxes(ground_truth, results, evaluator)
     means = {name: math.fsum(batch.losses[name] for batch in in_order) / len(in_order) for name in in_order[0].losses}
     stats = published_names(means, criterion.weight_dict) | {"coco_eval_bbox": evaluation.stats.tolist()}
     return Evaluation(broadcast_from_main(stats), results, precision_tables(evaluation))

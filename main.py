@@ -119,8 +119,9 @@ def evaluate_checkpoint(
         if suffix:
             load_checkpoint(model, checkpoint["ema"], source, "averaged weights: ", may_lack=())
         evaluation = evaluate(
-            model, criterion, postprocessors, batches, dataset.coco, dataset.classes, config.run.log_every, amp=config.run.amp
-        )
+            model, criterion, postprocessors, batches, dataset.coco, dataset.classes, config.run.log_every,
+            amp=config.run.amp, evaluator=config.run.coco_eval,
+        )  # fmt: skip
         log.info("%s", figures_table(evaluation.stats["coco_eval_bbox"]))
         if hold:
             hold.check()
@@ -268,6 +269,7 @@ class Training:
         evaluation = evaluate(
             model, self.criterion, self.postprocessors, self.val_batches, self.val_dataset.coco, self.classes,
             self.config.run.log_every, amp=self.config.run.amp, title="evaluate the averaged weights" if prefix else "evaluate",
+            evaluator=self.config.run.coco_eval,
         )  # fmt: skip
         figures = evaluation.stats["coco_eval_bbox"]
         log.info("%s", figures_table(figures))

@@ -6,11 +6,15 @@ import errno
 import json
 import logging
 import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 import util.checkpoint_folder
+from tests.faults.compare import differing
 from tests.helpers import SMALL_IMAGES, SMALL_MODEL, run, write_coco
 from tests.processes import run_main_forked
 from util import checkpoint
@@ -116,6 +120,75 @@ def test_checkpoints_of_others_are_checked_by_their_own_sums(tmp_path):
     assert torch.load(tmp_path / "published.pth") is not None, "PyTorch does not notice"
     with pytest.raises(UserError, match="is damaged"):
         read_checkpoint(tmp_path / "published.pth")
+
+
+def in_directory(data: bytes, name: str) -> int:
+    """Where the directory of a zip file has the entry of a record."""
+    return data.rindex(name.encode()) - 46  # the directory comes last, and an entry's name after 46 bytes
+
+
+def replaced(data: bytes, at: int, new: bytes) -> bytes:
+    return data[:at] + new + data[at + len(new) :]
+
+
+def save_without_a_seal(content: dict, path: Path) -> None:
+    with open(path, "wb") as file:
+        torch.save(content, file)
+
+
+def marked_as_a_folder(data: bytes, other: bytes) -> bytes:
+    at = in_directory(data, "archive/data/2") + 38
+    return replaced(data, at, bytes([data[at] ^ 0x10]))
+
+
+def two_names_exchanged(data: bytes, other: bytes) -> bytes:
+    return data.replace(b"data/0", b"data/x").replace(b"data/1", b"data/0").replace(b"data/x", b"data/1")
+
+
+def a_record_of_another_checkpoint(data: bytes, other: bytes) -> bytes:
+    start, end = (data.index(name) - 30 for name in (b"archive/data/0", b"archive/data/1"))
+    entry = in_directory(data, "archive/data/0")
+    return replaced(replaced(data, start, other[start:end]), entry, other[entry : entry + 60])
+
+
+@pytest.mark.parametrize(("damage", "noticed_without"), [
+    (marked_as_a_folder, True), (two_names_exchanged, False), (a_record_of_another_checkpoint, False),
+])  # fmt: skip
+def test_what_the_checksums_of_a_zip_file_miss(tmp_path, damage: Callable, noticed_without: bool):
+    """The SHA-256 notices all. Without it, records that are marked as folders are looked for."""
+    shapes = {"a": 1000, "b": 1000, "c": 10_000_000}  # c: too large for memory that was used before
+    first, second = ({"model": {k: torch.full((n,), v) for k, n in shapes.items()}} for v in (1.0, 2.0))
+    first["model"]["b"] += 10
+    for name, write in (("sealed.pth", write_atomically), ("unsealed.pth", save_without_a_seal)):
+        path = tmp_path / name
+        write(second, path)
+        other = path.read_bytes()
+        write(first, path)
+        path.write_bytes(damage(path.read_bytes(), other))
+        with zipfile.ZipFile(path) as archive:
+            assert archive.testzip() is None, "every checksum of the zip file fits"
+        assert list(differing("", first, torch.load(path))), "PyTorch reads other numbers"
+    with pytest.raises(UserError, match="is damaged"):
+        read_checkpoint(tmp_path / "sealed.pth")
+    if noticed_without:
+        with pytest.raises(UserError, match="is damaged"):
+            read_checkpoint(tmp_path / "unsealed.pth")
+
+
+@pytest.mark.parametrize("damage", ["another compression", "a first block of zeros"])
+def test_a_file_of_another_format_is_refused_before_pytorch_reads_it(tmp_path, monkeypatch, damage):
+    """zlib fails on a record that is not compressed. PyTorch tries what is no zip file as a tar file."""
+    path = tmp_path / "published.pth"
+    torch.save({"model": {"a": torch.arange(4000)}}, path)
+    data = path.read_bytes()
+    if damage == "another compression":
+        data = replaced(data, in_directory(data, "published/data/0") + 10, b"\x08")
+    else:
+        data = replaced(data, 0, bytes(512))
+    path.write_bytes(data)
+    monkeypatch.delattr(torch, "load")
+    with pytest.raises(UserError, match="is damaged"):
+        read_checkpoint(path)
 
 
 def test_when_all_are_damaged_nothing_is_started_afresh(tmp_path):

@@ -16,7 +16,9 @@ from tests.faults.fuzz_watch import Watch
 from util.errors import UserError
 
 
-@pytest.mark.parametrize(("kind", "cases"), [("annotations", 300), ("images", 250), ("checkpoints", 150)])
+@pytest.mark.parametrize(("kind", "cases"), [
+    ("annotations", 300), ("images", 250), ("checkpoints", 150), ("unsealed", 150),
+])  # fmt: skip
 def test_damaged_files_load_or_are_refused_in_one_line(tmp_path, kind, cases):
     outcome = fuzz(kind, range(cases), 1, tmp_path)
     assert not outcome.misbehaved, outcome.misbehaved[0]

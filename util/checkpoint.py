@@ -1,8 +1,9 @@
 """Files of checkpoints, and the weights in them.
 
 Written aside, flushed and renamed, so that a crash never leaves a broken file. A file ends with the SHA-256 of all before
-it, as the comment that the zip format allows there; a damaged file is told by it. Read without executing anything that is
-pickled in them: tensors, numbers, strings and containers are data, an argparse.Namespace is a bag of such data, and
+it, as the comment that the zip format allows there; a damaged file is told by it. The zip format's own
+checksums miss some damage (docs/reliability.md). Read without executing anything that is pickled in them:
+tensors, numbers, strings and containers are data, an argparse.Namespace is a bag of such data, and
 everything else is refused by name.
 """
 
@@ -243,6 +244,7 @@ def _full_disk(folder: Path) -> str:
 _END_OF_ZIP, _END_SIZE = b"PK\x05\x06", 22
 _SEAL = b"sha256:"
 _SEAL_SIZE = len(_SEAL) + 64
+_FOLDER = 0x10  # in an entry's external attributes
 
 
 def _seal(file: BinaryIO) -> None:
@@ -269,7 +271,8 @@ def check_intact(path: Path, flag: str = "--resume") -> None:
     try:
         with open(path, "rb") as file:
             intact = _intact(file)
-    except (OSError, zipfile.BadZipFile, RuntimeError, ValueError, NotImplementedError, EOFError, struct.error):
+    except Exception as error:  # a damaged zip file can fail anywhere, in decompression too
+        log.debug("checking %s", path, exc_info=error)
         intact = False
     if not intact:
         raise unreadable(flag, path)
@@ -282,10 +285,16 @@ def _intact(file: BinaryIO) -> bool:
     file.seek(0)
     if seal.startswith(_SEAL):
         return _digest(file, size - _SEAL_SIZE) == seal.removeprefix(_SEAL)
-    if file.read(2) != b"PK":
-        return size > 0  # a file from before zip files has no checksum
+    start = file.read(2)
+    if start != b"PK":
+        return start[:1] == pickle.PROTO  # a pickle from before zip files has no checksum
     with zipfile.ZipFile(file) as archive:
-        return archive.testzip() is None
+        return archive.testzip() is None and not any(map(_is_marked_as_folder, archive.infolist()))
+
+
+def _is_marked_as_folder(entry: zipfile.ZipInfo) -> bool:
+    """Whether a record is marked as a folder: PyTorch does not read it, and the tensor is arbitrary."""
+    return bool(entry.external_attr & _FOLDER) and not entry.is_dir()
 
 
 def _digest(file: BinaryIO, size: int) -> bytes:

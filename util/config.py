@@ -198,6 +198,10 @@ class RunConfig:
     start_epoch: int = flag(0, "first epoch, for a checkpoint that does not say")
     eval: bool = flag(False, "evaluate only; image sizes too are those of the checkpoint where they are not given")
     eval_every: int = flag(1, "evaluate after every so many epochs, and after the last")
+    coco_eval: str = flag(
+        "faster", "what computes COCO's figures: faster (faster-coco-eval) or pycocotools; results are equal",
+        choices=("faster", "pycocotools"),
+    )
     save_every: int = flag(0, "save every so many iterations too; 0: after every epoch and on a signal only")
     keep: int = flag(2, "how many of the last checkpoints are kept, beside those of the published schedule")
     amp: str = flag("off", "mixed precision: bf16, or fp16 with a gradient scaler", choices=("off", "bf16", "fp16"))

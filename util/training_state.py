@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 _MAY_DIFFER = (
     "resume", "output_dir", "eval", "device", "num_workers", "log_every", "start_epoch", "save_predictions", "coco_path",
     "train_images", "train_annotations", "val_images", "val_annotations", "finetune", "tensorboard",
-    "cache_mode", "eval_every", "backbone_weights", "epochs", "save_every", "keep", "dist_timeout", "checkpoint_encoder",
-    "max_bad_images", "max_nan_steps", "max_image_megapixels",
+    "cache_mode", "eval_every", "coco_eval", "backbone_weights", "epochs", "save_every", "keep",
+    "dist_timeout", "checkpoint_encoder", "max_bad_images", "max_nan_steps", "max_image_megapixels",
 )  # fmt: skip
 
 

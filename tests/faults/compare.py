@@ -24,23 +24,24 @@ def differences(a: Path, b: Path) -> list[str]:
     for entry, names in NOT_COMPARED.items():
         for checkpoint in (first, second):
             checkpoint[entry] = {name: value for name, value in checkpoint[entry].items() if name not in names}
-    found = list(_differing("", first, second))
+    found = list(differing("", first, second))
     if (a / "log.txt").read_bytes() != (b / "log.txt").read_bytes():
         found.append("log.txt")
     return found
 
 
-def _differing(name: str, a: Any, b: Any) -> Iterator[str]:
+def differing(name: str, a: Any, b: Any) -> Iterator[str]:
+    """Names of what differs between two trees of dicts, lists and tensors that are called `name`."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         if a.dtype != b.dtype or not _same_bits(a, b):
             yield name
     elif isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
         for key in a:
-            yield from _differing(f"{name}.{key}", a[key], b[key])
+            yield from differing(f"{name}.{key}", a[key], b[key])
     elif isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            yield from _differing(f"{name}[{i}]", x, y)
-    elif a != b:
+            yield from differing(f"{name}[{i}]", x, y)
+    elif type(a) is not type(b) or a != b:
         yield name
 
 

@@ -1,6 +1,6 @@
 """Thousands of damaged annotation files, images and checkpoints: each loads, or is refused in one line.
 
-    python tests/faults/fuzz_data.py --annotations 10000 --images 2000 --checkpoints 2000
+    python tests/faults/fuzz_data.py --annotations 10000 --images 2000 --checkpoints 2000 --unsealed 2000
     python tests/faults/fuzz_data.py --annotations 10000 --only 1234        # that case again
 
 A case is made from the seed, its kind and its number alone. To load means: the data set is built, every item goes through the
@@ -41,6 +41,7 @@ from datasets.loader import BadImages, collate
 from datasets.transforms import train_transform
 from engine import EpochMeans
 from tests.faults import fuzz_mutate
+from tests.faults.compare import differing
 from tests.faults.fuzz_watch import Misbehaviour, Watch
 from util.checkpoint import load_state, read_checkpoint, write_atomically
 from util.class_map import ClassMap
@@ -185,48 +186,65 @@ class ImageCase:
 class CheckpointCase:
     """A damaged checkpoint, from which a run goes on.
 
-    Where its bytes were damaged and it loads all the same, the weights must be the undamaged ones.
+    Where its bytes were damaged and it loads all the same, all that is read must be as it was written.
     """
+
+    write: Callable[[Any, Path], None] = staticmethod(write_atomically)
 
     def __init__(self, work: Path) -> None:
         self._file = work / "checkpoint.pth"
-        self._model = _small_model()
-        state, updater = _training(self._model)
-        updater.backward(sum(p.sum() for p in self._model.parameters()), 1)
-        updater.step()
-        self._content = state.gather()
-        self._weights = {name: tensor.clone() for name, tensor in self._content["model"].items()}
-        self._content["model"] = self._weights
-        write_atomically(self._content, self._file)
-        self._bytes = self._file.read_bytes()
+        model = _small_model()
+        state, updater = _training(model)
+        self._bytes = self._after_a_step(model, state, updater)
+        self._content = read_checkpoint(self._file)
+        self._next = self._after_a_step(model, state, updater)
         legacy = io.BytesIO()
         torch.save(self._content, legacy, _use_new_zipfile_serialization=False)
         self._others = [self._bytes, legacy.getvalue(), json.dumps(_INSTANCES).encode()]
-        self._same_weights = False
+        self._same_content = False
+
+    def _after_a_step(self, model: nn.Module, state: TrainingState, updater: Updater) -> bytes:
+        updater.backward(sum(p.exp().sum() for p in model.parameters()), 1)
+        updater.step()
+        self.write(state.gather(), self._file)
+        return self._file.read_bytes()
 
     def prepare(self, rng: random.Random | None) -> None:
-        self._same_weights = rng is None or rng.random() < 0.5
-        if rng is None:
+        kind = rng.choice(("bytes", "zip file", "state", "state")) if rng else "whole"
+        self._same_content = kind != "state"
+        if kind == "whole":
             self._file.write_bytes(self._bytes)
-        elif self._same_weights:
+        elif kind == "bytes":
             self._file.write_bytes(fuzz_mutate.mutate_bytes(rng, self._bytes, self._others))
+        elif kind == "zip file":
+            self._file.write_bytes(fuzz_mutate.mutate_zip(rng, self._bytes, self._next))
         else:
             self._file.unlink(missing_ok=True)
-            write_atomically(fuzz_mutate.mutate_state(rng, self._content), self._file)
+            self.write(fuzz_mutate.mutate_state(rng, self._content), self._file)
 
     def run(self) -> None:
         model = _small_model()
         checkpoint = read_checkpoint(self._file)
+        changed = list(differing("", self._content, checkpoint)) if self._same_content else []
+        assert not changed, f"{changed[0]} was damaged, and nobody noticed"
         load_state(model, checkpoint, str(self._file))
         state, _ = _training(model)
         state.restore(checkpoint, str(self._file))
         for name, tensor in model.state_dict().items():
-            kept = self._weights[name]
+            kept = self._content["model"][name]
             assert (tensor.shape, tensor.dtype) == (kept.shape, kept.dtype), name
-            assert not self._same_weights or torch.equal(tensor, kept), f"{name} was damaged, and nobody noticed"
 
 
-CASES: dict[str, Callable[[Path], Any]] = {"annotations": AnnotationCase, "images": ImageCase, "checkpoints": CheckpointCase}
+class UnsealedCase(CheckpointCase):
+    """The same without the SHA-256 at the end, as other programs write checkpoints."""
+
+    write = staticmethod(torch.save)
+
+
+CASES: dict[str, Callable[[Path], Any]] = {
+    "annotations": AnnotationCase, "images": ImageCase,
+    "checkpoints": CheckpointCase, "unsealed": UnsealedCase,
+}  # fmt: skip
 
 _INSTANCES = {
     "info": {"description": "three images", "year": 2026},
@@ -291,7 +309,8 @@ def main() -> int:
     logging.disable()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for kind in CASES:
-        parser.add_argument(f"--{kind}", type=int, default=0, metavar="CASES", help=f"damaged {kind} to try")
+        what = "checkpoints without a SHA-256" if kind == "unsealed" else kind
+        parser.add_argument(f"--{kind}", type=int, default=0, metavar="CASES", help=f"damaged {what} to try")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="run the case of this number alone, of every kind that is given")
     parser.add_argument("--keep", type=Path, default=Path("fuzz_failures"), help="folder for the files of misbehaving cases")

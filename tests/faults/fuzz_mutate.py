@@ -80,6 +80,49 @@ _BYTE_MUTATIONS: tuple[Callable[[Random, bytes, Sequence[bytes]], bytes], ...] =
 )  # fmt: skip
 
 
+# ---- zip files
+
+
+def mutate_zip(rng: Random, content: bytes, other: bytes) -> bytes:
+    """Damage to whole blocks, or to what says where a zip file's records are; `other` has the same layout."""
+    return rng.choice((_zip_field, _zip_field, _zip_entry, _blocks))(rng, content, other)
+
+
+def _zip_field(rng: Random, content: bytes, other: bytes) -> bytes:
+    """Another number in the header of a record, its entry in the directory, or the end of the directory."""
+    found = rng.choice(list(re.finditer(rb"PK(\x01\x02|\x03\x04|\x05\x06|\x06\x06|\x06\x07)", content)))
+    at, size = found.end() + rng.randrange(42), rng.choice((1, 2, 4, 8))
+    one_bit_off = int.from_bytes(content[at : at + size], "little") ^ 1 << rng.randrange(8 * size)
+    number = rng.choice((one_bit_off, one_bit_off, rng.choice(_LIMITS)))
+    return content[:at] + (number & (256**size - 1)).to_bytes(size, "little") + content[at + size :]
+
+
+def _zip_entry(rng: Random, content: bytes, other: bytes) -> bytes:
+    """An entry of the directory lost, twice, in another place, or with the record of another."""
+    data, *entries = re.split(rb"(?=PK\x01\x02|PK\x06\x06)", content)
+    i, j = rng.randrange(len(entries) - 1), rng.randrange(len(entries) - 1)  # the last piece is no entry
+    how = rng.randrange(4)
+    if how == 0:
+        del entries[i]
+    elif how == 1:
+        entries[i] = entries[j]
+    elif how == 2:
+        entries[i], entries[j] = entries[j], entries[i]
+    else:
+        entries[i] = entries[i][:42] + entries[j][42:46] + entries[i][46:]
+    return data + b"".join(entries)
+
+
+def _blocks(rng: Random, content: bytes, other: bytes) -> bytes:
+    """A block zeroed, lost, twice, in another's place, or of `other`, as a disk may give it back."""
+    size = rng.choice((64, 512, 4096))
+    blocks = [content[at : at + size] for at in range(0, len(content), size)]
+    i, j = rng.randrange(len(blocks)), rng.randrange(len(blocks))
+    at = i * size
+    replaced = rng.choice((bytes(len(blocks[i])), b"", blocks[i] * 2, blocks[j], other[at : at + size]))
+    return content[:at] + replaced + content[at + size :]
+
+
 # ---- JSON
 
 
