@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchvision.ops import generalized_box_iou
+from torchvision.ops import box_convert, generalized_box_iou
 
 import util.optim
 from datasets import build_dataset
@@ -24,7 +24,7 @@ from models import build_model
 from models.matcher import HungarianMatcher, Targets
 from tests.golden import recipe
 from tests.helpers import BATCHFORMER, SMALL_IMAGES, SMALL_MODEL, write_coco
-from util.box_ops import cxcywh_to_xyxy, generalized_iou
+from util.box_ops import generalized_iou
 from util.checkpoint import read_checkpoint
 from util.config import parse_config
 from util.diagnose import FiniteWatch, Step
@@ -218,7 +218,7 @@ def test_matching_is_that_of_each_image_by_itself():
             focal = 0.25 * (1 - probability) ** 2 * -(probability + 1e-8).log()
             focal -= 0.75 * probability**2 * -(1 - probability + 1e-8).log()
             distance = torch.cdist(boxes[layer, image], target["boxes"], p=1)
-            giou = generalized_box_iou(cxcywh_to_xyxy(boxes[layer, image]), cxcywh_to_xyxy(target["boxes"]))
+            giou = generalized_box_iou(*(box_convert(x, "cxcywh", "xyxy") for x in (boxes[layer, image], target["boxes"])))
             rows, columns = linear_sum_assignment((2 * focal + 5 * distance - 2 * giou).numpy())
             mine = slice(start, start + n)
             assert (queries[layer, mine] - (layer * 2 + image) * 9).tolist() == rows.tolist()
@@ -227,7 +227,7 @@ def test_matching_is_that_of_each_image_by_itself():
 
 
 def test_generalized_iou_equals_torchvision():
-    a, b = (cxcywh_to_xyxy(torch.rand(20, 4) * 0.4 + 0.1) for _ in range(2))
+    a, b = (box_convert(torch.rand(20, 4) * 0.4 + 0.1, "cxcywh", "xyxy") for _ in range(2))
     torch.testing.assert_close(generalized_iou(a[:, None], b[None]), generalized_box_iou(a, b))
 
 
