@@ -7,7 +7,7 @@
 
 --amp bf16 and, of a training step, --bf and --checkpoint_encoder are timed beside the same without them, and the memory of a
 training step is given at its peak. --against_reference times the same with the attention operator in plain PyTorch too;
---profile adds what the time goes to; --trace writes it as a timeline, for ui.perfetto.dev or tools/gpu_check/idle.py.
+--profile adds what the time goes to; --trace writes it as a timeline, for ui.perfetto.dev.
 """
 
 from __future__ import annotations

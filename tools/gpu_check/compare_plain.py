@@ -15,7 +15,7 @@ from torch import Tensor
 from models.ops import compiled
 from models.ops.benchmark import Load, make_inputs, seconds_of
 from models.ops.functions import flat_shapes
-from tools.gpu_check.build import PLAIN
+from tools.gpu_check.prepare import PLAIN
 
 LOADS = [Load(what, (800, 1333), batch) for what in ("encoder", "decoder") for batch in (1, 4)]
 FLAT = flat_shapes(LOADS[0].shapes)
