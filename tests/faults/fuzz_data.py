@@ -1,34 +1,20 @@
-"""Thousands of damaged annotation files, images and checkpoints: each loads, or is refused in one line.
+"""Damaged annotation files, images and checkpoints, of which tests/test_fuzz.py tries as many as it is told.
 
-    python tests/faults/fuzz_data.py --annotations 10000 --images 2000 --checkpoints 2000
-    python tests/faults/fuzz_data.py --annotations 10000 --only 1234        # that case again
-
-A case is made from the seed, its kind and its number alone. To load means: the data set is built, every item goes through the
-training transform and into a batch, and the annotations serve to evaluate detections; or a model takes the checkpoint's weights.
-A case misbehaves if anything but a UserError of one line comes out, if it takes too long or gigabytes, or does what
-fuzz_watch.py forbids. Its files are then kept, and the exit code is 1.
+To load means: the data set is built, every item goes through the training transform and into a batch, and the annotations serve
+to evaluate detections; or a model takes the checkpoint's weights. A case misbehaves if anything but a UserError of one line
+comes out, if it takes too long or gigabytes, or does what fuzz_watch.py forbids.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
-import logging
 import random
 import re
-import shutil
-import sys
-import tempfile
-import traceback
 import warnings
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, this folder would be searched instead
 
 import numpy as np
 import torch
@@ -41,7 +27,7 @@ from datasets.loader import BadImages, collate
 from datasets.transforms import train_transform
 from engine import EpochMeans
 from tests.faults import fuzz_mutate
-from tests.faults.fuzz_watch import Misbehaviour, Watch
+from tests.faults.fuzz_watch import Watch
 from util.checkpoint import load_state, read_checkpoint, write_atomically
 from util.class_map import ClassMap
 from util.config import parse_config
@@ -53,70 +39,24 @@ from util.optim import Updater, build_schedule, build_updater
 from util.random_state import RandomGenerators
 from util.training_state import Position, TrainingState
 
-SECONDS_PER_CASE = 20
 MEGAPIXELS = 2.0
 _NUM_CLASSES = 4
 
 
-@dataclass
-class Outcome:
-    """What became of the cases of a kind."""
-
-    loaded: int = 0
-    refused: Counter[str] = field(default_factory=Counter)
-    misbehaved: list[str] = field(default_factory=list)
-
-    def report(self, kind: str, seed: int) -> str:
-        refused = sum(self.refused.values())
-        total = self.loaded + refused + len(self.misbehaved)
-        lines = [
-            f"{kind}: {total} cases, seed {seed}: {self.loaded} loaded, {refused} refused with one line, "
-            f"{len(self.misbehaved)} misbehaved"
-        ]
-        lines += [f"  {count:6}  {message}" for message, count in self.refused.most_common()]
-        return "\n".join(lines)
+LOADED = "loaded"
 
 
-def fuzz(kind: str, numbers: range, seed: int, work: Path, *, keep: Path | None = None, hard: bool = False) -> Outcome:
-    """Run the cases `numbers` of a kind of CASES.
-
-    Args:
-        work: an empty folder for the files of the case at hand.
-        keep: where the files of misbehaving cases are copied.
-        hard: end this process when a case hangs in a C function.
-    """
-    case = CASES[kind](work)
-    watch = Watch(work, SECONDS_PER_CASE, hard)
-    case.prepare(None)
-    case.run()  # imports what is imported late, before opening files is watched
-    outcome = Outcome()
-    for number in numbers:
-        case.prepare(random.Random(f"{seed}/{kind}/{number}"))
-        failure = _run_case(case.run, watch, outcome)
-        if failure:
-            outcome.misbehaved.append(f"MISBEHAVED: {kind} case {number}, seed {seed}: {failure}")
-            if keep:
-                shutil.copytree(work, keep / f"{kind}-{seed}-{number}", dirs_exist_ok=True)
-                print(outcome.misbehaved[-1], flush=True)
-    return outcome
-
-
-def _run_case(run: Callable[[], None], watch: Watch, outcome: Outcome) -> str | None:
-    """Count a case; gives what it did wrong, if anything."""
+def attempt(run: Callable[[], None], watch: Watch) -> str:
+    """LOADED, or the kind of refusal. Raises AssertionError, Misbehaviour or what the case raised if it misbehaves."""
     try:
         with watch.case(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow and PyTorch warn of odd files
             run()
     except UserError as error:
         text = str(error)
-        if len(text.splitlines()) != 1 or len(text) > 2000 or not text.isprintable():
-            return f"not one short line: {text!r}"
-        outcome.refused[_kind_of(text)] += 1
-    except (Exception, Misbehaviour):
-        return traceback.format_exc()
-    else:
-        outcome.loaded += 1
-    return None
+        assert len(text.splitlines()) == 1 and len(text) <= 2000 and text.isprintable(), f"not one short line: {text!r}"
+        return _kind_of(text)
+    return LOADED
 
 
 def _kind_of(message: str) -> str:
@@ -285,32 +225,3 @@ def _training(model: nn.Module) -> tuple[TrainingState, Updater]:
     classes = ClassMap.of([{"id": 1, "name": "one"}], _NUM_CLASSES, "")
     data = dict.fromkeys(("train", "val"), DataIdentity.of([{"id": 1, "file_name": "1.jpg"}], []))
     return TrainingState(config, classes, data, model, updater, schedule, Position(), shared, own), updater
-
-
-def main() -> int:
-    logging.disable()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for kind in CASES:
-        parser.add_argument(f"--{kind}", type=int, default=0, metavar="CASES", help=f"damaged {kind} to try")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, help="run the case of this number alone, of every kind that is given")
-    parser.add_argument("--keep", type=Path, default=Path("fuzz_failures"), help="folder for the files of misbehaving cases")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    failed = False
-    for kind in CASES:
-        count = getattr(args, kind)
-        numbers = range(count) if args.only is None else range(args.only, args.only + bool(count))
-        if not numbers:
-            continue
-        work = Path(tempfile.mkdtemp(prefix=f"fuzz-{kind}-"))
-        print(f"{kind}: the case at hand is in {work}", flush=True)
-        outcome = fuzz(kind, numbers, args.seed, work, keep=args.keep, hard=True)
-        shutil.rmtree(work)  # not after a crash: then it holds the case
-        print(outcome.report(kind, args.seed), flush=True)
-        failed = failed or bool(outcome.misbehaved)
-    return int(failed)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,7 +7,6 @@ reach Pillow's as bytes, so that none has a reason to.
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import os
 import resource
 import signal
@@ -37,11 +36,10 @@ class Watch:
     Args:
         folder: the only folder whose files may be opened, beside those of Python and its libraries.
         seconds: for a case.
-        hard: end the whole process when a case hangs in code that no Python signal handler interrupts.
     """
 
-    def __init__(self, folder: Path, seconds: int, hard: bool) -> None:
-        self._seconds, self._hard = seconds, hard
+    def __init__(self, folder: Path, seconds: int) -> None:
+        self._seconds = seconds
         self._allowed = tuple(f"{os.path.realpath(root)}{os.sep}" for root in [folder, *_library_roots()])
         self._seen: str | None = None
 
@@ -53,8 +51,6 @@ class Watch:
         peak = _peak_memory()
         before = signal.signal(signal.SIGALRM, self._alarm)
         signal.setitimer(signal.ITIMER_REAL, self._seconds)
-        if self._hard:
-            faulthandler.dump_traceback_later(2 * self._seconds, exit=True)
         _active = self
         try:
             yield
@@ -62,8 +58,6 @@ class Watch:
             _active = None
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
-            if self._hard:
-                faulthandler.cancel_dump_traceback_later()
         if _peak_memory() - peak > _GIBIBYTE:
             self._seen = f"took {(_peak_memory() - peak) / _GIBIBYTE:.1f} GiB"
         if self._seen:
