@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
-from torchvision.ops import box_convert
+from torchvision.ops import box_convert, clip_boxes_to_image
 from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
 
 from datasets.coco_format import read_annotations
@@ -159,11 +159,8 @@ def _target(annotations: list[dict[str, Any]], classes: ClassMap, height: int, w
     """Boxes clamped to the image, without crowds."""
     kept = [annotation for annotation in annotations if not annotation["iscrowd"]]
     boxes = torch.tensor([annotation["bbox"] for annotation in kept], dtype=torch.float32).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    boxes[:, 0::2].clamp_(0, width)
-    boxes[:, 1::2].clamp_(0, height)
     target = {
-        "boxes": boxes,
+        "boxes": clip_boxes_to_image(box_convert(boxes, "xywh", "xyxy"), (height, width)),
         "labels": torch.tensor([classes.label_of(annotation["category_id"]) for annotation in kept], dtype=torch.int64),
         "area": torch.tensor([annotation["area"] for annotation in kept], dtype=torch.float32),
         "iscrowd": torch.zeros(len(kept), dtype=torch.int64),
