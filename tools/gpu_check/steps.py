@@ -46,6 +46,8 @@ COUNTERS = (
     " --metrics smsp__inst_executed.sum,lts__t_sectors_op_red.sum,l1tex__t_sector_hit_rate.pct"
 )
 TRITON = "import torch; from models.ops import backends; backends.choose('triton', torch.device('cuda', 0))"
+PYTEST_SUMMARY = r"^(?:=+ )?(\d+.* (?:passed|failed|collected|deselected).*?)(?: =+)?$"
+KERNEL_TESTS = "tests/test_ops_property.py tests/test_ops_backends.py"
 GPU_TESTS = " ".join(
     f"tests/test_{name}.py"
     for name in ("engine", "ops", "ops_backends", "ops_deterministic", "ops_property", "precision", "activation_checkpointing")
@@ -89,8 +91,8 @@ def timings(device: str) -> list[Step]:
     train = f"python3 benchmark.py train --device {device} {size} --batch_size 2 {BATCHFORMER} --warm_iters {warm}"
     return [
         Step(
-            "kernels", 15, 45, "python3 -m tools.gpu_check.exercise", {"not right": r"^False  (.*)"},
-            "all agree with the reference", needs_gpu=True,
+            "kernels", 30, 60, f"python3 -m pytest -q -m gpu {KERNEL_TESTS} -k compiled",
+            {"tests": PYTEST_SUMMARY}, "none fails", needs_gpu=True, modules=("pytest", "hypothesis"),
         ),
         Step(
             "training step", 40, 60, f"{train} --num_iters {few} --amp bf16 --profile --trace {{logs}}/trace.json.gz",
@@ -180,12 +182,14 @@ def checks(device: str) -> list[Step]:
         Step(
             "tests", 100, 120,
             f"python3 -m pytest -q -m gpu {GPU_TESTS} -k 'not triton'{'' if gpu else ' --collect-only'}",
-            {"tests": r"^(?:=+ )?(\d+.* (?:passed|failed|collected|deselected).*?)(?: =+)?$"},
+            {"tests": PYTEST_SUMMARY},
             "none fails", modules=("pytest", "hypothesis", *TRAINING),
         ),
         Step(
-            "wrong accesses", 90, 120, f"{SANITIZER} python3 -m tools.gpu_check.exercise --short",
+            "wrong accesses", 90, 120,
+            f"{SANITIZER} python3 -m pytest -q -m gpu tests/test_ops_property.py -k 'compiled and not large'",
             {"errors": r"ERROR SUMMARY: (\d+) error"}, "no error", {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, needs_gpu=True,
+            modules=("pytest", "hypothesis"),
         ),
         Step(
             "one process of NCCL", 20, 60, f"python3 -m tools.gpu_check.one_rank --device {device}",
