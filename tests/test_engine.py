@@ -31,7 +31,7 @@ from util.diagnose import FiniteWatch, Step
 from util.errors import UserError
 from util.metrics import MeanOnDevice
 from util.nested_tensor import NestedTensor
-from util.optim import AveragedWeights, Updater, build_optimizer, clip_gradients, lr_factor
+from util.optim import AveragedWeights, Updater, build_optimizer, lr_factor
 from util.random_state import torch_state
 from util.transfer import HostCopy
 
@@ -281,15 +281,21 @@ def test_accumulation_averages_gradients(monkeypatch):
 
 
 @pytest.mark.parametrize(("clip", "expected"), [(0.1, 0.1), (0.0, None)])
-def test_clipping(clip, expected):
+def test_clipping(clip, expected, monkeypatch):
     model, criterion, _, optimizer = setup()
+    norms = []
+
+    def note(*_):
+        norms.append(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item())
+
+    monkeypatch.setattr(util.optim, "step_if_finite", note)
+    updater = Updater(optimizer, clip_max_norm=clip)
     images, targets = batches(1)[0]
-    criterion.total(criterion(model(images), targets)).backward()
-    before = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
-    norm = clip_gradients(list(model.parameters()), clip)
-    after = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
-    assert norm.item() == pytest.approx(before.item(), rel=1e-5)
-    assert after.item() == pytest.approx(expected or before.item(), rel=1e-4)
+    updater.backward(criterion.total(criterion(model(images), targets)), 1)
+    note()
+    norm = updater.step().item()
+    assert norm == pytest.approx(norms[0], rel=1e-5)
+    assert norms[1] == pytest.approx(expected or norms[0], rel=1e-4)
 
 
 def test_schedule():
