@@ -7,23 +7,23 @@
 
 --amp bf16 and, of a training step, --bf and --checkpoint_encoder are timed beside the same without them, and the memory of a
 training step is given at its peak. --against_reference times the same with the attention operator in plain PyTorch too;
---profile adds what the time goes to; --trace writes it as a timeline, for ui.perfetto.dev or tools/gpu_check/idle.py.
+--profile adds what the time goes to; --trace writes it as a timeline, for ui.perfetto.dev.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import os
 import statistics
 import sys
-import time
+import timeit
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.benchmark import timer  # waits for the GPU before it looks at the clock
 
 from datasets import build_dataset
 from datasets.loader import collate
@@ -92,7 +92,7 @@ def _inference(args: argparse.Namespace, config: Config, device: torch.device, i
     variants = _variants(config, training=False)
     calls = [_inference_call(variant.config, device, images) for variant in variants]
     against = [_with_reference_operator(calls[-1])] if args.against_reference else []
-    seconds = _time([*calls, *against], args, device)
+    seconds = _time([*calls, *against], args)
     names = [f"inference {variant.name}".strip() for variant in variants]
     for i, name in enumerate(names):
         _report(name, len(images), seconds[i])
@@ -118,8 +118,8 @@ def _train(args: argparse.Namespace, config: Config, device: torch.device, image
     variants = _variants(config, training=True)
     steps = [_training_step(variant.config, device, images, targets) for variant in variants]
     against = [_with_reference_operator(steps[-1])] if args.against_reference else []
-    seconds = _time([*steps, *against], args, device)
-    memory, what = _memory(steps, device)
+    seconds = _time([*steps, *against], args)
+    memory = [op_benchmark.peak_memory(step, device)[0] for step in steps]
     names = [f"training step, {variant.name}" for variant in variants]
     for i, name in enumerate(names):
         _report(name, len(images), seconds[i], memory[i])
@@ -129,7 +129,8 @@ def _train(args: argparse.Namespace, config: Config, device: torch.device, image
                 f"{variants[i].added} takes {_ratio(seconds[i], seconds[i - 1]):.2f} times as long as {without}, and "
                 f"{memory[i] / memory[i - 1]:.2f} times the memory"
             )
-    print(f"memory: {what}")
+    counted = "what is allocated on the GPU" if device.type == "cuda" else "resident memory of the process (nan: not told here)"
+    print(f"memory: {counted} at the peak of a step, beyond what there was before it")
     _report_against_reference(names[-1], len(images), seconds[len(steps) - 1], seconds[len(steps) :])
     _profile(steps[-1], args, device)
 
@@ -146,28 +147,6 @@ def _training_step(config: Config, device: torch.device, images: NestedTensor, t
         updater.step()  # lets go of the gradients: none is there before a step whose memory is counted
 
     return step
-
-
-def _memory(steps: Sequence[Callable[[], None]], device: torch.device) -> tuple[list[float], str]:
-    """Bytes that each step needs beyond weights and the optimiser's state, and what was counted."""
-    measured = [op_benchmark.peak_memory(step, device)[0] for step in steps]
-    if any(map(math.isnan, measured)):
-        return [float(_saved_bytes(step)) for step in steps], "tensors that autograd keeps for the backward of a step"
-    what = "what is allocated on the GPU" if device.type == "cuda" else "resident memory of the process"
-    return measured, f"{what} at the peak of a step, beyond what there was before it"
-
-
-def _saved_bytes(step: Callable[[], None]) -> int:
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        step()
-    return sum(kept.values())
 
 
 def _ratio(seconds: Sequence[float], others: Sequence[float]) -> float:
@@ -201,7 +180,6 @@ def _profile(function: Callable[[], None], args: argparse.Namespace, device: tor
     for _ in range(2):  # the first call also pays for the start of the profiler
         with profile(activities=activities) as recorded:
             function()
-            _wait(device)
     if args.profile:
         order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
         print(recorded.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=50))
@@ -209,18 +187,12 @@ def _profile(function: Callable[[], None], args: argparse.Namespace, device: tor
         recorded.export_chrome_trace(args.trace)
 
 
-def _time(functions: Sequence[Callable], args: argparse.Namespace, device: torch.device) -> list[list[float]]:
+def _time(functions: Sequence[Callable], args: argparse.Namespace) -> list[list[float]]:
     """Seconds of every call, the functions taking turns so that a slow moment of the machine strikes all."""
-    seconds: list[list[float]] = [[] for _ in functions]
-    for iteration in range(args.warm_iters + args.num_iters):
-        for function, times in zip(functions, seconds, strict=True):
-            _wait(device)
-            start = time.perf_counter()
-            function()
-            _wait(device)
-            if iteration >= args.warm_iters:
-                times.append(time.perf_counter() - start)
-    return seconds
+    measured = []
+    for _ in range(args.warm_iters + args.num_iters):
+        measured.append([timeit.timeit(function, timer=timer, number=1) for function in functions])
+    return [list(times) for times in zip(*measured[args.warm_iters :], strict=True)]
 
 
 def _report(what: str, batch: int, seconds: list[float], memory: float | None = None) -> None:
@@ -297,11 +269,6 @@ def _with_detector_of(resume: str, config: Config) -> Config:
     config = adopt(config, checkpoint, resume, purpose=Purpose.RESUME)
     classes = classes_of(checkpoint, resume) or unnamed_classes(weights_of(checkpoint, resume))
     return with_classes(config, classes) if config.data.num_classes == AUTO else config
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _device_name(device: torch.device) -> str:

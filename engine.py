@@ -14,7 +14,7 @@ from pycocotools.coco import COCO
 from torch import Tensor, nn
 
 from datasets.coco_eval import coco_results, evaluate_boxes, precision_tables
-from datasets.loader import Prefetcher
+from datasets.loader import DeviceBatches
 from models.criterion import SetCriterion
 from util.class_map import ClassMap
 from util.diagnose import FiniteWatch, Step, Targets
@@ -52,7 +52,7 @@ class EpochMeans:
 
 
 def train_one_epoch(
-    model: nn.Module, criterion: SetCriterion, batches: Prefetcher, updater: Updater, device: torch.device, epoch: int, *,
+    model: nn.Module, criterion: SetCriterion, batches: DeviceBatches, updater: Updater, device: torch.device, epoch: int, *,
     watch: FiniteWatch, means: EpochMeans, amp: str = "off", first_step: int = 0, log_every: int = 10,
     after_step: Callable[[int], None] = lambda step: None,
     after_window: Callable[[Mapping[str, float]], None] = lambda means: None,
@@ -149,7 +149,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, criterion: SetCriterion, postprocessors: Mapping[str, Callable], batches: Prefetcher, ground_truth: COCO,
+    model: nn.Module, criterion: SetCriterion, postprocessors: Mapping[str, Callable], batches: DeviceBatches, ground_truth: COCO,
     classes: ClassMap, log_every: int = 10, *, amp: str = "off", title: str = "evaluate",
     evaluator: str = "faster",
 ) -> Evaluation:  # fmt: skip

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from datasets import build_dataset
 from datasets.coco import CocoDetection
 from datasets.coco_eval import figures_table
-from datasets.loader import BadImages, Prefetcher, build_loader, end_workers
+from datasets.loader import BadImages, DeviceBatches, build_loader, end_workers
 from datasets.preflight import quick_check
 from datasets.samplers import EvalBatches, TrainBatches
 from engine import EpochMeans, Evaluation, evaluate, train_one_epoch, training_loss
@@ -441,7 +441,7 @@ def check_operator(device: torch.device) -> None:
         raise UserError(str(error)) from error
 
 
-def eval_loader(dataset, config: Config, device: torch.device, bad_images: BadImages) -> Prefetcher:
+def eval_loader(dataset, config: Config, device: torch.device, bad_images: BadImages) -> DeviceBatches:
     batches = EvalBatches(len(dataset), config.optim.batch_size, rank(), world_size())
     return build_loader(dataset, batches, config.data.num_workers, device, bad_images, replace=False)
 

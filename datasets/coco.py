@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
+from torchvision.ops import box_convert, clip_boxes_to_image
 from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
 
 from datasets.coco_format import read_annotations
 from datasets.files import respell
 from datasets.transforms import Area, eval_transform, train_transform
-from util.box_ops import xyxy_to_cxcywh
 from util.class_map import AUTO, ClassMap
 from util.config import DataConfig
 from util.data_identity import DataIdentity
@@ -159,11 +159,8 @@ def _target(annotations: list[dict[str, Any]], classes: ClassMap, height: int, w
     """Boxes clamped to the image, without crowds."""
     kept = [annotation for annotation in annotations if not annotation["iscrowd"]]
     boxes = torch.tensor([annotation["bbox"] for annotation in kept], dtype=torch.float32).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    boxes[:, 0::2].clamp_(0, width)
-    boxes[:, 1::2].clamp_(0, height)
     target = {
-        "boxes": boxes,
+        "boxes": clip_boxes_to_image(box_convert(boxes, "xywh", "xyxy"), (height, width)),
         "labels": torch.tensor([classes.label_of(annotation["category_id"]) for annotation in kept], dtype=torch.int64),
         "area": torch.tensor([annotation["area"] for annotation in kept], dtype=torch.float32),
         "iscrowd": torch.zeros(len(kept), dtype=torch.int64),
@@ -184,7 +181,7 @@ def _normalized(target: dict[str, Any], height: int, width: int) -> dict[str, An
     """Boxes of pixels to cxcywh in [0, 1], without those that a crop has emptied."""
     target = {name: values.as_subclass(torch.Tensor) for name, values in target.items()}
     target = _without_empty(target)
-    target["boxes"] = xyxy_to_cxcywh(target["boxes"]) / torch.tensor([width, height, width, height])
+    target["boxes"] = box_convert(target["boxes"], "xyxy", "cxcywh") / torch.tensor([width, height, width, height])
     target["size"] = torch.tensor([height, width])
     return target
 

@@ -393,19 +393,16 @@ def _look_at_all(tasks: Sequence[_Task], workers: int) -> Iterable[_Seen]:
     if workers == 1 or len(tasks) <= _FEW_FILES:
         yield from bar(map(_look, tasks))
         return
-    # not forked: the parent has threads, and memory that they would copy
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _ignore_interrupt)
+    # Not forked: the parent has threads, and memory that they would copy. Ctrl-C is left to the parent, which ends its workers
+    # without a traceback from each.
+    ignore = signal.signal, (signal.SIGINT, signal.SIG_IGN)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), *ignore)
     try:
         yield from bar(pool.map(_look, tasks, chunksize=min(32, len(tasks) // workers)))
     except BrokenProcessPool:
         raise UserError("a process that reads images died, of too little memory perhaps; try fewer --workers") from None
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _ignore_interrupt() -> None:
-    """Leaves Ctrl-C to the parent, which ends its workers without a traceback from each."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _look(task: _Task) -> _Seen:

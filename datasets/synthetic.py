@@ -18,7 +18,7 @@ import multiprocessing
 import os
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -49,7 +49,6 @@ MIN_VISIBLE = 0.6  # every object keeps at least this share of its pixels
 MIN_PART = 4  # pixels of a part of an object that others cut off; smaller ones are not annotated
 PLACEMENT_ATTEMPTS = 20
 MIN_CONTRAST = 110.0  # distance in RGB, of at most 442, between an object and what it lies on
-MIN_POLYGON_IOU = 0.95  # between an object's visible pixels and the polygons that describe them
 
 
 # ---------------------------------------------------------------------------------------------------------- shapes
@@ -397,7 +396,7 @@ def render_scene(
     Returns:
         image: (H, W, 3) uint8 RGB.
         annotations: dicts as in COCO with `category_id`, `bbox` ([x, y, width, height] in pixels), `area` (visible
-            pixels), `iscrowd` and `segmentation` (polygons, or run lengths for a crowd), without ids.
+            pixels), `iscrowd` and `segmentation` (compressed run lengths), without ids.
     """
     long, short = image_size, round(image_size * rng.uniform(0.75, 1.0))
     height, width = (long, short) if rng.random() < 0.5 else (short, long)
@@ -419,102 +418,14 @@ def _without_specks(mask: np.ndarray) -> np.ndarray:
 
 
 def _annotation(item: SceneObject) -> dict:
-    mask = _without_specks(item.mask)
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    left, top = int(columns[0]), int(rows[0])
-    width, height = int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top
-    if item.is_crowd:
-        segmentation = _run_lengths(mask)
-    else:
-        polygons = _polygons(mask[top : top + height, left : left + width])
-        segmentation = [(polygon + (left, top)).ravel().tolist() for polygon in polygons]
+    runs = mask_utils.encode(np.asfortranarray(_without_specks(item.mask), dtype=np.uint8))
     return {
         "category_id": item.category_id,
-        "bbox": [float(left), float(top), float(width), float(height)],
-        "area": float(np.count_nonzero(mask)),
+        "bbox": mask_utils.toBbox(runs).tolist(),
+        "area": float(mask_utils.area(runs)),
         "iscrowd": int(item.is_crowd),
-        "segmentation": segmentation,
+        "segmentation": {"size": runs["size"], "counts": runs["counts"].decode()},
     }
-
-
-def _run_lengths(mask: np.ndarray) -> dict:
-    """COCO's uncompressed run lengths of a mask (H, W) bool: down the columns, the first run is of background."""
-    flat = mask.ravel(order="F").astype(np.int8)
-    changes = np.flatnonzero(np.diff(flat, prepend=0))
-    counts = np.diff(np.concatenate([[0], changes, [flat.size]]))
-    return {"counts": counts.tolist(), "size": list(mask.shape)}
-
-
-def _polygons(mask: np.ndarray) -> list[np.ndarray]:
-    """Polygons (N, 2) of x, y whose union is the mask (H, W) bool, as coarse as MIN_POLYGON_IOU allows."""
-    outlines = [_outline(part) for part in _parts_without_holes(mask)]
-    # The middles of the pixel sides lie on a slanted edge, where the corners make a staircase of it.
-    middles = [(outline + np.roll(outline, -1, axis=0)) / 2 for outline in outlines]
-    for tolerance in (0.6, 0.3):
-        polygons = [_simplify(points, tolerance) for points in middles]
-        if _polygon_iou(polygons, mask) >= MIN_POLYGON_IOU:
-            return polygons
-    return [_simplify(outline, 0.0) for outline in outlines]
-
-
-def _parts_without_holes(mask: np.ndarray) -> Iterator[np.ndarray]:
-    """Splits a mask into 4-connected parts, and those with a hole at the hole: COCO's polygons know no holes."""
-    labels, count = ndimage.label(mask)
-    for label in range(1, count + 1):
-        part = labels == label
-        holes = ndimage.binary_fill_holes(part) & ~part
-        if not holes.any():
-            yield part
-            continue
-        columns = np.flatnonzero(holes.any(axis=0))
-        is_left = np.arange(mask.shape[1]) < columns[len(columns) // 2]
-        yield from _parts_without_holes(part & is_left)
-        yield from _parts_without_holes(part & ~is_left)
-
-
-def _outline(part: np.ndarray) -> np.ndarray:
-    """The pixel corners (N, 2) of x, y around a 4-connected part without holes, clockwise in steps of one pixel."""
-    inside = np.pad(part, 1)
-    following = {}
-    # The side of a pixel that faces (dy, dx), and where it starts and ends if the part is on its right.
-    sides = {(-1, 0): ((0, 0), (1, 0)), (0, 1): ((1, 0), (1, 1)), (1, 0): ((1, 1), (0, 1)), (0, -1): ((0, 1), (0, 0))}
-    for (dy, dx), (start, end) in sides.items():
-        rows, columns = np.nonzero(inside & ~np.roll(inside, (-dy, -dx), axis=(0, 1)))
-        corners = np.stack([columns, rows], axis=1) - 1
-        following.update(zip(map(tuple, corners + start), map(tuple, corners + end), strict=True))
-    # Neither the part nor its outside touches itself at a corner alone, so that every corner is left once.
-    corner = first = next(iter(following))
-    outline = []
-    while not outline or corner != first:
-        outline.append(corner)
-        corner = following[corner]
-    return np.array(outline, dtype=float)
-
-
-def _simplify(points: np.ndarray, tolerance: float) -> np.ndarray:
-    """Drops points (N, 2) of a closed curve by Douglas and Peucker's rule; tolerance in pixels."""
-    ring = np.concatenate([points, points[:1]])
-    farthest = int(np.linalg.norm(points - points[0], axis=1).argmax())
-    keep = {0, farthest}
-    pending = [(0, farthest), (farthest, len(points))]
-    while pending:
-        first, last = pending.pop()
-        if last - first < 2:
-            continue
-        (dx, dy), between = ring[last] - ring[first], ring[first + 1 : last] - ring[first]
-        distance = np.abs(between[:, 1] * dx - between[:, 0] * dy) / math.hypot(dx, dy)
-        middle = first + 1 + int(distance.argmax())
-        if distance.max() > tolerance:
-            keep.add(middle)
-            pending += [(first, middle), (middle, last)]
-    return points[sorted(keep)] if len(keep) > 2 else points
-
-
-def _polygon_iou(polygons: list[np.ndarray], mask: np.ndarray) -> float:
-    """Of the mask (H, W) bool and the polygons as pycocotools rasterises them."""
-    runs = mask_utils.frPyObjects([polygon.ravel().tolist() for polygon in polygons], *mask.shape)
-    target = mask_utils.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return float(mask_utils.iou([mask_utils.merge(runs)], [target], [0])[0, 0])
 
 
 # ----------------------------------------------------------------------------------------------------------- files
@@ -560,17 +471,13 @@ def _write_image(index: int, *, folder: str, split: int, first_id: int, settings
     return entry, [{"image_id": image_id, **annotation} for annotation in annotations]
 
 
-def _ignore_interrupt() -> None:
-    """Leaves Ctrl-C to the parent, which ends its workers without a traceback from each."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def _run(job: Callable, count: int, workers: int, description: str) -> list:
     """[job(0), ..., job(count - 1)], with a progress bar on a terminal."""
     progress = partial(tqdm, total=count, desc=description, unit="image", disable=None)
     if workers == 1:
         return list(progress(map(job, range(count))))
-    with multiprocessing.Pool(workers, initializer=_ignore_interrupt) as pool:
+    # Ctrl-C is left to the parent, which ends its workers without a traceback from each
+    with multiprocessing.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         return list(progress(pool.imap(job, range(count), chunksize=8)))
 
 

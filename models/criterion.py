@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import sigmoid_focal_loss
+from torchvision.ops import box_convert, sigmoid_focal_loss
 
 from models.matcher import HungarianMatcher, Targets
-from util.box_ops import cxcywh_to_xyxy, generalized_iou
+from util.box_ops import generalized_iou
 from util.distributed import average_number
 from util.precision import full_precision, widened
 
@@ -91,7 +91,7 @@ class SetCriterion(nn.Module):
     ) -> dict[str, Tensor]:
         """Every loss of every output: name -> [N]."""
         predicted, wanted = group.boxes.flatten(0, 2)[query_NT], group.targets.boxes[target_NT]
-        giou = generalized_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted))
+        giou = generalized_iou(*(box_convert(boxes, "cxcywh", "xyxy") for boxes in (predicted, wanted)))
         return {
             "loss_ce": self._class_loss(group, query_NT, target_NT) / num_boxes,
             "loss_bbox": (predicted - wanted).abs().sum((1, 2)) / num_boxes,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from util.box_ops import inverse_sigmoid
 from util.precision import full_precision
 
 PRIOR_PROBABILITY = 0.01  # of a foreground class at the start (focal loss, arXiv 1708.02002, section 4.1)
@@ -64,7 +64,7 @@ def build_heads(
 
 def decode_boxes(deltas: Tensor, reference: Tensor) -> Tensor:
     """Head output [..., 4] and reference points [..., 2] or boxes [..., 4] in [0, 1] -> boxes cxcywh in [0, 1]."""
-    logits = inverse_sigmoid(reference)
+    logits = torch.logit(reference, eps=1e-5)
     if logits.shape[-1] == 2:
         logits = F.pad(logits, (0, 2))
     return (deltas + logits).sigmoid()

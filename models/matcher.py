@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torchvision.ops import box_convert
 
-from util.box_ops import cxcywh_to_xyxy, generalized_iou
+from util.box_ops import generalized_iou
 from util.precision import full_precision, widened
 from util.transfer import to_device, to_host
 
@@ -82,8 +83,8 @@ class HungarianMatcher:
     def _cost(self, logits_NBQK: Tensor, boxes_NBQ4: Tensor, targets: Targets) -> Tensor:
         """[N, T, Q]: each target against the queries of its own image only."""
         cost_bbox = (boxes_NBQ4[:, targets.image] - targets.boxes[:, None]).abs().sum(-1)
-        corners = cxcywh_to_xyxy(boxes_NBQ4)[:, targets.image]
-        cost_giou = -generalized_iou(corners, cxcywh_to_xyxy(targets.boxes)[:, None])
+        corners = box_convert(boxes_NBQ4, "cxcywh", "xyxy")[:, targets.image]
+        cost_giou = -generalized_iou(corners, box_convert(targets.boxes, "cxcywh", "xyxy")[:, None])
         cost_class = self._class_cost(logits_NBQK[:, targets.image, :, targets.labels].transpose(0, 1))
         return self.cost_class * cost_class + self.cost_bbox * cost_bbox + self.cost_giou * cost_giou
 

@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from util.box_ops import cxcywh_to_xyxy
+from torchvision.ops import box_convert
 
 MAX_DETECTIONS = 100  # as COCO counts them
 
@@ -38,7 +37,7 @@ class PostProcess(nn.Module):
         query, labels = best // num_classes, best % num_classes
         height, width = target_sizes.unbind(1)
         scale = torch.stack([width, height, width, height], 1).to(boxes.dtype)
-        corners = cxcywh_to_xyxy(boxes).gather(1, query[..., None].expand(-1, -1, 4)) * scale[:, None]
+        corners = box_convert(boxes, "cxcywh", "xyxy").gather(1, query[..., None].expand(-1, -1, 4)) * scale[:, None]
         return [
             {"scores": s, "labels": label, "boxes": box, "queries": q}
             for s, label, box, q in zip(scores, labels, corners, query, strict=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 
 import benchmark
-from models.ops import benchmark as op_benchmark
 from tests.helpers import BATCHFORMER, SMALL_MODEL, run
 from util.config import parse_config
 
@@ -72,19 +70,6 @@ def test_peak_memory_is_what_a_call_takes_for_a_moment():
     result = run(sys.executable, "-c", TWO_FOR_A_MOMENT)
     assert result.returncode == 0, result.stderr
     assert float(result.stdout) == pytest.approx(32 << 20, rel=0.1)
-
-
-def test_without_proc_the_tensors_kept_for_the_backward_are_counted(monkeypatch):
-    monkeypatch.setattr(op_benchmark, "peak_memory", lambda step, device: (math.nan, None))
-    x = torch.ones(1000, requires_grad=True)
-
-    def step():
-        y = x * 2
-        (y.sin() * y.cos()).sum().backward()
-
-    counted, what = benchmark._memory([step], CPU)
-    assert counted == [3 * 4000.0], "y, its sine and its cosine"
-    assert "autograd keeps" in what
 
 
 def test_the_scaler_of_float16_leaves_out_what_overflows():

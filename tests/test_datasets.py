@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.ops import box_convert
 from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
 
 from datasets import build_dataset
@@ -16,7 +17,6 @@ from datasets.samplers import EvalBatches, TrainBatches
 from datasets.transforms import Area, RandomCrop, RandomShorterSide
 from tests.golden_cases import FOLDER
 from tests.helpers import SMALL_IMAGES, write_coco
-from util.box_ops import cxcywh_to_xyxy
 from util.config import parse_config
 from util.image_input import MEAN, STD, resized
 
@@ -61,7 +61,7 @@ def test_training_items_stay_true_to_their_images(tiny_coco):
         image, target = dataset[index]
         height, width = image.shape[1:]
         assert min(height, width) in range(480, 801, 32) or max(height, width) in range(1331, 1336)
-        corners = cxcywh_to_xyxy(target["boxes"])
+        corners = box_convert(target["boxes"], "cxcywh", "xyxy")
         assert corners.min() > -1e-6
         assert corners.max() < 1 + 1e-6
         assert (target["boxes"][:, 2:] > 0).all()
@@ -124,7 +124,8 @@ def test_crowds_degenerate_boxes_and_empty_images(tmp_path):
     dataset = build_dataset("val", config_for(tmp_path, *SMALL_IMAGES))
     image, target = dataset[0]
     assert target["labels"].tolist() == [0, 1]
-    torch.testing.assert_close(cxcywh_to_xyxy(target["boxes"]) * 64, torch.tensor([[10.0, 10, 30, 30], [50, 40, 64, 64]]))
+    corners = box_convert(target["boxes"], "cxcywh", "xyxy") * 64
+    torch.testing.assert_close(corners, torch.tensor([[10.0, 10, 30, 30], [50, 40, 64, 64]]))
     image, target = dataset[1]
     assert target["boxes"].shape == (0, 4)
     assert target["labels"].shape == (0,)

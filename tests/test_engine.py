@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchvision.ops import generalized_box_iou
+from torchvision.ops import box_convert, generalized_box_iou
 
 import util.optim
 from datasets import build_dataset
@@ -24,14 +24,14 @@ from models import build_model
 from models.matcher import HungarianMatcher, Targets
 from tests.golden import recipe
 from tests.helpers import BATCHFORMER, SMALL_IMAGES, SMALL_MODEL, write_coco
-from util.box_ops import cxcywh_to_xyxy, generalized_iou
+from util.box_ops import generalized_iou
 from util.checkpoint import read_checkpoint
 from util.config import parse_config
 from util.diagnose import FiniteWatch, Step
 from util.errors import UserError
 from util.metrics import MeanOnDevice
 from util.nested_tensor import NestedTensor
-from util.optim import AveragedWeights, Updater, build_optimizer, clip_gradients, lr_factor
+from util.optim import AveragedWeights, Updater, build_optimizer, lr_factor
 from util.random_state import torch_state
 from util.transfer import HostCopy
 
@@ -218,7 +218,7 @@ def test_matching_is_that_of_each_image_by_itself():
             focal = 0.25 * (1 - probability) ** 2 * -(probability + 1e-8).log()
             focal -= 0.75 * probability**2 * -(1 - probability + 1e-8).log()
             distance = torch.cdist(boxes[layer, image], target["boxes"], p=1)
-            giou = generalized_box_iou(cxcywh_to_xyxy(boxes[layer, image]), cxcywh_to_xyxy(target["boxes"]))
+            giou = generalized_box_iou(*(box_convert(x, "cxcywh", "xyxy") for x in (boxes[layer, image], target["boxes"])))
             rows, columns = linear_sum_assignment((2 * focal + 5 * distance - 2 * giou).numpy())
             mine = slice(start, start + n)
             assert (queries[layer, mine] - (layer * 2 + image) * 9).tolist() == rows.tolist()
@@ -227,7 +227,7 @@ def test_matching_is_that_of_each_image_by_itself():
 
 
 def test_generalized_iou_equals_torchvision():
-    a, b = (cxcywh_to_xyxy(torch.rand(20, 4) * 0.4 + 0.1) for _ in range(2))
+    a, b = (box_convert(torch.rand(20, 4) * 0.4 + 0.1, "cxcywh", "xyxy") for _ in range(2))
     torch.testing.assert_close(generalized_iou(a[:, None], b[None]), generalized_box_iou(a, b))
 
 
@@ -281,15 +281,21 @@ def test_accumulation_averages_gradients(monkeypatch):
 
 
 @pytest.mark.parametrize(("clip", "expected"), [(0.1, 0.1), (0.0, None)])
-def test_clipping(clip, expected):
+def test_clipping(clip, expected, monkeypatch):
     model, criterion, _, optimizer = setup()
+    norms = []
+
+    def note(*_):
+        norms.append(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item())
+
+    monkeypatch.setattr(util.optim, "step_if_finite", note)
+    updater = Updater(optimizer, clip_max_norm=clip)
     images, targets = batches(1)[0]
-    criterion.total(criterion(model(images), targets)).backward()
-    before = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
-    norm = clip_gradients(list(model.parameters()), clip)
-    after = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
-    assert norm.item() == pytest.approx(before.item(), rel=1e-5)
-    assert after.item() == pytest.approx(expected or before.item(), rel=1e-4)
+    updater.backward(criterion.total(criterion(model(images), targets)), 1)
+    note()
+    norm = updater.step().item()
+    assert norm == pytest.approx(norms[0], rel=1e-5)
+    assert norms[1] == pytest.approx(expected or norms[0], rel=1e-4)
 
 
 def test_schedule():

@@ -19,6 +19,7 @@ from datasets.loader import build_loader
 from tests.helpers import ROOT, run
 from tests.processes import wait_until
 from util.errors import UserError
+from util.images import BadImageError
 
 CPU = torch.device("cpu")
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
@@ -105,22 +106,15 @@ def test_it_is_told_at_the_next_batch_and_not_in_the_midst_of_other_work():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_arrive_on_a_gpu_through_one_stream_for_all_epochs(workers, monkeypatch):
-    """PyTorch keeps memory of its own for every stream."""
-    made = []
-
-    class Counted(torch.cuda.Stream):
-        def __new__(cls, *args, **kwargs):
-            made.append(args)
-            return super().__new__(cls, *args, **kwargs)
-
-    monkeypatch.setattr(torch.cuda, "Stream", Counted)
+def test_batches_arrive_on_a_gpu_that_is_busy(workers):
     batches = build_loader(Numbers(40), singly(40), workers, torch.device("cuda", 0))
     for _ in range(3):
         torch.cuda._sleep(10_000_000)
-        seen = [(targets[0]["image_id"].item(), images.tensors.unique().tolist()) for images, targets in batches]
+        seen = []
+        for images, targets in batches:
+            assert images.tensors.is_cuda and targets[0]["image_id"].device == CPU
+            seen.append((targets[0]["image_id"].item(), images.tensors.unique().tolist()))
         assert seen == [(i, [float(i)]) for i in range(40)]
-    assert len(made) == 1
 
 
 def mistake() -> None:
@@ -213,14 +207,14 @@ def test_what_was_skipped_passes_the_pinning_of_memory(monkeypatch):
     """PyTorch rebuilds what a loader gives when it moves it to pinned memory, which takes a GPU."""
     pin_memory = pytest.importorskip("torch.utils.data._utils.pin_memory", reason="a part of PyTorch that may move").pin_memory
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self + 1)
-    skipped = [loader.Skipped("path", "reason")]
+    skipped = [BadImageError("path", "reason", "remedy")]
     images, targets = loader.collate([(torch.zeros(3, 2, 2), {"labels": torch.zeros(1)})])
-    pinned = pin_memory(loader.Collated(images, targets, skipped))
-    assert isinstance(pinned, loader.Collated)
+    pinned = pin_memory(loader.LoadedBatch(images, targets, skipped))
+    assert isinstance(pinned, loader.LoadedBatch)
     assert pinned.images.tensors.eq(1).all()
     assert pinned.targets[0]["labels"].eq(1).all()
     assert pinned.skipped == skipped
-    assert pin_memory(loader.Collated(None, [], skipped)) == (None, [], skipped)
+    assert pin_memory(loader.LoadedBatch(None, [], skipped)) == (None, [], skipped)
     error = UserError("as it is")
     assert pin_memory(error) is error
 

@@ -252,11 +252,15 @@ def test_gpu_serves_its_modes(backend):
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        stream.wait_stream(torch.cuda.default_stream())
-        step()
+    value, kept = inputs[0].detach(), inputs[0].detach().clone()
+    value.zero_()
     torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):  # on another one the values would be read before they are there
+        torch.cuda._sleep(100_000_000)
+        value.copy_(kept)
+        late = step()
+    torch.cuda.synchronize()
+    torch.testing.assert_close(late[0], first[0])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         recorded = step()

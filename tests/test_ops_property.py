@@ -173,6 +173,18 @@ def test_on_gpu(dtype, backend, case):
     check(case, dtype, backend, "cuda")
 
 
+LARGE = (
+    Case(1, 8, 32, 2000, 4, ((100, 167), (50, 84), (25, 42), (13, 21)), "points", "around", 0, False),
+    Case(2, 3, 1025, 7, 3, ((6, 9), (3, 4), (0, 5), (1, 1)), "ready", "around", 0, False),
+)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=needs_build), pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("case", LARGE, ids=["queries", "channels"])
+def test_compiled_on_large_shapes(case, device):
+    check(case, torch.float32, "compiled", device)
+
+
 @needs_build
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_values_that_are_not_finite_stay_where_they_are(dtype):

@@ -110,7 +110,7 @@ def explain_attention(args: argparse.Namespace) -> list[Path]:
 
 def _queries(args: argparse.Namespace, size: tuple[int, int], found: Detections, boxes: Tensor) -> list[Target]:
     """The queries of --query or --detection; `boxes` [Q, 4] cxcywh in [0, 1]."""
-    from util.box_ops import cxcywh_to_xyxy
+    from torchvision.ops import box_convert
 
     queries = found.queries.tolist()
     said = [f"{name} {score:.2f}" for name, score in zip(found.names, found.scores.tolist(), strict=True)]
@@ -121,7 +121,7 @@ def _queries(args: argparse.Namespace, size: tuple[int, int], found: Detections,
     else:
         ranks = _chosen("--detection", args.detection or list(range(min(BEST, len(queries)))), len(queries))
         chosen = [(f"detection{i}", f"detection {i}: {said[i]} (query {queries[i]})", queries[i]) for i in ranks]
-    corners = cxcywh_to_xyxy(boxes) * boxes.new_tensor([*size, *size])
+    corners = box_convert(boxes, "cxcywh", "xyxy") * boxes.new_tensor([*size, *size])
     return [Target(*what, tuple(corners[what[2]].tolist()), "box of the query at the end") for what in chosen]
 
 

@@ -412,15 +412,7 @@ def _score(text: str) -> float:
     return value
 
 
-_NOT_GIVEN = object()
-
-
-class _Repeated(argparse.Action):
-    """`--x 1 --x 2` and `--x 1 2` alike."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        seen = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, [*([] if seen is _NOT_GIVEN else seen), *values])
+_NOT_GIVEN: list[Any] = []  # a list that "extend" goes on from, and is another then
 
 
 def _add_flag(section: Any, item: dataclasses.Field, kind: Any) -> None:
@@ -431,7 +423,7 @@ def _add_flag(section: Any, item: dataclasses.Field, kind: Any) -> None:
         return
     if typing.get_origin(kind) is tuple:
         options |= {"nargs": "*", "type": typing.get_args(kind)[0]}
-        options |= {"action": _Repeated, "nargs": "+"} if item.metadata["repeat"] else {}
+        options |= {"action": "extend", "nargs": "+"} if item.metadata["repeat"] else {}
     else:
         options |= {"type": item.metadata["parse"] or kind, "choices": item.metadata["choices"]}
     # one metavar for both spellings keeps the help readable

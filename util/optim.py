@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -158,7 +159,7 @@ class Updater:
         """Step with the gradients of a group, unless they are not finite; gives their norm, on the device."""
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
-        norm = clip_gradients(self._parameters, self._clip_max_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._clip_max_norm or math.inf)
         step_if_finite(self.optimizer, torch.isfinite(norm))
         if self.scaler:
             self.scaler.update()
@@ -211,15 +212,6 @@ def build_updater(model: nn.Module, config: Config) -> Updater:
         scaler=GradScaler(device_type) if config.run.amp == "fp16" else None,
         averaged=AveragedWeights(model, config.optim.ema_decay) if config.optim.ema_decay else None,
     )
-
-
-def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale the gradients to a norm of at most `max_norm` (0: leave them); gives the norm before, on the device."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if max_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:

@@ -18,13 +18,13 @@ import gc
 import math
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.benchmark import Timer
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # the project's root
@@ -89,7 +89,7 @@ def _compare(load: Load, names: list[str], device, dtype: torch.dtype, iteration
     for name in names:
         functions += [_forward(load, tensors, name), _step(load, tensors, grad, name)]
     memory = [_extra_memory(step, device) for step in functions[1::2]]
-    seconds = [statistics.median(times) for times in _time(functions, iterations, device)]
+    seconds = _time(functions, iterations, device)
     print(load.name)
     for i, name in enumerate(names):
         forward, step = seconds[2 * i], seconds[2 * i + 1]
@@ -156,35 +156,21 @@ def _step(load: Load, tensors: list[Tensor], grad: Tensor, backend: str) -> Call
     return step
 
 
-def _time(functions: list[Callable], turns: int, device: torch.device) -> list[list[float]]:
-    """Seconds of a call, once for every turn. On a GPU the calls are recorded as graphs, so that what the host does is not
-    counted. A function is called twice at least in its turn, the first not counted, and short ones for TURN seconds."""
-    run = [_recorded(function) for function in functions] if device.type == "cuda" else functions
-    elapsed = elapsed_on_gpu if device.type == "cuda" else _elapsed
-    seconds: list[list[float]] = [[] for _ in run]
-    for _ in range(turns):
-        for function, times in zip(run, seconds, strict=True):
-            once = elapsed(function, 1)  # warms up
-            times.append(elapsed(function, max(1, int(TURN / once))))
-    return seconds
+def _time(functions: list[Callable], turns: int, device: torch.device) -> list[float]:
+    """Seconds of a call of each function, in the median of its turns.
+
+    On a GPU the calls are recorded as graphs, so that what the host does is not counted.
+    """
+    if device.type == "cuda":
+        functions = [_recorded(function) for function in functions]
+    measured = [[seconds_of(function) for function in functions] for _ in range(turns)]
+    return [statistics.median(times) for times in zip(*measured, strict=True)]
 
 
-def _elapsed(function: Callable, calls: int) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        function()
-    return (time.perf_counter() - start) / calls
-
-
-def elapsed_on_gpu(function: Callable, calls: int) -> float:
-    """Seconds of one call by the GPU's own clock, the mean of several."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(calls):
-        function()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3 / calls
+def seconds_of(function: Callable) -> float:
+    """Seconds of a call: the median of as many as TURN seconds take, and of one at least; the first ones do not count."""
+    timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=TURN).median
 
 
 def _recorded(function: Callable) -> Callable[[], None]:
@@ -274,9 +260,7 @@ def _copy_rate(size: int, device: torch.device) -> float:
         for _ in range(20):
             target.copy_(source)
 
-    run = _recorded(copies)
-    run()
-    return 20 * 2 * size / min(elapsed_on_gpu(run, 1) for _ in range(5))
+    return 20 * 2 * size / seconds_of(_recorded(copies))
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

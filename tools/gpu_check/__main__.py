@@ -2,7 +2,6 @@
 
     ./tools/gpu_check.sh out                                # summary.md, figures.json and logs.tar.gz in the folder out
     ./tools/gpu_check.sh out --device cpu --minutes 5       # tries the steps at small sizes where there is no GPU
-    ./tools/gpu_check.sh --pack gpu_check.tar.gz            # all that a machine without a network needs, in one archive
 
 Needs Python 3.10 or later with torch and torchvision, and no network. Kernels that were built beforehand are used if they
 compute right; else a CUDA toolkit is needed. Steps for which something is missing are skipped, those for which no time is left
@@ -21,11 +20,6 @@ from util.errors import UserError, run_as_command
 
 def main() -> int:
     args = _parse()
-    if args.pack:
-        from tools.gpu_check.pack import pack
-
-        pack(args.pack, args.python)
-        return 0
     check_device(args.device)
 
     from tools.gpu_check.runner import Check
@@ -49,12 +43,9 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "./tools/gpu_check.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("folder", nargs="?", type=Path, help="for the results")
-    what.add_argument("--pack", type=Path, metavar="FILE", help="write an archive for a machine without a network instead")
+    parser.add_argument("folder", type=Path, help="for the results")
     parser.add_argument("--minutes", type=float, default=8, help="for all steps together (8)")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: small sizes (cuda)")
-    parser.add_argument("--python", default="3.12", metavar="VERSION", help="of that machine, for --pack (3.12)")
     return parser.parse_args()
 
 

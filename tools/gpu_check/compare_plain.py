@@ -6,7 +6,6 @@ python -m tools.gpu_check.compare_plain, once tools/gpu_check/plain.so is made (
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from collections.abc import Callable
 
@@ -14,13 +13,13 @@ import torch
 from torch import Tensor
 
 from models.ops import compiled
-from models.ops.benchmark import Load, elapsed_on_gpu, make_inputs
+from models.ops.benchmark import Load, make_inputs, seconds_of
 from models.ops.functions import flat_shapes
-from tools.gpu_check.build import PLAIN
+from tools.gpu_check.prepare import PLAIN
 
 LOADS = [Load(what, (800, 1333), batch) for what in ("encoder", "decoder") for batch in (1, 4)]
 FLAT = flat_shapes(LOADS[0].shapes)
-REPEATS, TARGET = 30, 2.0
+TARGET = 2.0
 
 
 def main() -> int:
@@ -62,10 +61,7 @@ def inputs(load: Load, device: str = "cuda") -> list[Tensor]:
 
 
 def microseconds(call: Callable[[], object]) -> float:
-    """The median of REPEATS calls, in the GPU's time."""
-    for _ in range(5):
-        call()
-    return round(1e6 * statistics.median(elapsed_on_gpu(call, 1) for _ in range(REPEATS)), 1)
+    return round(1e6 * seconds_of(call), 1)
 
 
 def check_plain() -> None:

@@ -6,16 +6,20 @@ Kernels that were built elsewhere are kept if they compute right here.
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 
-from tools.gpu_check.build import PLAIN, build_kernels, build_plain
+from tools.gpu_check.runner import find_tool
 
 # in a process of its own: a library is loaded once
 PROBE = "import sys, torch; from models.ops import backends; backends.choose('compiled', torch.device(sys.argv[1]))"
+HERE = Path(__file__).resolve().parent
+PLAIN = HERE / "plain.so"  # the kernels that the operator's are compared with
 
 
 def main() -> int:
@@ -29,7 +33,7 @@ def main() -> int:
         build_kernels("cpu" if device == "cpu" else "cpu cuda")
         ready = kernels_fit(device)
     if device == "cuda" and not PLAIN.exists():
-        ready = build_plain("native") and ready
+        ready = build_plain() and ready
     return 0 if ready else 1
 
 
@@ -43,6 +47,26 @@ def describe(device: str) -> None:
 
 def kernels_fit(device: str) -> bool:
     return subprocess.run([sys.executable, "-c", PROBE, device], check=False).returncode == 0
+
+
+def build_kernels(devices: str) -> None:
+    """As models/ops/make.sh, but with this Python, which the machine may know as python3 only."""
+    command = [sys.executable, "models/ops/setup.py", "-q", "build_ext", "--inplace"]
+    subprocess.run(command, env={**os.environ, "MS_DEFORM_ATTN_DEVICES": devices}, check=False)
+
+
+def build_plain() -> bool:
+    """Makes plain.so of plain.cu for this GPU; false if that fails."""
+    from torch.utils.cpp_extension import include_paths  # needs setuptools
+
+    nvcc = find_tool("nvcc")
+    if nvcc is None:
+        print("plain.cu can't be compiled: there is no nvcc on PATH or in CUDA_HOME")
+        return False
+    headers = [flag for folder in include_paths() for flag in ("-isystem", folder)]
+    flags = ["-std=c++20", "-O3", "-arch=native", "-shared", "-Xcompiler", "-fPIC", "-DUSE_CUDA"]
+    abi = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # PyTorch 2.10, as in models/ops/setup.py
+    return subprocess.run([nvcc, *flags, abi, *headers, HERE / "plain.cu", "-o", PLAIN], check=False).returncode == 0
 
 
 if __name__ == "__main__":

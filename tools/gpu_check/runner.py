@@ -24,7 +24,6 @@ from pathlib import Path
 from tools.gpu_check.steps import CHECKS_TAKE, Step, checks, preparation, timings
 from util.text_files import replace_text
 
-CARRIED = Path(__file__).resolve().parent / "carried"  # laid there by pack.py: site/<package>, data, commit
 LAST_WORDS = 15  # seconds kept for ending what runs, and for the results
 TOOLS = ("ncu", "compute-sanitizer", "nvidia-smi")
 CLOCK = ("--query-gpu=clocks.sm,utilization.gpu,power.draw,temperature.gpu", "--format=csv,noheader,nounits", "--loop=1")
@@ -55,7 +54,7 @@ class Check:
         self.folder, self.work, self.logs, self.device, self.minutes = folder, work, work / "logs", device, minutes
         self.end = time.monotonic() + 60 * minutes - LAST_WORDS
         self.results: dict[str, Outcome] = {}
-        self.environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": python_path()}
+        self.environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         if device == "cpu":  # threads gain nothing at small sizes, and get in each other's way
             self.environment["OMP_NUM_THREADS"] = "1"
         self._writing = threading.Lock()
@@ -106,7 +105,7 @@ class Check:
         """Why a step can't run here; None if it can."""
         if step.needs_gpu and self.device != "cuda":
             return "there is no GPU"
-        if missing := [name for name in step.modules if not has_module(name, self.environment["PYTHONPATH"])]:
+        if missing := [name for name in step.modules if importlib.util.find_spec(name) is None]:
             return f"Python has no {', '.join(missing)}"
         if step.after and self.results[step.after].result != "passed":
             return f"it goes on from {step.after}"
@@ -135,8 +134,7 @@ class Check:
 
     def command(self, step: Step) -> list[str]:
         """The words of a step's command, with this Python, these folders, and tools where they are."""
-        data = CARRIED / "data" if (CARRIED / "data").exists() else self.work / "data"
-        words = [word.format(data=data, work=self.work, logs=self.logs) for word in shlex.split(step.command)]
+        words = [word.format(data=self.work / "data", work=self.work, logs=self.logs) for word in shlex.split(step.command)]
         found = {"python3": sys.executable} | {name: find_tool(name) or name for name in TOOLS}
         return [found.get(word, word) for word in words]
 
@@ -189,16 +187,6 @@ def busy_clock(path: Path) -> float | None:
     return statistics.median(busy) if busy else None
 
 
-def python_path() -> str:
-    """PYTHONPATH with the carried packages that Python has not."""
-    carried = [str(folder) for folder in sorted((CARRIED / "site").glob("*")) if importlib.util.find_spec(folder.name) is None]
-    return ":".join([*carried, *filter(None, [os.environ.get("PYTHONPATH")])])
-
-
-def has_module(name: str, path: str) -> bool:
-    return importlib.util.find_spec(name) is not None or any((Path(folder) / name).is_dir() for folder in path.split(":"))
-
-
 def find_tool(name: str) -> str | None:
     """A program on PATH or in the CUDA toolkit."""
     toolkit = os.environ.get("CUDA_HOME", "/usr/local/cuda")
@@ -206,9 +194,6 @@ def find_tool(name: str) -> str | None:
 
 
 def commit() -> str:
-    """Of the sources: as git says, or as packed."""
-    packed = CARRIED / "commit"
-    if packed.exists():
-        return packed.read_text().strip()
+    """Of the sources, as git says."""
     said = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     return said.stdout.strip() or "unknown"

@@ -46,6 +46,8 @@ COUNTERS = (
     " --metrics smsp__inst_executed.sum,lts__t_sectors_op_red.sum,l1tex__t_sector_hit_rate.pct"
 )
 TRITON = "import torch; from models.ops import backends; backends.choose('triton', torch.device('cuda', 0))"
+PYTEST_SUMMARY = r"^(?:=+ )?(\d+.* (?:passed|failed|collected|deselected).*?)(?: =+)?$"
+KERNEL_TESTS = "tests/test_ops_property.py tests/test_ops_backends.py"
 GPU_TESTS = " ".join(
     f"tests/test_{name}.py"
     for name in ("engine", "ops", "ops_backends", "ops_deterministic", "ops_property", "precision", "activation_checkpointing")
@@ -89,17 +91,18 @@ def timings(device: str) -> list[Step]:
     train = f"python3 benchmark.py train --device {device} {size} --batch_size 2 {BATCHFORMER} --warm_iters {warm}"
     return [
         Step(
-            "kernels", 15, 45, "python3 -m tools.gpu_check.exercise", {"not right": r"^False  (.*)"},
-            "all agree with the reference", needs_gpu=True,
+            "kernels", 30, 60, f"python3 -m pytest -q -m gpu {KERNEL_TESTS} -k compiled",
+            {"tests": PYTEST_SUMMARY}, "none fails", needs_gpu=True, modules=("pytest", "hypothesis"),
         ),
         Step(
-            "training step", 40, 60, f"{train} --num_iters {few} --amp bf16 --trace {{logs}}/trace.json.gz",
+            "training step", 40, 60, f"{train} --num_iters {few} --amp bf16 --profile --trace {{logs}}/trace.json.gz",
             {
                 "float32 ms": milliseconds_of("training step, --bf 1"),
                 "bfloat16 ms": milliseconds_of("training step, --bf 1 --amp bf16"),
                 "bfloat16 MiB": r"^training step, --bf 1 --amp bf16: .*, ([\d.]+) MiB",
+                "bfloat16 at work ms": r"^Self CUDA time total: ([\d.]+)ms",
             },
-            "float32 110 to 120 ms, bfloat16 45 to 55 ms",
+            "float32 110 to 120 ms, bfloat16 45 to 55 ms, 3 to 5 of which the GPU is idle",
             modules=DETECTOR,
         ),
         Step(
@@ -112,12 +115,6 @@ def timings(device: str) -> list[Step]:
                 "with backward from offsets ms": time_of_operator("batch 1, from offsets", 1),
             },
             "forward 0.10 to 0.14 ms, with backward 0.6 to 1.1 ms; batch 4: forward 0.40 to 0.56 ms",
-        ),
-        Step(
-            "idle", 3, 30, "python3 -m tools.gpu_check.idle {logs}/trace.json.gz",
-            {"launches": r"^(\d+) launches", "idle ms": r"idle for ([\d.]+) ms", "of ms": r"of ([\d.]+) ms the GPU"},
-            "some 2,350 launches; 3 to 5 ms idle, most of it after the matching",
-            after="training step",
         ),
         Step(
             "training step, TF32", 25, 35, f"{train} --num_iters {more}",
@@ -185,12 +182,14 @@ def checks(device: str) -> list[Step]:
         Step(
             "tests", 100, 120,
             f"python3 -m pytest -q -m gpu {GPU_TESTS} -k 'not triton'{'' if gpu else ' --collect-only'}",
-            {"tests": r"^(?:=+ )?(\d+.* (?:passed|failed|collected|deselected).*?)(?: =+)?$"},
+            {"tests": PYTEST_SUMMARY},
             "none fails", modules=("pytest", "hypothesis", *TRAINING),
         ),
         Step(
-            "wrong accesses", 90, 120, f"{SANITIZER} python3 -m tools.gpu_check.exercise --short",
+            "wrong accesses", 90, 120,
+            f"{SANITIZER} python3 -m pytest -q -m gpu tests/test_ops_property.py -k 'compiled and not large'",
             {"errors": r"ERROR SUMMARY: (\d+) error"}, "no error", {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, needs_gpu=True,
+            modules=("pytest", "hypothesis"),
         ),
         Step(
             "one process of NCCL", 20, 60, f"python3 -m tools.gpu_check.one_rank --device {device}",
