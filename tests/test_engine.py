@@ -177,7 +177,8 @@ def test_a_step_on_a_gpu_waits_once():
         torch.cuda.set_sync_debug_mode("error")
         return [p.view(t.shape) for p, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
 
-    with pytest.MonkeyPatch.context() as patch:
+    # anomaly mode shows the forward operation whose backward waits
+    with pytest.MonkeyPatch.context() as patch, torch.autograd.set_detect_anomaly(True, check_nan=False):
         patch.setattr("models.matcher.to_host", to_host)
         for number in range(3):
             torch.cuda.set_sync_debug_mode("default" if number == 0 else "error")

@@ -170,4 +170,4 @@ def test_compiles_without_a_break():
 def test_gpu_equals_cpu(dtype):
     value, shapes, locations, weights = inputs(dtype=dtype)
     on_gpu = ms_deform_attn(value.cuda(), shapes, locations.cuda(), weights.cuda())
-    torch.testing.assert_close(on_gpu.cpu(), ms_deform_attn(value, shapes, locations, weights))
+    torch.testing.assert_close(on_gpu.cpu(), ms_deform_attn(value, shapes, locations, weights, backend="reference"))

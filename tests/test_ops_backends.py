@@ -238,12 +238,13 @@ def test_gpu_serves_its_modes(backend):
     """Deterministic gradients, CUDA graphs, another stream, and no wait for the device."""
     if reason := backends.missing(backend, "cuda"):
         pytest.skip(reason)
-    inputs = [x.requires_grad_() if isinstance(x, torch.Tensor) else x for x in raw("cuda")]
-    leaves = [inputs[0], *inputs[2:]]
+    inputs = raw("cuda")
 
     def step():
-        out = ms_deform_attn_fused(*inputs, backend=backend)
-        return out, *torch.autograd.grad(out, leaves, torch.ones_like(out))
+        # leaves of their own: autograd keeps the stream on which a leaf was first used
+        own = [x.detach().requires_grad_() if isinstance(x, torch.Tensor) else x for x in inputs]
+        out = ms_deform_attn_fused(*own, backend=backend)
+        return out.detach(), *torch.autograd.grad(out, [own[0], *own[2:]], torch.ones_like(out))
 
     torch.use_deterministic_algorithms(True)
     try:
@@ -252,7 +253,7 @@ def test_gpu_serves_its_modes(backend):
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
 
-    value, kept = inputs[0].detach(), inputs[0].detach().clone()
+    value, kept = inputs[0], inputs[0].clone()
     value.zero_()
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):  # on another one the values would be read before they are there

@@ -57,7 +57,7 @@ def build_kernels(devices: str) -> None:
 
 def build_plain() -> bool:
     """Makes plain.so of plain.cu for this GPU; false if that fails."""
-    from torch.utils.cpp_extension import include_paths  # needs setuptools
+    from torch.utils.cpp_extension import include_paths, library_paths  # needs setuptools
 
     nvcc = find_tool("nvcc")
     if nvcc is None:
@@ -65,8 +65,10 @@ def build_plain() -> bool:
         return False
     headers = [flag for folder in include_paths() for flag in ("-isystem", folder)]
     flags = ["-std=c++20", "-O3", "-arch=native", "-shared", "-Xcompiler", "-fPIC", "-DUSE_CUDA"]
+    libraries = [*(f"-L{folder}" for folder in library_paths()), "-Xlinker", "--no-as-needed", "-ltorch_cpu", "-ltorch_cuda"]
     abi = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # PyTorch 2.10, as in models/ops/setup.py
-    return subprocess.run([nvcc, *flags, abi, *headers, HERE / "plain.cu", "-o", PLAIN], check=False).returncode == 0
+    command = [nvcc, *flags, abi, *headers, HERE / "plain.cu", "-o", PLAIN, *libraries]
+    return subprocess.run(command, check=False).returncode == 0
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def timings(device: str) -> list[Step]:
             modules=DETECTOR,
         ),
         Step(
-            "operator", 35, 55, f"python3 benchmark.py op --device {device} {op_size} --num_iters {more}",
+            "operator", 55, 80, f"python3 benchmark.py op --device {device} {op_size} --num_iters {more}",
             {
                 "forward ms": time_of_operator("batch 1, around", 0),
                 "with backward ms": time_of_operator("batch 1, around", 1),
@@ -132,7 +132,7 @@ def timings(device: str) -> list[Step]:
             "bfloat16 about 15 ms, of which the host needs 6 to 8 ms for launches", modules=DETECTOR,
         ),
         Step(
-            "operator, bfloat16", 25, 45,
+            "operator, bfloat16", 50, 80,
             f"python3 benchmark.py op --device {device} --type bfloat16 {op_size} --batch 1 --num_iters {more}",
             {
                 "forward ms": time_of_operator("batch 1, around", 0),

@@ -354,7 +354,8 @@ __global__ void __launch_bounds__(kThreads)
   const A scale = axis ? geometry.height[level] : geometry.width[level];
   A* to = grad_reference + query_level * source.coordinates;
   to[axis] = location * scale;
-  if (source.coordinates == 4) to[axis + 2] = size * scale * (A(0.5) / geometry.points);
+  // without points nothing was added, and there is nothing to divide by
+  if (source.coordinates == 4) to[axis + 2] = geometry.points == 0 ? A(0) : size * scale * (A(0.5) / geometry.points);
 }
 
 }  // namespace deformable
