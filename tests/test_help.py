@@ -8,7 +8,7 @@ import pytest
 
 from tests.helpers import ROOT, run
 
-LAUNCHERS = {"launch.py", "run_srun.py"}  # called by the shell scripts that have the usage
+LAUNCHERS = {"launch.py"}  # called by the shell script that has the usage
 PROGRAMS = [
     ("main.py",), ("benchmark.py",), ("-m", "datasets.synthetic"),
     *[(f"tools/{path.name}",) for path in sorted((ROOT / "tools").glob("*.py")) if path.name not in LAUNCHERS],

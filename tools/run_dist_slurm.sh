@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Runs a command as several Slurm tasks, one for each GPU, ends all of them when one fails, and starts them again, with
-# SLURM_RESTART_COUNT set, when they were preempted, ran out of time, or lost a process or a node (tools/run_srun.py).
+# Runs a command as several Slurm tasks, one for each GPU. When a task fails, Slurm ends the others. SIGNAL_SECONDS before
+# the time limit Slurm sends SIGUSR1: main.py saves and leaves with exit code 75. docs/reliability.md has a batch script
+# that comes back then.
 set -euo pipefail
 # shellcheck source=tools/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-(($# >= 4)) || die "usage: [GPUS_PER_NODE=8] [CPUS_PER_TASK=4] [GRES=<gpu:8, or none for CPU>] [MASTER_PORT=<port>] [MAX_REQUEUES=50] [SIGNAL_SECONDS=<from the signal to the time limit, 120>] [SRUN_ARGS=<flags of srun>] $0 <partition> <job name> <gpus> <command> [arguments]"
+(($# >= 4)) || die "usage: [GPUS_PER_NODE=8] [CPUS_PER_TASK=4] [GRES=<gpu:8, or none for CPU>] [MASTER_PORT=<port>] [SIGNAL_SECONDS=<from the signal to the time limit, 120>] [SRUN_ARGS=<flags of srun>] $0 <partition> <job name> <gpus> <command> [arguments]"
 partition=$1 job_name=$2
 split_over_nodes "$3"
 shift 3
@@ -15,21 +16,17 @@ command -v python >/dev/null || die "there is no python on PATH: activate the en
 
 CPUS_PER_TASK=${CPUS_PER_TASK:-4}
 GRES=${GRES:-gpu:$GPUS_PER_NODE}
-export MAX_REQUEUES=${MAX_REQUEUES:-50}
 SIGNAL_SECONDS=${SIGNAL_SECONDS:-120}
-for name in MAX_REQUEUES SIGNAL_SECONDS; do
-  [[ ${!name} =~ ^[0-9]+$ ]] || die "$name must be an integer of at least 0, not '${!name}'"
-done
+[[ $SIGNAL_SECONDS =~ ^[0-9]+$ ]] || die "SIGNAL_SECONDS must be an integer of at least 0, not '$SIGNAL_SECONDS'"
 threads=1 # on GPUs the cores are the data loaders'
 [[ $GRES != none ]] || threads=$CPUS_PER_TASK
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
 
-# Runs in every task: says in torchrun's variables what Slurm says in its own.
+# Runs in every task: sets torchrun's variables from Slurm's.
 # shellcheck disable=SC2317 # called there
 run_task() {
   local hosts
   hosts=$(scontrol show hostnames "$SLURM_STEP_NODELIST")
-  ((SLURM_PROCID > 0)) || echo "${0##*/}: job $SLURM_JOB_ID on $SLURM_STEP_NODELIST" >&2 # tools/run_srun.py looks for it
   export MASTER_ADDR=${hosts%%$'\n'*}
   # The same for all tasks, another for each job and step, below the ports that systems give to outgoing connections.
   export MASTER_PORT=${MASTER_PORT:-$((10000 + (SLURM_JOB_ID + SLURM_STEP_ID) % 20000))}
@@ -38,7 +35,7 @@ run_task() {
 }
 
 # shellcheck disable=SC2086 # SRUN_ARGS holds several flags
-exec python tools/run_srun.py -p "$partition" --job-name="$job_name" --gres="$GRES" --ntasks="$((NODES * GPUS_PER_NODE))" \
+exec srun -p "$partition" --job-name="$job_name" --gres="$GRES" --ntasks="$((NODES * GPUS_PER_NODE))" \
   --ntasks-per-node="$GPUS_PER_NODE" --cpus-per-task="$CPUS_PER_TASK" --kill-on-bad-exit=1 \
   --signal="USR1@$SIGNAL_SECONDS" ${SRUN_ARGS:-} \
   bash -c "set -euo pipefail; $(declare -f run_task); run_task \"\$@\"" "${0##*/}" "$@"

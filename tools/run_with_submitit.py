@@ -1,21 +1,21 @@
 """Submits main.py to Slurm through submitit, and goes on from its own checkpoint when Slurm requeues the job."""
 
 import argparse
-import contextlib
 import os
 import signal
-import socket
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+
+from submitit import AutoExecutor, Job, JobEnvironment
+from submitit.core.utils import FailedJobError, UncompletedJobError
+from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees only its own folder, not the project
 from util.config import make_parser, parse_config
-from util.errors import EXIT_PREEMPTED, UserError, run_as_command
-from util.slurm_job import job_fields, why_job_is_ended
+from util.errors import Preempted, UserError, run_as_command
 
 EXAMPLE = """python tools/run_with_submitit.py --nodes 2 --gpus_per_node 8 --partition gpu --job_dir exps/batchformer -- \\
       --batch_size 3 --bf 1 --share_bf 0 --insert_idx 0"""
@@ -26,86 +26,41 @@ MAX_TIMEOUTS = 1000  # a run of weeks in jobs of an hour
 
 @dataclass(frozen=True)
 class Training:
-    """main.py with `flags` as one task of a job; `restarts` counts how often submitit has started it again.
-
-    A job that is started again goes on with the newest checkpoint of its own: main.py does so because it sees
-    SLURM_RESTART_COUNT.
-    """
+    """main.py with `flags` as one task of a job; `restarts` counts how often submitit has started it again."""
 
     flags: tuple[str, ...]
     threads: int
     restarts: int = 0
 
     def __call__(self) -> None:
-        from submitit import JobEnvironment
-        from submitit.helpers import TorchDistributedEnvironment
-
         job = JobEnvironment()
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         if job.num_nodes == 1:
             os.environ["MASTER_ADDR"] = "127.0.0.1"  # not every machine can resolve its own name
         os.environ.setdefault("OMP_NUM_THREADS", str(self.threads))
-        os.environ.setdefault("SLURM_RESTART_COUNT", str(self.restarts))  # Slurm sets it, other clusters do not
+        # main.py resumes by itself if this is above 0. Slurm sets it; other clusters do not.
+        os.environ.setdefault("SLURM_RESTART_COUNT", str(self.restarts))
 
         import main  # found because jobs start in the folder of their submission, which is the root
 
-        requeue = signal.getsignal(getattr(signal, f"SIG{job.USR_SIG}"))  # main.py listens to this signal itself
-        signals = SignalRecord()
-        try:
-            run_as_command(lambda: main.main(parse_config(self.flags)))
-        except SystemExit as end:
-            if end.code != EXIT_PREEMPTED or not callable(requeue):  # --cluster debug has no handler
-                raise
-            leave(job, requeue, signals.first())
+        number = getattr(signal, f"SIG{job.USR_SIG}")
+        requeue = signal.getsignal(number)  # submitit's handler; main.py installs its own
 
-    def checkpoint(self) -> Any:
-        """What submitit shall run when it requeues the job; main.py has saved its state by itself."""
-        from submitit.helpers import DelayedSubmission
+        def train() -> None:
+            try:
+                main.main(parse_config(self.flags))
+            except Preempted as reason:
+                if reason.signal != number.name or not callable(requeue):  # --cluster debug has no handler
+                    raise
+                print(reason, file=sys.stderr, flush=True)
+                requeue(number, None)  # requeues the job and exits in rank 0, only logs in the others
+                sys.exit(0)  # with another status Slurm would end rank 0 before it has requeued the job
 
+        run_as_command(train)
+
+    def checkpoint(self) -> DelayedSubmission:
+        """What submitit runs after it has requeued the job. main.py has saved its state by itself."""
         return DelayedSubmission(replace(self, restarts=self.restarts + 1))
-
-
-class SignalRecord:
-    """The signals that this process gets from now on and has handlers for, in their order."""
-
-    def __init__(self) -> None:
-        self._receiver, sender = socket.socketpair()
-        for end in (self._receiver, sender):
-            end.setblocking(False)
-        signal.set_wakeup_fd(sender.detach(), warn_on_full_buffer=False)
-
-    def first(self) -> int:
-        """The first that asked to leave, 0 if none did."""
-        with contextlib.suppress(BlockingIOError):
-            for number in self._receiver.recv(4096):
-                if number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-                    return number
-        return 0
-
-
-def leave(job: Any, requeue: Callable[[int, Any], Any], number: int) -> NoReturn:
-    """End this task, whose state is saved; the first one sees to it that the job comes back.
-
-    Args:
-        job: the submitit.JobEnvironment.
-        requeue: submitit's handler, which requeues the job and exits.
-        number: the signal that asked to leave.
-    """
-    if job.global_rank > 0:
-        sys.exit(0)  # another status would make Slurm end the first task
-    if must_come_back(job, number):
-        with contextlib.suppress(subprocess.CalledProcessError):  # Slurm has requeued it already
-            requeue(number, None)
-    sys.exit(EXIT_PREEMPTED)
-
-
-def must_come_back(job: Any, number: int) -> bool:
-    """Whether the job must be requeued, rather than being requeued by Slurm, cancelled, or ended because a task of it failed."""
-    if job.cluster != "slurm":
-        return number != signal.SIGTERM
-    fields = job_fields(job.job_id)
-    # a job that goes on gets SIGTERM when a task of it has failed
-    return bool(why_job_is_ended(fields)) or (fields.get("JobState") == "RUNNING" and number != signal.SIGTERM)
 
 
 def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -139,14 +94,10 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return args, flags
 
 
-def submit(args: argparse.Namespace, training: Training) -> Any:
-    """The submitit.Job. Raises UserError with the reason if submitit or Slurm refuses it."""
+def submit(args: argparse.Namespace, training: Training) -> Job[None]:
+    """Raises UserError with the reason if submitit or Slurm refuses the job."""
     try:
-        import submitit
-
-        executor = submitit.AutoExecutor(
-            folder=args.job_dir / "submitit", cluster=args.cluster, slurm_max_num_timeout=MAX_TIMEOUTS
-        )  # fmt: skip
+        executor = AutoExecutor(args.job_dir / "submitit", cluster=args.cluster, slurm_max_num_timeout=MAX_TIMEOUTS)
         executor.update_parameters(
             name=args.job_dir.name,
             nodes=args.nodes,
@@ -161,8 +112,6 @@ def submit(args: argparse.Namespace, training: Training) -> Any:
             slurm_additional_parameters={"requeue": True},
         )
         return executor.submit(training)
-    except ModuleNotFoundError as error:
-        raise UserError(f"{error}: pip install -r requirements.txt") from error
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{args.cluster}: {error}") from error
 
@@ -182,10 +131,8 @@ def main(argv: Sequence[str]) -> None:
         wait_for_end(job)
 
 
-def wait_for_end(job: Any) -> None:
-    """Raises UserError if the job ended with a line of its own, and submitit's error with a traceback if it failed otherwise."""
-    from submitit.core.utils import FailedJobError, UncompletedJobError
-
+def wait_for_end(job: Job[None]) -> None:
+    """Raises UserError if main.py ended with a line of its own, submitit's FailedJobError if it ended with a traceback."""
     try:
         job.results()
     except FailedJobError:

@@ -46,11 +46,14 @@ class LostProcessError(UserError):
 
 
 class Preempted(BaseException):
-    """A signal asked the program to leave, and it is ready to. No Exception, so that nobody takes it for a failure."""
+    """A signal asked the program to leave, and it is ready to. No Exception, so that nobody takes it for a failure.
 
-    def __init__(self, message: str, exit_code: int = EXIT_PREEMPTED) -> None:
+    signal: the name of the signal; "" if another process got it, and after Ctrl-C.
+    """
+
+    def __init__(self, message: str, exit_code: int = EXIT_PREEMPTED, signal: str = "") -> None:
         super().__init__(message)
-        self.exit_code = exit_code
+        self.exit_code, self.signal = exit_code, signal
 
 
 def run_as_command(command: Callable[[], object]) -> None:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from util.distributed import world_size
-from util.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, Preempted
+from util.errors import EXIT_INTERRUPTED, Preempted
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
@@ -69,7 +69,7 @@ class StopRequest:
         """Raise Preempted; `saved` says what is on the disk, and how to go on."""
         if self.interrupted:
             raise Preempted(f"interrupted; {saved}", EXIT_INTERRUPTED)
-        raise Preempted(f"asked to leave by {self.signal or 'a signal to another process'}; {saved}", EXIT_PREEMPTED)
+        raise Preempted(f"asked to leave by {self.signal or 'a signal to another process'}; {saved}", signal=self.signal)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:

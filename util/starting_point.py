@@ -16,6 +16,7 @@ from util.distributed import broadcast_from_main, gather_on_main, is_main
 from util.errors import UserError
 from util.folder_hold import FolderHold
 from util.run_folder import evaluation_folder, is_announced, open_folder
+from util.slurm_job import restart_count
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +47,8 @@ def goes_on(config: Config, folder: Path | None) -> bool:
 
     The same on all processes. With several nodes torchrun counts the restarts on each, so one count decides for all.
     """
-    counts = [os.environ.get(name) or "0" for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
-    restarted = any(gather_on_main(counts != ["0", "0"]))
+    by_torchrun = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
+    restarted = any(gather_on_main(bool(by_torchrun or restart_count())))
     return broadcast_from_main(config.run.resume == "auto" or bool(folder and restarted and not is_announced(folder)))
 
 

@@ -3,7 +3,8 @@
     python -m tests.faults.slurm.run [--folder /tmp/slurm-test] [--only <case> ...]
 
 Sets up a Slurm on this machine by setup.sh (root, Debian packages) unless SLURM_CONF names one with its partitions `low` and
-`high`. Two CPU processes train a small detector on generated images, two epochs. The last lines are a table in Markdown.
+`high`. Two CPU processes train a small detector on generated images, two epochs. The batch script is the one of
+docs/reliability.md. The last lines are a table in Markdown.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from pathlib import Path
 from tests.faults.compare import differences
 from tests.helpers import BATCHFORMER, ROOT, SMALL_IMAGES, SMALL_MODEL, environment, write_coco
 from tests.processes import variables_of_processes
+from tests.test_docs import blocks
 from util.errors import EXIT_PREEMPTED, EXIT_USER_ERROR
-from util.slurm_job import job_fields
 
 SETUP = Path(__file__).with_name("setup.sh")
 MIDDLE = r"epoch 1 \[ *5/15\]"
-START_UP = r"on slurm-test"
-ANY = r"SIG\w+"  # Slurm sends SIGTERM to all processes of a batch job, and the script passes one on as SIGUSR1
+START_UP = r"device: "
+SIGNAL_SECONDS = 120  # of the scripts; Slurm may send the signal a minute earlier
+UNDISTURBED_PARTITION = ("preemptmode=requeue", "gracetime=0")
 TRAINING = (
     *SMALL_IMAGES, *SMALL_MODEL, *BATCHFORMER, "--epochs", "2", "--batch_size", "2", "--log_every", "1", "--num_workers", "1",
     "--device", "cpu", "--save_every", "3",
@@ -53,308 +55,303 @@ def expect(condition: object, what: str) -> None:
         raise AssertionError(what)
 
 
+def job_fields(job: str) -> dict[str, str]:
+    """The fields of `scontrol show job` by name."""
+    return dict(re.findall(r"(?:^|\s)([^\s=]+)=(\S*)", slurm("scontrol", "-o", "show", "job", job)))
+
+
 class Run:
     """A training run in a folder of its own; what it prints goes to the file `output`, or to `outputs`."""
 
     def __init__(self, folder: Path, data: Path) -> None:
-        self.folder = folder
+        self.folder, self.name = folder, folder.name
         self.output = folder.parent / f"{folder.name}.out"
         self.outputs = [self.output]
         self.flags = ("--coco_path", str(data), *TRAINING)
-        self.job = ""
 
     @property
     def text(self) -> str:
         return "".join(file.read_text(errors="replace") for file in self.outputs if file.exists())
 
+    @property
+    def job(self) -> str:
+        """The number of its newest job."""
+        return slurm("squeue", "--noheader", "--states=all", "--sort=i", "--format=%A", f"--name={self.name}").splitlines()[-1]
+
+    @property
+    def state(self) -> str:
+        return job_fields(self.job)["JobState"]
+
     def wait_for(self, pattern: str) -> None:
         wait_for(f"{pattern!r} in {self.output}", lambda: re.search(pattern, self.text))
 
-    def stop_in_the_middle(self) -> None:
-        """Stop the tasks in the middle of an epoch: Slurm takes up to 30 seconds to act, and wakes what it signals."""
-        self.wait_for(MIDDLE)
+    def stop_tasks(self) -> None:
+        """Until Slurm signals them, which may take it 30 seconds. It also wakes them."""
         for rank in range(2):
-            os.kill(task_pid(rank, self.job or self.own_jobs()[0]), signal.SIGSTOP)
+            os.kill(task_pid(rank, self.job), signal.SIGSTOP)
 
-    def own_jobs(self) -> list[str]:
-        return re.findall(r"run_dist_slurm\.sh: job (\d+) on ", self.text)
+    def wait_for_exit(self, status: int) -> None:
+        """Until the command on the login node has ended."""
+        expect(self.process.wait(600) == status, f"exit status {self.process.returncode}, see {self.output}")
 
-    def published(self, *flags: str) -> list[str]:
+    def command(self, *flags: str) -> list[str]:
         """The published command."""
-        return ["./tools/run_dist_slurm.sh", "low", self.folder.name, "2", "main.py", *self.flags, *flags,
+        return ["./tools/run_dist_slurm.sh", "low", self.name, "2", "main.py", *self.flags, *flags,
                 "--output_dir", str(self.folder)]  # fmt: skip
 
-    def start(self, *flags: str, **variables: str) -> subprocess.Popen:
+    def login(self, *flags: str) -> None:
         """The published command on a login node."""
         with self.output.open("a") as output:
-            return subprocess.Popen(
-                self.published(*flags), cwd=ROOT, env=os.environ | variables, stdout=output, stderr=subprocess.STDOUT
-            )  # fmt: skip
+            self.process = subprocess.Popen(self.command(*flags), cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
 
-    def submit_batch(self, *options: str) -> None:
-        """The published command within a batch job."""
-        flags = ("-p", "low", "--nodes=1", "--ntasks=2", "--requeue", "--open-mode=append", f"--job-name={self.folder.name}")
-        command = " ".join(self.published())
-        self.job = slurm("sbatch", "--parsable", *flags, f"--output={self.output}", *options, "--wrap", command)
+    def batch(self, *flags: str) -> None:
+        """The batch script of docs/reliability.md, with this run's command."""
+        (script,) = blocks(ROOT / "docs/reliability.md", "sh")
+        command = " ".join(self.command("--resume", "auto", *flags))
+        script, found = re.subn(r"^GPUS_PER_NODE=.*$", command, script, flags=re.MULTILINE)
+        expect(found == 1, "the published command in the script")
+        path = self.folder.parent / f"{self.name}.sh"
+        path.write_text(script.replace("exps/r50", str(self.folder)))
+        options = ("-p", "low", "--ntasks-per-node=2", "--cpus-per-task=1", "--gres=none", f"--job-name={self.name}")
+        slurm("sbatch", *options, f"--output={self.output}", str(path))
 
-    def submit_submitit(self, *options: str) -> None:
+    def submitit(self) -> None:
         """Through tools/run_with_submitit.py; its logs of the first task are the output."""
         command = [sys.executable, "tools/run_with_submitit.py", "--partition", "low", "--gpus_per_node", "0", "--tasks_per_node",
-                   "2", "--cpus_per_task", "1", *options, "--job_dir", str(self.folder), "--", *self.flags]  # fmt: skip
-        done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=60)
-        self.job = re.search(r"job (\d+):", done.stdout)[1]
+                   "2", "--cpus_per_task", "1", "--job_dir", str(self.folder), "--", *self.flags]  # fmt: skip
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=60)
         self.outputs = [self.folder / "submitit" / f"{self.job}_0_log.{kind}" for kind in ("out", "err")]
+
+    def wait_for_tasks_to_end(self) -> None:
+        wait_for(f"end of the tasks of job {self.job}", lambda: not any(task_pids(rank, self.job) for rank in range(2)), 120)
 
     def wait_for_requeue(self) -> None:
         """Until the batch job is pending again. Slurm would leave it so for two minutes; within a second it can't start anew."""
-        wait_for(f"requeue of job {self.job}", lambda: job_fields(self.job).get("JobState") == "PENDING", 120)
+        wait_for(f"requeue of job {self.job}", lambda: self.state == "PENDING", 120)
         time.sleep(3)
         slurm("scontrol", "update", f"jobid={self.job}", "starttime=now")
 
-    def wait_for_completion(self) -> None:
-        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
-        wait_for(f"end of job {self.job}", lambda: job_fields(self.job).get("JobState") in over)
+    def wait_for_state(self, wanted: str, restarts: int = 0) -> None:
+        """Until the batch job has ended."""
+        wait_for(f"end of job {self.job}", lambda: self.state not in ("PENDING", "RUNNING", "COMPLETING"), 600)
         fields = job_fields(self.job)
-        expect(fields["JobState"] == "COMPLETED", f"job {self.job}: {fields['JobState']}, see {self.output}")
-        expect(fields["Restarts"] == "1", f"job {self.job} was restarted {fields['Restarts']} times")
+        expect(fields["JobState"] == wanted, f"job {self.job}: {fields['JobState']}, see {self.output}")
+        expect(int(fields["Restarts"]) == restarts, f"job {self.job} was restarted {fields['Restarts']} times")
 
 
-def preempt() -> None:
-    """A short job in `high` that needs all of both nodes."""
-    slurm("srun", "-p", "high", "-N2", "-n2", "--exclusive", "true")
-
-
-def end_soon(job: str, seconds: int) -> None:
-    """Slurm's time limits are whole minutes; the end of a job can be set more exactly."""
-    end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + seconds))
-    slurm("scontrol", "update", f"jobid={job}", f"endtime={end}")
-
-
-def task_pid(rank: int, job: str) -> int:
-    """The process id of a job's task: what Slurm's daemon has started in a step, and not the batch script."""
+def task_pids(rank: int, job: str) -> list[int]:
+    """The processes that Slurm's daemon has started as a job's task `rank`."""
     wanted = {"SLURM_JOB_ID": job, "SLURM_PROCID": str(rank), "SLURM_STEP_ID": "0"}.items()
+    found = []
     for pid, parent, variables in variables_of_processes():
         with contextlib.suppress(OSError):  # the parent has ended meanwhile
             if wanted <= variables.items() and Path(f"/proc/{parent}/comm").read_text().startswith("slurmstepd"):
-                return pid
-    raise AssertionError(f"no process of rank {rank} of job {job}")
+                found.append(pid)
+    return found
+
+
+def task_pid(rank: int, job: str) -> int:
+    pids = task_pids(rank, job)
+    expect(len(pids) == 1, f"processes of rank {rank} of job {job}: {pids}")
+    return pids[0]
+
+
+# What disturbs a run
+
+
+def nothing(run: Run) -> None:
+    pass
+
+
+def preempt(run: Run) -> None:
+    """A short job in `high` needs all of both nodes."""
+    slurm("srun", "-p", "high", "-N2", "-n2", "--exclusive", "true")
+
+
+def end_soon(run: Run) -> None:
+    """Set the job's time limit so that its signal is due now."""
+    end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + SIGNAL_SECONDS))
+    slurm("scontrol", "update", f"jobid={run.job}", f"endtime={end}")
+
+
+def kill_task(run: Run) -> None:
+    os.kill(task_pid(1, run.job), signal.SIGKILL)
+
+
+def lose_node(run: Run) -> None:
+    """The daemon of the job's node is stopped, and all of the job on the node is killed."""
+    job, node = run.job, job_fields(run.job)["NodeList"]
+    signal_processes(signal.SIGSTOP, f"slurmd -N {node}")
+    signal_processes(signal.SIGKILL, f"slurmstepd: [{job}.")
+    for pid, _, variables in variables_of_processes():
+        if variables.get("SLURM_JOB_ID") == job:
+            os.kill(pid, signal.SIGKILL)
+    slurm("scontrol", "update", f"nodename={node}", "state=down", "reason=test")  # else it takes SlurmdTimeout
+
+
+def signal_processes(number: int, command: str) -> None:
+    """Signal the processes whose command line begins so."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if (folder / "cmdline").read_text().replace("\0", " ").startswith(command):
+                os.kill(int(folder.name), number)
+
+
+def cancel(run: Run) -> None:
+    slurm("scancel", run.job)
+
+
+# How it ends: waits for it, and says it
+
+
+def exits(status: int) -> Callable[[Run], str]:
+    def end(run: Run) -> str:
+        run.wait_for_exit(status)
+        return f"exit status {status}"
+
+    return end
+
+
+def exits_and_goes_on(status: int) -> Callable[[Run], str]:
+    def end(run: Run) -> str:
+        run.wait_for_exit(status)
+        run.wait_for_tasks_to_end()
+        run.login("--resume", "auto")
+        run.wait_for_exit(0)
+        return f"exit status {status}; the same command with `--resume auto` goes on"
+
+    return end
+
+
+def refused(run: Run) -> str:
+    # Slurm ends the other tasks when one has failed, and srun gives the highest status of all.
+    status = run.process.wait(300)
+    expect(status in (EXIT_USER_ERROR, EXIT_PREEMPTED, 143), f"exit status {status}, see {run.output}")
+    expect("error: --coco_path no/such/folder" in run.text, f"{run.output} does not name the path")
+    return f"exit status {status}; `error: --coco_path ...`"
+
+
+def requeued_by(whom: str) -> Callable[[Run], str]:
+    def end(run: Run) -> str:
+        run.wait_for_requeue()
+        run.wait_for_state("COMPLETED", restarts=1)
+        return f"requeued by {whom}"
+
+    return end
+
+
+def stays_ended(state: str) -> Callable[[Run], str]:
+    def end(run: Run) -> str:
+        run.wait_for_state(state)
+        return "not requeued"
+
+    return end
+
+
+def stays_ended_and_goes_on(state: str) -> Callable[[Run], str]:
+    def end(run: Run) -> str:
+        run.wait_for_state(state)
+        run.batch()
+        run.wait_for_state("COMPLETED")
+        return "not requeued; the same `sbatch` goes on"
+
+    return end
 
 
 @dataclass(frozen=True)
 class Case:
-    """do(run) disturbs a run and returns what happened to it. identical: it must end as the undisturbed run."""
+    """A run that is started, disturbed, and comes to its end.
+
+    when: what it has printed when it is disturbed. asked: the signal that its tasks get, for which they are stopped; "" if
+    none. partition: settings of the partition. identical: it must end as the undisturbed run.
+    """
 
     title: str
-    do: Callable[[Run], str]
+    start: Callable[[Run], None]
+    disturb: Callable[[Run], None]
+    end: Callable[[Run], str]
+    when: str = MIDDLE
+    asked: str = ""
+    partition: tuple[str, ...] = ()
     identical: bool = True
 
-
-def undisturbed(run: Run) -> str:
-    expect(run.start().wait(600) == 0, f"see {run.output}")
-    expect(len(run.own_jobs()) == 1, "one job")
-    return "exit status 0"
-
-
-def saved_mid_epoch(run: Run, who: str) -> str:
-    found = re.search(rf"asked to leave by {who}; (saved in epoch \d+, after \d+ of \d+ images)", run.text)
-    expect(found, f"{run.output} says nothing of {who}")
-    return found[1]
-
-
-def resubmitted(run: Run, process: subprocess.Popen, reason: str, jobs: int = 2) -> str:
-    expect(process.wait(600) == 0, f"exit status {process.returncode}, see {run.output}")
-    told = re.findall(r"run_dist_slurm.sh: job \d+ (.*): submitted again", run.text)
-    expect(told == [reason] * (jobs - 1), f"told: {told}")
-    expect(len(run.own_jobs()) == jobs, f"{len(run.own_jobs())} jobs")
-    return f"{reason}: submitted again"
+    def do(self, run: Run) -> str:
+        """Gives what happened. Raises AssertionError if that is not what should happen."""
+        slurm("scontrol", "update", "partition=low", *UNDISTURBED_PARTITION, *self.partition)
+        self.start(run)
+        run.wait_for(self.when)
+        if self.asked:
+            run.stop_tasks()
+        self.disturb(run)
+        end = self.end(run)
+        if self.identical and self.when == MIDDLE and self.disturb is not nothing:
+            expect("going on with" in run.text, f"{run.output} does not say that the run goes on")
+        if not self.asked:
+            return end
+        found = re.search(rf"asked to leave by {self.asked}; (saved in epoch \d+, after \d+ of \d+ images)", run.text)
+        expect(found, f"{run.output} says nothing of {self.asked}")
+        return f"{found[1]}; {end}"
 
 
-def requeued(run: Run, by: str, reason: str = "") -> str:
-    """Wait until the job is pending again and has ended well; the script must have told the reason, if it was the script."""
-    run.wait_for_requeue()
-    run.wait_for_completion()
-    expect(f"{reason}: requeued" in run.text or not reason, "told")
-    return f"requeued by {by}"
+def wrong_path(start: Callable[..., None]) -> Callable[[Run], None]:
+    return lambda run: start(run, "--coco_path", "no/such/folder")
 
 
-def preempted(run: Run) -> str:
-    process = run.start()
-    run.stop_in_the_middle()
-    preempt()
-    end = resubmitted(run, process, "was preempted")
-    return f"{saved_mid_epoch(run, 'SIGTERM')}; {end}"
-
-
-def preempted_at_start_up(run: Run) -> str:
-    process = run.start()
-    run.wait_for(START_UP)
-    preempt()
-    return resubmitted(run, process, "was preempted")
-
-
-def preempted_with_grace(run: Run) -> str:
-    slurm("scontrol", "update", "partition=low", "gracetime=20")
-    try:
-        process = run.start()
-        run.stop_in_the_middle()
-        preempt()
-        end = resubmitted(run, process, "was asked to leave")
-        return f"{saved_mid_epoch(run, 'SIGTERM')}; {end}"
-    finally:
-        slurm("scontrol", "update", "partition=low", "gracetime=0")
-
-
-def time_limit(run: Run) -> str:
-    process = run.start(SIGNAL_SECONDS="60")
-    run.stop_in_the_middle()
-    end_soon(run.own_jobs()[0], 60)
-    end = resubmitted(run, process, "was asked to leave")
-    return f"{saved_mid_epoch(run, 'SIGUSR1')}; {end}"
-
-
-def node_lost(run: Run) -> str:
-    process = run.start()
-    run.wait_for(MIDDLE)
-    node = job_fields(run.own_jobs()[0])["NodeList"]
-    slurm("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
-    try:
-        return resubmitted(run, process, "lost a node")
-    finally:
-        subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"], capture_output=True, check=False)
-        wait_for("return of the node", lambda: slurm("sinfo", "-h", "-p", "high", "-t", "idle", "-o", "%D") == "2")
-
-
-def task_killed(run: Run) -> str:
-    process = run.start()
-    run.wait_for(MIDDLE)
-    os.kill(task_pid(1, run.own_jobs()[0]), signal.SIGKILL)
-    return resubmitted(run, process, "lost a process")
-
-
-def batch_preempted(run: Run) -> str:
-    run.submit_batch()
-    run.stop_in_the_middle()
-    preempt()
-    end = requeued(run, "Slurm")
-    return f"{saved_mid_epoch(run, ANY)}; {end}"
-
-
-def batch_preempted_by_cancelling(run: Run) -> str:
-    slurm("scontrol", "update", "partition=low", "preemptmode=cancel")
-    try:
-        run.submit_batch()
-        run.stop_in_the_middle()
-        preempt()
-        end = requeued(run, "the script", "was preempted")
-    finally:
-        slurm("scontrol", "update", "partition=low", "preemptmode=requeue")
-    return f"{saved_mid_epoch(run, ANY)}; {end}"
-
-
-def batch_time_limit(run: Run) -> str:
-    run.submit_batch()
-    run.stop_in_the_middle()
-    end_soon(run.job, 1)
-    end = requeued(run, "the script", "ran out of time")
-    return f"{saved_mid_epoch(run, ANY)}; {end}"
-
-
-def batch_signal(run: Run) -> str:
-    run.submit_batch("--signal=USR1@60")
-    run.stop_in_the_middle()
-    end_soon(run.job, 60)
-    end = requeued(run, "the script", "was asked to leave")
-    return f"{saved_mid_epoch(run, 'SIGUSR1')}; {end}"
-
-
-def batch_task_killed(run: Run) -> str:
-    run.submit_batch()
-    run.wait_for(MIDDLE)
-    os.kill(task_pid(1, run.job), signal.SIGKILL)
-    return requeued(run, "the script", "lost a process")
-
-
-def submitit_preempted(run: Run) -> str:
-    run.submit_submitit()
-    run.stop_in_the_middle()
-    preempt()
-    end = requeued(run, "Slurm")
-    return f"{saved_mid_epoch(run, ANY)}; {end}"
-
-
-def submitit_time_limit(run: Run) -> str:
-    run.submit_submitit()
-    run.stop_in_the_middle()
-    end_soon(run.job, 120)
-    end = requeued(run, "submitit")
-    return f"{saved_mid_epoch(run, 'SIGUSR2')}; {end}"
-
-
-def wrong_flag(run: Run) -> str:
-    process = run.start("--coco_path", "no/such/folder")
-    expect(process.wait(300) == EXIT_USER_ERROR, f"exit status {process.returncode}")
-    expect(len(run.own_jobs()) == 1 and "submitted again" not in run.text, "not submitted again")
-    return "exit status 2, not submitted again"
-
-
-def cancelled(run: Run) -> str:
-    process = run.start()
-    run.stop_in_the_middle()
-    slurm("scancel", run.own_jobs()[0])
-    expect(process.wait(300) == EXIT_PREEMPTED, f"exit status {process.returncode}")
-    expect(len(run.own_jobs()) == 1 and "submitted again" not in run.text, "not submitted again")
-    return f"{saved_mid_epoch(run, 'SIGTERM')}; exit status 75, not submitted again"
-
-
-def batch_cancelled(run: Run) -> str:
-    run.submit_batch()
-    run.stop_in_the_middle()
-    slurm("scancel", run.job)
-    wait_for("the end", lambda: job_fields(run.job)["JobState"] == "CANCELLED", 120)
-    expect("requeued" not in run.text, "not requeued")
-    return f"{saved_mid_epoch(run, ANY)}; not requeued"
-
-
-def submitit_cancelled(run: Run) -> str:
-    run.submit_submitit()
-    run.stop_in_the_middle()
-    slurm("scancel", run.job)
-    wait_for("the end", lambda: job_fields(run.job)["JobState"] == "CANCELLED", 120)
-    return f"{saved_mid_epoch(run, ANY)}; not requeued"
-
-
-def ended_and_started_again(run: Run) -> str:
-    process = run.start()
-    run.stop_in_the_middle()
-    process.send_signal(signal.SIGTERM)
-    slurm("scancel", "--signal=CONT", run.own_jobs()[0])
-    expect(process.wait(300) == EXIT_PREEMPTED, f"exit status {process.returncode}")
-    expect("submitted again" not in run.text, "not submitted again")
-    expect(run.start("--resume", "auto").wait(600) == 0, f"see {run.output}")
-    return f"{saved_mid_epoch(run, 'SIGUSR1')}; exit status 75, not submitted again; `--resume auto` went on"
-
-
+CANCEL, GRACE = "preemptmode=cancel", "gracetime=60"
+TERM, USR1, USR2 = "SIGTERM", "SIGUSR1", "SIGUSR2"
 CASES = {
-    "undisturbed": Case("published command, undisturbed", undisturbed),
-    "preempted": Case("preempted in the middle of an epoch", preempted),
-    "preempted_at_start_up": Case("preempted during start-up", preempted_at_start_up),
-    "preempted_with_grace": Case("preempted with a GraceTime", preempted_with_grace),
-    "time_limit": Case("time limit, USR1 before it", time_limit),
-    "node_lost": Case("node lost", node_lost),
-    "task_killed": Case("`kill -9` of a task", task_killed),
-    "ended_and_started_again": Case("SIGTERM to the script, then the same with `--resume auto`", ended_and_started_again),
-    "batch_preempted": Case("in a batch job: preempted", batch_preempted),
-    "batch_preempted_by_cancelling": Case("in a batch job: preempted, PreemptMode=CANCEL", batch_preempted_by_cancelling),
-    "batch_time_limit": Case("in a batch job: time limit without a signal before it", batch_time_limit),
-    "batch_signal": Case("in a batch job: time limit, `--signal=USR1@60`", batch_signal),
-    "batch_task_killed": Case("in a batch job: `kill -9` of a task", batch_task_killed),
-    "submitit_preempted": Case("submitit: preempted", submitit_preempted),
-    "submitit_time_limit": Case("submitit: time limit", submitit_time_limit),
-    "wrong_flag": Case("a wrong path", wrong_flag, identical=False),
-    "cancelled": Case("scancel", cancelled, identical=False),
-    "batch_cancelled": Case("in a batch job: scancel", batch_cancelled, identical=False),
-    "submitit_cancelled": Case("submitit: scancel", submitit_cancelled, identical=False),
-}
+    "undisturbed": Case("published command, undisturbed", Run.login, nothing, exits(0)),
+    "preempted": Case("preempted in the middle of an epoch", Run.login, preempt, exits_and_goes_on(75), asked=TERM),
+    "preempted_at_start_up": Case("preempted during start-up", Run.login, preempt, exits_and_goes_on(75), when=START_UP),
+    "time_limit": Case("time limit, USR1 before it", Run.login, end_soon, exits_and_goes_on(75), asked=USR1),
+    "task_killed": Case("`kill -9` of a task", Run.login, kill_task, exits_and_goes_on(137)),
+    "node_lost": Case("node lost", Run.login, lose_node, exits_and_goes_on(0)),
+    "batch_preempted": Case("batch script: preempted", Run.batch, preempt, requeued_by("Slurm"), asked=TERM),
+    "batch_grace": Case(
+        "batch script: preempted with a GraceTime", Run.batch, preempt, requeued_by("the script"), asked=TERM, partition=(GRACE,)
+    ),
+    "batch_grace_and_cancel": Case(
+        "batch script: PreemptMode=CANCEL with a GraceTime", Run.batch, preempt, requeued_by("the script"), asked=TERM,
+        partition=(CANCEL, GRACE),
+    ),
+    "batch_cancel": Case(
+        "batch script: PreemptMode=CANCEL", Run.batch, preempt, stays_ended_and_goes_on("PREEMPTED"), asked=TERM,
+        partition=(CANCEL,),
+    ),
+    "batch_time_limit": Case(
+        "batch script: time limit, USR1 before it", Run.batch, end_soon, requeued_by("the script"), asked=USR1
+    ),
+    "batch_task_killed": Case("batch script: `kill -9` of a task", Run.batch, kill_task, requeued_by("the script")),
+    "batch_node_lost": Case("batch script: node lost", Run.batch, lose_node, requeued_by("Slurm")),
+    "submitit_preempted": Case("submitit: preempted", Run.submitit, preempt, requeued_by("Slurm"), asked=TERM),
+    "submitit_time_limit": Case(
+        "submitit: time limit, USR2 before it", Run.submitit, end_soon, requeued_by("submitit"), asked=USR2
+    ),
+    "submitit_node_lost": Case("submitit: node lost", Run.submitit, lose_node, requeued_by("Slurm")),
+    "submitit_grace": Case(
+        "submitit: preempted with a GraceTime", Run.submitit, preempt, stays_ended("FAILED"), asked=TERM, partition=(GRACE,),
+        identical=False,
+    ),
+    "submitit_task_killed": Case(
+        "submitit: `kill -9` of a task", Run.submitit, kill_task, stays_ended("FAILED"), identical=False
+    ),
+    "wrong_path": Case("a wrong path", wrong_path(Run.login), nothing, refused, when=START_UP, identical=False),
+    "batch_wrong_path": Case(
+        "batch script: a wrong path", wrong_path(Run.batch), nothing, stays_ended("FAILED"), when=START_UP, identical=False
+    ),
+    "cancelled": Case("scancel", Run.login, cancel, exits(75), asked=TERM, identical=False),
+    "batch_cancelled": Case("batch script: scancel", Run.batch, cancel, stays_ended("CANCELLED"), asked=TERM, identical=False),
+    "submitit_cancelled": Case("submitit: scancel", Run.submitit, cancel, stays_ended("CANCELLED"), asked=TERM, identical=False),
+}  # fmt: skip
+
+
+def wait_for_nodes() -> None:
+    """Until both nodes are idle. One that was lost comes back."""
+    signal_processes(signal.SIGCONT, "slurmd -N ")
+    down = slurm("sinfo", "-h", "-p", "high", "-t", "down", "-o", "%N")
+    if down:
+        slurm("scontrol", "update", f"nodename={down}", "state=resume")
+    wait_for("idle nodes", lambda: slurm("sinfo", "-h", "-p", "high", "-t", "idle", "-o", "%D") == "2")
 
 
 def run_cases(names: Sequence[str], work: Path) -> bool:
@@ -371,6 +368,7 @@ def run_cases(names: Sequence[str], work: Path) -> bool:
         except (AssertionError, subprocess.SubprocessError, OSError) as error:
             happened, end, wrong = str(error).replace("\n", " "), "FAILED", ["failed"]
             slurm("scancel", f"--name={name}")
+        wait_for_nodes()
         good = good and not wrong
         rows.append(f"| {case.title} | {happened} | {end} |")
         print(rows[-1], flush=True)
