@@ -104,18 +104,6 @@ def ranges(page) -> list[list[float]]:
     return page.locator("#curves .js-plotly-plot").evaluate(script)
 
 
-def drag(page, panel: int, start: float, end: float) -> None:
-    """Press, move and release the mouse, from a share of a panel's width to another."""
-    area = page.locator("#curves .nsewdrag").nth(panel)
-    area.scroll_into_view_if_needed()
-    box = area.bounding_box()
-    x, y = (lambda share: box["x"] + share * box["width"]), box["y"] + box["height"] / 2
-    page.mouse.move(x(start), y)
-    page.mouse.down()
-    page.mouse.move(x(end), y, steps=5)
-    page.mouse.up()
-
-
 def stats(folder, prefix="") -> list[float]:
     return read_checkpoint(folder / "eval" / f"{prefix}latest.pth")["stats"]
 
@@ -132,9 +120,8 @@ def test_every_section_is_drawn_at_any_width(show, report, scheme, width):
     assert sections.evaluate_all("sections => sections.map((section) => section.id)") == SECTIONS
     assert sections.evaluate_all("sections => sections.every((section) => section.children.length > 1)")
     assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing is wider than the window"
-    dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 26)"
-    assert dark == (scheme == "dark")
-    assert page.locator("#curves .scatterlayer path.js-line").count() > 20
+    ground = {"light": "rgb(252, 252, 251)", "dark": "rgb(20, 23, 26)"}[scheme]
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == ground
     boxes = [area.bounding_box() for area in page.locator("#curves .nsewdrag").all()]
     assert len(boxes) == 9 and min(box["width"] for box in boxes) > 200 and min(box["height"] for box in boxes) > 100
 
@@ -189,7 +176,11 @@ def test_curves_tell_their_values_and_are_zoomed_together(show, report, runs):
     read.to_contain_text("epoch 5plain · AP50 : ")
     read.to_contain_text(f"plain · AP : {100 * last['test_coco_eval_bbox'][0]:.4g}%")
     before = ranges(page)
-    drag(page, 2, 0.5, 0.9)
+    third = page.locator("#curves .nsewdrag").nth(2).bounding_box()
+    page.mouse.move(third["x"] + 0.5 * third["width"], third["y"] + 50)
+    page.mouse.down()
+    page.mouse.move(third["x"] + 0.9 * third["width"], third["y"] + 50, steps=5)
+    page.mouse.up()
     after = ranges(page)
     assert len(after) == 9 and all(one == after[0] for one in after)
     assert before[0][0] < 1 < after[0][0] < 3 < 4 < after[0][1] < 5

@@ -1,7 +1,7 @@
 """The page's charts as plotly figures: curves over the epochs, and precision by recall.
 
-A chart has a panel for each thing it shows and a line for each run there. A line carries the number of its run as
-`meta`; page.js arranges the panels in columns. Names of runs are escaped, because plotly reads some HTML in text.
+A chart has panels, and a panel has lines for each run. A line carries the number of its run as `meta`; page.js
+arranges the panels in columns. Names of runs are escaped, because plotly reads some HTML in text.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
+from numpy.typing import NDArray
+from plotly.graph_objects import Figure
 
 from tools.report_page.content import results_of
 from tools.report_page.runs import Run
@@ -20,7 +21,8 @@ from util.curves import MAX_MARKERS, PANELS, Line, Panel, lines, run_colors
 DASHES, SIGNS = ("solid", "dash", "dot"), ("—", "- -", "···")  # of lines, and how headings show them
 GREY, GRID = "#7b828b", "rgba(128, 128, 128, 0.25)"  # on light and on dark ground
 MAX_READ = 9  # lines whose values are shown together; more would not fit beside a panel
-PR_IOUS: dict[str, slice] = {"IoU 0.5": slice(0, 1), "IoU 0.75": slice(5, 6), "IoU 0.5 to 0.95 (mean)": slice(None)}
+PR_IOUS = {"IoU 0.5": slice(0, 1), "IoU 0.75": slice(5, 6), "IoU 0.5 to 0.95 (mean)": slice(None)}
+Drawn = tuple[Panel, list[Line]]
 
 
 def curves(runs: Sequence[Run]) -> dict[str, Any] | None:
@@ -35,42 +37,41 @@ def curves(runs: Sequence[Run]) -> dict[str, Any] | None:
 def precision_recall(runs: Sequence[Run], classes: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """A chart of the results that have tables, for all classes; None if there is none.
 
-    `choices`: [name, the values of every line] of all classes and of each class; [] where a run has no objects.
+    `choices`: [name, the values of every line] of all classes and of each; [] if it has no objects.
     """
-    results = [(number, result) for number, _, result in results_of(runs) if result.tables]
+    results = [(i, result.weights, result.tables) for i, _, result in results_of(runs) if result.tables]
     if not results:
         return None
     step = 1 if len(results) * len(classes) <= 800 else 4  # many runs and classes would take megabytes
-    recalls, panels, tables = np.linspace(0, 100, 101)[::step], [], []
+    every: dict[str, Any] = {"name": "all classes", "id": [one["id"] for one in classes]}
+    recalls = np.linspace(0, 100, 101)[::step]
+    panels, precisions = [], []
     for title, ious in PR_IOUS.items():
         found = []
-        for number, result in results:
-            table = 100 * result.tables.precision[ious, ::step, :, 0, -1].mean(axis=0)  # [R, K]
-            tables.append((table, result.tables.category_ids))
-            name, place = ("averaged", 1) if result.weights else ("weights", 0)
-            found.append(Line(number, name, place, recalls, _precision(*tables[-1])))
+        for run, weights, tables in results:
+            precision = 100 * tables.precision[ious, ::step, :, 0, -1].mean(axis=0)  # [R, K]
+            precisions.append((precision, tables.category_ids))
+            name, place = ("averaged", 1) if weights else ("weights", 0)
+            found.append(Line(run, name, place, recalls, _mean(precision, tables.category_ids, every["id"])))
         panels.append((Panel(title, {}, "%"), found))
     figure = _chart("recall in %", {"range": [0, 100]}, panels, runs).update_yaxes(range=[0, 100.5])
-    choices = [["all classes", [_precision(*table).tolist() for table in tables]]]
-    for one in sorted(classes, key=lambda one: one["name"]):
-        choices.append([one["name"], [_precision(*table, one["id"]).tolist() for table in tables]])
+    choices = []
+    for one in [every, *sorted(classes, key=lambda one: one["name"])]:
+        choices.append([one["name"], [_mean(*precision, one["id"]).tolist() for precision in precisions]])
     return {**figure.to_plotly_json(), "choices": choices}
 
 
-def _precision(table: np.ndarray, ids: Sequence[int], category: int | None = None) -> np.ndarray:
-    """Precision [R] of a class, or the mean of all that have objects; [] if there is none."""
-    chosen = (table[0] >= 0) & ((np.array(ids) == category) if category is not None else True)
-    return table[:, chosen].mean(axis=1).round(1) if chosen.any() else np.array([])
+def _mean(precision: NDArray[np.float64], ids: Sequence[int], wanted: int | list[int]) -> NDArray[np.float64]:
+    """The mean [R] of precision [R, K] over the wanted ones of `ids` [K] that have objects; [] if none has."""
+    chosen = (precision[0] >= 0) & np.isin(ids, wanted)
+    return precision[:, chosen].mean(axis=1).round(1) if chosen.any() else np.array([])
 
 
-def _chart(
-    over: str, axis: Mapping[str, Any], panels: Sequence[tuple[Panel, Sequence[Line]]], runs: Sequence[Run]
-) -> go.Figure:
+def _chart(over: str, axis: dict[str, Any], panels: list[Drawn], runs: Sequence[Run]) -> Figure:
     common = {"gridcolor": GRID, "zeroline": False, "ticklabelstandoff": 4}
-    title = {"text": over, "standoff": 4, "font": {"size": 12}}
-    x_axis = {"title": title, "unifiedhovertitle": {"text": f"{over} %{{x}}"}}
+    x_axis = {"title": {"text": over, "standoff": 4}, "unifiedhovertitle": {"text": f"{over} %{{x}}"}}
     y_axis = {"hoverformat": ".4~g", "rangemode": "nonnegative"}  # no room below 0 for what is never negative
-    figure = go.Figure(layout={
+    figure = Figure(layout={
         "template": {"layout": {"xaxis": common | x_axis | axis, "yaxis": common | y_axis}},
         "font": {"family": "system-ui, sans-serif", "size": 12, "color": GREY},
         "margin": {"l": 50, "r": 15, "t": 70, "b": 40},
@@ -93,21 +94,20 @@ def _chart(
             yref=f"y{number} domain", y=1, yanchor="bottom",
         )  # fmt: skip
         scale = {"type": "log", "dtick": "D2", "tickformat": ".0e"} if panel.logarithmic else {}
-        figure.update_layout({
-            f"xaxis{number}": {"matches": "x" if number else None},
-            f"yaxis{number}": {"ticksuffix": panel.unit, **scale},
-        })  # fmt: skip
+        figure.update_layout({f"yaxis{number}": {"ticksuffix": panel.unit, **scale}})
+        if number:
+            figure.update_layout({f"xaxis{number}": {"matches": "x"}})
         for line in found:
+            suffix = f" · {line.name}" if len(styles) > 1 else ""
             figure.add_scatter(
                 x=line.epochs.tolist(), y=[float(f"{value:.6g}") for value in line.values], meta=line.run,
-                xaxis=f"x{number}", yaxis=f"y{number}", line={"color": colors[line.run], "dash": DASHES[line.place]},
+                xaxis=f"x{number}", yaxis=f"y{number}", line_color=colors[line.run], line_dash=DASHES[line.place],
                 mode="lines+markers" if len(line.epochs) <= MAX_MARKERS else "lines", showlegend=False,
-                legendgroup=str(line.run), name=names[line.run] + (f" · {line.name}" if len(styles) > 1 else ""),
+                name=names[line.run] + suffix, legendgroup=str(line.run),
             )  # fmt: skip
-    for run in sorted({line.run for _, found in panels for line in found}):  # one entry of the legend for all its lines
-        figure.add_scatter(
-            x=[None], y=[None], name=names[run], meta=run, legendgroup=str(run), mode="lines", line_color=colors[run]
-        )
+    for run in sorted({line.run for _, found in panels for line in found}):  # its entry in the legend
+        sample = {"x": [None], "y": [None], "mode": "lines", "line_color": colors[run]}
+        figure.add_scatter(**sample, name=names[run], meta=run, legendgroup=str(run))
     return figure
 
 

@@ -85,11 +85,11 @@ function startBar() {
   mark();
   if (data.runs.length < 2) return;
   data.runs.forEach((run, i) => {
-    const chip = el("button", { type: "button", class: "chip", "aria-pressed": "true", title: `show or hide ${run.name} (Alt: only this one)` },
+    const chip = el("button", { type: "button", class: "chip", "aria-pressed": "true", title: `show or hide ${run.name}` },
       el("span", { class: "dot", style: colourOf(i), "aria-hidden": "true" }), el("span", {}, run.name));
-    chip.addEventListener("click", (event) => {
-      if (event.altKey) { shownRuns.clear(); shownRuns.add(i); } else shownRuns.has(i) ? shownRuns.delete(i) : shownRuns.add(i);
-      [...byId("chips").children].forEach((other, j) => other.setAttribute("aria-pressed", String(shownRuns.has(j))));
+    chip.addEventListener("click", () => {
+      if (!shownRuns.delete(i)) shownRuns.add(i);
+      chip.setAttribute("aria-pressed", String(shownRuns.has(i)));
       watchers.forEach((watcher) => watcher());
     });
     byId("chips").append(chip);
@@ -156,8 +156,10 @@ async function addChart(section, { data: lines, layout }) {
   const node = el("div", { style: { height: `${50 + 270 * rows}px` } });
   section.append(el("div", { class: "plot card" }, node));
   const modeBarButtons = [["toImage", "zoomIn2d", "zoomOut2d", "resetScale2d"]]; // another leads to a site
-  await Plotly.newPlot(node, lines, layout, { displaylogo: false, responsive: true, typesetMath: false, modeBarButtons });
-  watchers.push(() => Plotly.restyle(node, { visible: lines.map((line) => shownRuns.has(line.meta) || "legendonly") }));
+  const config = { displaylogo: false, responsive: true, typesetMath: false, modeBarButtons };
+  await Plotly.newPlot(node, lines, layout, config);
+  const visible = () => lines.map((line) => shownRuns.has(line.meta) || "legendonly");
+  watchers.push(() => Plotly.restyle(node, { visible: visible() }));
   return node;
 }
 
