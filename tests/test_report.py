@@ -6,6 +6,7 @@ import base64
 import contextlib
 import io
 import json
+import re
 import shutil
 
 import numpy as np
@@ -88,11 +89,16 @@ def page_data(*folders, annotations=None, images=None, num_pictures=3, threshold
     return page_content(runs, GroundTruth.find(runs, annotations, images, notes), notes, num_pictures, threshold)
 
 
-def curve(told: dict, name: str) -> dict[float, float]:
-    """Values by epoch of the first run, as the chart of this figure has them."""
-    (chart,) = [chart for chart in told["curves"]["any"] if chart["title"] == name]
-    line = next(line for line in chart["figure"]["data"] if line["meta"] == 0)
+def curve(told: dict, title: str, name: str) -> dict[float, float]:
+    """Values by epoch of the first run's line `name` in the panel `title`."""
+    axis = f"x{1 + panels(told).index(title)}".removesuffix("1")
+    lines = [line for line in told["curves"]["data"] if line["meta"] == 0 and line["name"].endswith(f" · {name}")]
+    line = next(line for line in lines if line["xaxis"] == axis)
     return dict(zip(line["x"], line["y"], strict=True))
+
+
+def panels(told: dict) -> list[str]:
+    return [re.match("<b>(.*)</b>", note["text"])[1] for note in told["curves"]["layout"]["annotations"]]
 
 
 # ---- mistakes
@@ -176,16 +182,17 @@ def test_figures_of_a_class_are_pycocotools_own(data):
 
 
 def test_precision_by_recall_is_the_table_s(made):
+    told = page_data(*made)["pr"]
+    assert [name for name, _ in told["choices"]] == ["all classes", *sorted(CATEGORIES.values())]
     (one, _) = read_runs(made)
-    tables = one.results[0].tables
-    told = content.precision_recall([one.results[0]], tables.category_ids)["curves"][0]
-    for name, ious in {"0.5": slice(0, 1), "0.75": slice(5, 6), "mean of 0.5 to 0.95": slice(None)}.items():
-        for k in range(len(tables.category_ids)):
-            expected = tables.precision[ious, :, k, 0, -1].mean(0)
-            assert told[name][1 + k] == pytest.approx(1000 * expected, abs=0.51)
-        assert np.mean(told[name][0]) / 1000 == pytest.approx(
-            tables.stats[{"0.5": 1, "0.75": 2}.get(name, 0)], abs=1e-3
-        )  # fmt: skip
+    tables, recall = one.results[0].tables, np.linspace(0, 100, 101)
+    for panel, (ious, stat) in enumerate([(slice(0, 1), 1), (slice(5, 6), 2), (slice(None), 0)]):
+        place = panel * 3  # of the first of three results
+        assert told["data"][place]["x"] == recall.tolist() and told["data"][place]["y"] == told["choices"][0][1][place]
+        assert np.mean(told["data"][place]["y"]) == pytest.approx(100 * tables.stats[stat], abs=0.05)
+        for name, values in told["choices"][1:]:
+            k = [CATEGORIES[i] for i in tables.category_ids].index(name)
+            assert values[place] == pytest.approx(100 * tables.precision[ious, :, k, 0, -1].mean(0), abs=0.051)
 
 
 def test_curves_of_a_resumed_run_with_gaps(made, tmp_path):
@@ -194,29 +201,23 @@ def test_curves_of_a_resumed_run_with_gaps(made, tmp_path):
             log_row(3, test_ema_coco_eval_bbox=[0.125] * 12)]  # fmt: skip
     (folder / "log.txt").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"epoch": 4, "trai')
     told = page_data(folder)
-    assert curve(told, "AP") == {1: 50}
-    assert curve(told, "ema AP") == {3: 12.5}
-    assert curve(told, "train_loss") == {0: 10, 1: 5, 3: 2.5}
-    assert "AP small" not in [chart["title"] for chart in told["curves"]["any"]]
+    assert curve(told, "Average precision", "AP") == {1: 50}
+    assert curve(told, "Average precision", "AP averaged") == {3: 12.5}
+    assert curve(told, "Total loss", "training") == {0: 10, 1: 5, 3: 2.5}
+    assert panels(told) == [panel.title for panel in PANELS if panel.title != "AP by size"]
     assert told["runs"][0]["best"] == {"AP": 0.5, "epoch": 1}
 
 
-def test_charts_have_the_lines_of_every_run(made, tmp_path):
-    rows = [log_row(epoch, [0.25] * 12, train_loss_giou_unscaled=1.0) for epoch in range(1500)]
-    long = tmp_path / "long"
-    long.mkdir()
-    (long / "log.txt").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    told = page_data(*made, long)["curves"]
-    assert [chart["title"] for chart in told["panels"]] == [panel.title for panel in PANELS]
-    lines = [line for line in told["panels"][0]["figure"]["data"] if "meta" in line]
-    assert [(line["meta"], line["name"], line["line"]["dash"]) for line in lines] == [
-        (0, "plain · AP", "solid"), (0, "plain · AP50", "dash"), (1, "batchformer · AP", "solid"),
-        (1, "batchformer · AP50", "dash"), (2, "long · AP", "solid"), (2, "long · AP50", "dash"),
+def test_the_chart_has_the_lines_of_every_run(made):
+    chart = page_data(*made)["curves"]
+    lines = [line for line in chart["data"] if line.get("xaxis") == "x"]
+    assert [(line["meta"], line["name"], line["line"]["dash"], len(line["x"])) for line in lines] == [
+        (0, "plain · AP", "solid", 6), (0, "plain · AP50", "dash", 6),
+        (1, "batchformer · AP", "solid", 6), (1, "batchformer · AP50", "dash", 6),
     ]  # fmt: skip
-    assert [len(line["x"]) for line in lines] == [6, 6, 6, 6, 750, 750]
-    axes = [chart["figure"]["layout"]["yaxis"] for chart in told["panels"]]
-    assert axes[-1]["type"] == "log" and all(axis["rangemode"] == "nonnegative" for axis in axes[:-1])
-    assert not any("unscaled" in chart["title"] or chart["title"] == "epoch" for chart in told["any"])
+    assert [line["name"] for line in chart["data"] if line.get("showlegend") is None] == ["plain", "batchformer"]
+    assert len({(line["legendgroup"], line["line"]["color"]) for line in chart["data"]}) == 2
+    assert chart["layout"]["yaxis9"]["type"] == "log" and "type" not in chart["layout"]["yaxis"]
 
 
 # ---- the page's content
@@ -295,7 +296,7 @@ def test_a_real_run_and_an_evaluation_by_itself(trained_run, tmp_path):
     last = json.loads((trained_run / "log.txt").read_text().splitlines()[-1])
     ours, averaged, evaluated, _ = (result["stats"] for result in told["results"])
     assert ours == evaluated == last["test_coco_eval_bbox"] and averaged == last["test_ema_coco_eval_bbox"]
-    assert curve(told, "train_loss")[last["epoch"]] == pytest.approx(last["train_loss"], rel=1e-5)
+    assert curve(told, "Total loss", "training")[last["epoch"]] == pytest.approx(last["train_loss"], rel=1e-5)
     assert [one["name"] for one in told["classes"]["classes"]] == ["one", "two", "three"]
     assert told["runs"][0]["continued"] == 1 and told["runs"][0]["of"] == 3 == told["runs"][0]["epochs"]
     assert told["mistakes"]["entries"] and all(entry["picture"] is not None for entry in told["mistakes"]["entries"])
@@ -319,7 +320,7 @@ def test_a_run_without_an_evaluation(made, tmp_path):
     folder.mkdir()
     (folder / "log.txt").write_text(json.dumps(log_row(0)) + "\n")
     told = page_data(folder)
-    assert told["results"] == [] and curve(told, "train_loss") == {0: 10}
+    assert told["results"] == [] and curve(told, "Total loss", "training") == {0: 10}
     assert any("no run.json and no checkpoint" in note for note in told["notes"])
 
 
@@ -384,7 +385,7 @@ def test_edited_files_cost_what_they_say_at_most(made, tmp_path, record, row):
     with open(folder / "log.txt", "a") as log:
         log.write(json.dumps(row) + "\n" + json.dumps(log_row(8)) + "\n")
     told = page_data(folder)
-    assert curve(told, "train_loss")[8] == pytest.approx(10 / 9, rel=1e-5)
+    assert curve(told, "Total loss", "training")[8] == pytest.approx(10 / 9, rel=1e-5)
     json.dumps(told, allow_nan=False)
 
 

@@ -47,7 +47,8 @@ class Panel:
 
 
 PANELS = (
-    Panel("Average precision", {"AP": "AP", "AP50": "AP50", "AP, averaged weights": "ema AP"}, "%"),
+    Panel("Average precision", {"AP": "AP", "AP50": "AP50", "AP averaged": "ema AP"}, "%"),
+    Panel("AP by size", {"small": "AP small", "medium": "AP medium", "large": "AP large"}, "%"),
     Panel("Total loss", {"training": "train_loss", "validation": "test_loss"}),
     Panel("Classification loss", {"training": "train_loss_ce", "validation": "test_loss_ce"}),
     Panel("Box L1 loss", {"training": "train_loss_bbox", "validation": "test_loss_bbox"}),
@@ -112,21 +113,18 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def run_colors(count: int, dark: bool = False) -> list[str]:
-    """A colour for each of `count` runs, as #rrggbb, for lines on white or on a dark ground."""
-    few = _DARK if dark else _LIGHT
-    if count <= len(few):
-        return few[:count]
-    lightness, step = (0.62, 0.07) if dark else (0.38, 0.10)
+def run_colors(count: int) -> list[str]:
+    """A colour for each of `count` runs, as #rrggbb, for lines on white and on a dark ground."""
+    if count <= len(_COLORS):
+        return _COLORS[:count]
     colors = []
     for i in range(count):  # neighbours differ in hue, lightness and saturation
-        shade = colorsys.hls_to_rgb(i / count, lightness + step * (i % 3), 0.85 if i % 2 else 0.6)
+        shade = colorsys.hls_to_rgb(i / count, 0.42 + 0.08 * (i % 3), 0.85 if i % 2 else 0.6)
         colors.append("#" + "".join(f"{round(255 * part):02x}" for part in shade))
     return colors
 
 
-_LIGHT = ["#0b62a8", "#d1500a", "#00805c", "#b04a8c", "#8a6d00", "#5b4fc4", "#4d5661"]
-_DARK = ["#6cb8ff", "#ff9a57", "#3fd0a0", "#f091cb", "#e0c14a", "#aba2ff", "#b9c2cc"]
+_COLORS = ["#2f7fd0", "#dd6216", "#17906a", "#c25a9f", "#9a7a08", "#7d70e2", "#7d8691"]
 
 
 def read_log(path: str | Path) -> list[Row]:

@@ -41,9 +41,9 @@ def plot_run(logs: Mapping[str, Sequence[Row]], output: str | Path) -> None:
     names, colors = [_legend_name(name) for name in logs], run_colors(len(logs))
     columns = max(1, min(len(names), 6, 180 // (max(map(len, names)) + 8)))  # the longest name must fit
     with mpl.rc_context(STYLE):
-        height = 6.2 + 0.22 * -(-len(names) // columns)
+        height = 9.2 + 0.22 * -(-len(names) // columns)
         figure = Figure(figsize=(15, height), layout="constrained")  # pyplot would look for a screen
-        for axes, panel in zip(figure.subplots(2, 4).flat, PANELS, strict=True):
+        for axes, panel in zip(figure.subplots(3, 3).flat, PANELS, strict=True):
             _draw_panel(axes, panel, [*lines(panel, [*logs.values()])], colors)
         samples = [Line2D([], [], color=color, linewidth=3) for color in colors]
         figure.legend(samples, names, loc="outside upper center", ncols=columns)

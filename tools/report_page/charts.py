@@ -1,99 +1,113 @@
 """The page's charts as plotly figures: curves over the epochs, and precision by recall.
 
-A line carries the number of its run as `meta`; page.js sets the colours, which depend on the theme. Names of
-runs are escaped, because plotly reads some HTML in text.
+A chart has panels, and a panel has lines for each run. A line carries the number of its run as `meta`; page.js
+arranges the panels in columns. Names of runs are escaped, because plotly reads some HTML in text.
 """
 
 from __future__ import annotations
 
 import html
-import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
+from numpy.typing import NDArray
+from plotly.graph_objects import Figure
 
 from tools.report_page.content import results_of
 from tools.report_page.runs import Run
-from util.curves import COCO_CURVES, MAX_MARKERS, PANELS, Line, Panel, lines
+from util.curves import MAX_MARKERS, PANELS, Line, Panel, lines, run_colors
 
-DASHES = ("solid", "dash", "dot")
-MAX_POINTS = 1000  # of a line; a screen has no more
-MAX_READ = 9  # lines whose values are shown together; more would not fit into a chart
-
-
-def curves(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
-    """Charts of the panels that have a curve, and one chart of each figure in the logs."""
-    units = dict.fromkeys(COCO_CURVES, "%")
-    for row in itertools.chain(*(run.rows for run in runs)):
-        # an unscaled loss has the shape of its scaled one
-        units |= {key: "" for key in row.keys() - {"epoch", "n_parameters"} if not key.endswith("_unscaled")}
-    single = [Panel(key, {key: key}, unit) for key, unit in sorted(units.items())]
-    return {"panels": _curve_charts(PANELS, runs), "any": _curve_charts(single, runs)}
+DASHES, SIGNS = ("solid", "dash", "dot"), ("—", "- -", "···")  # of lines, and how headings show them
+GREY, GRID = "#7b828b", "rgba(128, 128, 128, 0.25)"  # on light and on dark ground
+MAX_READ = 9  # lines whose values are shown together; more would not fit beside a panel
+PR_IOUS = {"IoU 0.5": slice(0, 1), "IoU 0.75": slice(5, 6), "IoU 0.5 to 0.95 (mean)": slice(None)}
+Drawn = tuple[Panel, list[Line]]
 
 
-def _curve_charts(panels: Sequence[Panel], runs: Sequence[Run]) -> list[dict[str, Any]]:
+def curves(runs: Sequence[Run]) -> dict[str, Any] | None:
+    """A chart of the panels that have a line; None if no run has finished an epoch."""
     logs = [run.rows for run in runs]
-    epochs = [float(row["epoch"]) for rows in logs for row in rows]
-    charts = []
-    for panel in panels:
-        found = [*lines(panel, logs)]
-        if not found:
-            continue
-        figure = _chart("epoch", panel.unit, found, runs)
-        figure.update_xaxes(autorangeoptions_include=(min(epochs), max(epochs)))  # the same of all charts
-        if max(epochs) - min(epochs) < 6:
-            figure.update_xaxes(dtick=1)  # plotly would write halves of an epoch
-        if panel.logarithmic:
-            figure.update_yaxes(type="log", dtick="D2", tickformat=".0e", hoverformat=".3~e")
-        elif min(line.values.min() for line in found) >= 0:
-            figure.update_yaxes(rangemode="nonnegative")  # no room below 0 for what is never negative
-        charts.append({"title": panel.title, "figure": figure.to_plotly_json()})
-    return charts
+    panels = [(panel, found) for panel in PANELS if (found := [*lines(panel, logs)])]
+    few = max((line.epochs.max() for _, found in panels for line in found), default=0) < 6
+    axis = {"dtick": 1} if few else {}  # plotly would write halves of an epoch
+    return _chart("epoch", axis, panels, runs).to_plotly_json() if panels else None
 
 
-def precision_recall(runs: Sequence[Run], recalls: Sequence[float]) -> go.Figure:
-    """A line for each result that has tables; page.js puts in the precision of the chosen class and IoU."""
-    x, found = 100 * np.array(recalls), []
-    for number, _, result in results_of(runs):
-        if result.tables:
-            name, place = ("averaged weights", 1) if result.weights else ("weights", 0)
-            found.append(Line(number, name, place, x, 0 * x))
-    figure = _chart("recall", "%", found, runs)
-    figure.update_xaxes(range=[0, 100], ticksuffix="%", unifiedhovertitle_text="recall %{x}%")
-    return figure.update_yaxes(range=[0, 100.5], fixedrange=False)
+def precision_recall(runs: Sequence[Run], classes: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """A chart of the results that have tables, for all classes; None if there is none.
+
+    `choices`: [name, the values of every line] of all classes and of each; [] if it has no objects.
+    """
+    results = [(i, result.weights, result.tables) for i, _, result in results_of(runs) if result.tables]
+    if not results:
+        return None
+    step = 1 if len(results) * len(classes) <= 800 else 4  # many runs and classes would take megabytes
+    every: dict[str, Any] = {"name": "all classes", "id": [one["id"] for one in classes]}
+    recalls = np.linspace(0, 100, 101)[::step]
+    panels, precisions = [], []
+    for title, ious in PR_IOUS.items():
+        found = []
+        for run, weights, tables in results:
+            precision = 100 * tables.precision[ious, ::step, :, 0, -1].mean(axis=0)  # [R, K]
+            precisions.append((precision, tables.category_ids))
+            name, place = ("averaged", 1) if weights else ("weights", 0)
+            found.append(Line(run, name, place, recalls, _mean(precision, tables.category_ids, every["id"])))
+        panels.append((Panel(title, {}, "%"), found))
+    figure = _chart("recall in %", {"range": [0, 100]}, panels, runs).update_yaxes(range=[0, 100.5])
+    choices = []
+    for one in [every, *sorted(classes, key=lambda one: one["name"])]:
+        choices.append([one["name"], [_mean(*precision, one["id"]).tolist() for precision in precisions]])
+    return {**figure.to_plotly_json(), "choices": choices}
 
 
-def _chart(over: str, unit: str, found: Sequence[Line], runs: Sequence[Run]) -> go.Figure:
-    size = 11.5
-    axis = {"ticklabelstandoff": 4, "zeroline": False}
-    title = {"title": {"text": over, "font": {"size": size}}, "unifiedhovertitle": {"text": f"{over} %{{x}}"}}
-    figure = go.Figure(layout={
-        "template": {},  # plotly's own would be in each chart again
-        "font": {"family": "system-ui, sans-serif", "size": size},
-        "margin": {"l": 50, "r": 12, "t": 26, "b": 36},
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
-        "hovermode": "x unified" if len(found) <= MAX_READ else "closest",
-        "hoversort": "value descending",
-        "hoverdistance": -1,
-        "hoverlabel": {"namelength": -1},
-        "xaxis": axis | title,
-        "yaxis": axis | {"ticksuffix": unit, "hoverformat": ".4~g", "fixedrange": True},
+def _mean(precision: NDArray[np.float64], ids: Sequence[int], wanted: int | list[int]) -> NDArray[np.float64]:
+    """The mean [R] of precision [R, K] over the wanted ones of `ids` [K] that have objects; [] if none has."""
+    chosen = (precision[0] >= 0) & np.isin(ids, wanted)
+    return precision[:, chosen].mean(axis=1).round(1) if chosen.any() else np.array([])
+
+
+def _chart(over: str, axis: dict[str, Any], panels: list[Drawn], runs: Sequence[Run]) -> Figure:
+    common = {"gridcolor": GRID, "zeroline": False, "ticklabelstandoff": 4}
+    x_axis = {"title": {"text": over, "standoff": 4}, "unifiedhovertitle": {"text": f"{over} %{{x}}"}}
+    y_axis = {"hoverformat": ".4~g", "rangemode": "nonnegative"}  # no room below 0 for what is never negative
+    figure = Figure(layout={
+        "template": {"layout": {"xaxis": common | x_axis | axis, "yaxis": common | y_axis}},
+        "font": {"family": "system-ui, sans-serif", "size": 12, "color": GREY},
+        "margin": {"l": 50, "r": 15, "t": 70, "b": 40},
+        "paper_bgcolor": "rgba(0, 0, 0, 0)", "plot_bgcolor": "rgba(0, 0, 0, 0)",
+        "legend": {"orientation": "h", "yref": "container", "y": 1, "yanchor": "top"},
+        "hovermode": "x unified" if max(len(found) for _, found in panels) <= MAX_READ else "closest",
+        "hoversort": "value descending", "hoverdistance": -1,
+        "hoverlabel": {"namelength": -1, "bgcolor": "#2b3138", "font": {"color": "#ffffff"}},
+        "modebar": {"bgcolor": "rgba(0, 0, 0, 0)", "color": GREY},
     })  # fmt: skip
-    styles = {line.name: DASHES[line.place] for line in sorted(found, key=lambda line: line.place)}
-    if len(styles) > 1:  # samples for a legend of styles, not of runs; a click on one hides its lines
-        for name, dash in styles.items():
-            figure.add_scatter(x=[None], y=[None], name=name, legendgroup=name, mode="lines", line_dash=dash)
-    for line in found:
-        name = _shown_name(runs[line.run].name) + (f" · {line.name}" if len(styles) > 1 else "")
-        step = -(-len(line.epochs) // MAX_POINTS)
-        figure.add_scatter(
-            x=line.epochs[::step].tolist(), y=[float(f"{value:.6g}") for value in line.values[::step]],
-            mode="lines+markers" if len(line.epochs) <= MAX_MARKERS else "lines", line_dash=styles[line.name],
-            name=name, legendgroup=line.name, showlegend=False, meta=line.run,
+    colors, names = run_colors(len(runs)), [_shown_name(run.name) for run in runs]
+    for i, (panel, found) in enumerate(panels, start=1):
+        number = "" if i == 1 else i
+        styles = {line.name: line.place for line in sorted(found, key=lambda line: line.place)}
+        heading = f"<b>{panel.title}</b>"
+        if len(styles) > 1:
+            heading += "".join(f"   {SIGNS[place]} {name}" for name, place in styles.items())
+        figure.add_annotation(
+            text=heading, showarrow=False, xref=f"x{number} domain", x=0, xanchor="left",
+            yref=f"y{number} domain", y=1, yanchor="bottom",
         )  # fmt: skip
+        scale = {"type": "log", "dtick": "D2", "tickformat": ".0e"} if panel.logarithmic else {}
+        figure.update_layout({f"yaxis{number}": {"ticksuffix": panel.unit, **scale}})
+        if number:
+            figure.update_layout({f"xaxis{number}": {"matches": "x"}})
+        for line in found:
+            suffix = f" · {line.name}" if len(styles) > 1 else ""
+            figure.add_scatter(
+                x=line.epochs.tolist(), y=[float(f"{value:.6g}") for value in line.values], meta=line.run,
+                xaxis=f"x{number}", yaxis=f"y{number}", line_color=colors[line.run], line_dash=DASHES[line.place],
+                mode="lines+markers" if len(line.epochs) <= MAX_MARKERS else "lines", showlegend=False,
+                name=names[line.run] + suffix, legendgroup=str(line.run),
+            )  # fmt: skip
+    for run in sorted({line.run for _, found in panels for line in found}):  # its entry in the legend
+        sample = {"x": [None], "y": [None], "mode": "lines", "line_color": colors[run]}
+        figure.add_scatter(**sample, name=names[run], meta=run, legendgroup=str(run))
     return figure
 
 

@@ -24,7 +24,6 @@ CLASS_FIGURES: tuple[tuple[str, slice, int, bool], ...] = (
     ("AP small", slice(None), 1, False), ("AP medium", slice(None), 2, False), ("AP large", slice(None), 3, False),
     ("AR 100", slice(None), 0, True),
 )  # fmt: skip
-PR_IOUS: dict[str, slice] = {"0.5": slice(0, 1), "0.75": slice(5, 6), "mean of 0.5 to 0.95": slice(None)}
 
 
 def result_name(run: Run, result: Result) -> str:
@@ -97,32 +96,6 @@ def class_figures(tables: Tables, ids: Sequence[int]) -> dict[str, list[float | 
 def _defined_mean(values: NDArray[np.float64]) -> float | None:
     values = values[values > -1]
     return number(values.mean()) if values.size else None
-
-
-def precision_recall(results: Sequence[Result], ids: Sequence[int]) -> dict[str, Any]:
-    """Precision in thousandths at COCO's recalls: by result, by IoU, a curve for all classes together and one for each class."""
-    step = 1 if len(results) * len(ids) <= 800 else 4  # with many runs and classes the page would grow past what opens quickly
-    curves_of = [_by_iou(result.tables, ids, step) if result.tables else None for result in results]
-    recalls = np.linspace(0, 1, 101)[::step].round(2).tolist()
-    return {"recalls": recalls, "ious": [*PR_IOUS], "curves": curves_of}
-
-
-def _by_iou(tables: Tables, ids: Sequence[int], step: int) -> dict[str, list[list[int] | None]]:
-    places = {category: place for place, category in enumerate(tables.category_ids)}
-    by_iou = {}
-    for name, ious in PR_IOUS.items():
-        table = tables.precision[ious, ::step, :, 0, -1]  # [T', R', K]
-        defined = (table > -1).all(axis=(0, 1))
-        curves = [table[..., defined].mean(axis=(0, 2)) if defined.any() else None]
-        for category in ids:
-            place = places.get(category)
-            curves.append(table[..., place].mean(axis=0) if place is not None and defined[place] else None)
-        by_iou[name] = [_thousandths(curve) for curve in curves]
-    return by_iou
-
-
-def _thousandths(curve: NDArray[np.float64] | None) -> list[int] | None:
-    return None if curve is None else [round(1000 * float(value)) for value in curve]
 
 
 def number(value: Any) -> float | None:

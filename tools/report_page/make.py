@@ -104,11 +104,8 @@ def page_content(
     """All that the page's script shows, as plain data."""
     results = content.results_of(runs)
     errors = [_errors(run, result, truth, notes, threshold) for _, run, result in results]
-    only = [result for _, _, result in results]
     names = _names(runs, truth.coco)
-    classes = content.class_table(only, truth.coco, names)
-    precision = content.precision_recall(only, [one["id"] for one in classes["classes"]])
-    chart = charts.precision_recall(runs, precision["recalls"])
+    classes = content.class_table([result for _, _, result in results], truth.coco, names)
     return {
         "made": datetime.now().astimezone().strftime("%-d %B %Y, %H:%M"),
         "runs": [content.summary(run) for run in runs],
@@ -118,11 +115,11 @@ def page_content(
         ],
         "figures": FIGURES,
         "flags": content.flag_table(runs),
-        "colors": {"light": run_colors(len(runs)), "dark": run_colors(len(runs), dark=True)},
+        "colors": run_colors(len(runs)),
         "curves": charts.curves(runs),
         "names": names,
         "classes": classes,
-        "pr": {**precision, "figure": chart.to_plotly_json()},
+        "pr": charts.precision_recall(runs, classes["classes"]),
         "mistakes": _mistakes(errors, truth, notes, num_pictures, threshold),
         "notes": notes,  # last: making the rest adds to them
     }

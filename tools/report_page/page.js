@@ -5,8 +5,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const SVG = "http://www.w3.org/2000/svg";
 const byId = (id) => document.getElementById(id);
 const shownRuns = new Set(data.runs.map((_, i) => i));
-const watchers = [() => charts.forEach((node) => draw(node))]; // called when the choice of runs changes
-const charts = []; // the nodes that plotly has drawn into
+const watchers = []; // called when the choice of runs changes
 
 // ---- elements and numbers ----
 
@@ -58,7 +57,7 @@ const note = (section, text) => section.append(el("p", { class: "note" }, text))
 
 const thousands = (value) => (known(value) ? value.toLocaleString("en") : "–");
 
-const colourOf = (run) => ({ "--c": `var(--run-${run})` });
+const colourOf = (run) => ({ "--c": data.colors[run] });
 
 function runLabel(run, name, averaged = false) {
   return el("span", { class: "run-name", title: name },
@@ -67,28 +66,7 @@ function runLabel(run, name, averaged = false) {
 
 const resultLabel = (result) => runLabel(result.run, result.name, result.weights === "ema");
 
-// ---- theme, sections, choice of runs ----
-
-function setTheme(theme) {
-  const root = document.documentElement;
-  root.dataset.theme = theme;
-  data.colors[theme].forEach((color, run) => root.style.setProperty(`--run-${run}`, color));
-  byId("theme-name").textContent = theme === "dark" ? "Dark" : "Light";
-  charts.forEach((node) => draw(node));
-}
-
-function startTheme() {
-  const wish = matchMedia("(prefers-color-scheme: dark)");
-  let stored = null;
-  try { stored = localStorage.getItem("report-theme"); } catch { /* some browsers give files no storage */ }
-  setTheme(stored || (wish.matches ? "dark" : "light"));
-  wish.addEventListener("change", () => { if (!stored) setTheme(wish.matches ? "dark" : "light"); });
-  byId("theme").addEventListener("click", () => {
-    stored = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
-    setTheme(stored);
-    try { localStorage.setItem("report-theme", stored); } catch { /* the choice lasts as long as the page */ }
-  });
-}
+// ---- sections, choice of runs ----
 
 function startBar() {
   const links = new Map();
@@ -107,11 +85,11 @@ function startBar() {
   mark();
   if (data.runs.length < 2) return;
   data.runs.forEach((run, i) => {
-    const chip = el("button", { type: "button", class: "chip", "aria-pressed": "true", title: `show or hide ${run.name} (Alt: only this one)` },
+    const chip = el("button", { type: "button", class: "chip", "aria-pressed": "true", title: `show or hide ${run.name}` },
       el("span", { class: "dot", style: colourOf(i), "aria-hidden": "true" }), el("span", {}, run.name));
-    chip.addEventListener("click", (event) => {
-      if (event.altKey) { shownRuns.clear(); shownRuns.add(i); } else shownRuns.has(i) ? shownRuns.delete(i) : shownRuns.add(i);
-      [...byId("chips").children].forEach((other, j) => other.setAttribute("aria-pressed", String(shownRuns.has(j))));
+    chip.addEventListener("click", () => {
+      if (!shownRuns.delete(i)) shownRuns.add(i);
+      chip.setAttribute("aria-pressed", String(shownRuns.has(i)));
       watchers.forEach((watcher) => watcher());
     });
     byId("chips").append(chip);
@@ -162,10 +140,7 @@ function table(columns, rows, { sortable = false, pinned = () => false, tall = f
   return { node, show(list) { shown = list; fill(); } };
 }
 
-// ---- charts: made in Python, drawn by plotly; the page decides on colours, runs and epochs ----
-
-let epochs = null; // the first and the last that all curves show; null: all
-let printing = false; // plotly does not see the width of paper
+// ---- charts: made in Python, drawn by plotly ----
 
 async function loadPlotly() {
   const packed = Uint8Array.from(atob(byId("plotly").textContent), (letter) => letter.charCodeAt(0));
@@ -173,64 +148,19 @@ async function loadPlotly() {
   document.head.append(el("script", {}, await new Response(stream).text()));
 }
 
-function addChart(parent, heading, figure, label) {
-  const node = el("div", { class: "plot", tabindex: "0", role: "group", "aria-label": label });
-  node.addEventListener("keydown", (event) => readByKey(node, event));
-  parent.append(el("div", { class: "chart card" }, el("header", {}, heading), node));
-  charts.push(node);
-  draw(node, figure);
+async function addChart(section, { data: lines, layout }) {
+  const columns = Math.max(1, Math.min(3, Math.floor(innerWidth / 400)));
+  const rows = Math.ceil(layout.annotations.length / columns); // every panel has its heading
+  layout.grid = { rows, columns, pattern: "independent", ygap: 0.3 };
+  layout.dragmode = columns > 1 ? "zoom" : false; // a finger scrolls the page
+  const node = el("div", { style: { height: `${50 + 270 * rows}px` } });
+  section.append(el("div", { class: "plot card" }, node));
+  const modeBarButtons = [["toImage", "zoomIn2d", "zoomOut2d", "resetScale2d"]]; // another leads to a site
+  const config = { displaylogo: false, responsive: true, typesetMath: false, modeBarButtons };
+  await Plotly.newPlot(node, lines, layout, config);
+  const visible = () => lines.map((line) => shownRuns.has(line.meta) || "legendonly");
+  watchers.push(() => Plotly.restyle(node, { visible: visible() }));
   return node;
-}
-
-// draws a figure; without one, what the node shows already
-function draw(node, { data: lines, layout } = node) {
-  const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name);
-  for (const line of lines) {
-    line.line.color = css(line.meta === undefined ? "--muted" : `--run-${line.meta}`);
-    if (line.meta === undefined) continue; // a sample of the legend, which plotly hides with its lines
-    const sample = lines.find((other) => other.meta === undefined && other.legendgroup === line.legendgroup);
-    line.visible = shownRuns.has(line.meta) && (sample?.visible ?? true);
-  }
-  layout.font.color = css("--muted");
-  layout.hoverlabel.font = { color: css("--ink") };
-  layout.paper_bgcolor = layout.hoverlabel.bgcolor = css("--card");
-  layout.xaxis.gridcolor = layout.yaxis.gridcolor = layout.hoverlabel.bordercolor = css("--line");
-  const isCurve = layout.yaxis.fixedrange;
-  if (printing) layout.width = isCurve ? 310 : 620;
-  layout.dragmode = matchMedia("(pointer: coarse)").matches ? false : "zoom"; // a finger scrolls the page
-  if (isCurve) showEpochs(lines, layout);
-  const modeBarButtons = [["toImage", "zoomIn2d", "zoomOut2d", "resetScale2d"]];
-  const config = { displaylogo: false, responsive: true, showTips: false, modeBarButtons };
-  Plotly.react(node, lines, layout, config);
-}
-
-// the chosen epochs, and the values that lines have there; by itself plotly leaves room for all values
-function showEpochs(lines, { xaxis, yaxis }) {
-  xaxis.autorange = !epochs;
-  yaxis.autorange = true;
-  if (!epochs) return;
-  xaxis.range = [...epochs];
-  const inside = lines.filter((line) => line.visible === true)
-    .flatMap((line) => line.y.filter((_, i) => line.x[i] >= epochs[0] && line.x[i] <= epochs[1]))
-    .map((value) => (yaxis.type === "log" ? Math.log10(value) : value));
-  if (!inside.length) return;
-  const [low, high] = [Math.min(...inside), Math.max(...inside)];
-  const room = 0.06 * (high - low || Math.abs(high) || 1);
-  yaxis.autorange = false;
-  yaxis.range = [yaxis.rangemode === "nonnegative" ? Math.max(0, low - room) : low - room, high + room];
-}
-
-// the arrow keys go from epoch to epoch; plotly itself reads values for the mouse only
-function readByKey(node, event) {
-  const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-  if (!by) return;
-  event.preventDefault();
-  const [low, high] = node.layout.xaxis.range;
-  const shown = node.data.filter((line) => line.meta !== undefined && line.visible === true);
-  const inside = shown.flatMap((line) => line.x).filter((x) => x >= low && x <= high);
-  const places = [...new Set(inside)].sort((a, b) => a - b);
-  node.read = places[Math.max(0, Math.min(places.length - 1, places.indexOf(node.read) + by))];
-  Plotly.Fx.hover(node, { xval: node.read });
 }
 
 // ---- sections ----
@@ -300,29 +230,13 @@ function tiles(evaluated) {
   })));
 }
 
-function addCurves() {
+async function addCurves() {
   const section = byId("curves");
-  const { panels, any } = data.curves;
-  if (!any.length)
+  if (!data.curves)
     return note(section, "No run has finished an epoch yet: curves appear with the first line of log.txt.");
-  const holder = el("div", { class: "charts" });
-  section.append(el("p", { class: "muted small" },
-    "Point at a chart for its values (arrow keys, when it has the focus). Drag across it to zoom all of them, ",
-    "double-click for the whole range. Click a line's name to hide it."), holder);
-  const nodes = panels.map(({ title, figure }) => addChart(holder, el("h3", {}, title), figure, title));
-  const choice = select("any-figure", "Figure of the log", any.map(({ title }, i) => [i, title]));
-  choice.value = Math.max(0, any.findIndex(({ title }) => title === "AP75"));
-  const chosen = addChart(holder, choice, any[choice.value].figure, "Any figure of the log");
-  choice.addEventListener("change", () => draw(chosen, any[choice.value].figure));
-  nodes.push(chosen);
-  for (const node of nodes) {
-    node.on("plotly_relayout", (change) => {
-      if (change["xaxis.autorange"]) epochs = null;
-      else if ("xaxis.range[0]" in change) epochs = [change["xaxis.range[0]"], change["xaxis.range[1]"]];
-      else return;
-      nodes.forEach((other) => draw(other));
-    });
-  }
+  section.append(el("p", { class: "muted small" }, "Point at a chart for its values. Drag across it to zoom all of them to ",
+    "these epochs, double-click for the whole range. Click a run's name to hide it, double-click to see it alone."));
+  await addChart(section, data.curves);
 }
 
 function addFigures() {
@@ -401,33 +315,16 @@ function addClasses() {
   change();
 }
 
-function addPrecisionRecall() {
+async function addPrecisionRecall() {
   const section = byId("precision-recall");
-  const { ious, curves, figure } = data.pr;
-  const { classes, values } = data.classes;
-  if (!curves.some(Boolean)) return note(section, NO_TABLES);
-  const named = classes.map(({ name }, i) => [i + 1, name]).sort((a, b) => a[1].localeCompare(b[1], "en"));
-  const one = select("pr-class", "Class", [[0, "all classes"], ...named]);
-  const iou = select("pr-iou", "IoU", ious.map((name) => [name, name]));
-  const areas = el("div", { class: "areas" });
-  const labels = [el("label", {}, "Class", one), el("label", {}, "IoU", iou)];
-  section.append(el("div", { class: "controls" }, labels), areas);
-  const choose = () => {
-    const shown = [];
-    const lines = figure.data.filter((line) => line.meta !== undefined);
-    data.results.filter((_, i) => curves[i]).forEach((result, i) => {
-      const at = data.results.indexOf(result);
-      const curve = curves[at][iou.value][one.value];
-      lines[i].y = (curve ?? []).map((thousandths) => thousandths / 10);
-      const list = values[at][{ 0.5: "AP50", 0.75: "AP75" }[iou.value] ?? "AP"];
-      const area = one.value === "0" ? meanOf(list) : list[one.value - 1];
-      if (curve) shown.push(el("span", { class: "small" }, resultLabel(result), ` ${percent(area)}`));
-    });
-    areas.replaceChildren(...(shown.length ? shown : ["The validation set has no object of this class."]));
-  };
-  choose();
-  const node = addChart(section, el("h3", {}, "Precision by recall"), figure, "Precision by recall");
-  for (const control of [one, iou]) control.addEventListener("change", () => { choose(); draw(node); });
+  if (!data.pr) return note(section, NO_TABLES);
+  const one = select("pr-class", "Class", data.pr.choices.map(([name], i) => [i, name]));
+  section.append(el("div", { class: "controls" }, el("label", {}, "Class", one)));
+  const node = await addChart(section, data.pr);
+  one.addEventListener("change", () => {
+    const [, values] = data.pr.choices[one.value];
+    Plotly.restyle(node, { y: values }, [...values.keys()]);
+  });
 }
 
 // ---- mistakes ----
@@ -604,7 +501,6 @@ function addConfiguration() {
   section.append(el("details", { id: "all-flags" }, el("summary", {}, `All ${data.flags.length} flags, those that differ first`), el("div", { class: "controls" }, filter), all.node));
 }
 
-startTheme();
 addSummary();
 addFigures();
 addClasses();
@@ -612,18 +508,6 @@ addMistakes();
 addConfiguration();
 startBar();
 await loadPlotly();
-addCurves();
-addPrecisionRecall();
-let themeBefore = null; // paper is white
-addEventListener("beforeprint", () => {
-  themeBefore = document.documentElement.dataset.theme;
-  printing = true;
-  setTheme("light");
-  document.querySelectorAll("details").forEach((node) => { node.open = true; });
-});
-addEventListener("afterprint", () => {
-  printing = false;
-  setTheme(themeBefore);
-  charts.forEach((node) => Plotly.Plots.resize(node));
-});
+await addCurves();
+await addPrecisionRecall();
 document.documentElement.dataset.ready = "true";
