@@ -155,7 +155,9 @@ class Training:
         self.votes = StopVote(stop)
         self.order = TrainBatches(len(self.dataset), config.optim.batch_size, rank(), world_size(), config.run.seed)
         self.bad_images = BadImages(config.data.on_bad_image, config.data.max_bad_images)
-        self.batches = build_loader(self.dataset, self.order, config.data.num_workers, device, self.bad_images)
+        self.batches = build_loader(
+            self.dataset, self.order, config.data.num_workers, device, self.bad_images, timeout=loader_timeout(config)
+        )
         self.val_batches = eval_loader(self.val_dataset, config, device, self.bad_images)
 
         self.checkpoints = CheckpointFolder(self.folder, config.run.keep) if self.folder else None
@@ -441,9 +443,16 @@ def check_operator(device: torch.device) -> None:
         raise UserError(str(error)) from error
 
 
+def loader_timeout(config: Config) -> int:
+    """Seconds to wait for a batch. In a job the others' exchange fails first, and they name the process that waits."""
+    return config.run.dist_timeout * (1 if world_size() == 1 else 2)
+
+
 def eval_loader(dataset, config: Config, device: torch.device, bad_images: BadImages) -> DeviceBatches:
     batches = EvalBatches(len(dataset), config.optim.batch_size, rank(), world_size())
-    return build_loader(dataset, batches, config.data.num_workers, device, bad_images, replace=False)
+    return build_loader(
+        dataset, batches, config.data.num_workers, device, bad_images, replace=False, timeout=loader_timeout(config)
+    )
 
 
 def check_data(train, val, config: Config) -> None:

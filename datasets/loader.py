@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from util.errors import UserError
+from util.errors import LostProcessError, UserError
 from util.images import BadImageError
 from util.nested_tensor import NestedTensor
 
@@ -44,7 +44,7 @@ class Images(Protocol):
 
 def build_loader(
     dataset: Images, batches: Sampler[list[int]], num_workers: int, device: torch.device,
-    bad_images: BadImages | None = None, *, replace: bool = True,
+    bad_images: BadImages | None = None, *, replace: bool = True, timeout: float = 0,
 ) -> DeviceBatches:  # fmt: skip
     """An iterable of (NestedTensor, targets) on `device`.
 
@@ -52,6 +52,7 @@ def build_loader(
         bad_images: what to do about images that can't be used, and the record of it; without it the first one ends the run.
         replace: when such images are skipped, the next usable one of the data set takes the place, as in training. Otherwise the
             image is left out, and a batch of such images alone is passed over, as in evaluation.
+        timeout: seconds after which a batch that does not come from the loader processes ends the run. 0: never.
     """
     bad_images = bad_images or BadImages("stop", 0)
     loader = DataLoader(
@@ -61,6 +62,7 @@ def build_loader(
         collate_fn=_unchanged,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
+        timeout=timeout if num_workers else 0,
         worker_init_fn=_begin,
         # otherwise starting an epoch would draw from the generator that dropout uses
         generator=torch.Generator(),
@@ -251,8 +253,13 @@ def _from_processes(loader: DataLoader) -> Iterator[LoadedBatch | UserError]:
     processes = [process for process in multiprocessing.active_children() if process not in before]
     try:
         yield from batches
-    except Exception:
+    except Exception as error:
         _raise_if_killed(processes)
+        if "timed out" in str(error):
+            raise LostProcessError(
+                f"the loader processes gave no batch for {loader.timeout:.0f} s (--dist_timeout): does the file system of the "
+                "images hang? start again with --resume auto"
+            ) from None
         raise
     finally:
         _kill(processes)  # they are left if the pass was not finished
@@ -303,7 +310,7 @@ class DeviceBatches:
     """The batches of a loader on a device; `bad_images` is the record of the images that could not be used.
 
     The copy to a GPU is asynchronous, from pinned memory, and takes its turn on the GPU's main stream: 0.5 ms for two images of
-    800 x 1333 on an H100, too little for a stream of its own.
+    800 x 1333 on an H100 (torch 2.11), too little for a stream of its own.
     """
 
     def __init__(self, loader: DataLoader, device: torch.device, bad_images: BadImages, consequence: str) -> None:

@@ -18,7 +18,7 @@ from datasets import loader
 from datasets.loader import build_loader
 from tests.helpers import ROOT, run
 from tests.processes import wait_until
-from util.errors import UserError
+from util.errors import LostProcessError, UserError
 from util.images import BadImageError
 
 CPU = torch.device("cpu")
@@ -102,6 +102,14 @@ def test_it_is_told_at_the_next_batch_and_not_in_the_midst_of_other_work():
     time.sleep(0.2)  # here it would be raised
     with pytest.raises(UserError, match="SIGKILL"):
         list(batches)
+
+
+def test_a_batch_that_does_not_come_ends_the_run():
+    hangs = Numbers(at=3, then=lambda: time.sleep(600))
+    with pytest.raises(LostProcessError) as error:
+        list(build_loader(hangs, singly(), 2, CPU, timeout=2))
+    assert str(error.value).startswith("the loader processes gave no batch for 2 s (--dist_timeout): ")
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.gpu
