@@ -65,8 +65,7 @@ def main(nodes: int, node: int, processes: int, command: list[str]) -> int:
             return code if {code} in SAVED else say(f"{what} failed with exit code {code}: {line}", code)
         except (RendezvousError, OSError) as error:
             what = f"{nodes} nodes did not meet at {address}:{port} in JOIN_SECONDS={join_seconds}, or lost each other"
-            remedy = "run the same command on all, MASTER_ADDR and MASTER_PORT being node 0's address and a free port there"
-            return say(f"{what}: {remedy} ({type(error).__name__})", LOST)
+            return say(f"{what}: run the command on all, with a free port in MASTER_PORT ({type(error).__name__})", LOST)
     return 0
 
 
