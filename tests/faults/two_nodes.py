@@ -58,8 +58,8 @@ def main() -> int:
         with network() as net:
             again = [Node(net, node, [*flags, str(work / "cut0")]) for node in (0, 1)]
             sound &= ends_alike("cut off, started again by hand", again, work / "cut0", work / "whole")
-        sound &= comes_back([*flags, str(work / "cable")], work / "cable", work / "whole", power=True)
-        sound &= comes_back([*flags, str(work / "power")], work / "power", work / "whole", power=False)
+        sound &= comes_back([*flags, str(work / "cable")], work / "cable", work / "whole", power=False)
+        sound &= comes_back([*flags, str(work / "power")], work / "power", work / "whole", power=True)
     return 0 if sound else 1
 
 
@@ -75,7 +75,8 @@ def cut_off(flags: list[str], timeout: int) -> tuple[bool, float]:
         seconds = time.monotonic() - start
         told = [next((line for line in node.lines if line.startswith("error: ")), "") for node in nodes]
         at_fault = (r"no sign of life for \d+ s from rank 1 on node1 ", r"no answer .* and rank 0 on node0 ")
-        named = all(re.search(f"{who}.*last known operation: '[^']*epoch 1", line) for who, line in zip(at_fault, told, strict=True))
+        operation = r".*last known operation: '[^']*epoch 1"
+        named = all(re.search(who + operation, line) for who, line in zip(at_fault, told, strict=True))
         quiet = not any("Traceback" in line for node in nodes for line in node.lines)
         sound = named and quiet and seconds < timeout + LEAVING and codes(nodes) == [EXIT_LOST_PROCESS] * 2
         report("cut off", sound, f"exit codes {codes(nodes)}, {seconds:.0f} s after it", nodes)
