@@ -209,7 +209,7 @@ def _share(images: NestedTensor, targets: list[dict[str, Tensor]]) -> None:
 _MORE_MEMORY = "lower --num_workers or --batch_size, or give the machine or container more memory and a larger /dev/shm"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # what schedulers and keyboards send to every process of a job; the training process decides when to leave
-_SIGNALS_OF_A_JOB = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+_SIGNALS_OF_A_JOB = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def end_workers() -> None:

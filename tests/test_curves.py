@@ -14,7 +14,12 @@ from tools import plot_logs
 from util.curves import PANELS, read_log, run_colors, series
 from util.errors import UserError
 from util.plot_utils import plot_run
-from util.visualizer import luminance
+
+
+def luminance(color: tuple[int, ...]) -> float:
+    """Relative luminance of an sRGB colour (WCAG 2): 0 for black, 1 for white."""
+    srgb = np.asarray(color) / 255
+    return float(np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722])
 
 
 def rows(count: int, **more) -> list[dict]:

@@ -16,7 +16,7 @@ from torch.distributed import HashStore
 from tests.processes import free_port
 from tests.test_launch import environment, executable, finish, run, start
 from util import watchdog
-from util.errors import EXIT_INTERRUPTED, EXIT_LOST_PROCESS, EXIT_PREEMPTED, EXIT_USER_ERROR, Preempted
+from util.errors import EXIT_INTERRUPTED, EXIT_LOST_PROCESS, EXIT_NOT_SAVED, EXIT_PREEMPTED, EXIT_USER_ERROR, Preempted
 from util.watchdog import State, Watchdog
 
 # who is at fault
@@ -53,15 +53,23 @@ def test_a_silent_process_is_at_fault_and_not_those_that_wait_for_it(explained):
 
 
 def test_a_process_that_left_for_the_loss_of_another_is_not_at_fault(explained):
-    lost = working(1, 7, left=EXIT_LOST_PROCESS)
+    lost = working(1, 7, left=EXIT_LOST_PROCESS, doing="lost rank 2")
     line = str(explained(working(0, 7), lost, working(2, 7), silent=(0, 9, 12)))
     assert line.startswith("no sign of life for 12 s from rank 2 on b")
     assert "rank 1" not in line
 
 
-def test_the_last_words_of_a_process_that_failed_are_given(explained):
-    line = str(explained(working(0), working(1, left=2, doing="x.jpg is bad"), silent=(0, 6)))
-    assert "rank 1 on a (process 101), which left with exit code 2; last known operation: 'x.jpg is bad'" in line
+@pytest.mark.parametrize(("left", "code"), [(EXIT_USER_ERROR, EXIT_USER_ERROR), (EXIT_NOT_SAVED, EXIT_NOT_SAVED), (1, 76)])
+def test_a_process_that_failed_is_quoted_and_its_final_exit_codes_are_the_others_too(explained, left, code):
+    """Also where it made a third one leave on request, as launchers do."""
+    failed, asked = working(1, left=left, doing="x.jpg is bad"), working(2, left=EXIT_PREEMPTED)
+    end = explained(working(0), failed, asked, silent=(0, 6, 6))
+    assert (str(end), end.exit_code) == (f"rank 1 on a left with exit code {left}: x.jpg is bad", code)
+
+
+def test_a_killed_process_is_no_request_to_leave(explained):
+    end = explained(working(0), working(1), working(2, left=EXIT_PREEMPTED), silent=(0, 9, 6))
+    assert str(end).startswith("no sign of life for 9 s from rank 1 on a")
 
 
 @pytest.mark.parametrize("code", [EXIT_PREEMPTED, EXIT_INTERRUPTED])
@@ -105,23 +113,24 @@ def test_states_travel_through_the_store_and_notes_count_from_the_last_exchange(
     watch.stop(2, "x.jpg is bad")
     state = State(*json.loads(store.get("watchdog 0")))
     assert (state.exchanges, state.notes, state.waits, state.left, state.doing) == (1, 1, False, 2, "x.jpg is bad")
-    assert watchdog._current is None
+    assert Watchdog.current is None
 
 
-def test_a_warning_is_written_where_no_exception_comes(capfd):
+def test_a_warning_is_written_where_no_exception_comes(capfd, monkeypatch):
     """As on NCCL, whose time-out ends the process."""
-    watch = Watchdog(HashStore(), 0, 1, "a:29500", warn_after=1.0, hint="; see the flight recorder")
+    monkeypatch.setenv("TORCH_FR_DUMP_TEMP_FILE", "/tmp/recorder_")
+    watch = Watchdog(HashStore(), 0, 1, "a:29500", warn_after=1.0)
     watchdog.note("stuck")
     watch._threads[1].join()
     watch.stop()
-    assert capfd.readouterr().err.endswith("last known operation: 'stuck'; see the flight recorder\n")
+    assert capfd.readouterr().err.endswith("'stuck'; NCCL's flight recorder will be in /tmp/recorder_<rank> of each host\n")
 
 
 def test_without_a_job_nothing_is_written():
     watchdog.note("nobody %s", "hears")
     with watchdog.waiting("nobody"):
         pass
-    assert watchdog._current is None
+    assert Watchdog.current is None
 
 
 # processes
@@ -233,15 +242,15 @@ def jobs(tmp_path_factory) -> dict[tuple[str, int], Ended]:
         ("stopped", "no sign of life for", -signal.SIGKILL),
         ("killed", "no sign of life for", -signal.SIGKILL),
         ("hangs", "no progress for", -signal.SIGKILL),
-        ("fails", "which left with exit code 2; last known operation: 'x.jpg is bad'", EXIT_USER_ERROR),
+        ("fails", "left with exit code 2: x.jpg is bad", EXIT_USER_ERROR),
     ],
 )
 def test_a_fault_of_one_process_is_named_by_the_other(jobs, fault, reason, status):
     first, second = jobs[fault, 0], jobs[fault, 1]
-    assert first.status == EXIT_LOST_PROCESS, first.output
+    assert first.status == (EXIT_USER_ERROR if fault == "fails" else EXIT_LOST_PROCESS), first.output
     said = first.said()
     assert reason in said
-    assert f"rank 1 on {HOST} (process " in said
+    assert f"rank 1 on {HOST} " in said
     assert fault == "fails" or "'epoch 0, step 30: loading'" in said
     assert second.status == status, second.output
 

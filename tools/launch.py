@@ -1,7 +1,6 @@
 """Run the processes of one node under PyTorch's elastic launcher, the engine of torchrun; see run_dist_launch.sh.
 
-The launcher starts, watches, ends and restarts the processes. This program translates environment variables to its options,
-and its exceptions to one line and an exit code.
+Ours is the translation: environment variables to its options, its exceptions to one line and an exit code.
 """
 
 import contextlib
@@ -21,18 +20,19 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+SIGNALS = [s.name for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+           if signal.getsignal(s) != signal.SIG_IGN]  # as nohup ignores SIGHUP  # fmt: skip
 LOST, SAVED = 76, ({75}, {130})  # exit codes of main.py (util/errors.py)
 ANSWER_SECONDS = 30  # in which node 0 must answer the launcher of another node
 
 
 def main(nodes: int, node: int, processes: int, command: list[str]) -> int:
-    """Run this node's processes; gives the exit code."""
-    variables = os.environ
-    address, port = variables["MASTER_ADDR"], int(variables.get("MASTER_PORT", 0))  # 0: any port of one node
-    join_seconds, restarts = int(variables.get("JOIN_SECONDS", 1800)), int(variables.get("MAX_RESTARTS", 0))
-    variables["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = variables.get("PREEMPT_SECONDS", "120")
+    """Gives the exit code."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ.get("MASTER_PORT", 0))  # 0: any port of one node
+    join_seconds, restarts = int(os.environ.get("JOIN_SECONDS", 1800)), int(os.environ.get("MAX_RESTARTS", 0))
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = os.environ.get("PREEMPT_SECONDS", "120")
     # A store in the launcher would keep the keys of the processes before a restart (PyTorch issue 135712).
-    variables["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     logging.disable(logging.WARNING if restarts else logging.CRITICAL)  # what ends the job is said below
     with tempfile.TemporaryDirectory(prefix="run_dist_launch") as notes:
         try:
@@ -45,15 +45,14 @@ def main(nodes: int, node: int, processes: int, command: list[str]) -> int:
                 max_restarts=restarts,
                 local_addr=reach_node_0(address, port, join_seconds) if node else address,
                 logs_specs=DefaultLogsSpecs(log_dir=notes),
-                signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2",
+                signals_to_handle=",".join(SIGNALS),
             )
             elastic_launch(config, command[0])(*command[1:])
         except SignalException as error:
             ends = max(Path(notes).glob("*/attempt_*"), key=os.path.getmtime).glob("*/error.json")
-            codes = [json.loads(path.read_text())["message"]["errorCode"] for path in ends]
-            if len(codes) == processes and set(codes) in SAVED:
-                return codes[0]
-            return say(f"ended by {error.sigval.name}; not every process reported that it had saved", 128 + error.sigval)
+            codes = [json.loads(path.read_text())["message"].get("errorCode") for path in ends]
+            what = f"ended by {error.sigval.name}; not every process reported that it had saved"
+            return codes[0] if len(codes) == processes and set(codes) in SAVED else say(what, 128 + error.sigval)
         except KeyboardInterrupt:  # before the processes start
             return 128 + signal.SIGINT
         except ChildFailedError as error:
@@ -63,28 +62,31 @@ def main(nodes: int, node: int, processes: int, command: list[str]) -> int:
                 return say(f"{what} was killed by {failure.signal_name()}; all others were ended", 128 - code)
             line = failure.message["message"] if isinstance(failure.message, dict) else "see its output above"
             return code if {code} in SAVED else say(f"{what} failed with exit code {code}: {line}", code)
-        except (RendezvousError, OSError) as error:
+        except OSError as error:
+            return say(f"{command[0]} can't be started: {error}", 2)
+        except (RendezvousError, RuntimeError) as error:
             what = f"{nodes} nodes did not meet at {address}:{port} in JOIN_SECONDS={join_seconds}, or lost each other"
             return say(f"{what}: run the command on all, with a free port in MASTER_PORT ({type(error).__name__})", LOST)
     return 0
 
 
 def reach_node_0(address: str, port: int, seconds: float) -> str:
-    """Wait for node 0; gives the address from which this node reaches it. Raises OSError after `seconds`."""
+    """Wait for node 0; gives the address from which this node reaches it."""
     deadline = time.monotonic() + seconds
     while True:
         try:
             with socket.create_connection((address, port), timeout=5) as connection:
-                threading.Timer(ANSWER_SECONDS / 3, limit_silence, (port,)).start()
+                threading.Thread(target=limit_silence, args=(port,), daemon=True).start()
                 return connection.getsockname()[0]
-        except OSError:
+        except OSError as error:
             if time.monotonic() > deadline:
-                raise
+                raise RuntimeError(str(error)) from None
         time.sleep(0.2)
 
 
 def limit_silence(port: int) -> None:
     """Let the system end connections to node 0 that have no answer; the launcher would wait for a quarter of an hour."""
+    time.sleep(ANSWER_SECONDS / 3)  # until the launcher has opened them
     for path in Path("/proc/self/fd").glob("*"):
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(path.name))) as connection:
             if connection.getpeername()[1] == port:

@@ -75,6 +75,8 @@ def process_group(device_flag: str, timeout: float = 1800) -> Iterator[torch.dev
             _ignore_requests()
             reason = watchdog.explain(_first_sentence(error))
         code, last_words = getattr(reason, "exit_code", 1), str(reason)
+        if not hasattr(reason, "exit_code"):
+            last_words = f"{type(reason).__name__}: {last_words.strip()}".splitlines()[0]
         if reason is not error:
             raise reason from None
         raise
@@ -86,18 +88,19 @@ def process_group(device_flag: str, timeout: float = 1800) -> Iterator[torch.dev
 def _join(device: torch.device, timeout: float) -> Watchdog:
     """Initialise the process group by what the launcher says in the environment."""
     place = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
-    if not all(map(str.isdecimal, place.values())) or not os.environ.get("MASTER_ADDR"):
+    numbers = [int(text) if text.isdecimal() else -1 for text in place.values()]
+    if not (0 <= numbers[0] < numbers[1] and 0 < numbers[2] < 65536 and os.environ.get("MASTER_ADDR")):
         raise UserError(
-            "WORLD_SIZE is set, so RANK, MASTER_ADDR and MASTER_PORT must be too; start with tools/run_dist_launch.sh or "
-            "torchrun, or unset WORLD_SIZE for a single process"
+            "WORLD_SIZE is set, so RANK (from 0 to WORLD_SIZE - 1), MASTER_ADDR and MASTER_PORT must be too; start with "
+            "tools/run_dist_launch.sh or torchrun, or unset WORLD_SIZE for a single process"
         )
     limit = timedelta(seconds=timeout)
     host, port = os.environ["MASTER_ADDR"], place["MASTER_PORT"]
-    hint, warn_after = "", None
-    backend = "gloo"
+    backend, warn_after = "gloo", None
     if device.type == "cuda":
         backend = "cpu:gloo,cuda:nccl"  # gloo carries Python objects without touching the GPU
-        hint, warn_after = _start_flight_recorder(), 0.95 * timeout
+        warn_after = 0.95 * timeout
+        _start_flight_recorder()
     try:
         _choose_interface(host, int(port))
         store, own_rank, world = next(dist.rendezvous("env://", timeout=limit))
@@ -111,7 +114,7 @@ def _join(device: torch.device, timeout: float) -> Watchdog:
             f"not all processes met at {host}:{port} within {timeout:.0f} s (--dist_timeout): see the output of the others, and "
             f"start again with --resume auto ({_first_sentence(error)})"
         ) from None
-    return Watchdog(store.clone(), own_rank, world, f"{host}:{port}", warn_after, hint)
+    return Watchdog(store.clone(), own_rank, world, f"{host}:{port}", warn_after)
 
 
 def _store_of_this_attempt(launchers: dist.Store, host: str, own_rank: int, world: int, limit: timedelta) -> dist.Store:
@@ -139,25 +142,24 @@ def _store_of_this_attempt(launchers: dist.Store, host: str, own_rank: int, worl
     return store
 
 
-def _start_flight_recorder() -> str:
-    """Record NCCL's exchanges, to be written to a file after a time-out; gives the sentence that says where."""
+def _start_flight_recorder() -> None:
+    """Record NCCL's exchanges, to be written to a file after a time-out."""
     prefix = str(Path(tempfile.gettempdir()) / "flight_recorder_rank_")
     settings = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1", "TORCH_FR_DUMP_TEMP_FILE": prefix}
     for name, value in settings.items():
         os.environ.setdefault(name, value)
-    return f"; NCCL's flight recorder will be in {os.environ['TORCH_FR_DUMP_TEMP_FILE']}<rank> of each host"
 
 
 def _ignore_requests() -> None:
     """The launcher asks the survivors to leave while they still find out why. They leave anyway."""
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
 
 
 def _lost_a_process(error: RuntimeError) -> bool:
     """Whether an exchange failed because of another process. The backends have no error type of their own."""
-    return isinstance(error, dist.DistError) or re.search("gloo|caused pair closure|NCCL", str(error)) is not None
+    return isinstance(error, dist.DistError) or re.search(r"\bgloo\b|caused pair closure|\bNCCL\b", str(error)) is not None
 
 
 def _first_sentence(error: BaseException) -> str:

@@ -1,8 +1,9 @@
 """Being asked to leave: by a scheduler that needs the machine, because the time is over, or from the keyboard.
 
-SIGTERM, SIGUSR1, SIGUSR2 and SIGINT (Ctrl-C) ask. In the training loop the request is noted, all processes agree on the step
-after which they stop (any of them may have been asked), the state is saved, and `Preempted` ends the program: with exit code 75,
-or 130 after Ctrl-C. Everywhere else nothing is left to save, and the program leaves at once. A second Ctrl-C waits for nothing.
+SIGTERM, SIGUSR1, SIGUSR2, SIGHUP (a closed terminal) and SIGINT (Ctrl-C) ask. In the training loop the request is noted, all
+processes agree on the step after which they stop (any of them may have been asked), the state is saved, and `Preempted` ends the
+program: with exit code 75, or 130 after Ctrl-C. Everywhere else nothing is left to save, and the program leaves at once. A second
+Ctrl-C waits for nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from util.distributed import world_size
 from util.errors import EXIT_INTERRUPTED, Preempted
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
 
 
 class StopRequest:
@@ -40,8 +41,8 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():  # the only one that may listen
             yield self
             return
-        # a shell lets what it runs in the background ignore Ctrl-C
-        wanted = [number for number in SIGNALS if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN]
+        # a shell lets what it runs in the background ignore Ctrl-C, and nohup lets it ignore a closed terminal
+        wanted = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         before = {number: signal.signal(number, self._handle) for number in wanted}
         try:
             yield self

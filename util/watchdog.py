@@ -5,20 +5,21 @@ which process is at fault. So each process writes what it is doing into the job'
 others write. After a failed exchange it names the ranks that stopped writing, or else the ranks that are furthest behind.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import ClassVar, NamedTuple
 
 from torch.distributed import Store
 
-from util.errors import EXIT_INTERRUPTED, EXIT_LOST_PROCESS, EXIT_PREEMPTED, LostProcessError, Preempted
+from util import errors
+
+ASKED = (errors.EXIT_PREEMPTED, errors.EXIT_INTERRUPTED)  # to leave
+FINAL = (errors.EXIT_USER_ERROR, errors.EXIT_NOT_SAVED)  # another start would end alike
 
 
 class State(NamedTuple):
@@ -37,16 +38,14 @@ class State(NamedTuple):
 class Watchdog:
     """Writes this process's state and reads all states, in a thread, from now until `stop`.
 
-    store: a connection to the job's store that nothing else uses. `address` is for messages.
-    warn_after: seconds without progress after which this process writes the explanation and `hint` to standard error, as NCCL's
-        time-out ends a process without an exception. None: never.
+    store: a connection to the job's store that nothing else uses; `address` is for messages. warn_after: seconds without progress
+    after which the explanation is written to standard error, as NCCL's time-out raises no exception. None: never.
     """
 
-    def __init__(
-        self, store: Store, rank: int, size: int, address: str, warn_after: float | None = None, hint: str = ""
-    ) -> None:
-        global _current
-        self._store, self._rank, self._address, self._warn_after, self._hint = store, rank, address, warn_after, hint
+    current: "ClassVar[Watchdog | None]" = None
+
+    def __init__(self, store: Store, rank: int, size: int, address: str, warn_after: float | None = None) -> None:
+        self._store, self._rank, self._address, self._warn_after = store, rank, address, warn_after
         self.own = State(socket.gethostname(), os.getpid())
         self._states = [self.own] * size
         self._seconds = 1 + size // 64  # between two beats: each of `size` processes reads `size` states
@@ -57,7 +56,7 @@ class Watchdog:
         self._threads = [threading.Thread(target=target, daemon=True) for target in (self._talk, self._warn)]
         for thread in self._threads:
             thread.start()
-        _current = self
+        Watchdog.current = self
 
     def set(self, **changes: object) -> None:
         self.own = self.own._replace(**changes)
@@ -65,45 +64,51 @@ class Watchdog:
 
     def stop(self, left: int = 0, last_words: str = "") -> None:
         """Write the exit code and the last words, if the store answers, and end the threads."""
-        global _current
-        _current = None
+        Watchdog.current = None
         self.set(left=left, doing=last_words or self.own.doing)
         self._stopped.set()
-        for thread in self._threads:  # a thread inside the store while Python shuts down would abort the process
+        for thread in self._threads:  # one inside the store while Python shuts down would abort the process
             thread.join(2 * self._seconds)
 
-    def explain(self, error: str) -> LostProcessError | Preempted:
+    def explain(self, error: str) -> errors.UserError | errors.Preempted:
         """Why an exchange failed with `error`. Takes some seconds, in which dead processes become silent."""
         time.sleep(6 * self._seconds)
-        for state in self._states:
-            if state.left in (EXIT_PREEMPTED, EXIT_INTERRUPTED):
-                return Preempted(state.doing, state.left)
-        return LostProcessError(f"{self._blame()}; start again with --resume auto ({error})")
+        asked = [state for state in self._states if state.left in ASKED]
+        for rank, state in enumerate(self._states):
+            if state.left and state.left not in (*ASKED, errors.EXIT_LOST_PROCESS):
+                failure = errors.UserError(f"rank {rank} on {state.host} left with exit code {state.left}: {state.doing}")
+                failure.exit_code = state.left if state.left in FINAL else errors.EXIT_LOST_PROCESS
+                return failure
+        if asked and not self._silent():
+            return errors.Preempted(asked[0].doing, asked[0].left)
+        return errors.LostProcessError(f"{self._blame()}; start again with --resume auto ({error})")
+
+    def _silent(self) -> list[int]:
+        """The ranks that have not left, and stopped writing before the store stopped answering."""
+        limit, now = 4 * self._seconds, time.monotonic()  # without a sign for so long: dead, stopped or cut off
+        last_answer = self._answered if now - self._answered > limit else now
+        others = [rank for rank, state in enumerate(self._states) if rank != self._rank and state.left is None]
+        return [rank for rank in others if last_answer - self._written[rank] > limit]
 
     def _blame(self) -> str:
         """The ranks at fault, each with its host and last operation."""
-        now, limit = time.monotonic(), 4 * self._seconds  # without a sign for so long: dead, stopped or cut off
-        last_answer = self._answered if now - self._answered > limit else now
-        others = [rank for rank in range(len(self._states)) if rank != self._rank]
-        left_for_another = [rank for rank in others if self._states[rank].left == EXIT_LOST_PROCESS]
-        silent = [r for r in others if last_answer - self._written[r] > limit and r not in left_for_another]
+        now, silent = time.monotonic(), self._silent()
         if silent:
             seconds = now - min(self._written[rank] for rank in silent)
             return f"no sign of life for {seconds:.0f} s from {self._describe(silent)}"
-        if last_answer < now:
+        if now - self._answered > 4 * self._seconds:
             return f"no answer for {now - self._answered:.0f} s from the job's store at {self._address} and {self._describe([0])}"
         # A process that waits for others is at fault only if all processes wait.
-        behind = [r for r, state in enumerate(self._states) if not (state.waits or state.left)] or [*others, self._rank]
+        present = [rank for rank, state in enumerate(self._states) if not state.left]
+        behind = [rank for rank in present if not self._states[rank].waits] or present
         least = min(self._states[rank][2:4] for rank in behind)
         behind = [rank for rank in behind if self._states[rank][2:4] == least]
         seconds = now - max(self._moved[rank] for rank in behind)
         return f"no progress for {seconds:.0f} s of {self._describe(behind)}"
 
-    def _describe(self, ranks: Sequence[int]) -> str:
-        named = []
-        for rank, state in [(rank, self._states[rank]) for rank in ranks[:4]]:
-            end = "" if state.left is None else f", which left with exit code {state.left}"
-            named.append(f"rank {rank} on {state.host} (process {state.pid}){end}; last known operation: '{state.doing}'")
+    def _describe(self, ranks: list[int]) -> str:
+        states = [(rank, self._states[rank]) for rank in ranks[:4]]
+        named = [f"rank {rank} on {s.host} (process {s.pid}); last known operation: '{s.doing}'" for rank, s in states]
         return ", ".join(named) + (f" and {len(ranks) - 4} more" if len(ranks) > 4 else "")
 
     def _talk(self) -> None:
@@ -124,23 +129,21 @@ class Watchdog:
     def _warn(self) -> None:
         while self._warn_after is not None and not self._stopped.wait(self._seconds):
             if time.monotonic() - self._progressed > self._warn_after:
-                os.write(2, f"warning: {self._blame()}{self._hint}\n".encode())
+                dump = f"NCCL's flight recorder will be in {os.environ.get('TORCH_FR_DUMP_TEMP_FILE')}<rank> of each host"
+                os.write(2, f"warning: {self._blame()}; {dump}\n".encode())
                 return
-
-
-_current: Watchdog | None = None
 
 
 def note(text: str, *args: object) -> None:
     """Say what this process does from now on: `text % args`. Call it once or more a step."""
-    if _current is not None:
-        _current.set(notes=_current.own.notes + 1, doing=text % args)
+    if watchdog := Watchdog.current:
+        watchdog.set(notes=watchdog.own.notes + 1, doing=text % args)
 
 
 @contextlib.contextmanager
 def waiting(what: str) -> Iterator[None]:
     """A block in which this process waits for the others. All processes come through it in the same order."""
-    if (watchdog := _current) is None:
+    if (watchdog := Watchdog.current) is None:
         yield
         return
     doing = watchdog.own.doing
