@@ -244,7 +244,7 @@ def test_launch_two_jobs_share_the_machine_and_a_signal_ends_its_own(tmp_path: P
         (["2", "true"], {"GPUS_PER_NODE": "0"}, "GPUS_PER_NODE must be a positive integer"),
         (["2", "./configs/no_such.sh"], {}, "'./configs/no_such.sh' is not an executable command"),
         (["16", "true"], {}, "set MASTER_ADDR"),
-        (["2", "true"], {"MAX_RESTARTS": "often"}, "MAX_RESTARTS must be a whole number, not 'often'"),
+        (["2", "true"], {"MAX_RESTARTS": "often"}, "MAX_RESTARTS must be a whole number below 100000, not 'often'"),
         (["16", "true"], {"MASTER_ADDR": "127.0.0.1"}, "NODE_RANK"),
         (["16", "true"], {"MASTER_ADDR": "127.0.0.1", "NODE_RANK": "2"}, "NODE_RANK must be from 0 to 1"),
     ],
@@ -369,6 +369,25 @@ def test_launch_a_process_that_does_not_leave_is_killed(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("asked[01]"))) == 2
     assert "not every process reported that it had saved" in output
     wait_for_the_end_of(pids[::2])  # what they started themselves is in their session
+
+
+def test_launch_under_nohup_a_closed_terminal_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "waits.sh").write_text('touch "$REPORT/up"; until [[ -e $REPORT/go ]]; do sleep 0.1; done; echo finished')
+    launch = ["nohup", "./tools/run_dist_launch.sh", "1", "bash", str(tmp_path / "waits.sh")]
+    launcher = start(launch, environment(tmp_path))
+    wait_until((tmp_path / "up").exists, "the process did not start")
+    launcher.send_signal(signal.SIGHUP)
+    (tmp_path / "go").touch()
+    status, output = finish(launcher)
+    assert status == 0, output
+    assert output.endswith("finished\n")
+
+
+def test_launch_a_file_that_is_no_program_costs_one_line(tmp_path: Path) -> None:
+    status, output = run(["./tools/run_dist_launch.sh", "1", executable(tmp_path / "text", "no program")], environment(tmp_path))
+    assert status == EXIT_USER_ERROR
+    assert "text can't be started: " in output
+    assert output.count("\n") == 1
 
 
 def test_launch_two_nodes_start_again_together(tmp_path: Path) -> None:

@@ -20,14 +20,12 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-SIGNALS = [s.name for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
-           if signal.getsignal(s) != signal.SIG_IGN]  # as nohup ignores SIGHUP  # fmt: skip
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")  # unless ignored, as by nohup
 LOST, SAVED = 76, ({75}, {130})  # exit codes of main.py (util/errors.py)
 ANSWER_SECONDS = 30  # in which node 0 must answer the launcher of another node
 
 
 def main(nodes: int, node: int, processes: int, command: list[str]) -> int:
-    """Gives the exit code."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ.get("MASTER_PORT", 0))  # 0: any port of one node
     join_seconds, restarts = int(os.environ.get("JOIN_SECONDS", 1800)), int(os.environ.get("MAX_RESTARTS", 0))
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = os.environ.get("PREEMPT_SECONDS", "120")
@@ -45,7 +43,7 @@ def main(nodes: int, node: int, processes: int, command: list[str]) -> int:
                 max_restarts=restarts,
                 local_addr=reach_node_0(address, port, join_seconds) if node else address,
                 logs_specs=DefaultLogsSpecs(log_dir=notes),
-                signals_to_handle=",".join(SIGNALS),
+                signals_to_handle=",".join(s for s in SIGNALS if signal.getsignal(getattr(signal, s)) != signal.SIG_IGN),
             )
             elastic_launch(config, command[0])(*command[1:])
         except SignalException as error:

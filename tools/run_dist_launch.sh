@@ -27,7 +27,7 @@ export OMP_NUM_THREADS
 
 for name in MASTER_PORT MAX_RESTARTS PREEMPT_SECONDS JOIN_SECONDS; do
   [[ -n ${!name:-} ]] || unset "$name"
-  [[ ${!name:-1} =~ ^[0-9]{1,5}$ ]] || die "$name must be a whole number, not '${!name}'"
+  [[ ${!name:-1} =~ ^[0-9]{1,5}$ ]] || die "$name must be a whole number below 100000, not '${!name}'"
 done
 
 # With defaults for these, every node would wait for itself until the rendezvous times out.
