@@ -42,7 +42,7 @@ class Watchdog:
     after which the explanation is written to standard error, as NCCL's time-out raises no exception. None: never.
     """
 
-    current: "ClassVar[Watchdog | None]" = None
+    current: "ClassVar[Watchdog | None]" = None  # of this process
 
     def __init__(self, store: Store, rank: int, size: int, address: str, warn_after: float | None = None) -> None:
         self._store, self._rank, self._address, self._warn_after = store, rank, address, warn_after
@@ -50,8 +50,7 @@ class Watchdog:
         self._states = [self.own] * size
         self._seconds = 1 + size // 64  # between two beats: each of `size` processes reads `size` states
         self._progressed = self._answered = time.monotonic()  # when this process came further, and when the store answered
-        self._written = [self._answered] * size  # when each process was last seen to write
-        self._moved = [self._answered] * size  # when each process was last seen to come further
+        self._written, self._moved = [self._answered] * size, [self._answered] * size  # of each process, as seen here
         self._stopped = threading.Event()
         self._threads = [threading.Thread(target=target, daemon=True) for target in (self._talk, self._warn)]
         for thread in self._threads:
@@ -94,8 +93,7 @@ class Watchdog:
         """The ranks at fault, each with its host and last operation."""
         now, silent = time.monotonic(), self._silent()
         if silent:
-            seconds = now - min(self._written[rank] for rank in silent)
-            return f"no sign of life for {seconds:.0f} s from {self._describe(silent)}"
+            return f"no sign of life for {now - min(self._written[r] for r in silent):.0f} s from {self._describe(silent)}"
         if now - self._answered > 4 * self._seconds:
             return f"no answer for {now - self._answered:.0f} s from the job's store at {self._address} and {self._describe([0])}"
         # A process that waits for others is at fault only if all processes wait.
@@ -103,8 +101,7 @@ class Watchdog:
         behind = [rank for rank in present if not self._states[rank].waits] or present
         least = min(self._states[rank][2:4] for rank in behind)
         behind = [rank for rank in behind if self._states[rank][2:4] == least]
-        seconds = now - max(self._moved[rank] for rank in behind)
-        return f"no progress for {seconds:.0f} s of {self._describe(behind)}"
+        return f"no progress for {now - max(self._moved[r] for r in behind):.0f} s of {self._describe(behind)}"
 
     def _describe(self, ranks: list[int]) -> str:
         states = [(rank, self._states[rank]) for rank in ranks[:4]]
@@ -129,8 +126,8 @@ class Watchdog:
     def _warn(self) -> None:
         while self._warn_after is not None and not self._stopped.wait(self._seconds):
             if time.monotonic() - self._progressed > self._warn_after:
-                dump = f"NCCL's flight recorder will be in {os.environ.get('TORCH_FR_DUMP_TEMP_FILE')}<rank> of each host"
-                os.write(2, f"warning: {self._blame()}; {dump}\n".encode())
+                dump = os.environ.get("TORCH_FR_DUMP_TEMP_FILE")
+                os.write(2, f"warning: {self._blame()}; NCCL's flight recorder will be in {dump}<rank> of each host\n".encode())
                 return
 
 
