@@ -117,7 +117,7 @@ def export(chosen: list[Picture], habit: Habits, images: str) -> Iterator[Path]:
 
 def nothing_else_opened(root: Path) -> AbstractContextManager[None]:
     """Nothing but the export, and the disk that it links to; what the decoys' links lead to is elsewhere."""
-    return Watch(root.parents[1], 600).case()
+    return Watch(root.parents[1], 600, hard=False).case()
 
 
 def places(root: Path, chosen: list[Picture], images: str, habit: Habits) -> dict[int, str]:
