@@ -71,7 +71,7 @@ def test_coco_exports_of_labelling_tools(tmp_path, tool):
         write_image(tmp_path / f"upload/4/0123abcd-{number}.jpg", number)
     faults = Faults()
     assert format_of(root) == "coco"
-    with Watch(root, 600).case():
+    with Watch(root, 600, hard=False).case():
         parts = read_coco(root, None, 1, faults)
     assert merged(coco_boxes(parts, root)) == wanted(places)
     assert +faults.notes == ({how: 6} if how else {})
@@ -276,7 +276,7 @@ def test_lists_of_ultralytics_in_every_form(tmp_path, entry):
         write_image(tmp_path / f"upload/images/train/{number}.jpg", 0)
     write(root / "data.yaml", "path: .\ntrain: train.txt\nval: images/val\nnames:\n  0: thing\n")
     write_list(root / "train.txt", entry, range(1, 5))
-    with Watch(root, 600).case():
+    with Watch(root, 600, hard=False).case():
         assert boxes(read_yolo(root, Faults()), root) == places
 
 
