@@ -42,7 +42,8 @@ class StopRequest:
             yield self
             return
         # a shell lets what it runs in the background ignore Ctrl-C, and nohup lets it ignore a closed terminal
-        wanted = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        may_be_ignored = (signal.SIGINT, signal.SIGHUP)
+        wanted = [n for n in SIGNALS if n not in may_be_ignored or signal.getsignal(n) != signal.SIG_IGN]
         before = {number: signal.signal(number, self._handle) for number in wanted}
         try:
             yield self
