@@ -119,7 +119,7 @@ def test_states_travel_through_the_store_and_notes_count_from_the_last_exchange(
 def test_a_warning_is_written_where_no_exception_comes(capfd, monkeypatch):
     """As on NCCL, whose time-out ends the process."""
     monkeypatch.setenv("TORCH_FR_DUMP_TEMP_FILE", "/tmp/recorder_")
-    watch = Watchdog(HashStore(), 0, 1, "a:29500", warn_after=1.0)
+    watch = Watchdog(HashStore(), 0, 1, "a:29500", warn_after=2.5)  # so that the note has been read back
     watchdog.note("stuck")
     watch._threads[1].join()
     watch.stop()
