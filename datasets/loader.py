@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from util.errors import LostProcessError, UserError
 from util.images import BadImageError
 from util.nested_tensor import NestedTensor
+from util.preemption import SIGNALS
 
 log = logging.getLogger(__name__)
 
@@ -208,8 +209,6 @@ def _share(images: NestedTensor, targets: list[dict[str, Tensor]]) -> None:
 
 _MORE_MEMORY = "lower --num_workers or --batch_size, or give the machine or container more memory and a larger /dev/shm"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-# what schedulers and keyboards send to every process of a job; the training process decides when to leave
-_SIGNALS_OF_A_JOB = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def end_workers() -> None:
@@ -231,10 +230,11 @@ atexit.register(end_workers)  # runs before what multiprocessing has registered
 
 
 def _begin(worker: int) -> None:
-    """First thing in a loader process: outlive the signals of a job, and end with the training process however that ends."""
-    for number in _SIGNALS_OF_A_JOB:
+    """First thing in a loader process: outlive the signals to all processes of a job, as the training process decides when to
+    leave; and end with it however that ends."""
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS_OF_A_JOB)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     gc.freeze()
     gc.enable()
     if sys.platform == "linux":
@@ -255,7 +255,7 @@ def _from_processes(loader: DataLoader) -> Iterator[LoadedBatch | UserError]:
         yield from batches
     except Exception as error:
         _raise_if_killed(processes)
-        if "timed out" in str(error):
+        if str(error).startswith("DataLoader timed out"):
             raise LostProcessError(
                 f"the loader processes gave no batch for {loader.timeout:.0f} s (--dist_timeout): does the file system of the "
                 "images hang? start again with --resume auto"
@@ -290,7 +290,7 @@ def _undisturbed() -> Iterator[None]:
     """
     in_main = threading.current_thread() is threading.main_thread()
     on_child = signal.getsignal(signal.SIGCHLD)
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS_OF_A_JOB)
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     collects = gc.isenabled()
     gc.disable()
     try:

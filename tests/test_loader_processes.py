@@ -20,9 +20,9 @@ from tests.helpers import ROOT, run
 from tests.processes import wait_until
 from util.errors import LostProcessError, UserError
 from util.images import BadImageError
+from util.preemption import SIGNALS
 
 CPU = torch.device("cpu")
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
 class Numbers:

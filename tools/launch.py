@@ -1,7 +1,4 @@
-"""Run the processes of one node under PyTorch's elastic launcher, the engine of torchrun; see run_dist_launch.sh.
-
-Ours is the translation: environment variables to its options, its exceptions to one line and an exit code.
-"""
+"""Run a node's processes under PyTorch's elastic launcher: variables to its options, its exceptions to one line and a code."""
 
 import contextlib
 import json
@@ -20,8 +17,10 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from util.errors import EXIT_INTERRUPTED, EXIT_LOST_PROCESS, EXIT_PREEMPTED, EXIT_USER_ERROR
+
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")  # unless ignored, as by nohup
-LOST, SAVED = 76, ({75}, {130})  # exit codes of main.py (util/errors.py)
+SAVED = ({EXIT_PREEMPTED}, {EXIT_INTERRUPTED})
 ANSWER_SECONDS = 30  # in which node 0 must answer the launcher of another node
 
 
@@ -52,7 +51,7 @@ def main(nodes: int, node: int, processes: int, command: list[str]) -> int:
             what = f"ended by {error.sigval.name}; not every process reported that it had saved"
             return codes[0] if len(codes) == processes and set(codes) in SAVED else say(what, 128 + error.sigval)
         except KeyboardInterrupt:  # before the processes start
-            return 128 + signal.SIGINT
+            return EXIT_INTERRUPTED
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             code, what = failure.exitcode, f"rank {rank} (process {failure.pid})"
@@ -61,10 +60,11 @@ def main(nodes: int, node: int, processes: int, command: list[str]) -> int:
             line = failure.message["message"] if isinstance(failure.message, dict) else "see its output above"
             return code if {code} in SAVED else say(f"{what} failed with exit code {code}: {line}", code)
         except OSError as error:
-            return say(f"{command[0]} can't be started: {error}", 2)
+            return say(f"{command[0]} can't be started: {error}", EXIT_USER_ERROR)
         except (RendezvousError, RuntimeError) as error:
             what = f"{nodes} nodes did not meet at {address}:{port} in JOIN_SECONDS={join_seconds}, or lost each other"
-            return say(f"{what}: run the command on all, with a free port in MASTER_PORT ({type(error).__name__})", LOST)
+            remedy = f"run the command on all, with a free port in MASTER_PORT ({type(error).__name__})"
+            return say(f"{what}: {remedy}", EXIT_LOST_PROCESS)
     return 0
 
 

@@ -45,4 +45,4 @@ if ((NODES > 1)); then
   echo "${0##*/}: node $NODE_RANK of $NODES meets the others at $MASTER_ADDR:$MASTER_PORT" >&2
 fi
 
-exec python tools/launch.py "$NODES" "$NODE_RANK" "$GPUS_PER_NODE" "$@"
+exec python -m tools.launch "$NODES" "$NODE_RANK" "$GPUS_PER_NODE" "$@"

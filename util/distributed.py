@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from util.errors import LostProcessError, UserError
+from util.errors import ASK_TO_LEAVE, LostProcessError, UserError
 from util.launchers import require_single_process
 from util.watchdog import Watchdog, waiting
 
@@ -87,23 +87,23 @@ def process_group(device_flag: str, timeout: float = 1800) -> Iterator[torch.dev
 
 def _join(device: torch.device, timeout: float) -> Watchdog:
     """Initialise the process group by what the launcher says in the environment."""
-    place = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
-    numbers = [int(text) if text.isdecimal() else -1 for text in place.values()]
-    if not (0 <= numbers[0] < numbers[1] and 0 < numbers[2] < 65536 and os.environ.get("MASTER_ADDR")):
+    texts = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_PORT")]
+    own_rank, world, port = [int(text) if text.isdecimal() else -1 for text in texts]
+    host = os.environ.get("MASTER_ADDR")
+    if not (0 <= own_rank < world and 0 < port < 65536 and host):
         raise UserError(
             "WORLD_SIZE is set, so RANK (from 0 to WORLD_SIZE - 1), MASTER_ADDR and MASTER_PORT must be too; start with "
             "tools/run_dist_launch.sh or torchrun, or unset WORLD_SIZE for a single process"
         )
     limit = timedelta(seconds=timeout)
-    host, port = os.environ["MASTER_ADDR"], place["MASTER_PORT"]
     backend, warn_after = "gloo", None
     if device.type == "cuda":
         backend = "cpu:gloo,cuda:nccl"  # gloo carries Python objects without touching the GPU
         warn_after = 0.95 * timeout
         _start_flight_recorder()
     try:
-        _choose_interface(host, int(port))
-        store, own_rank, world = next(dist.rendezvous("env://", timeout=limit))
+        _choose_interface(host, port)
+        store, *_ = next(dist.rendezvous("env://", timeout=limit))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
             store = _store_of_this_attempt(store, host, own_rank, world, limit)
         dist.init_process_group(backend, store=store, rank=own_rank, world_size=world, timeout=limit)
@@ -153,7 +153,7 @@ def _start_flight_recorder() -> None:
 def _ignore_requests() -> None:
     """The launcher asks the survivors to leave while they still find out why. They leave anyway."""
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+        for number in ASK_TO_LEAVE:
             signal.signal(number, signal.SIG_IGN)
 
 

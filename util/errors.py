@@ -15,11 +15,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+# what schedulers, launchers and a closed terminal send; main.py saves and leaves (util/preemption.py)
+ASK_TO_LEAVE = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 EXIT_USER_ERROR = 2
 EXIT_NOT_SAVED = 74  # EX_IOERR of sysexits.h
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: the same command again goes on

@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 
 from util.distributed import world_size
-from util.errors import EXIT_INTERRUPTED, Preempted
+from util.errors import ASK_TO_LEAVE, EXIT_INTERRUPTED, Preempted
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
+SIGNALS = (*ASK_TO_LEAVE, signal.SIGINT)
 
 
 class StopRequest:
