@@ -1,13 +1,15 @@
-"""Images a second of the detector, with main's flags, and the speed of the attention operator, on any device.
+"""Images a second of the detector, with main's flags, and the speed of the attention operator, on
+any device.
 
-    python benchmark.py --num_iters 300 --warm_iters 5 --batch_size 1                     # an image of the data set
-    python benchmark.py --num_iters 20 --size 800 1333                                    # noise of a size, no data set
-    python benchmark.py train --num_iters 10 --size 320 320 --bf 1 --insert_idx 0         # a training step, against --bf 0
-    python benchmark.py op                                                                # the operator's backends, see op --help
+    python benchmark.py --num_iters 300 --warm_iters 5 --batch_size 1  # an image of the data set
+    python benchmark.py --num_iters 20 --size 800 1333  # noise of a size, no data set
+    python benchmark.py train --num_iters 10 --size 320 320 --bf 1 --insert_idx 0  # against --bf 0
+    python benchmark.py op  # the operator's backends, see op --help
 
---amp bf16 and, of a training step, --bf and --checkpoint_encoder are timed beside the same without them, and the memory of a
-training step is given at its peak. --against_reference times the same with the attention operator in plain PyTorch too;
---profile adds what the time goes to; --trace writes it as a timeline, for ui.perfetto.dev.
+--amp bf16 and, of a training step, --bf and --checkpoint_encoder are timed beside the same without
+them, and the memory of a training step is given at its peak. --against_reference times the same
+with the attention operator in plain PyTorch too; --profile adds what the time goes to; --trace
+writes it as a timeline, for ui.perfetto.dev.
 """
 
 from __future__ import annotations
@@ -52,7 +54,10 @@ def main() -> int | None:
     torch.manual_seed(config.run.seed)
     images, targets, config = _batch(args, config, device)
     height, width = images.tensors.shape[-2:]
-    print(f"{_device_name(device)}, torch {torch.__version__}; batch {len(images)} of {height} x {width}", flush=True)
+    print(
+        f"{_device_name(device)}, torch {torch.__version__}; batch {len(images)} of {height} x {width}",
+        flush=True,
+    )
     measure = {"inference": _inference, "train": _train}[args.what]
     measure(args, config, device, images, targets)
     return None
@@ -60,7 +65,9 @@ def main() -> int | None:
 
 @dataclass(frozen=True)
 class Variant:
-    """What is timed; `name` are its flags, `added` the last of them, which the variant before it lacks."""
+    """What is timed; `name` are its flags, `added` the last of them, which the variant before it
+    lacks.
+    """
 
     name: str
     added: str
@@ -68,7 +75,9 @@ class Variant:
 
 
 def _variants(config: Config, training: bool) -> list[Variant]:
-    """From the plain detector to what was asked for, a flag more each, to be compared with the one before."""
+    """From the plain detector to what was asked for, a flag more each, to be compared with the one
+    before.
+    """
     plain_run = dataclasses.replace(config.run, amp="off")
     plain_transformer = dataclasses.replace(config.transformer, checkpoint_encoder=False)
     plain = dataclasses.replace(config, run=plain_run, transformer=plain_transformer)
@@ -88,7 +97,9 @@ def _variants(config: Config, training: bool) -> list[Variant]:
     return variants
 
 
-def _inference(args: argparse.Namespace, config: Config, device: torch.device, images: NestedTensor, targets: list) -> None:
+def _inference(
+    args: argparse.Namespace, config: Config, device: torch.device, images: NestedTensor, targets: list
+) -> None:
     variants = _variants(config, training=False)
     calls = [_inference_call(variant.config, device, images) for variant in variants]
     against = [_with_reference_operator(calls[-1])] if args.against_reference else []
@@ -97,7 +108,9 @@ def _inference(args: argparse.Namespace, config: Config, device: torch.device, i
     for i, name in enumerate(names):
         _report(name, len(images), seconds[i])
         if i:
-            print(f"{variants[i].added} takes {_ratio(seconds[i], seconds[i - 1]):.2f} times as long as without")
+            print(
+                f"{variants[i].added} takes {_ratio(seconds[i], seconds[i - 1]):.2f} times as long as without"
+            )
     _report_against_reference(names[-1], len(images), seconds[len(calls) - 1], seconds[len(calls) :])
     _profile(calls[-1], args, device)
 
@@ -113,8 +126,12 @@ def _inference_call(config: Config, device: torch.device, images: NestedTensor) 
     return infer
 
 
-def _train(args: argparse.Namespace, config: Config, device: torch.device, images: NestedTensor, targets: list) -> None:
-    """Forward, losses, backward, clipping and optimiser; time and memory of every flag side by side with the same without."""
+def _train(
+    args: argparse.Namespace, config: Config, device: torch.device, images: NestedTensor, targets: list
+) -> None:
+    """Forward, losses, backward, clipping and optimiser; time and memory of every flag side by side
+    with the same without.
+    """
     variants = _variants(config, training=True)
     steps = [_training_step(variant.config, device, images, targets) for variant in variants]
     against = [_with_reference_operator(steps[-1])] if args.against_reference else []
@@ -126,16 +143,22 @@ def _train(args: argparse.Namespace, config: Config, device: torch.device, image
         if i:
             without = "--bf 0" if variants[i].added.startswith("--bf") else "without"
             print(
-                f"{variants[i].added} takes {_ratio(seconds[i], seconds[i - 1]):.2f} times as long as {without}, and "
-                f"{memory[i] / memory[i - 1]:.2f} times the memory"
+                f"{variants[i].added} takes {_ratio(seconds[i], seconds[i - 1]):.2f} times as long "
+                f"as {without}, and {memory[i] / memory[i - 1]:.2f} times the memory"
             )
-    counted = "what is allocated on the GPU" if device.type == "cuda" else "resident memory of the process (nan: not told here)"
+    counted = (
+        "what is allocated on the GPU"
+        if device.type == "cuda"
+        else "resident memory of the process (nan: not told here)"
+    )
     print(f"memory: {counted} at the peak of a step, beyond what there was before it")
     _report_against_reference(names[-1], len(images), seconds[len(steps) - 1], seconds[len(steps) :])
     _profile(steps[-1], args, device)
 
 
-def _training_step(config: Config, device: torch.device, images: NestedTensor, targets: list) -> Callable[[], None]:
+def _training_step(
+    config: Config, device: torch.device, images: NestedTensor, targets: list
+) -> Callable[[], None]:
     model, criterion = _build(config, device)
     model.train()
     updater = build_updater(model, config)
@@ -144,7 +167,8 @@ def _training_step(config: Config, device: torch.device, images: NestedTensor, t
         with autocast(config.run.amp, device):
             outputs = model(images)
         updater.backward(criterion.total(criterion(outputs, targets)), 1)
-        updater.step()  # lets go of the gradients: none is there before a step whose memory is counted
+        # lets go of the gradients: none is there before a step whose memory is counted
+        updater.step()
 
     return step
 
@@ -170,7 +194,10 @@ def _with_reference_operator(function: Callable[[], None]) -> Callable[[], None]
 def _report_against_reference(what: str, batch: int, seconds: list[float], others: list[list[float]]) -> None:
     for reference in others:
         _report(f"{what}, the operator in plain PyTorch", batch, reference)
-        print(f"{what} takes {_ratio(seconds, reference):.1%} of the time that it takes with the operator in plain PyTorch")
+        print(
+            f"{what} takes {_ratio(seconds, reference):.1%} of the time that it takes with the "
+            f"operator in plain PyTorch"
+        )
 
 
 def _profile(function: Callable[[], None], args: argparse.Namespace, device: torch.device) -> None:
@@ -188,7 +215,9 @@ def _profile(function: Callable[[], None], args: argparse.Namespace, device: tor
 
 
 def _time(functions: Sequence[Callable], args: argparse.Namespace) -> list[list[float]]:
-    """Seconds of every call, the functions taking turns so that a slow moment of the machine strikes all."""
+    """Seconds of every call, the functions taking turns so that a slow moment of the machine
+    strikes all.
+    """
     measured = []
     for _ in range(args.warm_iters + args.num_iters):
         measured.append([timeit.timeit(function, timer=timer, number=1) for function in functions])
@@ -198,8 +227,8 @@ def _time(functions: Sequence[Callable], args: argparse.Namespace) -> list[list[
 def _report(what: str, batch: int, seconds: list[float], memory: float | None = None) -> None:
     middle = statistics.median(seconds)
     line = (
-        f"{what}: {batch / middle:.2f} images/s ({middle * 1000:.1f} ms a batch in the median of {len(seconds)}, "
-        f"{min(seconds) * 1000:.1f} to {max(seconds) * 1000:.1f})"
+        f"{what}: {batch / middle:.2f} images/s ({middle * 1000:.1f} ms a batch in the median of "
+        f"{len(seconds)}, {min(seconds) * 1000:.1f} to {max(seconds) * 1000:.1f})"
     )
     print(line if memory is None else f"{line}, {memory / 2**20:.1f} MiB", flush=True)
 
@@ -213,8 +242,12 @@ def _build(config: Config, device: torch.device) -> tuple[torch.nn.Module, torch
     return model, criterion
 
 
-def _batch(args: argparse.Namespace, config: Config, device: torch.device) -> tuple[NestedTensor, list, Config]:
-    """Images and targets, the first of the validation set or noise of --size, and the Config with their classes."""
+def _batch(
+    args: argparse.Namespace, config: Config, device: torch.device
+) -> tuple[NestedTensor, list, Config]:
+    """Images and targets, the first of the validation set or noise of --size, and the Config with
+    their classes.
+    """
     count = config.optim.batch_size
     if args.size:
         number = config.data.num_classes
@@ -245,13 +278,30 @@ def _parse() -> tuple[argparse.Namespace, Config]:
     parser = make_parser("benchmark.py", __doc__)
     parser.usage = "python benchmark.py [inference|train|op] [flags]"
     own = parser.add_argument_group("benchmark")
-    own.add_argument("what", nargs="?", default="inference", choices=("inference", "train", "op"), help="what to time")
-    for name, default, text in (("num", 300, "timed iterations"), ("warm", 5, "iterations before that are not counted")):
+    own.add_argument(
+        "what", nargs="?", default="inference", choices=("inference", "train", "op"), help="what to time"
+    )
+    for name, default, text in (
+        ("num", 300, "timed iterations"),
+        ("warm", 5, "iterations before that are not counted"),
+    ):
         own.add_argument(f"--{name}_iters", f"--{name}-iters", type=int, default=default, help=text)
-    own.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="noise of this size instead of the data set")
-    own.add_argument("--against_reference", action="store_true", help="the same with the attention operator in plain PyTorch too")
+    own.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="noise of this size instead of the data set",
+    )
+    own.add_argument(
+        "--against_reference",
+        action="store_true",
+        help="the same with the attention operator in plain PyTorch too",
+    )
     own.add_argument("--profile", action="store_true", help="what the time of one iteration goes to")
-    own.add_argument("--trace", metavar="FILE", help="write a timeline of one iteration, as .json or .json.gz")
+    own.add_argument(
+        "--trace", metavar="FILE", help="write a timeline of one iteration, as .json or .json.gz"
+    )
     args, config = parse_with_config(parser, None, batch_size=1)
     if args.num_iters < 1 or args.warm_iters < 0 or (args.size and min(args.size) < 1):
         raise UserError("--num_iters and --size must be above 0, --warm_iters not negative")
@@ -272,7 +322,11 @@ def _with_detector_of(resume: str, config: Config) -> Config:
 
 
 def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type}, {torch.get_num_threads()} threads"
+    )
 
 
 if __name__ == "__main__":

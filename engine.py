@@ -1,4 +1,6 @@
-"""One epoch of training, and evaluation. Knows nothing of BatchFormerV2: the outputs carry what the criterion must know."""
+"""One epoch of training, and evaluation. Knows nothing of BatchFormerV2: the outputs carry what the
+criterion must know.
+"""
 
 from __future__ import annotations
 
@@ -52,26 +54,38 @@ class EpochMeans:
 
 
 def train_one_epoch(
-    model: nn.Module, criterion: SetCriterion, batches: DeviceBatches, updater: Updater, device: torch.device, epoch: int, *,
-    watch: FiniteWatch, means: EpochMeans, amp: str = "off", first_step: int = 0, log_every: int = 10,
+    model: nn.Module,
+    criterion: SetCriterion,
+    batches: DeviceBatches,
+    updater: Updater,
+    device: torch.device,
+    epoch: int,
+    *,
+    watch: FiniteWatch,
+    means: EpochMeans,
+    amp: str = "off",
+    first_step: int = 0,
+    log_every: int = 10,
     after_step: Callable[[int], None] = lambda step: None,
     after_window: Callable[[Mapping[str, float]], None] = lambda means: None,
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """Train on the batches that are left of an epoch.
 
-    A step waits for the device once, for the matching. Losses are summed on the device and read every `log_every` steps; whether
-    they were finite is read one step late, when the answer has arrived with the matching of the next step.
+    A step waits for the device once, for the matching. Losses are summed on the device and read
+    every `log_every` steps; whether they were finite is read one step late, when the answer has
+    arrived with the matching of the next step.
 
     Args:
         model: wrapped, if gradients are exchanged.
-        updater: averages gradients over groups of `accumulate_steps` batches. Each batch goes through BatchFormerV2 by itself,
-            so this does not give it more images to relate.
+        updater: averages gradients over groups of `accumulate_steps` batches. Each batch goes
+            through BatchFormerV2 by itself, so this does not give it more images to relate.
         watch: looks for losses and gradients that are not finite.
         means: the sums, with what an interrupted epoch has already.
         amp: mixed precision of the forward pass.
         first_step: how many steps of the epoch have been made.
         after_step: called with the steps made so far; may save, or end the run by an exception.
-        after_window: called every `log_every` steps, and after the last, with their means in this process (published names).
+        after_window: called every `log_every` steps, and after the last, with their means in this
+            process (published names).
 
     Returns:
         the epoch's means over all processes, under the published names (without "train_").
@@ -106,7 +120,9 @@ def train_one_epoch(
         watch.expect(Step(epoch, step, images, targets, random_before), losses, total, norm, scale)
         clock.add(len(images) * world_size())
         line = None
-        if progress.due():  # the one place of a training step, besides the matching, that waits for the device
+        if (
+            progress.due()
+        ):  # the one place of a training step, besides the matching, that waits for the device
             window = published_names(means.losses.window() | means.norms.window(), criterion.weight_dict)
             window["images_per_second"] = clock.rate()
             after_window(window)
@@ -121,15 +137,21 @@ def train_one_epoch(
     return {"lr": updater.lr} | published_names(totals, criterion.weight_dict)
 
 
-def training_loss(model: nn.Module, criterion: SetCriterion, amp: str) -> Callable[[NestedTensor, Targets], Tensor]:
-    """The total loss of a batch as a training step computes it, without an exchange between processes."""
+def training_loss(
+    model: nn.Module, criterion: SetCriterion, amp: str
+) -> Callable[[NestedTensor, Targets], Tensor]:
+    """The total loss of a batch as a training step computes it, without an exchange between
+    processes.
+    """
 
     def loss_of(images: NestedTensor, targets: Targets) -> Tensor:
         with autocast(amp, images.tensors.device):
             outputs = model(images)
         was_training = criterion.training
         try:
-            losses = criterion.eval()(outputs, targets)  # in evaluation it does not wait for the other processes
+            losses = criterion.eval()(
+                outputs, targets
+            )  # in evaluation it does not wait for the other processes
         finally:
             criterion.train(was_training)
         return criterion.total(losses)
@@ -139,8 +161,9 @@ def training_loss(model: nn.Module, criterion: SetCriterion, amp: str) -> Callab
 
 @dataclass(frozen=True)
 class Evaluation:
-    """stats: published names (without "test_") to numbers, on every process. On the main process also the detections in
-    COCO's results format and the precision tables of pycocotools."""
+    """stats: published names (without "test_") to numbers, on every process. On the main process
+    also the detections in COCO's results format and the precision tables of pycocotools.
+    """
 
     stats: dict[str, Any]
     results: list[dict[str, Any]]
@@ -149,15 +172,25 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, criterion: SetCriterion, postprocessors: Mapping[str, Callable], batches: DeviceBatches, ground_truth: COCO,
-    classes: ClassMap, log_every: int = 10, *, amp: str = "off", title: str = "evaluate",
+    model: nn.Module,
+    criterion: SetCriterion,
+    postprocessors: Mapping[str, Callable],
+    batches: DeviceBatches,
+    ground_truth: COCO,
+    classes: ClassMap,
+    log_every: int = 10,
+    *,
+    amp: str = "off",
+    title: str = "evaluate",
     evaluator: str = "faster",
-) -> Evaluation:  # fmt: skip
-    """COCO's figures and the losses over a data set; the same however many processes share the work.
+) -> Evaluation:
+    """COCO's figures and the losses over a data set; the same however many processes share the
+    work.
 
-    `classes` gives detections the category ids of `ground_truth`. `evaluator` is that of evaluate_boxes.
-    `model` must not be wrapped: processes may have different numbers of batches. While the device works on a
-    batch, the host puts the detections of the batch before into COCO's format.
+    `classes` gives detections the category ids of `ground_truth`. `evaluator` is that of
+    evaluate_boxes. `model` must not be wrapped: processes may have different numbers of batches.
+    While the device works on a batch, the host puts the detections of the batch before into COCO's
+    format.
     """
     model.eval()
     criterion.eval()
@@ -192,7 +225,11 @@ class PendingResult:
     """Detections and losses of a batch on their way to the host."""
 
     def __init__(
-        self, targets: Targets, detections: Sequence[dict[str, Tensor]], losses: dict[str, Tensor], classes: ClassMap
+        self,
+        targets: Targets,
+        detections: Sequence[dict[str, Tensor]],
+        losses: dict[str, Tensor],
+        classes: ClassMap,
     ) -> None:
         self._classes = classes
         self._image_ids = [target["image_id"].item() for target in targets]
@@ -202,7 +239,8 @@ class PendingResult:
 
     def collect(self) -> BatchResult:
         detections = [
-            {"boxes": rows[:, :4], "scores": rows[:, 4], "labels": rows[:, 5].long()} for rows in self._detections.get()
+            {"boxes": rows[:, :4], "scores": rows[:, 4], "labels": rows[:, 5].long()}
+            for rows in self._detections.get()
         ]
         losses = dict(zip(self._names, self._losses.get().tolist(), strict=True))
         return BatchResult(coco_results(self._image_ids, detections, self._classes), losses)
@@ -225,7 +263,9 @@ class Throughput:
 
 
 def published_names(means: Mapping[str, float], weights: Mapping[str, float]) -> dict[str, float]:
-    """Means of unweighted losses as log.txt has them: `loss`, weighted terms, and every term with `_unscaled`."""
+    """Means of unweighted losses as log.txt has them: `loss`, weighted terms, and every term with
+    `_unscaled`.
+    """
     scaled = {name: means[name] * weight for name, weight in weights.items() if name in means}
     named = {name: means[name] for name in ("class_error", "grad_norm") if name in means}
     unscaled = {f"{name}_unscaled": value for name, value in means.items() if name != "grad_norm"}
@@ -246,13 +286,17 @@ def _without_exchange(model: nn.Module) -> Any:
 def _packed(detection: dict[str, Tensor]) -> Tensor:
     """[n, 6]: box, score, label; labels are far below the 2^24 up to which float32 is exact."""
     boxes = detection["boxes"].float()
-    return torch.cat([boxes, detection["scores"][:, None].float(), detection["labels"][:, None].to(boxes.dtype)], 1)
+    return torch.cat(
+        [boxes, detection["scores"][:, None].float(), detection["labels"][:, None].to(boxes.dtype)], 1
+    )
 
 
 def _summarise(
     done: list[BatchResult], criterion: SetCriterion, ground_truth: COCO, evaluator: str
 ) -> Evaluation:
-    """Everything to the main process, in the order of the data set whatever the number of processes."""
+    """Everything to the main process, in the order of the data set whatever the number of
+    processes.
+    """
     shares = gather_on_main(done)
     if not is_main():
         return Evaluation(broadcast_from_main(None), [], {})
@@ -260,11 +304,18 @@ def _summarise(
     rounds = max(map(len, shares))
     in_order = [share[i] for i in range(rounds) for share in shares if i < len(share)]
     if not in_order:
-        raise UserError("not one image of the validation set could be read: there is nothing to evaluate; mend the data")
+        raise UserError(
+            "not one image of the validation set could be read: there is nothing to evaluate; mend the data"
+        )
     results = [detection for batch in in_order for detection in batch.detections]
-    results.sort(key=lambda detection: detection["image_id"])  # where batches were passed over, the turns have shifted
+    results.sort(
+        key=lambda detection: detection["image_id"]
+    )  # where batches were passed over, the turns have shifted
     note("COCO's figures of %d detections", len(results))
     evaluation = evaluate_boxes(ground_truth, results, evaluator)
-    means = {name: math.fsum(batch.losses[name] for batch in in_order) / len(in_order) for name in in_order[0].losses}
+    means = {
+        name: math.fsum(batch.losses[name] for batch in in_order) / len(in_order)
+        for name in in_order[0].losses
+    }
     stats = published_names(means, criterion.weight_dict) | {"coco_eval_bbox": evaluation.stats.tolist()}
     return Evaluation(broadcast_from_main(stats), results, precision_tables(evaluation))

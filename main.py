@@ -1,6 +1,6 @@
 """Train or evaluate: flags -> Config -> data, model -> epochs.
 
-    python main.py --help
+python main.py --help
 """
 
 from __future__ import annotations
@@ -39,7 +39,15 @@ from util.class_map import AUTO, ClassMap, classes_of, unnamed_classes
 from util.config import Config, check_trainable, parse_config, with_classes
 from util.deterministic import explaining_refusals, make_deterministic
 from util.diagnose import FiniteWatch
-from util.distributed import broadcast_from_main, equalise_buffers, is_main, process_group, rank, sum_over_processes, world_size
+from util.distributed import (
+    broadcast_from_main,
+    equalise_buffers,
+    is_main,
+    process_group,
+    rank,
+    sum_over_processes,
+    world_size,
+)
 from util.errors import NotSavedError, UserError, run_as_command
 from util.finetune import FLAG as FINETUNE
 from util.finetune import fine_tune
@@ -75,7 +83,11 @@ def main(config: Config) -> None:
         with request.installed() as stop, processes as device, explaining_refusals():
             start_logging()
             log.info(
-                "device: %s (%s), %d process(es), torch %s", device, device_name(device), world_size(), torch.__version__
+                "device: %s (%s), %d process(es), torch %s",
+                device,
+                device_name(device),
+                world_size(),
+                torch.__version__,
             )
             seed_everything(config.run.seed + rank())
             check_operator(device)
@@ -105,23 +117,38 @@ def evaluate_only(config: Config, device: torch.device) -> None:
 
 
 def evaluate_checkpoint(
-    config: Config, device: torch.device, checkpoint: Mapping[str, Any], source: Source, dataset: CocoDetection,
+    config: Config,
+    device: torch.device,
+    checkpoint: Mapping[str, Any],
+    source: Source,
+    dataset: CocoDetection,
     hold: FolderHold | None,
-) -> None:  # fmt: skip
+) -> None:
     """Evaluate the weights of a checkpoint, and the averaged ones if it has such."""
     if hold:
-        write_record(hold.folder, run_facts(config, val=dataset), environment(device), {"checkpoint": str(source)})
+        write_record(
+            hold.folder, run_facts(config, val=dataset), environment(device), {"checkpoint": str(source)}
+        )
     model, criterion, postprocessors = build_model(config)
     load_checkpoint(model, checkpoint, source, may_lack=())
     check_precision(model.to(device), config.run.amp)
-    batches = eval_loader(dataset, config, device, BadImages(config.data.on_bad_image, config.data.max_bad_images))
+    batches = eval_loader(
+        dataset, config, device, BadImages(config.data.on_bad_image, config.data.max_bad_images)
+    )
     for suffix in ["", *(["_ema"] if "ema" in checkpoint else [])]:
         if suffix:
             load_checkpoint(model, checkpoint["ema"], source, "averaged weights: ", may_lack=())
         evaluation = evaluate(
-            model, criterion, postprocessors, batches, dataset.coco, dataset.classes, config.run.log_every,
-            amp=config.run.amp, evaluator=config.run.coco_eval,
-        )  # fmt: skip
+            model,
+            criterion,
+            postprocessors,
+            batches,
+            dataset.coco,
+            dataset.classes,
+            config.run.log_every,
+            amp=config.run.amp,
+            evaluator=config.run.coco_eval,
+        )
         log.info("%s", figures_table(evaluation.stats["coco_eval_bbox"]))
         if hold:
             hold.check()
@@ -132,16 +159,22 @@ def evaluate_checkpoint(
 
 
 class Training:
-    """A training run, from the data to the last epoch. All that must survive an interruption is in `state`."""
+    """A training run, from the data to the last epoch. All that must survive an interruption is in
+    `state`.
+    """
 
-    def __init__(self, config: Config, device: torch.device, stop: StopRequest, hold: FolderHold | None) -> None:
+    def __init__(
+        self, config: Config, device: torch.device, stop: StopRequest, hold: FolderHold | None
+    ) -> None:
         self.hold, self.folder = hold, hold.folder if hold else None
         self.goes_on = goes_on(config, self.folder)
         if self.folder and not self.goes_on:
             announce_new(self.folder)
         source = find_checkpoint(config, self.folder, self.goes_on)
         checkpoint = read_checkpoint(source.path) if source else None
-        start = read_trained(config.run.finetune, FINETUNE) if config.run.finetune and not source else checkpoint
+        start = (
+            read_trained(config.run.finetune, FINETUNE) if config.run.finetune and not source else checkpoint
+        )
         config = starting_config(config, start, source)
         check_trainable(config)
         announce(config)
@@ -153,10 +186,17 @@ class Training:
         config = settle_classes(config, self.classes, checkpoint, source)
         self.config, self.device, self.stop = config, device, stop
         self.votes = StopVote(stop)
-        self.order = TrainBatches(len(self.dataset), config.optim.batch_size, rank(), world_size(), config.run.seed)
+        self.order = TrainBatches(
+            len(self.dataset), config.optim.batch_size, rank(), world_size(), config.run.seed
+        )
         self.bad_images = BadImages(config.data.on_bad_image, config.data.max_bad_images)
         self.batches = build_loader(
-            self.dataset, self.order, config.data.num_workers, device, self.bad_images, timeout=loader_timeout(config)
+            self.dataset,
+            self.order,
+            config.data.num_workers,
+            device,
+            self.bad_images,
+            timeout=loader_timeout(config),
         )
         self.val_batches = eval_loader(self.val_dataset, config, device, self.bad_images)
 
@@ -175,19 +215,30 @@ class Training:
         self.position, self.means = Position(), EpochMeans()
         self.history = History(self.folder / "log.txt" if self.folder else None)
         self.watch = FiniteWatch(
-            self.model, training_loss(self.model, self.criterion, config.run.amp), config.flags(),
+            self.model,
+            training_loss(self.model, self.criterion, config.run.amp),
+            config.flags(),
             Path(config.run.output_dir) if config.run.output_dir else None,
-            skip=config.run.on_nan == "skip", max_steps=config.run.max_nan_steps,
-        )  # fmt: skip
+            skip=config.run.on_nan == "skip",
+            max_steps=config.run.max_nan_steps,
+        )
         data = {"train": self.dataset.identity(), "val": self.val_dataset.identity()}
         self.state = TrainingState(
-            config, self.classes, data, self.model, self.updater, self.schedule, self.position,
+            config,
+            self.classes,
+            data,
+            self.model,
+            self.updater,
+            self.schedule,
+            self.position,
             shared={"history": self.history},
             own={
-                "random": RandomGenerators(device), "means": self.means, "not_finite": self.watch,
+                "random": RandomGenerators(device),
+                "means": self.means,
+                "not_finite": self.watch,
                 "bad_images": self.bad_images,
             },
-        )  # fmt: skip
+        )
         self.exact = self.state.restore(checkpoint, str(source))
         epoch_anew = self._meet_changed_data()
         self._prepare_folder(source, checkpoint)
@@ -195,22 +246,38 @@ class Training:
         wanted = self.folder and config.run.tensorboard
         self.board = Board(self.folder / "tensorboard" if wanted else None, self._images_trained(), finished)
         if self.folder:
-            start = {"epoch": self.position.epoch, "images": self.position.images, "checkpoint": str(source or "")}
-            write_record(self.folder, run_facts(config, train=self.dataset, val=self.val_dataset), environment(device), start)
+            start = {
+                "epoch": self.position.epoch,
+                "images": self.position.images,
+                "checkpoint": str(source or ""),
+            }
+            write_record(
+                self.folder,
+                run_facts(config, train=self.dataset, val=self.val_dataset),
+                environment(device),
+                start,
+            )
         if epoch_anew:
             self._save(must=True)
-            if self.checkpoints and self.folder:  # not before: who is killed here must still find them
+            # not before: who is killed here must still find them
+            if self.checkpoints and self.folder:
                 set_aside(self.folder, self.checkpoints.newer_than(self.position))
 
     def run(self) -> None:
-        log.info("%d trainable parameters, %d + %d images", self.num_parameters, len(self.dataset), len(self.val_dataset))
+        log.info(
+            "%d trainable parameters, %d + %d images",
+            self.num_parameters,
+            len(self.dataset),
+            len(self.val_dataset),
+        )
         epochs, started = self.config.optim.epochs, time.perf_counter()
         first = self.position.epoch - (self.history.unfinished is not None)
         if first >= epochs:
             self._nothing_left()
             return
         for epoch in range(first, epochs):
-            if self.history.unfinished is None:  # else it was interrupted between training and evaluation
+            # else it was interrupted between training and evaluation
+            if self.history.unfinished is None:
                 self._train(epoch)
             self._evaluate(epoch)
         self._save(must=True)
@@ -221,16 +288,27 @@ class Training:
         self.order.first_image = self.position.images
         with self.stop.deferred():
             stats = train_one_epoch(
-                self.wrapped, self.criterion, self.batches, self.updater, self.device, epoch,
-                watch=self.watch, means=self.means, amp=self.config.run.amp, log_every=self.config.run.log_every,
+                self.wrapped,
+                self.criterion,
+                self.batches,
+                self.updater,
+                self.device,
+                epoch,
+                watch=self.watch,
+                means=self.means,
+                amp=self.config.run.amp,
+                log_every=self.config.run.log_every,
                 first_step=self.position.images // self.order.images_per_step if self.exact else 0,
-                after_step=self._after_step, after_window=self._after_window,
-            )  # fmt: skip
+                after_step=self._after_step,
+                after_window=self._after_window,
+            )
             self.schedule.step()
             equalise_buffers(self.model)
             self.means.reset()
             self.position.epoch, self.position.images, self.exact = epoch + 1, 0, True
-            self.history.unfinished = {f"train_{name}": value for name, value in (stats | self._skipped()).items()}
+            self.history.unfinished = {
+                f"train_{name}": value for name, value in (stats | self._skipped()).items()
+            }
             self._save(self._scheduled(epoch))
             self.stop.saved = what_is_kept(self.config, f"epoch {epoch} is saved, its evaluation is next")
             if self.votes.agreed_now():
@@ -241,19 +319,27 @@ class Training:
         self.position.images += self.order.images_per_step
         leave = self.votes.agreed()
         every = self.config.run.save_every
-        due = every and steps % every == 0 and self.position.images < self.order.images  # else the epoch's end saves
+        due = (
+            every and steps % every == 0 and self.position.images < self.order.images
+        )  # else the epoch's end saves
         if leave or due:
             self.watch.check()
             self._save(must=leave)
         if leave:
-            done = f"saved in epoch {self.position.epoch}, after {self.position.images} of {self.order.images} images"
+            done = (
+                f"saved in epoch {self.position.epoch}, after {self.position.images} of "
+                f"{self.order.images} images"
+            )
             self.stop.leave(what_is_kept(self.config, done))
 
     def _images_trained(self) -> int:
         return self.position.epoch * self.order.images + self.position.images
 
     def _after_window(self, means: Mapping[str, float]) -> None:
-        rates = {f"lr/{name}": group["lr"] for name, group in zip(GROUPS, self.updater.optimizer.param_groups, strict=True)}
+        rates = {
+            f"lr/{name}": group["lr"]
+            for name, group in zip(GROUPS, self.updater.optimizer.param_groups, strict=True)
+        }
         shown = {f"steps/{name}": value for name, value in means.items() if not name.endswith("_unscaled")}
         self.board.step(shown | rates, self._images_trained() + self.order.images_per_step)
 
@@ -269,10 +355,17 @@ class Training:
 
     def _evaluate_weights(self, model: nn.Module, epoch: int, prefix: str) -> dict[str, Any]:
         evaluation = evaluate(
-            model, self.criterion, self.postprocessors, self.val_batches, self.val_dataset.coco, self.classes,
-            self.config.run.log_every, amp=self.config.run.amp, title="evaluate the averaged weights" if prefix else "evaluate",
+            model,
+            self.criterion,
+            self.postprocessors,
+            self.val_batches,
+            self.val_dataset.coco,
+            self.classes,
+            self.config.run.log_every,
+            amp=self.config.run.amp,
+            title="evaluate the averaged weights" if prefix else "evaluate",
             evaluator=self.config.run.coco_eval,
-        )  # fmt: skip
+        )
         figures = evaluation.stats["coco_eval_bbox"]
         log.info("%s", figures_table(figures))
         is_best = self.history.is_best(figures[0], epoch, prefix.strip("_") or "model")
@@ -291,7 +384,9 @@ class Training:
         return {f"test_{prefix}{name}": value for name, value in evaluation.stats.items()}
 
     def _skipped(self) -> dict[str, int]:
-        """How many steps and image files have been left out so far, for runs that are to go on then."""
+        """How many steps and image files have been left out so far, for runs that are to go on
+        then.
+        """
         steps = {"skipped_steps": self.watch.skipped} if self.config.run.on_nan == "skip" else {}
         if self.config.data.on_bad_image == "stop":
             return steps
@@ -317,7 +412,9 @@ class Training:
         return [scheduled_name(epoch)] if before_drop or (epoch + 1) % 5 == 0 else []
 
     def _prepare_folder(self, source: Source | None, checkpoint: Mapping[str, Any] | None) -> None:
-        """Nothing of an earlier run may be taken for this one's: what lies there and is not gone on with is set aside."""
+        """Nothing of an earlier run may be taken for this one's: what lies there and is not gone on
+        with is set aside.
+        """
         if not self.folder or not self.checkpoints:
             return
         self.checkpoints.sweep()
@@ -332,9 +429,11 @@ class Training:
         begun(self.folder)
 
     def _meet_changed_data(self) -> bool:
-        """What follows if the data are not the checkpoint's; gives whether an interrupted epoch begins anew.
+        """What follows if the data are not the checkpoint's; gives whether an interrupted epoch
+        begins anew.
 
-        Nobody knows which of the images as they are now it has seen: so that none is left out, it takes all.
+        Nobody knows which of the images as they are now it has seen: so that none is left out, it
+        takes all.
         """
         if self.state.other_validation:
             log.warning("resume: results before and after can't be compared; %s is chosen anew", BEST)
@@ -342,7 +441,11 @@ class Training:
         if not self.state.other_images or self.position.images == 0:
             return False
         epoch, done = self.position.epoch, self.position.images
-        log.warning("resume: epoch %d begins anew with the images as they are now, after %d of the earlier ones", epoch, done)
+        log.warning(
+            "resume: epoch %d begins anew with the images as they are now, after %d of the earlier ones",
+            epoch,
+            done,
+        )
         self.position.images, self.exact = 0, True
         self.means.reset()
         self.updater.optimizer.zero_grad()  # of an unfinished accumulation
@@ -354,11 +457,15 @@ class Training:
             log.info("all %d epochs have been trained and evaluated: nothing is left to do", epochs)
             return
         trained = self.position.epoch
-        raise UserError(f"--resume {self.config.run.resume} has trained {trained} epochs already; raise --epochs {epochs}")
+        raise UserError(
+            f"--resume {self.config.run.resume} has trained {trained} epochs already; raise --epochs {epochs}"
+        )
 
 
 def starting_config(config: Config, start: Mapping[str, Any] | None, source: Source | None) -> Config:
-    """The Config with the detector of the checkpoint that a training starts with: that of --resume, else that of --finetune."""
+    """The Config with the detector of the checkpoint that a training starts with: that of --resume,
+    else that of --finetune.
+    """
     if start is None:
         return dataclasses.replace(config, settled=True)
     if source:
@@ -373,14 +480,20 @@ def evaluation_data(config: Config, checkpoint: Mapping[str, Any], source: Sourc
     logits = unnamed_classes(weights_of(checkpoint, str(source))).num_classes
     if classes or config.data.num_classes != AUTO or dataset.classes.num_classes == logits:
         return dataset
-    log.warning("%s does not name its classes; category ids are taken for the numbers of its %d logits", source, logits)
+    log.warning(
+        "%s does not name its classes; category ids are taken for the numbers of its %d logits",
+        source,
+        logits,
+    )
     return build_dataset("val", config.with_flags({"num_classes": logits}))
 
 
 def settle_classes(
     config: Config, classes: ClassMap, checkpoint: Mapping[str, Any] | None, source: Source | None
 ) -> Config:
-    """The Config with the number of logits that the data has. Raises UserError if the checkpoint was trained on other classes."""
+    """The Config with the number of logits that the data has. Raises UserError if the checkpoint
+    was trained on other classes.
+    """
     trained = classes_of(checkpoint, str(source)) if checkpoint and "classes" in checkpoint else None
     if trained:
         classes.require_same(trained, str(source))
@@ -389,9 +502,15 @@ def settle_classes(
 
 
 def load_checkpoint(
-    model: nn.Module, checkpoint: Mapping[str, Any], source: Source, which: str = "", may_lack: tuple[str, ...] = (BATCHFORMER,)
+    model: nn.Module,
+    checkpoint: Mapping[str, Any],
+    source: Source,
+    which: str = "",
+    may_lack: tuple[str, ...] = (BATCHFORMER,),
 ) -> None:
-    """Load weights and say what fitted. Raises UserError for another architecture; `may_lack`: beginnings of names."""
+    """Load weights and say what fitted. Raises UserError for another architecture; `may_lack`:
+    beginnings of names.
+    """
     result = load_state(model, checkpoint, str(source))
     log.info("%s%s", which, result)
     result.require_same_architecture(may_lack)
@@ -404,7 +523,9 @@ def shortened(text: str, longest: int = 200) -> str:
 def start_logging() -> None:
     """The main process tells everything, the others their warnings, each with its number."""
     form = "%(message)s" if world_size() == 1 else f"[{rank()}] %(message)s"
-    logging.basicConfig(stream=sys.stdout, level=logging.INFO if is_main() else logging.WARNING, format=form, force=True)
+    logging.basicConfig(
+        stream=sys.stdout, level=logging.INFO if is_main() else logging.WARNING, format=form, force=True
+    )
     logging.raiseExceptions = False  # a log that can't be written, on a full disk say, ends no run
 
 
@@ -412,11 +533,15 @@ def announce(config: Config) -> None:
     log.info("flags: %s", json.dumps(config.flags()))
     if names := config.without_effect():
         off = "evaluation does without it unless --eval_bf is given" if config.run.eval else "--bf 0"
-        log.info("without effect: %s; BatchFormerV2 is off (%s)", ", ".join(f"--{name}" for name in names), off)
+        log.info(
+            "without effect: %s; BatchFormerV2 is off (%s)", ", ".join(f"--{name}" for name in names), off
+        )
     if not (config.run.output_dir or config.run.eval):
         log.warning("warning: %s, neither weights nor log.txt", NOTHING_KEPT)
     if config.batchformer.bf and config.optim.batch_size == 1:
-        log.warning("BatchFormerV2 relates the images of a process's batch: --batch_size 1 gives it nothing to relate")
+        log.warning(
+            "BatchFormerV2 relates the images of a process's batch: --batch_size 1 gives it nothing to relate"
+        )
 
 
 NOTHING_KEPT = "nothing is saved without --output_dir"
@@ -436,7 +561,9 @@ def seed_everything(seed: int) -> None:
 
 
 def check_operator(device: torch.device) -> None:
-    """The attention kernels' own comparison with the reference, before anything is read: nobody trains on broken ones."""
+    """The attention kernels' own comparison with the reference, before anything is read: nobody
+    trains on broken ones.
+    """
     try:
         backends.choose(None, device)
     except (ValueError, RuntimeError) as error:
@@ -444,19 +571,29 @@ def check_operator(device: torch.device) -> None:
 
 
 def loader_timeout(config: Config) -> int:
-    """Seconds to wait for a batch. In a job the others' exchange fails first, and they name the process that waits."""
+    """Seconds to wait for a batch. In a job the others' exchange fails first, and they name the
+    process that waits.
+    """
     return config.run.dist_timeout * (1 if world_size() == 1 else 2)
 
 
 def eval_loader(dataset, config: Config, device: torch.device, bad_images: BadImages) -> DeviceBatches:
     batches = EvalBatches(len(dataset), config.optim.batch_size, rank(), world_size())
     return build_loader(
-        dataset, batches, config.data.num_workers, device, bad_images, replace=False, timeout=loader_timeout(config)
+        dataset,
+        batches,
+        config.data.num_workers,
+        device,
+        bad_images,
+        replace=False,
+        timeout=loader_timeout(config),
     )
 
 
 def check_data(train, val, config: Config) -> None:
-    """The quick part of tools/check_data.py, on the main process. Raises UserError, on all, for what would end the run later."""
+    """The quick part of tools/check_data.py, on the main process. Raises UserError, on all, for
+    what would end the run later.
+    """
     skip_missing, num_queries = config.data.on_bad_image == "skip", config.transformer.num_queries
     error = broadcast_from_main(quick_check(train, val, skip_missing, num_queries) if is_main() else None)
     if error:
@@ -473,7 +610,9 @@ def data_parallel(model: nn.Module, config: Config, device: torch.device) -> Dis
     # only then heads are there that no loss reaches
     unused = config.loss.no_aux_loss and config.transformer.with_box_refine
     known = inspect.signature(DistributedDataParallel).parameters
-    sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its name before 2.13
+    sync_buffers = (
+        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    )  # its name before 2.13
     return DistributedDataParallel(
         model,
         device_ids=[device] if device.type == "cuda" else None,
@@ -486,7 +625,11 @@ def data_parallel(model: nn.Module, config: Config, device: torch.device) -> Dis
 def run_facts(config: Config, **datasets) -> dict[str, Any]:
     """What run.json says of a run on data sets, "train" and "val", beside its machine."""
     data = {
-        name: {"images": str(part.images.resolve()), "annotations": str(part.annotations.resolve()), "num_images": len(part)}
+        name: {
+            "images": str(part.images.resolve()),
+            "annotations": str(part.annotations.resolve()),
+            "num_images": len(part),
+        }
         for name, part in datasets.items()
     }
     return {"flags": config.flags(), "classes": datasets["val"].classes.to_plain(), "data": data}
@@ -500,7 +643,9 @@ def evaluation_pictures(dataset, evaluation: Evaluation) -> dict[str, Any]:
 
 
 def save_tables(folder: Path, evaluation: Evaluation, epoch: int, prefix: str) -> None:
-    """Detections in eval/latest.json; precision and recall in eval/latest.pth, and every 50 epochs in eval/<epoch>.pth."""
+    """Detections in eval/latest.json; precision and recall in eval/latest.pth, and every 50 epochs
+    in eval/<epoch>.pth.
+    """
     folder.mkdir(exist_ok=True)
     write_results(folder / f"{prefix}latest.json", evaluation)
     for name in ["latest.pth", *([f"{epoch:03}.pth"] if epoch % 50 == 0 else [])]:

@@ -32,26 +32,39 @@ class CocoDetection(Dataset):
     """(image, target) items of a folder of images and a COCO instances file.
 
     Args:
-        images: folder of the images. A name that no file below it has may be spelled otherwise, or have other folders before it.
+        images: folder of the images. A name that no file below it has may be spelled otherwise, or
+            have other folders before it.
         annotations: COCO JSON.
-        transform: maps (PIL image, {"boxes", "labels", "area", "iscrowd"}) to the same with a [3, H, W] float image.
-        classes: labels of the category ids; without it the annotations' categories and `num_classes` (see ClassMap.of) make it.
-        seed: with the epoch and the index it decides the random choices of `transform`, whatever process makes them: those that
-            it draws from torch, from NumPy's global generator and from Python's.
+        transform: maps (PIL image, {"boxes", "labels", "area", "iscrowd"}) to the same with a [3,
+            H, W] float image.
+        classes: labels of the category ids; without it the annotations' categories and
+            `num_classes` (see ClassMap.of) make it.
+        seed: with the epoch and the index it decides the random choices of `transform`, whatever
+            process makes them: those that it draws from torch, from NumPy's global generator and
+            from Python's.
         max_megapixels: larger images are refused before they are decoded.
         cache: keep the bytes of the files in memory.
 
-    A target has `boxes` [n, 4] cxcywh in [0, 1], `labels` [n] int64 (by `classes`), `area` [n], `iscrowd` [n], `image_id` [1],
-    `orig_size` and `size` [2] (height, width). Crowds, and boxes without width or height, are left out.
+    A target has `boxes` [n, 4] cxcywh in [0, 1], `labels` [n] int64 (by `classes`), `area` [n],
+    `iscrowd` [n], `image_id` [1], `orig_size` and `size` [2] (height, width). Crowds, and boxes
+    without width or height, are left out.
 
     Raises:
         UserError: as the message says; an item whose file can't be used raises BadImageError.
     """
 
     def __init__(
-        self, images: Path, annotations: Path, transform: Callable, *, seed: int, classes: ClassMap | None = None,
-        num_classes: int | str = AUTO, max_megapixels: float = DataConfig.max_image_megapixels, cache: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        images: Path,
+        annotations: Path,
+        transform: Callable,
+        *,
+        seed: int,
+        classes: ClassMap | None = None,
+        num_classes: int | str = AUTO,
+        max_megapixels: float = DataConfig.max_image_megapixels,
+        cache: bool = False,
+    ) -> None:
         if not images.is_dir():
             raise UserError(f"{images} does not exist; it must be the folder of the images: {_FLAGS}")
         self.images, self.annotations = images, annotations
@@ -77,7 +90,8 @@ class CocoDetection(Dataset):
         image = self._read(self.coco.imgs[image_id])
         width, height = image.size
         target = _target(self.coco.imgToAnns[image_id], self.classes, height, width)
-        # seeded per item: the same augmentation for any number of processes and workers, and after a resume
+        # seeded per item: the same augmentation for any number of processes and workers, and after
+        # a resume
         with _random_choices(_item_seed(self._seed, self.epoch, index)):
             image, target = self._transform(image, target)
         target = _normalized(target, *image.shape[-2:])
@@ -95,7 +109,8 @@ class CocoDetection(Dataset):
         return self.images / self.coco.imgs[image_id]["file_name"]
 
     def fill_cache(self, leave_out_bad: bool) -> None:
-        """Read every file into memory now, so that worker processes share the bytes instead of reading them each.
+        """Read every file into memory now, so that worker processes share the bytes instead of
+        reading them each.
 
         Files that can't be read raise BadImageError, here or, with `leave_out_bad`, as items.
         """
@@ -106,7 +121,9 @@ class CocoDetection(Dataset):
                 self._cache[info["file_name"]] = self._bytes(info)
 
     def _read(self, info: dict[str, Any]) -> Image.Image:
-        return decode(self._bytes(info), self.images / info["file_name"], self._max_megapixels, self._otherwise(info))
+        return decode(
+            self._bytes(info), self.images / info["file_name"], self._max_megapixels, self._otherwise(info)
+        )
 
     def _bytes(self, info: dict[str, Any]) -> bytes:
         name = info["file_name"]
@@ -123,15 +140,25 @@ def build_coco(image_set: str, data: DataConfig, seed: int, classes: ClassMap | 
     images = data.images_folder(image_set)
     root = Path(data.coco_path)
     if root in images.parents and not root.is_dir():
-        raise UserError(f"--coco_path {root} does not exist; it must be a folder with train2017, val2017 and annotations")
+        raise UserError(
+            f"--coco_path {root} does not exist; it must be a folder with train2017, val2017 and annotations"
+        )
     if image_set == "train":
-        transform = train_transform(data.train_sizes, data.max_size, data.crop_resize_sizes, data.crop_sizes, data.augmentation)
+        transform = train_transform(
+            data.train_sizes, data.max_size, data.crop_resize_sizes, data.crop_sizes, data.augmentation
+        )
     else:
         transform = eval_transform(data.eval_size, data.max_size)
     dataset = CocoDetection(
-        images, data.annotations_file(image_set), transform, seed=seed, classes=classes, num_classes=data.num_classes,
-        max_megapixels=data.max_image_megapixels, cache=data.cache_mode,
-    )  # fmt: skip
+        images,
+        data.annotations_file(image_set),
+        transform,
+        seed=seed,
+        classes=classes,
+        num_classes=data.num_classes,
+        max_megapixels=data.max_image_megapixels,
+        cache=data.cache_mode,
+    )
     dataset.fill_cache(leave_out_bad=data.on_bad_image == "skip")
     return dataset
 
@@ -141,11 +168,14 @@ _FLAGS = "check --coco_path, or --train_images, --train_annotations, --val_image
 
 @contextlib.contextmanager
 def _random_choices(seed: int) -> Iterator[None]:
-    """Seed torch's, NumPy's and Python's generators for the block; afterwards they go on as if it had not been."""
+    """Seed torch's, NumPy's and Python's generators for the block; afterwards they go on as if it
+    had not been.
+    """
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - a transform may draw from it
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would visit every device, too
+            # torch.manual_seed would visit every device, too
+            torch.default_generator.manual_seed(seed)
             random.seed(seed)
             # the third word: without it NumPy and Python would draw the same numbers
             np.random.seed([seed & 0xFFFFFFFF, seed >> 32, 1])  # noqa: NPY002
@@ -161,13 +191,17 @@ def _target(annotations: list[dict[str, Any]], classes: ClassMap, height: int, w
     boxes = torch.tensor([annotation["bbox"] for annotation in kept], dtype=torch.float32).reshape(-1, 4)
     target = {
         "boxes": clip_boxes_to_image(box_convert(boxes, "xywh", "xyxy"), (height, width)),
-        "labels": torch.tensor([classes.label_of(annotation["category_id"]) for annotation in kept], dtype=torch.int64),
+        "labels": torch.tensor(
+            [classes.label_of(annotation["category_id"]) for annotation in kept], dtype=torch.int64
+        ),
         "area": torch.tensor([annotation["area"] for annotation in kept], dtype=torch.float32),
         "iscrowd": torch.zeros(len(kept), dtype=torch.int64),
     }
     target = _without_empty(target)
     target["area"] = Area(target["area"])
-    target["boxes"] = BoundingBoxes(target["boxes"], format=BoundingBoxFormat.XYXY, canvas_size=(height, width))
+    target["boxes"] = BoundingBoxes(
+        target["boxes"], format=BoundingBoxFormat.XYXY, canvas_size=(height, width)
+    )
     return target
 
 
@@ -181,7 +215,9 @@ def _normalized(target: dict[str, Any], height: int, width: int) -> dict[str, An
     """Boxes of pixels to cxcywh in [0, 1], without those that a crop has emptied."""
     target = {name: values.as_subclass(torch.Tensor) for name, values in target.items()}
     target = _without_empty(target)
-    target["boxes"] = box_convert(target["boxes"], "xyxy", "cxcywh") / torch.tensor([width, height, width, height])
+    target["boxes"] = box_convert(target["boxes"], "xyxy", "cxcywh") / torch.tensor(
+        [width, height, width, height]
+    )
     target["size"] = torch.tensor([height, width])
     return target
 
@@ -192,4 +228,3 @@ def _item_seed(seed: int, epoch: int, index: int) -> int:
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB & (2**64 - 1)
     return (x ^ (x >> 31)) & (2**63 - 1)
-

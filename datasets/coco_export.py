@@ -1,7 +1,9 @@
-"""COCO's instances format as labelling tools export it: what is sound is kept, and the rest is counted and left out.
+"""COCO's instances format as labelling tools export it: what is sound is kept, and the rest is
+counted and left out.
 
-`mend` comes first, then the images' files are found, and `check_export` does the rest. What training would refuse
-(coco_format.py) or leave out (preflight.py) is a fault here, unless nothing is lost by mending it.
+`mend` comes first, then the images' files are found, and `check_export` does the rest. What
+training would refuse (coco_format.py) or leave out (preflight.py) is a fault here, unless nothing
+is lost by mending it.
 """
 
 from __future__ import annotations
@@ -35,11 +37,13 @@ _REFERRED = {"images": ("image_id", "file_name"), "categories": ("category_id", 
 def mend(contents: Mapping[Path, Content], faults: Faults) -> None:
     """Make ids whole numbers, and those of annotations unique; `contents` are those of the files.
 
-    What an annotation may lack may be null too, and an area that can't be right is as none. A size that is missing becomes 0.
+    What an annotation may lack may be null too, and an area that can't be right is as none. A size
+    that is missing becomes 0.
 
-    Ids of annotations that are double, missing or no whole numbers are numbered anew, for nothing refers to them. Ids of images
-    and of categories may be text or floats: 7.0 and "7" are the number 7, and others get numbers that are free, a category
-    the same one in all files. Entries that have one id and are different images or categories are left out with their objects.
+    Ids of annotations that are double, missing or no whole numbers are numbered anew, for nothing
+    refers to them. Ids of images and of categories may be text or floats: 7.0 and "7" are the
+    number 7, and others get numbers that are free, a category the same one in all files. Entries
+    that have one id and are different images or categories are left out with their objects.
     """
     for path, content in contents.items():
         _fill_in(content, faults)
@@ -140,7 +144,9 @@ def _number_annotations(annotations: Sequence[dict[str, Any]], faults: Faults) -
     for entry in annotations:
         if not is_id(entry.get("id")) or entry["id"] in seen:
             entry["id"] = next(free)
-            faults.notes["ids of annotations that were double, missing or no whole numbers, numbered anew"] += 1
+            faults.notes[
+                "ids of annotations that were double, missing or no whole numbers, numbered anew"
+            ] += 1
         seen.add(entry["id"])
 
 
@@ -150,7 +156,9 @@ def _leave_out_ambiguous(content: Content, section: str, path: Path, faults: Fau
         if is_id(entry.get("id")):
             by_id[entry["id"]].append(entry)
     key = _REFERRED[section][1]
-    groups = [same for same in by_id.values() if any(entry.get(key) != same[0].get(key) for entry in same[1:])]
+    groups = [
+        same for same in by_id.values() if any(entry.get(key) != same[0].get(key) for entry in same[1:])
+    ]
     for same in groups:
         for _ in same:
             different = f"{len(same)} different {section} have the id {same[0]['id']}"
@@ -162,7 +170,8 @@ def _leave_out_ambiguous(content: Content, section: str, path: Path, faults: Fau
 
 
 def check_export(content: Content, files: Mapping[str, Path], path: Path, faults: Faults) -> None:
-    """Leave out of `content` what training could not use, and read sizes of 0; `files`: where its images are, by their names.
+    """Leave out of `content` what training could not use, and read sizes of 0; `files`: where its
+    images are, by their names.
 
     Raises:
         UserError: there is nothing that could be used at all.
@@ -188,9 +197,13 @@ def _check_format(content: Content, path: Path, faults: Faults) -> None:
 
 
 def _merge_images(content: Content, files: Mapping[str, Path], faults: Faults) -> None:
-    """An image that is listed twice would be in both parts, or half of its objects would be taken for background."""
+    """An image that is listed twice would be in both parts, or half of its objects would be taken
+    for background.
+    """
     first: dict[Path, int] = {}
-    ids = {image["id"]: first.setdefault(files[image["file_name"]], image["id"]) for image in content["images"]}
+    ids = {
+        image["id"]: first.setdefault(files[image["file_name"]], image["id"]) for image in content["images"]
+    }
     once = [image for image in content["images"] if ids[image["id"]] == image["id"]]
     faults.notes["images listed again under another id, merged"] += len(ids) - len(once)
     content["images"] = once
@@ -214,7 +227,9 @@ def _read_sizes(content: Content, files: Mapping[str, Path], faults: Faults) -> 
 
 
 def _turn_boxes(annotations: Iterable[dict[str, Any]], turned: Mapping[int, Header]) -> None:
-    """Labelling tools show images as their EXIF orientation says, and nothing else is known of these."""
+    """Labelling tools show images as their EXIF orientation says, and nothing else is known of
+    these.
+    """
     for annotation in annotations:
         if header := turned.get(annotation["image_id"]):
             x, y, width, height = annotation["bbox"]
@@ -240,7 +255,9 @@ def _check_boxes(content: Content, path: Path, faults: Faults) -> None:
     content["annotations"] = [annotation for i, annotation in enumerate(annotations) if i not in out]
 
 
-def _is_mended(annotation: dict[str, Any], image: dict[str, Any], kind: str, path: Path, faults: Faults) -> bool:
+def _is_mended(
+    annotation: dict[str, Any], image: dict[str, Any], kind: str, path: Path, faults: Faults
+) -> bool:
     if kind == "box_reaches_out" and faults.on_bad == "clip":
         _cut(annotation, image)
         faults.notes["boxes cut at the border of their image"] += 1

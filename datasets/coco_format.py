@@ -25,20 +25,24 @@ _FARTHEST = 1e9
 _LARGEST_AREA = 1e10
 # characters; messages show them
 _LONGEST_NAME = 1000
-# absolute, with a drive, upwards; then what no name has and no log line can show: control characters, lone surrogates
+# absolute, with a drive, upwards; then what no name has and no log line can show: control
+# characters, lone surrogates
 _UNSAFE_NAME = re.compile(
-    r"^$ | ^[/\\] | ^[A-Za-z]: | (^|[/\\])\.\.([/\\]|$) | [\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", re.VERBOSE
+    r"^$ | ^[/\\] | ^[A-Za-z]: | (^|[/\\])\.\.([/\\]|$) | "
+    r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]",
+    re.VERBOSE,
 )
 
 
 def read_annotations(path: Path) -> COCO:
     """A COCO index of an instances file.
 
-    An annotation without `iscrowd` is no crowd, and one without `area` has its box's: many programs leave them out, and
-    pycocotools can't do without.
+    An annotation without `iscrowd` is no crowd, and one without `area` has its box's: many programs
+    leave them out, and pycocotools can't do without.
 
     Raises:
-        UserError: the file is missing, not JSON, or has a field that can't be right; the message names it.
+        UserError: the file is missing, not JSON, or has a field that can't be right; the message
+        names it.
     """
     content = read_json(path)
     check_instances(content, path)
@@ -50,7 +54,8 @@ def read_annotations(path: Path) -> COCO:
 
 
 def read_images_and_categories(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Those of an instances file, whether or not it has annotations (COCO's image_info_test-dev2017.json has none) or sizes.
+    """Those of an instances file, whether or not it has annotations (COCO's
+    image_info_test-dev2017.json has none) or sizes.
 
     Names of images may be those of files on another machine (datasets.files.portable).
 
@@ -65,17 +70,23 @@ def read_images_and_categories(path: Path) -> tuple[list[dict[str, Any]], list[d
 
 
 def read_json(path: Path, without: Collection[str] = ()) -> Any:
-    """The content of an annotation file; of its objects not the keys `without`, which then never fill the memory.
+    """The content of an annotation file; of its objects not the keys `without`, which then never
+    fill the memory.
 
     Raises:
         UserError: the file is missing or not JSON.
     """
     try:
         with _no_garbage_collection():
-            return json.loads(read_regular_file(path), object_pairs_hook=functools.partial(_unique_keys, without=without))
+            return json.loads(
+                read_regular_file(path), object_pairs_hook=functools.partial(_unique_keys, without=without)
+            )
     except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror}); it must be a COCO instances file: check --coco_path, or "
-                        "--train_annotations and --val_annotations") from None
+        raise UserError(
+            f"{path} can't be read ({error.strerror}); it must be a COCO instances file: check "
+            f"--coco_path, or "
+            "--train_annotations and --val_annotations"
+        ) from None
     except RecursionError:
         raise UserError(f"{path} is nested too deeply; it must be a COCO instances file") from None
     except ValueError as error:
@@ -85,8 +96,9 @@ def read_json(path: Path, without: Collection[str] = ()) -> Any:
 class Fault(NamedTuple):
     """Something in an instances file that can't be right.
 
-    kind: a name in lower case for those who count. section: images, annotations or categories; "" for the file. entry: what has
-    it, as it stands in the file. message: one line that names file, entry and field.
+    kind: a name in lower case for those who count. section: images, annotations or categories; ""
+    for the file. entry: what has it, as it stands in the file. message: one line that names file,
+    entry and field.
     """
 
     kind: str
@@ -95,8 +107,12 @@ class Fault(NamedTuple):
     message: str
 
 
-def check_instances(content: Any, path: Path, *, sizes_known: bool = True, names_are_here: bool = True) -> None:
-    """Fill in what annotations may lack. Raises UserError for what is not COCO's instances format; `path` is the file's."""
+def check_instances(
+    content: Any, path: Path, *, sizes_known: bool = True, names_are_here: bool = True
+) -> None:
+    """Fill in what annotations may lack. Raises UserError for what is not COCO's instances format;
+    `path` is the file's.
+    """
     for fault in format_faults(content, path, sizes_known=sizes_known, names_are_here=names_are_here):
         raise UserError(fault.message)
 
@@ -106,8 +122,9 @@ def format_faults(
 ) -> Iterator[Fault]:
     """Every fault of an instances file; what annotations may lack is filled in on the way.
 
-    When all have been taken, what is left in the three lists is sound: entries with a fault are out of them. Without
-    `sizes_known` images may have a width and height of 0, or none; without `names_are_here` names of files on another machine.
+    When all have been taken, what is left in the three lists is sound: entries with a fault are out
+    of them. Without `sizes_known` images may have a width and height of 0, or none; without
+    `names_are_here` names of files on another machine.
     """
     if not isinstance(content, dict):
         message = f"{path} is not in COCO's instances format: it must be an object with {', '.join(_FIELDS)}"
@@ -118,7 +135,12 @@ def format_faults(
     for name, fields in _FIELDS.items():
         entries = content.get(name)
         if not isinstance(entries, list):
-            yield Fault("not_instances_format", "", None, f"{path} is not in COCO's instances format: it has no list {name!r}")
+            yield Fault(
+                "not_instances_format",
+                "",
+                None,
+                f"{path} is not in COCO's instances format: it has no list {name!r}",
+            )
             entries, incomplete = [], True
         broken: set[int] = set()
         for field in fields:
@@ -131,7 +153,9 @@ def format_faults(
         known[name] = {entry["id"] for entry in entries if _has_id(entry)}
         content[name] = _without(entries, broken)
     if not incomplete and not known["categories"]:
-        yield Fault("no_categories", "", None, f"{path} has no categories: there is nothing to detect; add them")
+        yield Fault(
+            "no_categories", "", None, f"{path} has no categories: there is nothing to detect; add them"
+        )
         incomplete = True
     if incomplete:
         content["annotations"] = []  # nobody can say what they refer to
@@ -152,12 +176,19 @@ class _Field(NamedTuple):
     key: str
     fits: Callable[[Any], bool]
     wanted: str
-    default: Callable[[dict[str, Any]], Any] | None = None  # for an entry that lacks it; None: it must be there
-    kind: Callable[[Any], str] | None = None  # of the fault of a value that does not fit; None: wrong_<key>
+    default: Callable[[dict[str, Any]], Any] | None = (
+        None  # for an entry that lacks it; None: it must be there
+    )
+    # of the fault of a value that does not fit; None: wrong_<key>
+    kind: Callable[[Any], str] | None = None
 
 
-def _field_faults(entries: list[Any], name: str, field: _Field, broken: set[int], path: Path) -> Iterator[Fault]:
-    """What is wrong with a field of all entries of a list. Indices of entries with a fault are added to `broken`."""
+def _field_faults(
+    entries: list[Any], name: str, field: _Field, broken: set[int], path: Path
+) -> Iterator[Fault]:
+    """What is wrong with a field of all entries of a list. Indices of entries with a fault are
+    added to `broken`.
+    """
     key, fits, wanted, default, kind = field
     for i, entry in enumerate(entries):
         try:
@@ -192,7 +223,9 @@ def _id_faults(entries: list[dict[str, Any]], name: str, broken: set[int], path:
 
 
 def _reference_faults(content: dict[str, Any], known: dict[str, set[int]], path: Path) -> Iterator[Fault]:
-    """Annotations of images and categories that are not there; `known` holds the ids of broken entries, too."""
+    """Annotations of images and categories that are not there; `known` holds the ids of broken
+    entries, too.
+    """
     sound = {name: {entry["id"] for entry in content[name]} for name in ("images", "categories")}
     kept = []
     for annotation in content["annotations"]:
@@ -200,10 +233,18 @@ def _reference_faults(content: dict[str, Any], known: dict[str, set[int]], path:
         if image in sound["images"] and category in sound["categories"]:
             kept.append(annotation)
         if image not in known["images"]:
-            message = f"{path}: annotation {number} has image_id {image}, which is no image's id; take it out or add the image"
+            message = (
+                f"{path}: annotation {number} has image_id {image}, which is no "
+                "image's id; take it out "
+                "or add the image"
+            )
             yield Fault("unknown_image", "annotations", annotation, message)
         if category not in known["categories"]:
-            message = f"{path}: annotation {number} has category_id {category}, which its categories lack; add the category"
+            message = (
+                f"{path}: annotation {number} has category_id {category}, which its "
+                "categories lack; add "
+                "the category"
+            )
             yield Fault("unknown_category", "annotations", annotation, message)
     content["annotations"] = kept
 
@@ -216,7 +257,9 @@ def _unique_keys(pairs: list[tuple[str, Any]], without: Collection[str]) -> dict
     entry = dict(pairs)
     if len(entry) != len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"an object has the key {shown(next(key for key in keys if keys.count(key) > 1))} twice")
+        raise ValueError(
+            f"an object has the key {shown(next(key for key in keys if keys.count(key) > 1))} twice"
+        )
     for key in without:
         entry.pop(key, None)
     return entry
@@ -224,7 +267,9 @@ def _unique_keys(pairs: list[tuple[str, Any]], without: Collection[str]) -> dict
 
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """For code that makes millions of objects and no cycles: the collector would look through all of them again and again."""
+    """For code that makes millions of objects and no cycles: the collector would look through all
+    of them again and again.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -269,9 +314,11 @@ def _is_box(value: Any) -> bool:
         return False
     x, y, width, height = value
     return (
-        _is_number(x, -_FARTHEST, _FARTHEST) and _is_number(y, -_FARTHEST, _FARTHEST)
-        and _is_number(width, 0, _FARTHEST) and _is_number(height, 0, _FARTHEST)
-    )  # fmt: skip
+        _is_number(x, -_FARTHEST, _FARTHEST)
+        and _is_number(y, -_FARTHEST, _FARTHEST)
+        and _is_number(width, 0, _FARTHEST)
+        and _is_number(height, 0, _FARTHEST)
+    )
 
 
 def _box_fault(value: Any) -> str:
@@ -301,12 +348,17 @@ def _box_area(annotation: dict[str, Any]) -> float:
 
 
 _ID = _Field("id", is_id, "a whole number, of 64 bits")
-# every entry has an id that fits when its other fields are checked, and a box before its area is filled in
+# every entry has an id that fits when its other fields are checked, and a box before its area is
+# filled in
 _FIELDS = {
     "images": (
         _ID,
-        _Field("file_name", is_file_name, "the path of a file below the image folder, of at most "
-               f"{_LONGEST_NAME} characters (tools/convert_dataset.py finds files of other names)"),
+        _Field(
+            "file_name",
+            is_file_name,
+            "the path of a file below the image folder, of at most "
+            f"{_LONGEST_NAME} characters (tools/convert_dataset.py finds files of other names)",
+        ),
         _Field("height", _is_side, "a whole number of pixels above 0"),
         _Field("width", _is_side, "a whole number of pixels above 0"),
     ),
@@ -314,8 +366,13 @@ _FIELDS = {
         _ID,
         _Field("image_id", is_id, "a whole number, an image's id"),
         _Field("category_id", is_id, "a whole number, a category's id"),
-        _Field("bbox", _is_box, "four finite numbers x, y, width, height in pixels, width and height not negative", None,
-               _box_fault),
+        _Field(
+            "bbox",
+            _is_box,
+            "four finite numbers x, y, width, height in pixels, width and height not negative",
+            None,
+            _box_fault,
+        ),
         _Field("area", is_area, "a finite number of pixels, not negative", _box_area),
         _Field("iscrowd", _is_flag, "0 or 1", lambda annotation: 0),
     ),

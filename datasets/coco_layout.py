@@ -34,10 +34,14 @@ def new_folder(name: str) -> Path:
     return folder
 
 
-def write_part(folder: Path, part: str, content: Mapping[str, Any], files: Mapping[str, Path], way: str = "copy") -> None:
-    """Write the "train" or "val" part: `content` is COCO's instances format, `files` where each of its file names lies now.
+def write_part(
+    folder: Path, part: str, content: Mapping[str, Any], files: Mapping[str, Path], way: str = "copy"
+) -> None:
+    """Write the "train" or "val" part: `content` is COCO's instances format, `files` where each of
+    its file names lies now.
 
-    way: link (hard links, which take no room; copies where the disk is another one), symlink or copy.
+    way: link (hard links, which take no room; copies where the disk is another one), symlink or
+    copy.
 
     Raises:
         UserError: something can't be read or written.
@@ -63,7 +67,9 @@ def _place(source: Path, target: Path, way: str) -> None:
         elif way == "copy" or not _linked(source, target):
             shutil.copyfile(source, target)
     except OSError as error:
-        raise UserError(f"{source} can't be put into {target.parent} ({error.strerror}); is it there, and room for it?") from None
+        raise UserError(
+            f"{source} can't be put into {target.parent} ({error.strerror}); is it there, and room for it?"
+        ) from None
 
 
 def _linked(source: Path, target: Path) -> bool:

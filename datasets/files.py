@@ -1,8 +1,9 @@
 """Which file a name in an annotation file means.
 
-Labelling tools write names as they were on another machine: with backslashes, absolute, below other folders, in another letter
-case. An `Index` knows the files of one folder, and no name leads to a file outside of it. A name is taken as it stands, or else
-in another spelling, or else by its end. The bare name is the last resort.
+Labelling tools write names as they were on another machine: with backslashes, absolute, below other
+folders, in another letter case. An `Index` knows the files of one folder, and no name leads to a
+file outside of it. A name is taken as it stands, or else in another spelling, or else by its end.
+The bare name is the last resort.
 """
 
 from __future__ import annotations
@@ -23,7 +24,20 @@ from util.config import DataConfig
 from util.errors import UserError
 from util.images import BadImageError, Header, read_header
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pnm", ".jp2")
+IMAGE_SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".webp",
+    ".ppm",
+    ".pgm",
+    ".pnm",
+    ".jp2",
+)
 # folders that are called so have images, not masks or thumbnails
 IMAGE_FOLDERS = frozenset({"images", "jpegimages", "imgs"})
 # how a file was found by less than its exact name, as the user is told
@@ -31,7 +45,8 @@ SPELLING = "images found by another spelling of their names (letter case, Unicod
 END = "images found by the end of their paths"
 BARE = "images found by their bare names"
 
-# folders and files that systems leave behind: hidden ones, macOS' shadows, thumbnails of network drives, what was lost
+# folders and files that systems leave behind: hidden ones, macOS' shadows, thumbnails of network
+# drives, what was lost
 _LEFT_BEHIND = (".", "__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN")
 
 Key = tuple[str, ...]
@@ -47,7 +62,8 @@ _UPLOAD = re.compile(r"[0-9a-f]{8}-(?=.)")
 
 
 def files_below(root: Path, suffixes: Container[str]) -> list[Path]:
-    """The files with one of these endings (lower case), in order; linked folders are followed, but not in circles.
+    """The files with one of these endings (lower case), in order; linked folders are followed, but
+    not in circles.
 
     What systems leave behind is passed over, hidden files for example.
 
@@ -58,7 +74,9 @@ def files_below(root: Path, suffixes: Container[str]) -> list[Path]:
 
 
 def _walk(folder: Path, above: tuple[Identity, ...], seen: set[Identity], linked: bool) -> Iterator[Path]:
-    """linked: `folder` is behind a link. Further links are then followed to new folders only, or the paths could multiply."""
+    """linked: `folder` is behind a link. Further links are then followed to new folders only, or
+    the paths could multiply.
+    """
     try:
         here = _identity(folder)
         entries = list(os.scandir(folder))
@@ -91,9 +109,11 @@ def _identity(folder: Path) -> Identity:
 
 
 def portable(name: str) -> str:
-    """The name as a path below a folder: no host, drive, leading or double slash, backslash, `.` or `..`; may be empty.
+    """The name as a path below a folder: no host, drive, leading or double slash, backslash, `.` or
+    `..`; may be empty.
 
-    Of a name with `..` only the part behind the last one is kept. The path that Label Studio puts into `?d=` is taken out.
+    Of a name with `..` only the part behind the last one is kept. The path that Label Studio puts
+    into `?d=` is taken out.
     """
     name = _without_host(name).replace("\\", "/")
     parts = [part for part in re.sub(r"^[A-Za-z]:", "", name).split("/") if part not in ("", ".")]
@@ -114,7 +134,9 @@ def _without_host(name: str) -> str:
 
 
 def folded(text: str) -> str:
-    """The same for all spellings of a name: letter case, Unicode form, characters that a URL has as %20."""
+    """The same for all spellings of a name: letter case, Unicode form, characters that a URL has as
+    %20.
+    """
     plain = unicodedata.normalize("NFC", unquote(text)).casefold()
     return unicodedata.normalize("NFC", plain)
 
@@ -195,7 +217,9 @@ class Found(NamedTuple):
 
 @dataclass
 class Findings:
-    """found: name -> file. missing: name -> why there is none, to be read after "names the image <name>, and "."""
+    """found: name -> file. missing: name -> why there is none, to be read after "names the image
+    <name>, and ".
+    """
 
     found: dict[str, Found] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
@@ -208,14 +232,20 @@ class Findings:
 def annotated_size(image: Mapping[str, Any]) -> Size:
     """(width, height) of an entry of COCO's images."""
     width, height = image.get("width"), image.get("height")
-    return (width, height) if isinstance(width, int | float) and isinstance(height, int | float) else UNKNOWN_SIZE
+    return (
+        (width, height)
+        if isinstance(width, int | float) and isinstance(height, int | float)
+        else UNKNOWN_SIZE
+    )
 
 
 def respell(images: Iterable[dict[str, Any]], folder: Path) -> Counter[str]:
-    """Give entries of COCO's images whose `file_name` is not that of a file below `folder` the name of the file that is meant.
+    """Give entries of COCO's images whose `file_name` is not that of a file below `folder` the name
+    of the file that is meant.
 
-    Here the folder is known: a name may be spelled otherwise or begin above the folder, but a file in another folder below it is
-    another image's. Returns how many have got a name, by how it was found. Names of files that are missing stay.
+    Here the folder is known: a name may be spelled otherwise or begin above the folder, but a file
+    in another folder below it is another image's. Returns how many have got a name, by how it was
+    found. Names of files that are missing stay.
     """
     if not folder.is_dir():
         return Counter()
@@ -235,7 +265,9 @@ def respell(images: Iterable[dict[str, Any]], folder: Path) -> Counter[str]:
 
 
 def absent_names(folder: Path, names: Iterable[str]) -> set[str]:
-    """Names of no file below `folder`. Listing the folders takes a hundredth of the time of asking for each file."""
+    """Names of no file below `folder`. Listing the folders takes a hundredth of the time of asking
+    for each file.
+    """
     listings: dict[str, set[str]] = {}
     absent = set()
     for name in names:
@@ -243,7 +275,9 @@ def absent_names(folder: Path, names: Iterable[str]) -> set[str]:
         if place not in listings:
             listings[place] = _file_names_in(folder / place) if is_within(folder / place, folder) else set()
         # where upper and lower case are one, a name that is not listed may yet be there
-        if bare not in listings[place] and not (is_within(folder / name, folder) and os.path.exists(folder / name)):
+        if bare not in listings[place] and not (
+            is_within(folder / name, folder) and os.path.exists(folder / name)
+        ):
             absent.add(name)
     return absent
 
@@ -257,8 +291,10 @@ def _file_names_in(folder: Path) -> set[str]:
 
 
 class _Option(NamedTuple):
-    """A file with the wanted bare name. length: how many parts its path's end has in common with the name. exact: in the
-    same spelling. base: the folder that the name would be relative to; None: the name's first parts are not in its path."""
+    """A file with the wanted bare name. length: how many parts its path's end has in common with
+    the name. exact: in the same spelling. base: the folder that the name would be relative to;
+    None: the name's first parts are not in its path.
+    """
 
     path: Path
     length: int
@@ -270,7 +306,8 @@ class Index:
     """Files by their names.
 
     Args:
-        files: every file under the key that names are compared with: the parts of its path, or some of them.
+        files: every file under the key that names are compared with: the parts of its path, or some
+            of them.
         place: what the files lie in, for messages.
         above: parts of the path that `files` lie in; names may begin with them.
     """
@@ -285,29 +322,38 @@ class Index:
 
     @classmethod
     def below(cls, root: Path, suffixes: Container[str] = IMAGE_SUFFIXES) -> Index:
-        """All files below a folder. Names may begin with the folder's own name, or with its whole path."""
+        """All files below a folder. Names may begin with the folder's own name, or with its whole
+        path.
+        """
         files = [(parts_of(path.relative_to(root).as_posix()), path) for path in files_below(root, suffixes)]
         return cls(files, root, Path(os.path.abspath(root)).parts[1:])
 
     def find(
-        self, names: Mapping[str, Size | None], taken: Iterable[Path] = (), prefers: Callable[[Path], int] = lambda path: 0
+        self,
+        names: Mapping[str, Size | None],
+        taken: Iterable[Path] = (),
+        prefers: Callable[[Path], int] = lambda path: 0,
     ) -> Findings:
         """The files that `names` mean; two names never mean the same file.
 
-        Names that are complete have priority over ends of names. Of several folders that `names` may be relative to, the one with
-        most of them counts. What is found outside of that folder must be the only one of its name, and a picture of that size.
+        Names that are complete have priority over ends of names. Of several folders that `names`
+        may be relative to, the one with most of them counts. What is found outside of that folder
+        must be the only one of its name, and a picture of that size.
 
         Args:
-            names: name -> (width, height) of its picture; None: nobody knows, and no size is asked for.
+            names: name -> (width, height) of its picture; None: nobody knows, and no size is asked
+                for.
             taken: files that have a name already.
-            prefers: 1 for files that are likely, 0 for others, -1 for those that are not used where a likely one is.
+            prefers: 1 for files that are likely, 0 for others, -1 for those that are not used where
+                a likely one is.
         """
         options = _without_unlikely({name: _distinct(self._options(name)) for name in names}, prefers)
         sizes = tqdm(names.items(), desc="looking for images", unit="image", disable=None)
         complete = {name: _complete(options[name], size) for name, size in sizes}
         home = _home(complete, prefers)
         chosen: dict[str, Found | str | None] = {
-            name: _at_home([option for option in found if option.base == home]) for name, found in complete.items()
+            name: _at_home([option for option in found if option.base == home])
+            for name, found in complete.items()
         }
         if None in chosen.values():
             doubtful = _doubtful(options.values())
@@ -339,7 +385,11 @@ class Index:
         """Lists may leave out the ending of files."""
         if end in self._by_end or end[-1].endswith(IMAGE_SUFFIXES):
             return self._by_end.get(end, [])
-        return [entry for suffix in IMAGE_SUFFIXES for entry in self._by_end.get((*end[:-1], end[-1] + suffix), [])]
+        return [
+            entry
+            for suffix in IMAGE_SUFFIXES
+            for entry in self._by_end.get((*end[:-1], end[-1] + suffix), [])
+        ]
 
     def _uploads(self, wanted: Key) -> list[_Option]:
         """The files whose name has got a prefix as they were uploaded."""
@@ -352,9 +402,14 @@ class Index:
             return f"below {self._place} it is not there"
         path = options[0].path
         if len(options) > 1:
-            return f"there are {len(options)} of that name in several folders, {path} and {options[1].path} first"
+            return (
+                f"there are {len(options)} of that name in several folders, {path} and {options[1].path} "
+                "first"
+            )
         if _folder(path) in doubtful:
-            return f"{path} may be a mask or a copy of it: its folder has the names of images that lie elsewhere"
+            return (
+                f"{path} may be a mask or a copy of it: its folder has the names of images that lie elsewhere"
+            )
         if size is not None and not _has_size(path, size):
             return f"{path}, the only one of that name, is not a picture of the annotated size"
         return Found(path, END if options[0].length > 1 else BARE)
@@ -376,15 +431,21 @@ def _complete(options: list[_Option], size: Size | None) -> list[_Option]:
     return [option for option in complete if _has_size(option.path, size) is not False]
 
 
-def _without_unlikely(options: dict[str, list[_Option]], prefers: Callable[[Path], int]) -> dict[str, list[_Option]]:
+def _without_unlikely(
+    options: dict[str, list[_Option]], prefers: Callable[[Path], int]
+) -> dict[str, list[_Option]]:
     likely = any(prefers(option.path) > 0 for found in options.values() for option in found)
     if not likely:
         return options
-    return {name: [option for option in found if prefers(option.path) >= 0] for name, found in options.items()}
+    return {
+        name: [option for option in found if prefers(option.path) >= 0] for name, found in options.items()
+    }
 
 
 def _home(fitting: Mapping[str, list[_Option]], prefers: Callable[[Path], int]) -> Key | None:
-    """The folder that most names are relative to; of several, the one named for images. None: there is none, or several."""
+    """The folder that most names are relative to; of several, the one named for images. None: there
+    is none, or several.
+    """
     votes: Counter[Key] = Counter()
     likely: dict[Key, tuple[int, bool]] = {}
     for options in fitting.values():
@@ -399,7 +460,9 @@ def _home(fitting: Mapping[str, list[_Option]], prefers: Callable[[Path], int]) 
 
 
 def _doubtful(options: Iterable[list[_Option]]) -> set[str]:
-    """Folders most of whose files have the names of files in other folders, as masks, thumbnails and copies have."""
+    """Folders most of whose files have the names of files in other folders, as masks, thumbnails
+    and copies have.
+    """
     total: Counter[str] = Counter()
     shared: Counter[str] = Counter()
     for found in options:
@@ -421,7 +484,9 @@ def _at_home(options: list[_Option]) -> Found | None:
 
 
 def _each_once(chosen: Mapping[str, Found | str], taken: Iterable[Path]) -> Findings:
-    """A file that two names lead to is the one's that says more of its path; if both say as much, it is nobody's."""
+    """A file that two names lead to is the one's that says more of its path; if both say as much,
+    it is nobody's.
+    """
     result = Findings(missing={name: reason for name, reason in chosen.items() if isinstance(reason, str)})
     owners = {os.path.realpath(path): "another image" for path in taken}
     found = {name: found for name, found in chosen.items() if isinstance(found, Found)}
@@ -430,7 +495,9 @@ def _each_once(chosen: Mapping[str, Found | str], taken: Iterable[Path]) -> Find
         claims = Counter(level.values())
         for name, file in level.items():
             if how and (file in owners or claims[file] > 1):
-                other = owners.get(file) or next(rival for rival in level if level[rival] == file and rival != name)
+                other = owners.get(file) or next(
+                    rival for rival in level if level[rival] == file and rival != name
+                )
                 result.missing[name] = f"{found[name].path} may be meant, which is that of {other}"
             else:
                 result.found[name] = found[name]

@@ -1,7 +1,8 @@
 """Images with labelled boxes, on their way from other formats (voc.py, yolo.py) to COCO's.
 
-Readers for these formats on PyPI give boxes alone: of the light and maintained ones, globox and supervision, neither keeps VOC's
-`difficult` or says in which line of which file a fault is. So they are read with what Python, Pillow and PyYAML have.
+Readers for these formats on PyPI give boxes alone: of the light and maintained ones, globox and
+supervision, neither keeps VOC's `difficult` or says in which line of which file a fault is. So they
+are read with what Python, Pillow and PyYAML have.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from util.config import DataConfig
 from util.errors import UserError
 from util.images import BadImageError, Header, read_header
 
-# folders that tell images from labels, and parts from each other; an image and its labels have the other names in common
+# folders that tell images from labels, and parts from each other; an image and its labels have the
+# other names in common
 ROLES = IMAGE_FOLDERS | {"annotations", "labels", "xmls"}
 PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 # share of the images for validation where nobody says
@@ -45,7 +47,9 @@ class Corners(NamedTuple):
 
 
 class Object(NamedTuple):
-    """name: its class. corners: in the image as stored. crowd: not trained on, and no detection of it is wrong."""
+    """name: its class. corners: in the image as stored. crowd: not trained on, and no detection of
+    it is wrong.
+    """
 
     name: str
     corners: Corners
@@ -54,7 +58,9 @@ class Object(NamedTuple):
 
 @dataclass
 class LabelledImage:
-    """An image file. name: below the folder of its part, with slashes. size: (width, height) as stored."""
+    """An image file. name: below the folder of its part, with slashes. size: (width, height) as
+    stored.
+    """
 
     path: Path
     name: str
@@ -64,7 +70,9 @@ class LabelledImage:
 
 @dataclass
 class Labelled:
-    """A data set. names: of the classes, in the order of their ids. parts: images of "train", and of "val" if it has one."""
+    """A data set. names: of the classes, in the order of their ids. parts: images of "train", and
+    of "val" if it has one.
+    """
 
     names: list[str]
     parts: dict[str, list[LabelledImage]]
@@ -72,10 +80,11 @@ class Labelled:
 
 @dataclass
 class Faults:
-    """What is wrong with a source: ends the conversion, or is left out and counted. `notes` counts what was done otherwise.
+    """What is wrong with a source: ends the conversion, or is left out and counted. `notes` counts
+    what was done otherwise.
 
-    on_bad: stop; clip: cut boxes that reach out of their image, and skip the rest; skip. kinds: how many faults there are of each
-    kind, which is named as in the check (preflight.py).
+    on_bad: stop; clip: cut boxes that reach out of their image, and skip the rest; skip. kinds: how
+    many faults there are of each kind, which is named as in the check (preflight.py).
     """
 
     on_bad: str = "stop"
@@ -84,7 +93,9 @@ class Faults:
     kinds: Counter[str] = field(default_factory=Counter)
 
     def add(self, message: str, kind: str = "other") -> None:
-        """Raises UserError unless faults are skipped; `message` is one line that names file and line or object."""
+        """Raises UserError unless faults are skipped; `message` is one line that names file and
+        line or object.
+        """
         if self.on_bad == "stop":
             raise UserError(f"{message}; mend it, or leave such things out with --on_bad skip")
         self.messages.append(message)
@@ -92,12 +103,19 @@ class Faults:
 
     @contextlib.contextmanager
     def all_at_once(self) -> Iterator[Faults]:
-        """Faults to add to in the block, which ends with all of them. Raises UserError then, unless faults are skipped."""
-        found = Faults("skip" if self.on_bad == "stop" else self.on_bad, self.messages, self.notes, self.kinds)
+        """Faults to add to in the block, which ends with all of them. Raises UserError then, unless
+        faults are skipped.
+        """
+        found = Faults(
+            "skip" if self.on_bad == "stop" else self.on_bad, self.messages, self.notes, self.kinds
+        )
         yield found
         if self.on_bad == "stop" and found.messages:
-            raise UserError(f"{found.messages[0]}; faults in all: {found.counted()}; mend them, or leave such things out with "
-                            "--on_bad skip (clip: and cut boxes that reach out of their image)")  # fmt: skip
+            raise UserError(
+                f"{found.messages[0]}; faults in all: {found.counted()}; mend them, or leave such "
+                f"things out with "
+                "--on_bad skip (clip: and cut boxes that reach out of their image)"
+            )
 
     def counted(self) -> str:
         """The faults by kind, the most frequent first."""
@@ -123,13 +141,17 @@ class Faults:
         out = max(-x0, -y0, x1 - width, y1 - height)
         if out > _ROUNDING:
             if self.on_bad != "clip":
-                reaches = f"reaches {out:g} pixels out of the image of {width} x {height} (--on_bad clip cuts it)"
+                reaches = (
+                    f"reaches {out:g} pixels out of the image of {width} x {height} (--on_bad clip cuts it)"
+                )
                 return self.add(f"{said} {reaches}", "box_reaches_out")
             self.notes["boxes cut at the border of their image"] += 1
         return within
 
     def located(self, findings: Findings, where: str) -> dict[str, Path]:
-        """The files that were found, by name; what was found by less than the exact name is noted, what is missing is added."""
+        """The files that were found, by name; what was found by less than the exact name is noted,
+        what is missing is added.
+        """
         self.notes.update(findings.notes())
         for name, reason in findings.missing.items():
             self.add(f"{where} names the image {shown(name)}, and {reason}", "missing_image")
@@ -144,9 +166,13 @@ class Faults:
 
 
 def as_stored(corners: Corners, header: Header) -> Corners:
-    """A box of the image as viewers show it, turned by its EXIF orientation, in the image as stored, which training sees."""
+    """A box of the image as viewers show it, turned by its EXIF orientation, in the image as
+    stored, which training sees.
+    """
     width, height = header.size
-    (u0, v0), (u1, v1) = (_stored_point(header.orientation, *point, width, height) for point in (corners[:2], corners[2:]))
+    (u0, v0), (u1, v1) = (
+        _stored_point(header.orientation, *point, width, height) for point in (corners[:2], corners[2:])
+    )
     return Corners(min(u0, u1), min(v0, v1), max(u0, u1), max(v0, v1))
 
 
@@ -155,21 +181,26 @@ def _stored_point(orientation: int, u: float, v: float, width: float, height: fl
     if orientation >= 5:
         u, v = v, u
     # mirrored left to right: 2, 3, 7, 8; upside down: 3, 4, 6, 7
-    return (width - u if orientation in (2, 3, 7, 8) else u), (height - v if orientation in (3, 4, 6, 7) else v)
+    return (width - u if orientation in (2, 3, 7, 8) else u), (
+        height - v if orientation in (3, 4, 6, 7) else v
+    )
 
 
 # ---- folders
 
 
 def key_of(path: PurePath) -> Key:
-    """What an image and its labels have in common: images/train/7.jpg and labels/train/7.txt have ("train", "7")."""
+    """What an image and its labels have in common: images/train/7.jpg and labels/train/7.txt have
+    ("train", "7").
+    """
     return (*(name for name in path.parts[:-1] if name.lower() not in ROLES), path.stem)
 
 
 def files_by_key(
     root: Path, suffixes: Container[str], faults: Faults, wanted: Container[Key] | None = None
 ) -> dict[Key, Path]:
-    """The files below `root` with one of these endings, in order; of these keys only, if they are given.
+    """The files below `root` with one of these endings, in order; of these keys only, if they are
+    given.
 
     Two files of one key are left out, unless a link makes two of one.
     """
@@ -182,7 +213,9 @@ def files_by_key(
         for other in others:
             if not first.samefile(other):
                 found.pop(key, None)
-                faults.add(f"{other} and {first} can't be told apart: labels belong to images of the same name")
+                faults.add(
+                    f"{other} and {first} can't be told apart: labels belong to images of the same name"
+                )
     return {key: paths[0] for key, paths in found.items()}
 
 
@@ -192,7 +225,9 @@ def part_of(key: Key) -> str:
 
 
 def parts_by_folder(keys: Iterable[Key]) -> dict[str, list[Key]]:
-    """Keys by the part that their folders name; all are "train" unless folders for both training and validation are there."""
+    """Keys by the part that their folders name; all are "train" unless folders for both training
+    and validation are there.
+    """
     keys = list(keys)
     parts: dict[str, list[Key]] = {}
     for key in keys:
@@ -226,11 +261,15 @@ def progress(files: Iterable[Any], part: str) -> Iterable[Any]:
 
 
 def split_off(data: Labelled, fraction: float, seed: int) -> None:
-    """Make a random part of the training images, the same for the same seed, the validation part. Raises UserError."""
+    """Make a random part of the training images, the same for the same seed, the validation part.
+    Raises UserError.
+    """
     images = data.parts["train"]
     count = max(1, round(len(images) * fraction))
     if not 0 < count < len(images):
-        raise UserError(f"{len(images)} images can't be parted by --val_fraction {fraction}; both parts need one at least")
+        raise UserError(
+            f"{len(images)} images can't be parted by --val_fraction {fraction}; both parts need one at least"
+        )
     chosen = set(random.Random(seed).sample(range(len(images)), count))
     data.parts = {
         "train": [image for i, image in enumerate(images) if i not in chosen],
@@ -239,7 +278,9 @@ def split_off(data: Labelled, fraction: float, seed: int) -> None:
 
 
 def to_coco(data: Labelled) -> dict[str, dict[str, Any]]:
-    """COCO's instances format of every part; ids of categories, images and annotations count from 1, through all parts."""
+    """COCO's instances format of every part; ids of categories, images and annotations count from
+    1, through all parts.
+    """
     ids = {name: number for number, name in enumerate(data.names, 1)}
     image_ids, object_ids = itertools.count(1), itertools.count(1)
     contents = {}
@@ -248,17 +289,28 @@ def to_coco(data: Labelled) -> dict[str, dict[str, Any]]:
         for image in images:
             image_id = next(image_ids)
             width, height = image.size
-            content["images"].append({"id": image_id, "file_name": image.name, "width": width, "height": height})
+            content["images"].append(
+                {"id": image_id, "file_name": image.name, "width": width, "height": height}
+            )
             for item in image.objects:
-                content["annotations"].append({"id": next(object_ids), "image_id": image_id, **_annotation(item, ids)})
-        contents[part] = content | {"categories": [{"id": number, "name": name} for name, number in ids.items()]}
+                content["annotations"].append(
+                    {"id": next(object_ids), "image_id": image_id, **_annotation(item, ids)}
+                )
+        contents[part] = content | {
+            "categories": [{"id": number, "name": name} for name, number in ids.items()]
+        }
     return contents
 
 
 def _annotation(item: Object, ids: dict[str, int]) -> dict[str, Any]:
     x0, y0, x1, y1 = item.corners
     box = [round(value, 4) for value in (x0, y0, x1 - x0, y1 - y0)]
-    return {"category_id": ids[item.name], "bbox": box, "area": round(box[2] * box[3], 4), "iscrowd": int(item.crowd)}
+    return {
+        "category_id": ids[item.name],
+        "bbox": box,
+        "area": round(box[2] * box[3], 4),
+        "iscrowd": int(item.crowd),
+    }
 
 
 def checked_name(name: str, path: Path, faults: Faults) -> bool:

@@ -1,7 +1,8 @@
 """From a data set to batches on the device.
 
-Items are read and padded to batches in the processes of PyTorch's DataLoader. Ours is what it leaves open: images that can't be
-used, signals that reach all processes of a job, and one line for the user where a process was killed.
+Items are read and padded to batches in the processes of PyTorch's DataLoader. Ours is what it
+leaves open: images that can't be used, signals that reach all processes of a job, and one line for
+the user where a process was killed.
 """
 
 from __future__ import annotations
@@ -44,16 +45,25 @@ class Images(Protocol):
 
 
 def build_loader(
-    dataset: Images, batches: Sampler[list[int]], num_workers: int, device: torch.device,
-    bad_images: BadImages | None = None, *, replace: bool = True, timeout: float = 0,
-) -> DeviceBatches:  # fmt: skip
+    dataset: Images,
+    batches: Sampler[list[int]],
+    num_workers: int,
+    device: torch.device,
+    bad_images: BadImages | None = None,
+    *,
+    replace: bool = True,
+    timeout: float = 0,
+) -> DeviceBatches:
     """An iterable of (NestedTensor, targets) on `device`.
 
     Args:
-        bad_images: what to do about images that can't be used, and the record of it; without it the first one ends the run.
-        replace: when such images are skipped, the next usable one of the data set takes the place, as in training. Otherwise the
-            image is left out, and a batch of such images alone is passed over, as in evaluation.
-        timeout: seconds after which a batch that does not come from the loader processes ends the run. 0: never.
+        bad_images: what to do about images that can't be used, and the record of it; without it the
+            first one ends the run.
+        replace: when such images are skipped, the next usable one of the data set takes the place,
+            as in training. Otherwise the image is left out, and a batch of such images alone is
+            passed over, as in evaluation.
+        timeout: seconds after which a batch that does not come from the loader processes ends the
+            run. 0: never.
     """
     bad_images = bad_images or BadImages("stop", 0)
     loader = DataLoader(
@@ -68,7 +78,9 @@ def build_loader(
         # otherwise starting an epoch would draw from the generator that dropout uses
         generator=torch.Generator(),
     )
-    return DeviceBatches(loader, device, bad_images, "replaced by the next usable image" if replace else _LEFT_OUT)
+    return DeviceBatches(
+        loader, device, bad_images, "replaced by the next usable image" if replace else _LEFT_OUT
+    )
 
 
 _LEFT_OUT = "left out: it counts as an image without detections"
@@ -84,7 +96,8 @@ def collate(items: Sequence[Item]) -> Batch:
 
 
 class BadImages:
-    """The image files that this process could not use: each is logged once, and more than `limit` end the run.
+    """The image files that this process could not use: each is logged once, and more than `limit`
+    end the run.
 
     Args:
         on_bad_image: "stop": the first one ends the run; or "skip".
@@ -109,8 +122,9 @@ class BadImages:
             log.warning("%s %s; %s", error.path, error.reason, consequence)
             if self.count > self.limit:
                 raise UserError(
-                    f"{self.count} image files can't be used, more than --max_bad_images {self.limit}; the last is {error.path}, "
-                    f"which {error.reason}; mend the data or raise --max_bad_images"
+                    f"{self.count} image files can't be used, more than --max_bad_images "
+                    f"{self.limit}; the last is {error.path}, which {error.reason}; mend the data "
+                    f"or raise --max_bad_images"
                 )
 
     def state_dict(self) -> dict[str, Any]:
@@ -121,7 +135,9 @@ class BadImages:
         """Go on from a checkpoint. Raises UserError if it is not what `state_dict` gave."""
         paths = state.get("paths") if isinstance(state, Mapping) else None
         if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
-            raise UserError("the checkpoint's list of skipped images is damaged; resume from another checkpoint")
+            raise UserError(
+                "the checkpoint's list of skipped images is damaged; resume from another checkpoint"
+            )
         self._paths = dict.fromkeys(paths)
 
     def load_merged(self, states: Sequence[Mapping[str, Any]]) -> None:
@@ -130,7 +146,9 @@ class BadImages:
 
 
 class LoadedBatch(NamedTuple):
-    """A batch, without images if all of them were left out; and the images that were skipped on the way to it."""
+    """A batch, without images if all of them were left out; and the images that were skipped on the
+    way to it.
+    """
 
     images: NestedTensor | None
     targets: list[dict[str, Tensor]]
@@ -140,8 +158,9 @@ class LoadedBatch(NamedTuple):
 class LoadedBatches(Dataset):
     """The batches of a data set by the indices of their items; DataLoader's processes make them.
 
-    Where bad images are skipped, one is replaced by the item of the next index, modulo their number; or, without `replace`, by
-    nothing. So what a batch is depends on its indices and the data set's epoch alone.
+    Where bad images are skipped, one is replaced by the item of the next index, modulo their
+    number; or, without `replace`, by nothing. So what a batch is depends on its indices and the
+    data set's epoch alone.
     """
 
     def __init__(self, dataset: Images, bad_images: BadImages, replace: bool) -> None:
@@ -150,7 +169,9 @@ class LoadedBatches(Dataset):
         self._tries = min(len(dataset), bad_images.limit + 1) if bad_images.skip and replace else 1
 
     def __getitem__(self, indices: Sequence[int]) -> LoadedBatch | UserError:
-        """A UserError is returned and not raised: from a process of DataLoader it would arrive as the text of a traceback."""
+        """A UserError is returned and not raised: from a process of DataLoader it would arrive as
+        the text of a traceback.
+        """
         try:
             batch = self._load(indices)
             if batch.images is not None and get_worker_info() is not None:
@@ -183,7 +204,8 @@ class LoadedBatches(Dataset):
             return None
         last = skipped[-1]
         raise UserError(
-            f"{self._tries} images one after another can't be used, the last is {last.path}, which {last.reason}; mend the data, "
+            f"{self._tries} images one after another can't be used, the last is {last.path}, which "
+            f"{last.reason}; mend the data, "
             "or raise --max_bad_images if there are good ones"
         )
 
@@ -193,7 +215,9 @@ def _unchanged(batch: LoadedBatch | UserError) -> LoadedBatch | UserError:
 
 
 def _share(images: NestedTensor, targets: list[dict[str, Tensor]]) -> None:
-    """Move a batch to shared memory. Left to the queue that carries it, a full /dev/shm would lose the batch and hang the run."""
+    """Move a batch to shared memory. Left to the queue that carries it, a full /dev/shm would lose
+    the batch and hang the run.
+    """
     tensors = [images.tensors, images.mask]
     for target in targets:
         tensors += target.values()
@@ -207,12 +231,15 @@ def _share(images: NestedTensor, targets: list[dict[str, Tensor]]) -> None:
 # ---- the loader's processes
 
 
-_MORE_MEMORY = "lower --num_workers or --batch_size, or give the machine or container more memory and a larger /dev/shm"
+_MORE_MEMORY = (
+    "lower --num_workers or --batch_size, or give the machine or container more memory and a larger /dev/shm"
+)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def end_workers() -> None:
-    """Kill the loader processes that are left: Python would end them by SIGTERM, which they ignore, and wait for ever.
+    """Kill the loader processes that are left: Python would end them by SIGTERM, which they ignore,
+    and wait for ever.
 
     Called when the program ends; before, it does no harm.
     """
@@ -223,15 +250,18 @@ def _kill(processes: Sequence[BaseProcess]) -> None:
     for process in processes:
         process.kill()
     for process in processes:
-        process.join(5)  # seconds; a process in a system call that can't be interrupted does not even end by that
+        process.join(
+            5
+        )  # seconds; a process in a system call that can't be interrupted does not even end by that
 
 
 atexit.register(end_workers)  # runs before what multiprocessing has registered
 
 
 def _begin(worker: int) -> None:
-    """First thing in a loader process: outlive the signals to all processes of a job, as the training process decides when to
-    leave; and end with it however that ends."""
+    """First thing in a loader process: outlive the signals to all processes of a job, as the
+    training process decides when to leave; and end with it however that ends.
+    """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -243,7 +273,9 @@ def _begin(worker: int) -> None:
 
 
 def _from_processes(loader: DataLoader) -> Iterator[LoadedBatch | UserError]:
-    """What a pass of the loader gives. Raises UserError if one of its processes was killed; none is left at the end."""
+    """What a pass of the loader gives. Raises UserError if one of its processes was killed; none is
+    left at the end.
+    """
     before = multiprocessing.active_children()
     try:
         with _undisturbed():
@@ -257,7 +289,8 @@ def _from_processes(loader: DataLoader) -> Iterator[LoadedBatch | UserError]:
         _raise_if_killed(processes)
         if str(error).startswith("DataLoader timed out"):
             raise LostProcessError(
-                f"the loader processes gave no batch for {loader.timeout:.0f} s (--dist_timeout): does the file system of the "
+                f"the loader processes gave no batch for {loader.timeout:.0f} s (--dist_timeout): "
+                f"does the file system of the "
                 "images hang? start again with --resume auto"
             ) from None
         raise
@@ -267,7 +300,9 @@ def _from_processes(loader: DataLoader) -> Iterator[LoadedBatch | UserError]:
 
 def _raise_if_killed(processes: Sequence[BaseProcess]) -> None:
     # the connection to a process breaks a moment before the process has ended
-    ending = multiprocessing.connection.wait([process.sentinel for process in processes], timeout=1 if processes else 0)
+    ending = multiprocessing.connection.wait(
+        [process.sentinel for process in processes], timeout=1 if processes else 0
+    )
     for process in processes:
         if process.sentinel in ending:
             process.join()
@@ -281,12 +316,14 @@ def _raise_if_killed(processes: Sequence[BaseProcess]) -> None:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Start processes that no signal of a job hits before they ignore it, and that never collect garbage they were born with.
+    """Start processes that no signal of a job hits before they ignore it, and that never collect
+    garbage they were born with.
 
     That would run finalisers a second time, and copy the memory of all annotations to look at them.
 
-    PyTorch's handler of SIGCHLD is taken off: wherever the training process is, in the midst of writing a checkpoint say, it
-    raises an error when a loader process dies. `_from_processes` asks when it waits for a batch.
+    PyTorch's handler of SIGCHLD is taken off: wherever the training process is, in the midst of
+    writing a checkpoint say, it raises an error when a loader process dies. `_from_processes` asks
+    when it waits for a batch.
     """
     in_main = threading.current_thread() is threading.main_thread()
     on_child = signal.getsignal(signal.SIGCHLD)
@@ -298,7 +335,9 @@ def _undisturbed() -> Iterator[None]:
     finally:
         if collects:
             gc.enable()
-        if in_main and on_child is not None:  # None: not set from Python, so that PyTorch has not replaced it either
+        if (
+            in_main and on_child is not None
+        ):  # None: not set from Python, so that PyTorch has not replaced it either
             signal.signal(signal.SIGCHLD, on_child)
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
@@ -307,13 +346,17 @@ def _undisturbed() -> Iterator[None]:
 
 
 class DeviceBatches:
-    """The batches of a loader on a device; `bad_images` is the record of the images that could not be used.
+    """The batches of a loader on a device; `bad_images` is the record of the images that could not
+    be used.
 
-    The copy to a GPU is asynchronous, from pinned memory, and takes its turn on the GPU's main stream: 0.5 ms for two images of
-    800 x 1333 on an H100 (torch 2.11), too little for a stream of its own.
+    The copy to a GPU is asynchronous, from pinned memory, and takes its turn on the GPU's main
+    stream: 0.5 ms for two images of 800 x 1333 on an H100 (torch 2.11), too little for a stream of
+    its own.
     """
 
-    def __init__(self, loader: DataLoader, device: torch.device, bad_images: BadImages, consequence: str) -> None:
+    def __init__(
+        self, loader: DataLoader, device: torch.device, bad_images: BadImages, consequence: str
+    ) -> None:
         self.bad_images = bad_images
         self._loader, self._device, self._consequence = loader, device, consequence
 
@@ -331,7 +374,9 @@ class DeviceBatches:
                 images = batch.images.to(self._device, non_blocking=self._loader.pin_memory)
                 yield images, [self._moved(target) for target in batch.targets]
         if left_out and self._consequence == _LEFT_OUT:
-            log.warning("%d images of this pass were left out; they count as images without detections", left_out)
+            log.warning(
+                "%d images of this pass were left out; they count as images without detections", left_out
+            )
 
     def _moved(self, target: dict[str, Tensor]) -> dict[str, Tensor]:
         """A target on the device, but for its `image_id`, which only the host asks for."""

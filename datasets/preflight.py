@@ -1,7 +1,8 @@
 """Faults of a data set: all of them at once, before a run meets them one by one.
 
-`check_part`, `check_objects` and `check_files` are what tools/check_data.py is made of; `quick_check` is what every training
-does. The rules for fields of annotations are those by which training reads them (coco_format.py).
+`check_part`, `check_objects` and `check_files` are what tools/check_data.py is made of;
+`quick_check` is what every training does. The rules for fields of annotations are those by which
+training reads them (coco_format.py).
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from util.images import BadImageError, decode, read_header, read_image_file
 
 log = logging.getLogger(__name__)
 
-# pixels by which a box may reach out of its image: COCO's and VOC's do by rounding, and training clamps them
+# pixels by which a box may reach out of its image: COCO's and VOC's do by rounding, and training
+# clamps them
 BOX_TOLERANCE = 2.0
 # COCO's small, medium and large objects: areas in pixels below these, and the rest
 SIZE_LIMITS = {"small": 32**2, "medium": 96**2, "large": float("inf")}
@@ -49,8 +51,9 @@ _FEW_FILES = 64  # are read faster than processes start
 class Finding:
     """Something wrong with a data set, in one line.
 
-    is_fault: else it is a warning, of something that is legitimate but seldom meant. kind: its name in the report. file: the
-    annotation file or the image file. The ids are those of the annotations, None where there is none.
+    is_fault: else it is a warning, of something that is legitimate but seldom meant. kind: its name
+    in the report. file: the annotation file or the image file. The ids are those of the
+    annotations, None where there is none.
     """
 
     kind: str
@@ -65,7 +68,9 @@ class Finding:
 
 @dataclass(frozen=True)
 class Boxes:
-    """N objects: ids, image [N] (index among the images), category_id [N], xywh [N, 4] in pixels, area [N], crowd [N] bool."""
+    """N objects: ids, image [N] (index among the images), category_id [N], xywh [N, 4] in pixels,
+    area [N], crowd [N] bool.
+    """
 
     ids: np.ndarray
     image: np.ndarray
@@ -77,7 +82,9 @@ class Boxes:
 
 @dataclass
 class Part:
-    """A part ("train" or "val") of a data set. `images`, `categories`: its sound entries; `boxes`: its sound objects."""
+    """A part ("train" or "val") of a data set. `images`, `categories`: its sound entries; `boxes`:
+    its sound objects.
+    """
 
     split: str
     folder: Path
@@ -117,7 +124,9 @@ def check_part(split: str, folder: Path, annotations: Path, box_tolerance: float
 
 
 def check_classes(parts: Sequence[Part], num_classes: int | str) -> None:
-    """Whether the categories fit --num_classes, and those of the later parts the first's, as training demands."""
+    """Whether the categories fit --num_classes, and those of the later parts the first's, as
+    training demands.
+    """
     trained, *others = parts
     if not trained.categories:
         return  # which has been said
@@ -135,7 +144,9 @@ def check_classes(parts: Sequence[Part], num_classes: int | str) -> None:
 
 
 def check_objects(part: Part, num_queries: int) -> None:
-    """Whether there is something to learn or to measure, and no more of it in an image than --num_queries can find."""
+    """Whether there is something to learn or to measure, and no more of it in an image than
+    --num_queries can find.
+    """
     if part.boxes is None or not part.images or not part.categories:
         return  # which has been said
     for kind, message in _purposeless(part.split, part.images, part.categories, part.boxes, num_queries):
@@ -146,7 +157,11 @@ _PURPOSES = {"train": "learn", "val": "measure"}
 
 
 def _purposeless(
-    split: str, images: Sequence[dict[str, Any]], categories: Iterable[dict[str, Any]], boxes: Boxes, num_queries: int
+    split: str,
+    images: Sequence[dict[str, Any]],
+    categories: Iterable[dict[str, Any]],
+    boxes: Boxes,
+    num_queries: int,
 ) -> Iterator[tuple[str, str]]:
     """(kind, message) of objects that can be neither learnt nor measured, or are none."""
     single, purpose = ~boxes.crowd, _PURPOSES[split]
@@ -154,13 +169,18 @@ def _purposeless(
     if not len(single):
         yield "no_objects", f"no object in {len(images)} images: there is nothing to {purpose}"
     elif not single.any():
-        yield "only_crowds", f"all {len(single)} objects are {_CROWDS}, so there is nothing to {purpose}; {_UNCROWD}"
+        yield (
+            "only_crowds",
+            f"all {len(single)} objects are {_CROWDS}, so there is nothing to {purpose}; {_UNCROWD}",
+        )
     elif crowds_only:
         names = _listed([category["name"] for category in categories if category["id"] in crowds_only])
         yield "class_of_crowds", f"{len(crowds_only)} categories have but {_CROWDS}: {names}; {_UNCROWD}"
     limits = {"more_than_queries": (num_queries, f"the {num_queries} of --num_queries can find; raise it")}
     if split == "val":
-        counted = f"the {COUNTED_DETECTIONS} detections that count: not even a perfect detector has an AP of 1"
+        counted = (
+            f"the {COUNTED_DETECTIONS} detections that count: not even a perfect detector has an AP of 1"
+        )
         limits["more_than_detections"] = (COUNTED_DETECTIONS, counted)
     counts = np.bincount(boxes.image[single], minlength=len(images))
     for kind, (limit, meaning) in limits.items():
@@ -180,11 +200,16 @@ def _listed(names: Sequence[str]) -> str:
 def _ids(fault: Fault) -> dict[str, Any]:
     """The ids of what has a fault, as far as it has any."""
     entry = fault.entry if isinstance(fault.entry, dict) else {}
-    own = {"images": "image_id", "annotations": "annotation_id", "categories": "category_id"}.get(fault.section)
+    own = {"images": "image_id", "annotations": "annotation_id", "categories": "category_id"}.get(
+        fault.section
+    )
     ids = {own: entry.get("id")} if own else {}
     if fault.section == "annotations":
         ids |= {key: entry.get(key) for key in ("image_id", "category_id")}
-    return {key: value if type(value) in (int, str) or value is None else shown(value) for key, value in ids.items()}
+    return {
+        key: value if type(value) in (int, str) or value is None else shown(value)
+        for key, value in ids.items()
+    }
 
 
 def _boxes(images: list[dict[str, Any]], annotations: list[dict[str, Any]]) -> Boxes:
@@ -204,7 +229,10 @@ def _check_file_names(part: Part) -> None:
     for image in part.images:
         name = os.path.normpath(image["file_name"])
         if name in first:
-            message = f"{part.annotations}: images {first[name]} and {image['id']} have the same file {image['file_name']}"
+            message = (
+                f"{part.annotations}: images {first[name]} and {image['id']} have the same file "
+                f"{image['file_name']}"
+            )
             part.add("duplicate_file", f"{message}; merge them", part.folder / name, image_id=image["id"])
         first.setdefault(name, image["id"])
 
@@ -214,7 +242,9 @@ def _check_names(part: Part) -> None:
     for category in part.categories:
         number, name = category["id"], category["name"]
         if name in first:
-            message = f"{part.annotations}: categories {first[name]} and {number} are both named {shown(name)}"
+            message = (
+                f"{part.annotations}: categories {first[name]} and {number} are both named {shown(name)}"
+            )
             part.add("duplicate_category_name", f"{message}; rename or merge them", category_id=number)
         first.setdefault(name, number)
     used = set(part.boxes.category_id.tolist()) if part.boxes else set()
@@ -229,15 +259,29 @@ def _check_boxes(part: Part, tolerance: float) -> None:
     if boxes is None or not len(boxes.ids):
         return
     if (boxes.xywh <= 1).all():
-        part.add("boxes_in_shares", f"{part.annotations}: no box exceeds 1; boxes must be in pixels, not shares of the image")
+        part.add(
+            "boxes_in_shares",
+            f"{part.annotations}: no box exceeds 1; boxes must be in pixels, not shares of the image",
+        )
         return
     for kind, flagged in box_faults(boxes.xywh, sizes_of(part.images)[boxes.image], tolerance).items():
         for i in flagged.nonzero()[0].tolist():
             _add_box(part, kind, i, box_fault(kind, part.images[boxes.image[i]], tolerance))
     for i in wrong_areas(boxes.xywh, boxes.area).nonzero()[0].tolist():
-        _add_box(part, "wrong_area", i, f"an area of {boxes.area[i]:g}, which no object in that box can have; give its pixels")
+        _add_box(
+            part,
+            "wrong_area",
+            i,
+            f"an area of {boxes.area[i]:g}, which no object in that box can have; give its pixels",
+        )
     for i, other in _repeated(boxes):
-        _add_box(part, "duplicate_box", i, f"the box and the category of annotation {boxes.ids[other]} too", is_fault=False)
+        _add_box(
+            part,
+            "duplicate_box",
+            i,
+            f"the box and the category of annotation {boxes.ids[other]} too",
+            is_fault=False,
+        )
 
 
 def sizes_of(images: Iterable[dict[str, Any]]) -> np.ndarray:
@@ -248,7 +292,8 @@ def sizes_of(images: Iterable[dict[str, Any]]) -> np.ndarray:
 _BOX_FAULTS = {
     "degenerate_box": "no width or no height; take the object out",
     "box_outside": "no part within the image of {size}; mend the box or the size",
-    "box_reaches_out": "more than {tolerance:g} pixels outside of the image of {size}; mend the box or the size",
+    "box_reaches_out": "more than {tolerance:g} pixels outside of the image of {size}; mend "
+    "the box or the size",
 }
 
 
@@ -257,13 +302,21 @@ def box_fault(kind: str, image: Mapping[str, Any], tolerance: float = BOX_TOLERA
     return _BOX_FAULTS[kind].format(size=f"{image['width']:g} x {image['height']:g}", tolerance=tolerance)
 
 
-def box_faults(xywh: np.ndarray, sizes: np.ndarray, tolerance: float = BOX_TOLERANCE) -> dict[str, np.ndarray]:
-    """Which boxes [N, 4] are wrong in images of sizes [N, 2] (width, height), by kind; each has one kind at most."""
+def box_faults(
+    xywh: np.ndarray, sizes: np.ndarray, tolerance: float = BOX_TOLERANCE
+) -> dict[str, np.ndarray]:
+    """Which boxes [N, 4] are wrong in images of sizes [N, 2] (width, height), by kind; each has one
+    kind at most.
+    """
     low, high = xywh[:, :2], xywh[:, :2] + xywh[:, 2:]
     degenerate = (xywh[:, 2:] <= 0).any(1)
     outside = ~degenerate & ((high <= 0) | (low >= sizes)).any(1)
     far = np.maximum(-low, high - sizes).max(1, initial=-np.inf) > tolerance
-    return {"degenerate_box": degenerate, "box_outside": outside, "box_reaches_out": far & ~degenerate & ~outside}
+    return {
+        "degenerate_box": degenerate,
+        "box_outside": outside,
+        "box_reaches_out": far & ~degenerate & ~outside,
+    }
 
 
 def wrong_areas(xywh: np.ndarray, area: np.ndarray) -> np.ndarray:
@@ -285,15 +338,23 @@ def _add_box(part: Part, kind: str, i: int, what: str, is_fault: bool = True) ->
     assert part.boxes is not None
     image, number = part.images[part.boxes.image[i]], int(part.boxes.ids[i])
     part.add(
-        kind, describe_box(part.annotations, number, part.boxes.xywh[i], image, what),
-        is_fault=is_fault, image_id=image["id"], annotation_id=number, category_id=int(part.boxes.category_id[i]),
-    )  # fmt: skip
+        kind,
+        describe_box(part.annotations, number, part.boxes.xywh[i], image, what),
+        is_fault=is_fault,
+        image_id=image["id"],
+        annotation_id=number,
+        category_id=int(part.boxes.category_id[i]),
+    )
 
 
 def describe_box(path: Path, number: int, xywh: Iterable[float], image: Mapping[str, Any], what: str) -> str:
-    """One line: an object of the annotation file `path` by its number, its image, its box, and `what` it has."""
+    """One line: an object of the annotation file `path` by its number, its image, its box, and
+    `what` it has.
+    """
     box = ", ".join(f"{value:g}" for value in xywh)
-    return f"{path}: annotation {number} of image {image['id']} ({image['file_name']}), box [{box}], has {what}"
+    return (
+        f"{path}: annotation {number} of image {image['id']} ({image['file_name']}), box [{box}], has {what}"
+    )
 
 
 # ---- image files
@@ -310,8 +371,9 @@ class _Task(NamedTuple):
 class _Seen(NamedTuple):
     """What a file is.
 
-    identity: the same for files with the same content (read as a whole) or of the same place (else). Of files read as a whole,
-    levels: of 256, by which the pixels differ; bits: as `util.images.as_rgb` tells.
+    identity: the same for files with the same content (read as a whole) or of the same place
+    (else). Of files read as a whole, levels: of 256, by which the pixels differ; bits: as
+    `util.images.as_rgb` tells.
     """
 
     identity: tuple[Any, ...] | None = None
@@ -324,8 +386,8 @@ class _Seen(NamedTuple):
 def check_files(parts: Sequence[Part], *, whole: bool, megapixels: float, workers: int) -> None:
     """Open every image, in `workers` processes, and add what is wrong to the parts.
 
-    whole: decode them as training does, look at their pixels and compare their contents; else only their headers, and their
-    places on the disk.
+    whole: decode them as training does, look at their pixels and compare their contents; else only
+    their headers, and their places on the disk.
     """
     owners: list[tuple[Part, dict[str, Any]]] = []
     for part in parts:
@@ -345,7 +407,10 @@ def check_files(parts: Sequence[Part], *, whole: bool, megapixels: float, worker
         if seen.identity is not None:
             _check_repetition(part, image, task.path, *first.setdefault(seen.identity, (part, image)))
         if seen.levels is not None and seen.levels < _FLAT:
-            message = f"{task.path} is nearly of one level: as the detector sees it, its pixels differ by {seen.levels} of 255"
+            message = (
+                f"{task.path} is nearly of one level: as the detector sees it, its pixels differ by "
+                f"{seen.levels} of 255"
+            )
             part.add("flat_picture", message, task.path, is_fault=False, image_id=image["id"])
         depths[seen.bits] += 1
     _check_depths(parts[0], depths)
@@ -355,7 +420,10 @@ def _check_depths(part: Part, depths: Mapping[int | None, int]) -> None:
     known = sorted(bits for bits in depths if bits is not None)
     if len(known) > 1:
         found = ", ".join(f"{depths[bits]} of {bits} bits" for bits in known)
-        message = f"pictures are scaled by the depth that holds their largest number: {found}; convert those of one camera alike"
+        message = (
+            f"pictures are scaled by the depth that holds their largest number: {found}; convert "
+            "those of one camera alike"
+        )
         part.add("mixed_depths", message, part.folder, is_fault=False)
 
 
@@ -373,34 +441,46 @@ def check_paths(parts: Sequence[Part]) -> None:
 
 def _task(part: Part, image: dict[str, Any], megapixels: float, whole: bool) -> _Task:
     otherwise = f"take image {image['id']} out of {part.annotations}"
-    return _Task(part.folder / image["file_name"], (image["width"], image["height"]), megapixels, whole, otherwise)
+    return _Task(
+        part.folder / image["file_name"], (image["width"], image["height"]), megapixels, whole, otherwise
+    )
 
 
-def _check_repetition(part: Part, image: dict[str, Any], path: Path, owner: Part, other: dict[str, Any]) -> None:
+def _check_repetition(
+    part: Part, image: dict[str, Any], path: Path, owner: Part, other: dict[str, Any]
+) -> None:
     if owner is not part:
-        message = f"{path} (image {image['id']}) is the same picture as {owner.folder / other['file_name']} of {owner.split}; "
+        message = (
+            f"{path} (image {image['id']}) is the same picture as "
+            f"{owner.folder / other['file_name']} of {owner.split}; "
+        )
         part.add("overlap", message + "take it out of one of the two", path, image_id=image["id"])
     elif other is not image and os.path.normpath(other["file_name"]) != os.path.normpath(image["file_name"]):
-        message = f"{path} (image {image['id']}) is the same picture as {other['file_name']} (image {other['id']})"
+        message = (
+            f"{path} (image {image['id']}) is the same picture as {other['file_name']} (image {other['id']})"
+        )
         part.add("same_picture", message, path, is_fault=False, image_id=image["id"])
 
 
 def _look_at_all(tasks: Sequence[_Task], workers: int) -> Iterable[_Seen]:
     """_look(task) for each, in their order, with a progress bar on a terminal."""
+
     def bar(results: Iterable[_Seen]) -> Iterable[_Seen]:
         return tqdm(results, total=len(tasks), desc="images", unit="image", disable=None)
 
     if workers == 1 or len(tasks) <= _FEW_FILES:
         yield from bar(map(_look, tasks))
         return
-    # Not forked: the parent has threads, and memory that they would copy. Ctrl-C is left to the parent, which ends its workers
-    # without a traceback from each.
+    # Not forked: the parent has threads, and memory that they would copy. Ctrl-C is left to the
+    # parent, which ends its workers without a traceback from each.
     ignore = signal.signal, (signal.SIGINT, signal.SIG_IGN)
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), *ignore)
     try:
         yield from bar(pool.map(_look, tasks, chunksize=min(32, len(tasks) // workers)))
     except BrokenProcessPool:
-        raise UserError("a process that reads images died, of too little memory perhaps; try fewer --workers") from None
+        raise UserError(
+            "a process that reads images died, of too little memory perhaps; try fewer --workers"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -413,13 +493,19 @@ def _look(task: _Task) -> _Seen:
 
 def _look_at(task: _Task) -> _Seen:
     if not task.path.exists():
-        return _Seen(kind="missing_image", message=f"{task.path} is missing; add the file, or {task.otherwise}")
+        return _Seen(
+            kind="missing_image", message=f"{task.path} is missing; add the file, or {task.otherwise}"
+        )
     try:
         if task.whole:
             content = read_image_file(task.path, task.megapixels, task.otherwise)
             identity: tuple[Any, ...] = (hashlib.blake2b(content, digest_size=16).digest(),)
             picture = decode(content, task.path, task.megapixels, task.otherwise)
-            seen = _Seen(identity, levels=max(high - low for low, high in picture.getextrema()), bits=picture.info.get("bits"))
+            seen = _Seen(
+                identity,
+                levels=max(high - low for low, high in picture.getextrema()),
+                bits=picture.info.get("bits"),
+            )
             size = picture.size
         else:
             status = task.path.stat()
@@ -434,7 +520,10 @@ def _look_at(task: _Task) -> _Seen:
 def _wrong_size(task: _Task, size: tuple[int, int]) -> str:
     said = f"{task.path} is {size[0]} x {size[1]}, and {task.size[0]:g} x {task.size[1]:g} in the annotations"
     if size[::-1] == task.size and read_header(task.path, task.megapixels, task.otherwise).orientation > 4:
-        return f"{said}: it was annotated as its EXIF orientation turns it, which training does not; store it turned"
+        return (
+            f"{said}: it was annotated as its EXIF orientation turns it, which training does not; "
+            "store it turned"
+        )
     return f"{said}; mend the size there, and the boxes if the image was scaled"
 
 
@@ -444,11 +533,11 @@ def _wrong_size(task: _Task, size: tuple[int, int]) -> str:
 def quick_check(
     train: Any, val: Any, skip_missing: bool = False, num_queries: int = TransformerConfig.num_queries
 ) -> UserError | None:
-    """What can be seen in seconds of two CocoDetection data sets, before a run: missing files, doubtful boxes and images, and
-    whether there is something to learn and to measure.
+    """What can be seen in seconds of two CocoDetection data sets, before a run: missing files,
+    doubtful boxes and images, and whether there is something to learn and to measure.
 
-    Gives the error to end with (for the caller to raise in all processes) if image files are missing; with `skip_missing` that
-    is but a part of the one warning that tells the rest.
+    Gives the error to end with (for the caller to raise in all processes) if image files are
+    missing; with `skip_missing` that is but a part of the one warning that tells the rest.
     """
     notes = []
     for split, dataset in (("train", train), ("val", val)):
@@ -470,7 +559,8 @@ def quick_check(
 _COUNTED = {
     "degenerate_box": "boxes without width or height (training leaves them out)",
     "box_outside": "boxes outside of their image (training leaves them out)",
-    "box_reaches_out": f"boxes that reach more than {BOX_TOLERANCE:g} pixels out of their image (training cuts them)",
+    "box_reaches_out": f"boxes that reach more than {BOX_TOLERANCE:g} pixels out of their "
+    "image (training cuts them)",
 }
 
 
@@ -499,7 +589,9 @@ def _paths(dataset: Any) -> set[str]:
 
 
 class Summary(NamedTuple):
-    """What a part has. classes: category id -> name, and boxes in all and by size (crowds aside), and images."""
+    """What a part has. classes: category id -> name, and boxes in all and by size (crowds aside),
+    and images.
+    """
 
     images: int
     empty_images: int
@@ -528,4 +620,9 @@ def _of_class(name: str, boxes: Boxes, chosen: np.ndarray) -> dict[str, Any]:
     size = np.searchsorted(list(SIZE_LIMITS.values()), boxes.area[chosen], side="right")
     counts = Counter(size.tolist())
     by_size = {label: counts[i] for i, label in enumerate(SIZE_LIMITS)}
-    return {"name": name, "boxes": int(chosen.sum()), **by_size, "images": len(np.unique(boxes.image[chosen]))}
+    return {
+        "name": name,
+        "boxes": int(chosen.sum()),
+        **by_size,
+        "images": len(np.unique(boxes.image[chosen])),
+    }

@@ -11,10 +11,12 @@ from util.errors import UserError
 
 
 class TrainBatches(Sampler[list[int]]):
-    """Shuffled batches of an epoch, the same number for every process; leftovers wait for another epoch's order.
+    """Shuffled batches of an epoch, the same number for every process; leftovers wait for another
+    epoch's order.
 
-    The order depends on seed and epoch alone. With one process and with several the first `batch_size x processes` indices
-    form the first step, and so on: process r takes the r-th part of them.
+    The order depends on seed and epoch alone. With one process and with several the first
+    `batch_size x processes` indices form the first step, and so on: process r takes the r-th part
+    of them.
 
     Raises:
         UserError: there are fewer images than one step takes.
@@ -24,7 +26,8 @@ class TrainBatches(Sampler[list[int]]):
         step = batch_size * world_size
         if num_images < step:
             raise UserError(
-                f"{num_images} training images are fewer than the {step} of one step (--batch_size {batch_size} x {world_size} "
+                f"{num_images} training images are fewer than the {step} of one step (--batch_size "
+                f"{batch_size} x {world_size} "
                 "processes); lower --batch_size or start fewer processes"
             )
         self.epoch, self.first_image = 0, 0
@@ -51,8 +54,9 @@ class TrainBatches(Sampler[list[int]]):
 class EvalBatches(Sampler[list[int]]):
     """Batches of neighbouring images, each image in exactly one batch of exactly one process.
 
-    Whole batches are dealt to the processes. As images are padded to the largest of their batch, this gives every image
-    the same neighbours, and so the same detections, however many processes there are.
+    Whole batches are dealt to the processes. As images are padded to the largest of their batch,
+    this gives every image the same neighbours, and so the same detections, however many processes
+    there are.
     """
 
     def __init__(self, num_images: int, batch_size: int, rank: int, world_size: int) -> None:

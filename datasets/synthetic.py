@@ -1,14 +1,16 @@
-"""A synthetic detection data set in COCO's layout: textured, overlapping shapes on cluttered backgrounds.
+"""A synthetic detection data set in COCO's layout: textured, overlapping shapes on cluttered
+backgrounds.
 
     python -m datasets.synthetic --output_dir data/synthetic --train_images 2000 --val_images 200
 
-A class is a shape; position, size, angle, colour and texture say nothing about it. Later shapes hide parts of earlier
-ones, and every annotation describes the part that is visible. As in COCO there are crowd regions and images without
-objects. Image i of a split depends on (seed, split, i) alone, so the files are the same for every number of workers.
+A class is a shape; position, size, angle, colour and texture say nothing about it. Later shapes
+hide parts of earlier ones, and every annotation describes the part that is visible. As in COCO
+there are crowd regions and images without objects. Image i of a split depends on (seed, split, i)
+alone, so the files are the same for every number of workers.
 
-Shape letters: H, W image height and width; P side of a square patch in pixels; S samples per pixel side; N points.
-Image coordinates are in pixels with (0, 0) at the outer corner of the first pixel; local coordinates (u, v) are those
-of a shape, which lies in the unit disc.
+Shape letters: H, W image height and width; P side of a square patch in pixels; S samples per pixel
+side; N points. Image coordinates are in pixels with (0, 0) at the outer corner of the first pixel;
+local coordinates (u, v) are those of a shape, which lies in the unit disc.
 """
 
 import argparse
@@ -32,7 +34,8 @@ from tqdm import tqdm
 from util.config import make_parser
 from util.errors import UserError, run_as_command
 
-VERSION = 1  # increase with every change of the pictures: sets of another version count as other settings
+# increase with every change of the pictures: sets of another version count as other settings
+VERSION = 1
 SETTINGS_FILE = "synthetic.json"
 SPLITS = ("train2017", "val2017")
 OWN_ENTRIES = {*SPLITS, "annotations", SETTINGS_FILE}
@@ -51,7 +54,7 @@ PLACEMENT_ATTEMPTS = 20
 MIN_CONTRAST = 110.0  # distance in RGB, of at most 442, between an object and what it lies on
 
 
-# ---------------------------------------------------------------------------------------------------------- shapes
+# --- shapes ---
 
 
 def _square(u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -108,7 +111,9 @@ CLASS_NAMES = tuple(SHAPES)  # category id = position + 1; a data set of n class
 
 @dataclass(frozen=True)
 class Pose:
-    """Where a shape lies. x, y and radius are in pixels, angle in radians; stretch in (0, 1] narrows its v axis."""
+    """Where a shape lies. x, y and radius are in pixels, angle in radians; stretch in (0, 1]
+    narrows its v axis.
+    """
 
     x: float
     y: float
@@ -158,7 +163,7 @@ def _sample_shape(name: str, pose: Pose) -> Patch:
     return Patch(left, top, u, v, SHAPES[name](u, v))
 
 
-# -------------------------------------------------------------------------------------------------------- textures
+# --- textures ---
 # A texture maps coordinates in periods to the share of the second of two colours, in [0, 1].
 
 
@@ -215,14 +220,16 @@ def _random_paint(rng: np.random.Generator, ground: np.ndarray, textures: tuple[
     )
 
 
-def _paint_shape(rng: np.random.Generator, image: np.ndarray, patch: Patch, paint: Paint, radius: float) -> None:
+def _paint_shape(
+    rng: np.random.Generator, image: np.ndarray, patch: Patch, paint: Paint, radius: float
+) -> None:
     """Draws onto the image (H, W, 3) float, in place."""
     in_image, in_patch = patch.frame(*image.shape[:2])
     colour = _pool(paint.colour(rng, patch, radius) * patch.inside[..., None])
     image[in_image] = image[in_image] * (1 - patch.coverage[in_patch][..., None]) + colour[in_patch]
 
 
-# ------------------------------------------------------------------------------------------------------ background
+# --- background ---
 
 
 def _smooth_noise(rng: np.random.Generator, height: int, width: int, sigma: float) -> np.ndarray:
@@ -280,7 +287,7 @@ def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray
     return image
 
 
-# --------------------------------------------------------------------------------------------------------- objects
+# --- objects ---
 
 
 @dataclass
@@ -345,10 +352,15 @@ def _fits(candidate: SceneObject, objects: list[SceneObject]) -> bool:
     )
 
 
-def _add_object(rng: np.random.Generator, image: np.ndarray, objects: list[SceneObject], new: SceneObject) -> None:
-    """Draws the object onto the image in place, takes what it hides from the earlier ones, and appends it to them."""
+def _add_object(
+    rng: np.random.Generator, image: np.ndarray, objects: list[SceneObject], new: SceneObject
+) -> None:
+    """Draws the object onto the image in place, takes what it hides from the earlier ones, and
+    appends it to them.
+    """
     name = CLASS_NAMES[new.category_id - 1]
-    # The outline is easiest to see on plain shapes; on the tiny ones of a crowd a pattern would hide it.
+    # The outline is easiest to see on plain shapes; on the tiny ones of a crowd a pattern would
+    # hide it.
     plain = new.is_crowd or rng.random() < PLAIN_SHARE
     textures = ("solid", "gradient") if plain else tuple(TEXTURES)
     paint = _random_paint(rng, image[new.mask].mean(axis=0), textures)
@@ -391,12 +403,13 @@ def render_scene(
     Args:
         image_size: the longer side in pixels; the other has 0.75 to 1.0 of it.
         num_classes: the first so many of CLASS_NAMES occur.
-        max_objects: the number of objects is 1 to max_objects, or 0 in an image without any; a crowd comes on top.
+        max_objects: the number of objects is 1 to max_objects, or 0 in an image without any; a
+            crowd comes on top.
 
     Returns:
         image: (H, W, 3) uint8 RGB.
-        annotations: dicts as in COCO with `category_id`, `bbox` ([x, y, width, height] in pixels), `area` (visible
-            pixels), `iscrowd` and `segmentation` (compressed run lengths), without ids.
+        annotations: dicts as in COCO with `category_id`, `bbox` ([x, y, width, height] in pixels),
+        `area` (visible pixels), `iscrowd` and `segmentation` (compressed run lengths), without ids.
     """
     long, short = image_size, round(image_size * rng.uniform(0.75, 1.0))
     height, width = (long, short) if rng.random() < 0.5 else (short, long)
@@ -406,11 +419,13 @@ def render_scene(
     return np.clip(np.rint(image), 0, 255).astype(np.uint8), [_annotation(item) for item in objects]
 
 
-# ----------------------------------------------------------------------------------------------------- annotations
+# --- annotations ---
 
 
 def _without_specks(mask: np.ndarray) -> np.ndarray:
-    """The mask (H, W) bool less the parts that nobody can see; a box around them would be too large."""
+    """The mask (H, W) bool less the parts that nobody can see; a box around them would be too
+    large.
+    """
     labels, _ = ndimage.label(mask, structure=np.ones((3, 3)))
     large = np.bincount(labels.ravel()) >= MIN_PART
     kept = mask & large[labels]
@@ -428,7 +443,7 @@ def _annotation(item: SceneObject) -> dict:
     }
 
 
-# ----------------------------------------------------------------------------------------------------------- files
+# --- files ---
 
 
 @dataclass(frozen=True)
@@ -456,11 +471,18 @@ class Settings:
                 raise ValueError(f"{name} {getattr(self, name)} must be from {low} to {high}")
 
 
-def _write_image(index: int, *, folder: str, split: int, first_id: int, settings: Settings) -> tuple[dict, list[dict]]:
-    """Renders and saves image `index` of a split; returns its COCO entry and its annotations, still without ids."""
+def _write_image(
+    index: int, *, folder: str, split: int, first_id: int, settings: Settings
+) -> tuple[dict, list[dict]]:
+    """Renders and saves image `index` of a split; returns its COCO entry and its annotations, still
+    without ids.
+    """
     rng = np.random.default_rng(np.random.SeedSequence((settings.seed, split, index)))
     image, annotations = render_scene(
-        rng, image_size=settings.image_size, num_classes=settings.num_classes, max_objects=settings.max_objects
+        rng,
+        image_size=settings.image_size,
+        num_classes=settings.num_classes,
+        max_objects=settings.max_objects,
     )
     image_id = first_id + index
     file_name = f"{image_id:012d}.jpg"
@@ -498,7 +520,9 @@ def _write_split(folder: Path, split: int, settings: Settings, workers: int) -> 
             for number, name in enumerate(CLASS_NAMES[: settings.num_classes], start=1)
         ],
         "images": [entry for entry, _ in results],
-        "annotations": [{"id": number, **annotation} for number, annotation in enumerate(annotations, start=1)],
+        "annotations": [
+            {"id": number, **annotation} for number, annotation in enumerate(annotations, start=1)
+        ],
     }
     path = folder / "annotations" / f"instances_{SPLITS[split]}.json"
     path.parent.mkdir(exist_ok=True)
@@ -514,18 +538,24 @@ def _read_settings(folder: Path) -> dict | None:
 
 
 def _check_replaceable(folder: Path, force: bool) -> None:
-    """Raises FileExistsError unless the folder is missing, empty, or a data set of ours that `force` gives up."""
+    """Raises FileExistsError unless the folder is missing, empty, or a data set of ours that
+    `force` gives up.
+    """
     entries = set(os.listdir(folder)) if folder.exists() else set()
     if not entries:
         return
     if SETTINGS_FILE not in entries or entries - OWN_ENTRIES:
-        raise FileExistsError(f"{folder} holds other files than a synthetic data set; choose another --output_dir")
+        raise FileExistsError(
+            f"{folder} holds other files than a synthetic data set; choose another --output_dir"
+        )
     if not force:
         raise FileExistsError(f"{folder} holds a data set of other settings; --force replaces it")
 
 
 def _replace(folder: Path, new: Path, aside: Path) -> None:
-    """Moves `new` to `folder`, and what was there to `aside`; all lie on one file system. A failure changes nothing."""
+    """Moves `new` to `folder`, and what was there to `aside`; all lie on one file system. A failure
+    changes nothing.
+    """
     if folder.exists():
         folder.rename(aside)
     try:
@@ -540,10 +570,12 @@ def generate(output_dir: str | Path, *, workers: int = 1, force: bool = False, *
     """Writes a data set in COCO's layout, whole or not at all.
 
     Args:
-        output_dir: gets train2017/, val2017/, annotations/instances_{train,val}2017.json and synthetic.json.
+        output_dir: gets train2017/, val2017/, annotations/instances_{train,val}2017.json and
+            synthetic.json.
         workers: processes; the files do not depend on it.
         force: replaces a synthetic data set of other settings.
-        settings: the fields of Settings: train_images, val_images, image_size, num_classes, max_objects, seed.
+        settings: the fields of Settings: train_images, val_images, image_size, num_classes,
+            max_objects, seed.
 
     Returns:
         False if a data set of these settings was there already, and nothing was done; else True.
@@ -562,7 +594,8 @@ def generate(output_dir: str | Path, *, workers: int = 1, force: bool = False, *
     _check_replaceable(folder, force)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-        new = Path(temporary, "new")  # one folder deeper, for a temporary folder is its owner's alone
+        # one folder deeper, for a temporary folder is its owner's alone
+        new = Path(temporary, "new")
         for split in range(len(SPLITS)):
             _write_split(new, split, chosen, workers)
         (new / SETTINGS_FILE).write_text(json.dumps(description, indent=2) + "\n")
@@ -570,7 +603,7 @@ def generate(output_dir: str | Path, *, workers: int = 1, force: bool = False, *
     return True
 
 
-# ---------------------------------------------------------------------------------------------------- command line
+# --- command line ---
 
 
 HELP = {
@@ -594,7 +627,9 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{field.name}", type=int, default=field.default, help=HELP[field.name])
     workers = min(os.cpu_count() or 1, 16)
     parser.add_argument("--workers", type=int, default=workers, help="processes; no effect on the files")
-    parser.add_argument("--force", action="store_true", help="replace a synthetic data set that is there already")
+    parser.add_argument(
+        "--force", action="store_true", help="replace a synthetic data set that is there already"
+    )
     return parser
 
 

@@ -13,14 +13,20 @@ from torchvision.tv_tensors import Image, TVTensor
 
 from util.image_input import normalize, resize, resized
 
-# has no say for an image less than 50 times as long as wide; one of a single column would grow to gigabytes
+# has no say for an image less than 50 times as long as wide; one of a single column would grow to
+# gigabytes
 _LONGEST_BEFORE_CROP = 2**15
 
 
 def train_transform(
-    sizes: Sequence[int], max_size: int, crop_resize_sizes: Sequence[int], crop_sizes: Sequence[int], augmentation: str
+    sizes: Sequence[int],
+    max_size: int,
+    crop_resize_sizes: Sequence[int],
+    crop_sizes: Sequence[int],
+    augmentation: str,
 ) -> v2.Transform:
-    """Random flip; then a random scale, or with equal chance a random crop before it ("DETR", section 4).
+    """Random flip; then a random scale, or with equal chance a random crop before it ("DETR",
+    section 4).
 
     Args:
         sizes: shorter sides to choose from.
@@ -34,7 +40,9 @@ def train_transform(
         return v2.Compose([scale, normalize()])
     if augmentation == "flip":
         return v2.Compose([v2.RandomHorizontalFlip(), scale, normalize()])
-    crop = v2.Compose([RandomShorterSide(crop_resize_sizes, _LONGEST_BEFORE_CROP), RandomCrop(*crop_sizes), scale])
+    crop = v2.Compose(
+        [RandomShorterSide(crop_resize_sizes, _LONGEST_BEFORE_CROP), RandomCrop(*crop_sizes), scale]
+    )
     return v2.Compose([v2.RandomHorizontalFlip(), v2.RandomChoice([scale, crop]), normalize()])
 
 
@@ -44,11 +52,15 @@ def eval_transform(size: int, max_size: int) -> v2.Transform:
 
 
 class Area(TVTensor):
-    """[n] areas in pixels of the image beside them; resizing scales them, cropping leaves them, as published."""
+    """[n] areas in pixels of the image beside them; resizing scales them, cropping leaves them, as
+    published.
+    """
 
 
 class RandomShorterSide(v2.Transform):
-    """Resize so that the shorter side is one of `sizes`, chosen anew for every image, and the longer at most about `max_size`."""
+    """Resize so that the shorter side is one of `sizes`, chosen anew for every image, and the
+    longer at most about `max_size`.
+    """
 
     def __init__(self, sizes: Sequence[int], max_size: int | None) -> None:
         super().__init__()

@@ -1,5 +1,6 @@
-"""Pascal VOC's format: an XML file for every image (Everingham et al., The PASCAL Visual Object Classes Challenge, section 2.3
-of the development kits)."""
+"""Pascal VOC's format: an XML file for every image (Everingham et al., The PASCAL Visual Object
+Classes Challenge, section 2.3 of the development kits).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-from datasets.files import IMAGE_SUFFIXES, SPELLING, UNKNOWN_SIZE, Found, Index, Key, Size, files_below, parts_of, shown_size
+from datasets.files import (
+    IMAGE_SUFFIXES,
+    SPELLING,
+    UNKNOWN_SIZE,
+    Found,
+    Index,
+    Key,
+    Size,
+    files_below,
+    parts_of,
+    shown_size,
+)
 from datasets.labelled import (
     PARTS,
     ROLES,
@@ -37,15 +49,24 @@ _SETS = Path("ImageSets/Main")
 # how an image was found, as the user is told
 BY_FILENAME = "images found by the filename in their XML files"
 # training and validation set, in order of preference
-_SET_PAIRS = (("train", "val"), ("trainval", "test"), ("train", "test"), ("trainval", ""), ("train", ""), ("default", ""))
+_SET_PAIRS = (
+    ("train", "val"),
+    ("trainval", "test"),
+    ("train", "test"),
+    ("trainval", ""),
+    ("train", ""),
+    ("default", ""),
+)
 
 
 @dataclass(frozen=True)
 class VocRules:
-    """difficult: keep such objects, make them crowd (no detection of them is wrong, as VOC's own evaluation has it) or drop them.
+    """difficult: keep such objects, make them crowd (no detection of them is wrong, as VOC's own
+    evaluation has it) or drop them.
 
-    first_pixel: the number of the first column and row, 1 in VOC; others that write such files number from 0. train_set, val_set:
-    names of lists in ImageSets/Main; "": the first pair of train/val, trainval/test that is there.
+    first_pixel: the number of the first column and row, 1 in VOC; others that write such files
+    number from 0. train_set, val_set: names of lists in ImageSets/Main; "": the first pair of
+    train/val, trainval/test that is there.
     """
 
     difficult: str = "crowd"
@@ -59,10 +80,12 @@ def is_voc(root: Path) -> bool:
 
 
 def read_voc(root: Path, rules: VocRules, faults: Faults) -> Labelled:
-    """A folder with JPEGImages, Annotations and ImageSets/Main, or any folder of images with an XML file of the same name each.
+    """A folder with JPEGImages, Annotations and ImageSets/Main, or any folder of images with an XML
+    file of the same name each.
 
-    Coordinates are whole pixels that belong to the box, the first one 1: xmin 1 and xmax 10 is a box 10 pixels wide at the
-    left border. `truncated` and all other fields are passed over. Classes are in alphabetical order, which is VOC's own.
+    Coordinates are whole pixels that belong to the box, the first one 1: xmin 1 and xmax 10 is a
+    box 10 pixels wide at the left border. `truncated` and all other fields are passed over. Classes
+    are in alphabetical order, which is VOC's own.
 
     Raises:
         UserError: there is nothing to convert; or as Faults says.
@@ -89,7 +112,9 @@ def read_voc(root: Path, rules: VocRules, faults: Faults) -> Labelled:
     unused = {os.path.realpath(path) for path in images.values()} - used
     if not (root / _SETS).is_dir():
         faults.notes["images without an XML file, left out"] += len(unused)
-    names = sorted({item.name for images_of_part in parts.values() for image in images_of_part for item in image.objects})
+    names = sorted(
+        {item.name for images_of_part in parts.values() for image in images_of_part for item in image.objects}
+    )
     return Labelled(names, parts)
 
 
@@ -97,9 +122,15 @@ def _with_annotations(root: Path) -> Path:
     """The folder itself, or the only VOC<year> in it."""
     if (root / "Annotations").is_dir():
         return root
-    years = [path.parent for pattern in ("VOC*", "VOCdevkit/VOC*") for path in sorted(root.glob(f"{pattern}/Annotations"))]
+    years = [
+        path.parent
+        for pattern in ("VOC*", "VOCdevkit/VOC*")
+        for path in sorted(root.glob(f"{pattern}/Annotations"))
+    ]
     if len(years) > 1:
-        raise UserError(f"{root} holds {', '.join(path.name for path in years)}; name one of them, {years[0]} say")
+        raise UserError(
+            f"{root} holds {', '.join(path.name for path in years)}; name one of them, {years[0]} say"
+        )
     return years[0] if years else root
 
 
@@ -116,7 +147,9 @@ def _images_of_other_names(
         likely = {key: path for key, path in free.items() if not part or part_of(key) in (part, "")}
         described = {key: _description(labels[key]) for key in keys}
         files = _of_other_spelling(described, likely, root)
-        files |= _of_filename({key: described[key] for key in described if key not in files}, files.values(), likely, root)
+        files |= _of_filename(
+            {key: described[key] for key in described if key not in files}, files.values(), likely, root
+        )
         faults.notes.update(file.how or BY_FILENAME for file in files.values())
         found |= {key: file.path for key, file in files.items()}
         for key in [key for key in described if key not in files]:
@@ -124,8 +157,12 @@ def _images_of_other_names(
     return found
 
 
-def _of_other_spelling(described: Mapping[Key, tuple[str, Size]], images: dict[Key, Path], root: Path) -> dict[Key, Found]:
-    """The same name in another folder does not count: with any ending, it may be a mask or a drawing of the image."""
+def _of_other_spelling(
+    described: Mapping[Key, tuple[str, Size]], images: dict[Key, Path], root: Path
+) -> dict[Key, Found]:
+    """The same name in another folder does not count: with any ending, it may be a mask or a
+    drawing of the image.
+    """
     keys = {"/".join(key): key for key in described}
     found = Index(images.items(), root).find({name: described[key][1] for name, key in keys.items()}).found
     return {keys[name]: file for name, file in found.items() if file.how == SPELLING}
@@ -161,10 +198,16 @@ def _parts(root: Path, labels: dict[Key, Path], rules: VocRules, faults: Faults)
     if not (rules.train_set or rules.val_set or lists.is_dir()):
         return parts_by_folder(labels)
     train, val = _sets(lists, rules)
-    parts = {part: _listed(lists / f"{name}.txt", labels, faults) for part, name in (("train", train), ("val", val)) if name}
+    parts = {
+        part: _listed(lists / f"{name}.txt", labels, faults)
+        for part, name in (("train", train), ("val", val))
+        if name
+    }
     shared = set(parts["train"]) & set(parts.get("val", []))
     if shared:
-        raise UserError(f"{lists}: {train}.txt and {val}.txt share {len(shared)} images, {'/'.join(min(shared))} for one")
+        raise UserError(
+            f"{lists}: {train}.txt and {val}.txt share {len(shared)} images, {'/'.join(min(shared))} for one"
+        )
     return parts
 
 
@@ -177,7 +220,9 @@ def _sets(lists: Path, rules: VocRules) -> tuple[str, str]:
     there = {"": ""} | {PARTS.get(name.lower(), name): name for name in names}
     pair = next((pair for pair in _SET_PAIRS if set(pair) <= there.keys()), None)
     if pair is None:
-        raise UserError(f"{lists} has no train.txt, trainval.txt or default.txt; name a list with --train_set")
+        raise UserError(
+            f"{lists} has no train.txt, trainval.txt or default.txt; name a list with --train_set"
+        )
     return there[pair[0]], there[pair[1]]
 
 
@@ -213,7 +258,11 @@ def _entry(text: str, labels: dict[Key, Path]) -> Key:
 
 
 def _read_images(
-    named: Iterator[tuple[Key, tuple[str, Path]]], labels: dict[Key, Path], rules: VocRules, faults: Faults, part: str
+    named: Iterator[tuple[Key, tuple[str, Path]]],
+    labels: dict[Key, Path],
+    rules: VocRules,
+    faults: Faults,
+    part: str,
 ) -> Iterator[LabelledImage]:
     for key, (name, path) in progress(named, part):
         header = faults.header(path) if checked_name(name, path, faults) else None
@@ -232,7 +281,9 @@ def _read_images(
 
 
 class _PlainXml(ElementTree.TreeBuilder):
-    """Refuses document types: with them come entities, which may name other files or grow without bound."""
+    """Refuses document types: with them come entities, which may name other files or grow without
+    bound.
+    """
 
     def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
         raise ValueError("has a document type (DTD), which no annotation needs")
@@ -261,11 +312,14 @@ def _xml_text(content: bytes) -> bytes | str:
     if not named:
         return content
     name = named[1].decode().lower()
-    return content.decode("utf-8" if name.startswith("utf") else name)  # what says utf-16 in bytes of ASCII is none
+    return content.decode(
+        "utf-8" if name.startswith("utf") else name
+    )  # what says utf-16 in bytes of ASCII is none
 
 
 def _is_turned(root: ElementTree.Element, header: Header, path: Path, faults: Faults) -> bool | None:
-    """Whether the boxes are those of the image turned by its EXIF orientation, as labelling tools show it.
+    """Whether the boxes are those of the image turned by its EXIF orientation, as labelling tools
+    show it.
 
     The size in the file tells, where turning changes it. None: the size is of another image.
     """
@@ -307,7 +361,9 @@ def _objects(
             if rules.difficult == "drop":
                 continue
         try:
-            x0, y0, x1, y1 = (float(item.findtext(f"bndbox/{side}", "")) for side in ("xmin", "ymin", "xmax", "ymax"))
+            x0, y0, x1, y1 = (
+                float(item.findtext(f"bndbox/{side}", "")) for side in ("xmin", "ymin", "xmax", "ymax")
+            )
         except ValueError:
             faults.add(f"{where} has no box of four numbers xmin, ymin, xmax, ymax")
             continue

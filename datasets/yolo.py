@@ -1,4 +1,6 @@
-"""YOLO's format: a text file for every image, a line for every object (https://docs.ultralytics.com/datasets/detect)."""
+"""YOLO's format: a text file for every image, a line for every object
+(https://docs.ultralytics.com/datasets/detect).
+"""
 
 from __future__ import annotations
 
@@ -47,11 +49,13 @@ def is_darknet(source: Path) -> bool:
 
 
 def read_yolo(source: Path, faults: Faults) -> Labelled:
-    """A data.yaml or an obj.data, a folder with such a file, or a folder with classes.txt or obj.names, images and labels.
+    """A data.yaml or an obj.data, a folder with such a file, or a folder with classes.txt or
+    obj.names, images and labels.
 
-    The labels of images/7.jpg are labels/7.txt, or 7.txt beside it: lines `class x y width height`, of the box's centre and size
-    as shares of the image. A line with more columns is an outline, of which the box around it is taken. An image without a file
-    of labels has no objects. Sides are those of the image as viewers show it, which is how Ultralytics' programs read it.
+    The labels of images/7.jpg are labels/7.txt, or 7.txt beside it: lines `class x y width height`,
+    of the box's centre and size as shares of the image. A line with more columns is an outline, of
+    which the box around it is taken. An image without a file of labels has no objects. Sides are
+    those of the image as viewers show it, which is how Ultralytics' programs read it.
 
     Raises:
         UserError: there is nothing to convert; or as Faults says.
@@ -60,7 +64,10 @@ def read_yolo(source: Path, faults: Faults) -> Labelled:
     if path is None:
         return _read_folder(source, faults)
     if not path.is_file():
-        raise UserError(f"{source} does not exist; it must be a data.yaml, an obj.data, or a folder with one or with classes.txt")
+        raise UserError(
+            f"{source} does not exist; it must be a data.yaml, an obj.data, or a folder with one "
+            f"or with classes.txt"
+        )
     description = describe(path)
     lookup = Lookup(description, source.is_file(), faults)
     names = lookup.names()
@@ -77,7 +84,9 @@ def read_yolo(source: Path, faults: Faults) -> Labelled:
 def _read_folder(root: Path, faults: Faults) -> Labelled:
     listed = _classes_in(root) or _darknet_in(root, ".names")
     if listed is None:
-        raise UserError(f"{root} has no data.yaml, obj.data, classes.txt or obj.names: it is no data set in YOLO's format")
+        raise UserError(
+            f"{root} has no data.yaml, obj.data, classes.txt or obj.names: it is no data set in YOLO's format"
+        )
     names = names_in(listed, faults)
     images = files_by_key(root, IMAGE_SUFFIXES, faults)
     labels = files_by_key(root, [".txt"], faults, wanted=images)
@@ -92,8 +101,12 @@ def _read_folder(root: Path, faults: Faults) -> Labelled:
     return Labelled(names, parts)
 
 
-def _add_other_spellings(root: Path, images: dict[Key, Path], labels: dict[Key, Path], faults: Faults) -> None:
-    """Add labels whose names are spelled otherwise than their images'; leave out images whose labels can't be told apart."""
+def _add_other_spellings(
+    root: Path, images: dict[Key, Path], labels: dict[Key, Path], faults: Faults
+) -> None:
+    """Add labels whose names are spelled otherwise than their images'; leave out images whose
+    labels can't be told apart.
+    """
     spelled: dict[Key, list[Path]] = defaultdict(list)
     claimed = set(labels.values())
     for path in files_below(root, [".txt"]):
@@ -109,7 +122,9 @@ def _add_other_spellings(root: Path, images: dict[Key, Path], labels: dict[Key, 
             faults.notes[LABELS_BY_SPELLING] += 1
             continue
         for key in keys:
-            faults.add(f"{images.pop(key)} has no labels of its own name, and {paths[0]} can't be told from others'")
+            faults.add(
+                f"{images.pop(key)} has no labels of its own name, and {paths[0]} can't be told from others'"
+            )
 
 
 def _each_file_once(images: dict[Key, Path], labels: dict[Key, Path]) -> dict[Key, Path]:
@@ -117,13 +132,17 @@ def _each_file_once(images: dict[Key, Path], labels: dict[Key, Path]) -> dict[Ke
     first: dict[str, Key] = {}
     for key in sorted(images, key=lambda key: key not in labels):
         first.setdefault(os.path.realpath(images[key]), key)
-    return {key: path for key, path in images.items() if key in labels or first[os.path.realpath(path)] == key}
+    return {
+        key: path for key, path in images.items() if key in labels or first[os.path.realpath(path)] == key
+    }
 
 
 def _note_unused_labels(root: Path, used: Iterable[Path], faults: Faults) -> None:
     used = {os.path.realpath(path) for path in used}
     rest = [path for path in files_below(root, [".txt"]) if os.path.realpath(path) not in used]
-    faults.notes["files of labels that belong to no image of these parts, left out"] += sum(map(_has_labels, rest))
+    faults.notes["files of labels that belong to no image of these parts, left out"] += sum(
+        map(_has_labels, rest)
+    )
 
 
 def _has_labels(path: Path) -> bool:
@@ -161,7 +180,12 @@ def _key(image: Path, yaml_file: Path) -> Key:
 
 
 def _read_images(
-    pairs: list[tuple[Key, Path]], labels: dict[Path, Path], names: list[str], boxes_first: bool, faults: Faults, part: str
+    pairs: list[tuple[Key, Path]],
+    labels: dict[Path, Path],
+    names: list[str],
+    boxes_first: bool,
+    faults: Faults,
+    part: str,
 ) -> Iterator[LabelledImage]:
     if not pairs:
         return
@@ -180,7 +204,9 @@ def _read_images(
         yield LabelledImage(image, name, header.size, objects)
 
 
-def _objects(path: Path, header: Header, names: list[str], boxes_first: bool, faults: Faults) -> Iterator[Object]:
+def _objects(
+    path: Path, header: Header, names: list[str], boxes_first: bool, faults: Faults
+) -> Iterator[Object]:
     try:
         lines = read_lines(path)
     except UserError as error:
@@ -200,7 +226,10 @@ def _objects(path: Path, header: Header, names: list[str], boxes_first: bool, fa
             continue
         box = _box(values[:4] if boxes_first else values, faults)
         if box is None:
-            faults.add(f"{where} has {len(columns)} columns; it must be class, x, y, width, height, or class and an outline")
+            faults.add(
+                f"{where} has {len(columns)} columns; it must be class, x, y, width, height, or "
+                f"class and an outline"
+            )
             continue
         x0, y0, x1, y1 = box
         corners = Corners(x0 * width, y0 * height, x1 * width, y1 * height)
@@ -210,7 +239,9 @@ def _objects(path: Path, header: Header, names: list[str], boxes_first: bool, fa
 
 
 def _box(values: list[float], faults: Faults) -> Corners | None:
-    """The box, as shares of the image, of centre and size or of an outline x, y, x, y, ...; None for anything else."""
+    """The box, as shares of the image, of centre and size or of an outline x, y, x, y, ...; None
+    for anything else.
+    """
     if len(values) == 4:
         x, y, width, height = values
         return Corners(x - width / 2, y - height / 2, x + width / 2, y + height / 2)

@@ -1,4 +1,6 @@
-"""Ultralytics' data.yaml and Darknet's obj.data: the class names, the images and the files of labels that they name."""
+"""Ultralytics' data.yaml and Darknet's obj.data: the class names, the images and the files of
+labels that they name.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets.coco_format import shown
-from datasets.files import IMAGE_FOLDERS, IMAGE_SUFFIXES, Index, Key, Places, files_below, folded, is_within, parts_of
+from datasets.files import (
+    IMAGE_FOLDERS,
+    IMAGE_SUFFIXES,
+    Index,
+    Key,
+    Places,
+    files_below,
+    folded,
+    is_within,
+    parts_of,
+)
 from datasets.labelled import PARTS, Faults
 from util.errors import UserError
 from util.text_files import read_lines, read_text, unquoted
@@ -28,8 +40,9 @@ _NOTHING = ("", "~", "null", "Null", "NULL")
 class Description:
     """What the file `path` says.
 
-    names: the class names, or the path of a file with them. parts: of "train" and "val" the folders and lists of images. root:
-    where those are, relative to the file's folder. boxes_first: other columns follow the box in every line of labels.
+    names: the class names, or the path of a file with them. parts: of "train" and "val" the folders
+    and lists of images. root: where those are, relative to the file's folder. boxes_first: other
+    columns follow the box in every line of labels.
     """
 
     path: Path
@@ -50,7 +63,10 @@ def _describe_darknet(path: Path) -> Description:
     content = {key.strip().lower(): unquoted(value.strip()) for key, _, value in pairs}
     for key in ("names", "train"):
         if not content.get(key):
-            raise UserError(f"{path} has no {key!r}: it must name the file of the class names, and the list of training images")
+            raise UserError(
+                f"{path} has no {key!r}: it must name the file of the class names, and the list of "
+                f"training images"
+            )
     parts = {part: [content[key]] for part, key in (("train", "train"), ("val", "valid")) if content.get(key)}
     return Description(path, content["names"], parts)
 
@@ -72,7 +88,9 @@ def _yaml_content(path: Path) -> dict[str, Any]:
     import yaml  # of all formats only this one needs it
 
     class TextLoader(yaml.SafeLoader):
-        yaml_implicit_resolvers = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}  # merges of mappings stay
+        yaml_implicit_resolvers = {
+            "<": yaml.SafeLoader.yaml_implicit_resolvers["<"]
+        }  # merges of mappings stay
 
     try:
         content = yaml.load(read_text(path), TextLoader)
@@ -115,7 +133,9 @@ def names_in(path: Path, faults: Faults) -> list[str]:
 
 
 class _Listed(NamedTuple):
-    """An image of a folder or a list. where: begins a message. path: None where its name alone is not enough to find it."""
+    """An image of a folder or a list. where: begins a message. path: None where its name alone is
+    not enough to find it.
+    """
 
     name: str
     where: str
@@ -123,10 +143,12 @@ class _Listed(NamedTuple):
 
 
 class Lookup:
-    """The files that a description names: those in its own folder, whatever machine its paths are of.
+    """The files that a description names: those in its own folder, whatever machine its paths are
+    of.
 
     Args:
-        anywhere: the file was given by itself; then its paths may lead to other folders of this machine, too.
+        anywhere: the file was given by itself; then its paths may lead to other folders of this
+            machine, too.
     """
 
     def __init__(self, description: Description, anywhere: bool, faults: Faults) -> None:
@@ -147,11 +169,16 @@ class Lookup:
             return names
         place = self._place(names)
         if place is None:
-            raise UserError(f"{self._description.path} names {names}, which is missing; it must be the file of the class names")
+            raise UserError(
+                f"{self._description.path} names {names}, which is missing; it must be the file of "
+                f"the class names"
+            )
         return names_in(place, self._faults)
 
     def images(self) -> dict[str, list[Path]]:
-        """The images of "train" and, if any of its folders or lists is there, of "val", each once; what is missing is a fault."""
+        """The images of "train" and, if any of its folders or lists is there, of "val", each once;
+        what is missing is a fault.
+        """
         listed: dict[str, list[_Listed]] = {}
         for part, entries in self._description.parts.items():
             places = [place for place in map(self._part_place, entries) if place is not None]
@@ -194,7 +221,9 @@ class Lookup:
             for places in self._places:
                 place = places.at(end)
                 if place is not None and self._by_end.setdefault(place, entry) == entry:
-                    self._faults.notes["folders and lists found by the end of their paths, or by another spelling"] += 1
+                    self._faults.notes[
+                        "folders and lists found by the end of their paths, or by another spelling"
+                    ] += 1
                     return place
         return next((path for path in literal if self._anywhere and os.path.exists(path)), None)
 
@@ -220,12 +249,16 @@ class Lookup:
         found: dict[str, Path] = {}
         reasons: dict[str, str] = {}
         for places in self._places if where else ():
-            findings = Index.below(places.root).find({name: None for name in where if name not in found}, taken)
+            findings = Index.below(places.root).find(
+                {name: None for name in where if name not in found}, taken
+            )
             self._faults.notes.update(findings.notes())
             found |= {name: file.path for name, file in findings.found.items()}
             reasons |= findings.missing
         for name in [name for name in where if name not in found]:
-            self._faults.add(f"{where[name]} names the image {shown(name)}, and {reasons[name]}", "missing_image")
+            self._faults.add(
+                f"{where[name]} names the image {shown(name)}, and {reasons[name]}", "missing_image"
+            )
         return found
 
     def _is_within(self, path: Path) -> bool:
@@ -233,7 +266,9 @@ class Lookup:
 
 
 def _ends(parts: Key) -> Iterator[Key]:
-    """The path, then without its first folders. A folder of a part is not left out: what is in it may be another part's."""
+    """The path, then without its first folders. A folder of a part is not left out: what is in it
+    may be another part's.
+    """
     for start, part in enumerate(parts):
         yield parts[start:]
         if folded(part).rstrip("0123456789") in PARTS:
@@ -241,7 +276,9 @@ def _ends(parts: Key) -> Iterator[Key]:
 
 
 def _label_options(parts: Key) -> list[Key]:
-    """Where the labels of the image at `parts` may be: in `labels` in place of a folder of images, or beside it."""
+    """Where the labels of the image at `parts` may be: in `labels` in place of a folder of images,
+    or beside it.
+    """
     names = (*parts[:-1], f"{os.path.splitext(parts[-1])[0]}.txt")
     folders = [i for i, part in enumerate(parts[:-1]) if folded(part) in IMAGE_FOLDERS]
     return [*((*names[:i], "labels", *names[i + 1 :]) for i in reversed(folders)), names]

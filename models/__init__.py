@@ -1,8 +1,8 @@
 """The detector and its losses.
 
-    build_model(config)          model, criterion and postprocessors of a Config
-    load_model(checkpoint)       the same of a checkpoint, and its Config
-    load_detector(checkpoint)    a checkpoint as a function of images
+build_model(config)          model, criterion and postprocessors of a Config
+load_model(checkpoint)       the same of a checkpoint, and its Config
+load_detector(checkpoint)    a checkpoint as a function of images
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ __all__ = ["build_model", "load_detector", "load_model"]
 
 
 def __getattr__(name: str) -> Any:
-    """Load a function's module when it is asked for, so that models.ops can be used with torch alone."""
+    """Load a function's module when it is asked for, so that models.ops can be used with torch
+    alone.
+    """
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -21,7 +21,8 @@ from util.nested_tensor import NestedTensor
 
 
 class FrozenBatchNorm(FrozenBatchNorm2d):
-    """torchvision's, which gives float32 for bfloat16 and float16; this one keeps the type of its input.
+    """torchvision's, which gives float32 for bfloat16 and float16; this one keeps the type of its
+    input.
 
     Maps twice as large would undo most of what mixed precision saves.
     """
@@ -69,10 +70,12 @@ class Backbone(nn.Module):
     Args:
         body: the network.
         train_layers: whether layer2 to layer4 train.
-        freeze_stem: whether all but layer2 to layer4 (conv1, layer1) stays as it is, as published (a random stem must learn).
+        freeze_stem: whether all but layer2 to layer4 (conv1, layer1) stays as it is, as published
+            (a random stem must learn).
 
     Raises:
-        ValueError: it should train, and the body has no parameters of these names, so that all of it would be frozen.
+        ValueError: it should train, and the body has no parameters of these names, so that all of
+        it would be frozen.
     """
 
     def __init__(self, body: ResNetBody, train_layers: bool, freeze_stem: bool) -> None:
@@ -84,7 +87,8 @@ class Backbone(nn.Module):
             parameter.requires_grad_(train_layers and not (in_stem and freeze_stem))
         if train_layers and not any(parameter.requires_grad for parameter in body.parameters()):
             raise ValueError(
-                f"{type(body).__name__} has no parameter whose name begins with layer2, layer3 or layer4, which are those that "
+                f"{type(body).__name__} has no parameter whose name begins with layer2, layer3 or "
+                f"layer4, which are those that "
                 "train: all would be frozen. Name its stages so, or give freeze_stem=False"
             )
 
@@ -104,7 +108,8 @@ def build_resnet(name: str, norm: str, weights: str, dilation: bool) -> nn.Modul
     Args:
         name: e.g. "resnet50".
         norm: a key of NORMS.
-        weights: "imagenet" (ImageNet V1), "none", or a file with a state dict of torchvision's names.
+        weights: "imagenet" (ImageNet V1), "none", or a file with a state dict of torchvision's
+            names.
         dilation: dilate the last stage instead of striding (DC5).
 
     Raises:
@@ -133,8 +138,9 @@ def _imagenet_weights(name: str) -> dict[str, Tensor]:
     except OSError as error:
         cache = Path(torch.hub.get_dir()) / "checkpoints"
         raise UserError(
-            f"--backbone_weights imagenet: the ImageNet weights of {name} could not be downloaded ({error}). Put {chosen.url} "
-            f"into {cache}, or name a file with --backbone_weights <file>, or start from random weights with "
+            f"--backbone_weights imagenet: the ImageNet weights of {name} could not be downloaded "
+            f"({error}). Put {chosen.url} into {cache}, or name a file with --backbone_weights "
+            f"<file>, or start from random weights with "
             "--backbone_weights none --backbone_norm gn"
         ) from None
 
@@ -147,13 +153,16 @@ def _file_weights(path: str) -> dict[str, Tensor]:
 def _load_body(resnet: nn.Module, state: dict[str, Tensor], source: str) -> None:
     own = resnet.state_dict()
     wrong = [
-        k for k, v in own.items()
-        if not k.startswith("fc.") and not k.endswith("num_batches_tracked") and (k not in state or state[k].shape != v.shape)
-    ]  # fmt: skip
+        k
+        for k, v in own.items()
+        if not k.startswith("fc.")
+        and not k.endswith("num_batches_tracked")
+        and (k not in state or state[k].shape != v.shape)
+    ]
     if wrong:
         raise UserError(
-            f"--backbone_weights {source} does not fit --backbone and --backbone_norm: {len(wrong)} tensors are missing or of "
-            f"another shape, {wrong[0]} first"
+            f"--backbone_weights {source} does not fit --backbone and --backbone_norm: "
+            f"{len(wrong)} tensors are missing or of another shape, {wrong[0]} first"
         )
     fitting = {k: v for k, v in state.items() if k in own and not k.startswith("fc.")}
     resnet.load_state_dict(fitting, strict=False)

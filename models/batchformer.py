@@ -1,4 +1,5 @@
-"""BatchFormerV2 (Hou et al., arXiv 2204.01254): attention across the images of a batch, at every token position.
+"""BatchFormerV2 (Hou et al., arXiv 2204.01254): attention across the images of a batch, at every
+token position.
 
 All that it does to a batch happens here; nothing else of the detector knows of it.
 """
@@ -14,20 +15,22 @@ from models.token_batch import TokenBatch
 
 OFF, TWO_STREAMS, ONE_STREAM = 0, 1, 7  # the published values of --bf
 _HEADS, _DROPOUT = 4, 0.5
-# Token positions that go through a module at a time. They are the batch of its attention, for which CUDA takes no larger one;
-# an image of 1330 x 2300 pixels has more.
+# Token positions that go through a module at a time. They are the batch of its attention, for which
+# CUDA takes no larger one; an image of 1330 x 2300 pixels has more.
 _MOST_POSITIONS = 65_535
 
 
 class BatchFormerV2:
     """What happens to the tokens after an encoder layer.
 
-    The modules with the weights are passed in, not owned: the detector registers them under their published names.
+    The modules with the weights are passed in, not owned: the detector registers them under their
+    published names.
 
     Args:
         modules: what `build_modules` made.
-        mode: TWO_STREAMS (section 3.3): in training the batch becomes [plain, mixed] at the first insertion, and only the
-            mixed half goes through the later ones. ONE_STREAM: in training the tokens are replaced.
+        mode: TWO_STREAMS (section 3.3): in training the batch becomes [plain, mixed] at the first
+            insertion, and only the mixed half goes through the later ones. ONE_STREAM: in training
+            the tokens are replaced.
         insert_idx: encoder layers after which to act.
         in_evaluation: act in evaluation too, on the single stream.
     """
@@ -51,7 +54,9 @@ class BatchFormerV2:
         return batch.with_streams(plain, self._mix(layer, mixed))
 
     def _mix(self, layer: int, tokens_BSC: Tensor) -> Tensor:
-        """The batch is the sequence and the token positions are the batch: no position term, no padding mask."""
+        """The batch is the sequence and the token positions are the batch: no position term, no
+        padding mask.
+        """
         module = self._modules[layer] if isinstance(self._modules, nn.ModuleList) else self._modules
         parts = [module(part_BSC) for part_BSC in tokens_BSC.split(_MOST_POSITIONS, dim=1)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)

@@ -29,7 +29,9 @@ log = logging.getLogger(__name__)
 
 
 class LoadedModel(NamedTuple):
-    """What `load_model` gives. postprocessors: {"bbox": PostProcess}; config.classes: ids and names of the labels."""
+    """What `load_model` gives. postprocessors: {"bbox": PostProcess}; config.classes: ids and names
+    of the labels.
+    """
 
     model: DeformableDETR
     criterion: SetCriterion
@@ -40,36 +42,54 @@ class LoadedModel(NamedTuple):
 def load_model(
     checkpoint: str | os.PathLike, *, classes: ClassMap | None = None, weights: str = "auto", **flags: Any
 ) -> LoadedModel:
-    """The detector of a checkpoint with all that training and evaluation need: model, criterion, postprocessors, config.
+    """The detector of a checkpoint with all that training and evaluation need: model, criterion,
+    postprocessors, config.
 
         model, criterion, postprocessors, config = load_model("checkpoint.pth")
         dataset = build_dataset("val", config)
 
-    The model is on the CPU, in training mode, and has BatchFormerV2 if it was trained with it. The config is that of the training
-    as far as the file says it, and the published defaults else; data sets that it makes are labelled by its classes.
+    The model is on the CPU, in training mode, and has BatchFormerV2 if it was trained with it. The
+    config is that of the training as far as the file says it, and the published defaults else; data
+    sets that it makes are labelled by its classes.
 
     Args:
-        checkpoint: as for `load_detector`: ours, published, Hugging Face's; a path or an https address.
-        classes: those of other data (`build_dataset(...).classes`), to train on: rows of the class heads are copied by name, the
-            others start anew, as with --finetune.
-        weights: "ema" the averaged weights (--ema_decay), "model" the others, "auto" the averaged where the
-            file has them, unless their last evaluation was worse.
-        flags: flags of main.py, but for those of the group `run`, that go before what the file says: coco_path, eval_size, lr, bf
-            and so on. Tuples or lists for those with several values.
+        checkpoint: as for `load_detector`: ours, published, Hugging Face's; a path or an https
+            address.
+        classes: those of other data (`build_dataset(...).classes`), to train on: rows of the class
+            heads are copied by name, the others start anew, as with --finetune.
+        weights: "ema" the averaged weights (--ema_decay), "model" the others, "auto" the averaged
+            where the file has them, unless their last evaluation was worse.
+        flags: flags of main.py, but for those of the group `run`, that go before what the file
+            says: coco_path, eval_size, lr, bf and so on. Tuples or lists for those with several
+            values.
 
     Raises:
-        UserError (a ValueError): the file can't be read, holds no detector, or is of another one than `flags` say; a flag is
-            unknown or can't be.
+        UserError (a ValueError): the file can't be read, holds no detector, or is of another one
+        than `flags` say; a flag is unknown or can't be.
     """
     source, flag = os.fspath(checkpoint), "checkpoint"
-    known = {item.name for group, item in all_flags() if group.name not in ("run", "segmentation")} - {"num_classes"}
+    known = {item.name for group, item in all_flags() if group.name not in ("run", "segmentation")} - {
+        "num_classes"
+    }
     if unknown := sorted(flags.keys() - known):
-        raise UserError(f"{unknown[0]} is no flag that load_model takes; see python main.py --help, and `classes` for classes")
-    given = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in flags.items()}
+        raise UserError(
+            f"{unknown[0]} is no flag that load_model takes; see python main.py --help, and "
+            f"`classes` for classes"
+        )
+    given = {
+        name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in flags.items()
+    }
     content = read_trained(source, flag)
     state, _ = choose_weights(content, source, flag, weights)
     content = {**content, "model": state}
-    config = adopt(as_given(given, finetune=source), content, source, flag, Purpose.BUILD, without_heads=classes is not None)
+    config = adopt(
+        as_given(given, finetune=source),
+        content,
+        source,
+        flag,
+        Purpose.BUILD,
+        without_heads=classes is not None,
+    )
     config = with_classes(config, classes or classes_of(content, source) or unnamed_classes(state))
     model, criterion, postprocessors = build_model(config)
     if classes:
@@ -87,16 +107,16 @@ def build_model(
     """The detector, its losses, and {"bbox": postprocessor}.
 
     Args:
-        classes: those of the data (`build_dataset(...).classes`), in place of --num_classes auto. Without them "auto" means
-            COCO's 91 logits, and a warning says so.
+        classes: those of the data (`build_dataset(...).classes`), in place of --num_classes auto.
+            Without them "auto" means COCO's 91 logits, and a warning says so.
 
     Raises:
         UserError: the backbone's weights can't be had or don't fit.
     """
     if config.data.num_classes == AUTO and classes is None:
         log.warning(
-            "build_model: --num_classes auto without classes gives the 91 logits of COCO; for other data use "
-            "build_model(config, build_dataset('train', config).classes)"
+            "build_model: --num_classes auto without classes gives the 91 logits of COCO; for "
+            "other data use build_model(config, build_dataset('train', config).classes)"
         )
         classes = COCO_CLASSES
     config = with_classes(config, classes) if classes else config
@@ -146,7 +166,11 @@ def build_transformer(config: Config) -> DeformableTransformer:
     modules = None
     if bf.bf != OFF:
         modules = build_modules(
-            transformer.hidden_dim, transformer.enc_layers, bf.insert_idx, shared=bool(bf.share_bf), num_layers=bf.bt_num_layers
+            transformer.hidden_dim,
+            transformer.enc_layers,
+            bf.insert_idx,
+            shared=bool(bf.share_bf),
+            num_layers=bf.bt_num_layers,
         )
     return DeformableTransformer(
         d_model=transformer.hidden_dim,

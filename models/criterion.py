@@ -1,4 +1,6 @@
-"""The losses. Letters: N outputs (decoder layers) treated together, B images of all streams, Q queries, K classes, T targets."""
+"""The losses. Letters: N outputs (decoder layers) treated together, B images of all streams, Q
+queries, K classes, T targets.
+"""
 
 from __future__ import annotations
 
@@ -24,32 +26,41 @@ class SetCriterion(nn.Module):
     Args:
         matcher: pairs predictions with targets.
         weights: factor of each of LOSSES, the same at every output.
-        num_aux_outputs: intermediate decoder layers with losses of their own (suffixes _0, _1, ...).
-        with_proposals: whether the encoder's output has losses too (suffix _enc), all its labels being 0.
+        num_aux_outputs: intermediate decoder layers with losses of their own (suffixes _0, _1,
+            ...).
+        with_proposals: whether the encoder's output has losses too (suffix _enc), all its labels
+            being 0.
         focal_alpha: alpha of the focal loss; gamma is 2.
 
     `weight_dict` maps every loss that trains to its factor.
     """
 
     def __init__(
-        self, matcher: HungarianMatcher, weights: dict[str, float], num_aux_outputs: int, with_proposals: bool,
+        self,
+        matcher: HungarianMatcher,
+        weights: dict[str, float],
+        num_aux_outputs: int,
+        with_proposals: bool,
         focal_alpha: float = 0.25,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.matcher, self.focal_alpha = matcher, focal_alpha
         suffixes = ["", *(f"_{i}" for i in range(num_aux_outputs)), *(["_enc"] if with_proposals else [])]
         self.weight_dict = {name + suffix: weights[name] for suffix in suffixes for name in LOSSES}
 
     def forward(self, outputs: dict[str, Any], targets: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Match and compute every loss, in float32 at least, whatever comes in and under autocast too.
+        """Match and compute every loss, in float32 at least, whatever comes in and under autocast
+        too.
 
         Args:
-            outputs: the detector's. With two streams both halves are supervised by the same targets.
+            outputs: the detector's. With two streams both halves are supervised by the same
+                targets.
             targets: per image `boxes` [n, 4] cxcywh in [0, 1] and `labels` [n] int64.
 
         Returns:
-            scalars: those of weight_dict, to be weighted and summed; and for the log, without gradient, class_error (of the
-            last layer, in percent) and cardinality_error (of every output).
+            scalars: those of weight_dict, to be weighted and summed; and for the log, without
+            gradient, class_error (of the last layer, in percent) and cardinality_error (of every
+            output).
         """
         flat = Targets.from_list(targets, outputs.get("num_streams", 1))
         with full_precision(flat.boxes.device):
@@ -71,7 +82,9 @@ class SetCriterion(nn.Module):
         return torch.stack([losses[name] * weight for name, weight in self.weight_dict.items()]).sum()
 
     def _groups(self, outputs: dict[str, Any], targets: Targets) -> list[OutputGroup]:
-        """All decoder layers as one group, the last layer first; the proposals as another, for they are more."""
+        """All decoder layers as one group, the last layer first; the proposals as another, for they
+        are more.
+        """
         layers = [outputs, *outputs.get("aux_outputs", [])]
         suffixes = ["", *(f"_{i}" for i in range(len(layers) - 1))]
         groups = [OutputGroup.of(layers, suffixes, targets)]
@@ -80,8 +93,9 @@ class SetCriterion(nn.Module):
         return groups
 
     def _num_boxes(self, targets: Targets) -> Tensor | float:
-        """What the losses are divided by: the average over processes in training; in evaluation processes may have
-        different numbers of batches and must not wait for each other."""
+        """What the losses are divided by: the average over processes in training; in evaluation
+        processes may have different numbers of batches and must not wait for each other.
+        """
         if not self.training:
             return max(float(len(targets)), 1.0)
         return average_number(len(targets), targets.boxes.device).clamp(min=1)
@@ -115,7 +129,9 @@ class SetCriterion(nn.Module):
 
 @dataclass(frozen=True)
 class OutputGroup:
-    """Outputs of one shape: logits [N, B, Q, K], boxes [N, B, Q, 4], a suffix for the names of each one's losses."""
+    """Outputs of one shape: logits [N, B, Q, K], boxes [N, B, Q, 4], a suffix for the names of each
+    one's losses.
+    """
 
     logits: Tensor
     boxes: Tensor
@@ -130,8 +146,11 @@ class OutputGroup:
 
 
 @torch.no_grad()
-def _class_error(group: OutputGroup, query_NT: Tensor, target_NT: Tensor, num_boxes: Tensor | float) -> Tensor:
-    """Share of the targets whose query in the group's first output has another best class, in percent.
+def _class_error(
+    group: OutputGroup, query_NT: Tensor, target_NT: Tensor, num_boxes: Tensor | float
+) -> Tensor:
+    """Share of the targets whose query in the group's first output has another best class, in
+    percent.
 
     Taken of `num_boxes`, so that the mean over processes is the share among all their targets.
     """
@@ -142,7 +161,9 @@ def _class_error(group: OutputGroup, query_NT: Tensor, target_NT: Tensor, num_bo
 
 @torch.no_grad()
 def _cardinality_error(group: OutputGroup) -> Tensor:
-    """Published statistic: how many queries' best class is not the last one, against the number of targets: [N]."""
+    """Published statistic: how many queries' best class is not the last one, against the number of
+    targets: [N].
+    """
     last_class = group.logits.shape[-1] - 1
     predicted_NB = (group.logits.argmax(-1) != last_class).sum(-1)
     return (predicted_NB - group.targets.count).abs().float().mean(-1)

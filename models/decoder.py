@@ -1,4 +1,6 @@
-"""The deformable decoder. Shape letters: B images, Q queries, S tokens of all levels, L levels, C channels."""
+"""The deformable decoder. Shape letters: B images, Q queries, S tokens of all levels, L levels, C
+channels.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from models.token_batch import TokenBatch
 
 @dataclass(frozen=True)
 class Queries:
-    """content, position: [B, Q, C]; reference: [B, Q, 2] points or [B, Q, 4] boxes, in [0, 1] of the unpadded image."""
+    """content, position: [B, Q, C]; reference: [B, Q, 2] points or [B, Q, 4] boxes, in [0, 1] of
+    the unpadded image.
+    """
 
     content: Tensor
     position: Tensor
@@ -23,10 +27,19 @@ class Queries:
 
 
 class DeformableTransformerDecoderLayer(nn.Module):
-    """Self-attention, deformable cross-attention and feed-forward, post-norm ("Deformable DETR", section 4.2)."""
+    """Self-attention, deformable cross-attention and feed-forward, post-norm ("Deformable DETR",
+    section 4.2).
+    """
 
     def __init__(
-        self, d_model: int, d_ffn: int, dropout: float, drop_path: float, n_levels: int, n_heads: int, n_points: int
+        self,
+        d_model: int,
+        d_ffn: int,
+        dropout: float,
+        drop_path: float,
+        n_levels: int,
+        n_heads: int,
+        n_points: int,
     ) -> None:
         super().__init__()
         self.cross_attn = MSDeformAttn(d_model, n_levels, n_heads, n_points)
@@ -48,7 +61,11 @@ class DeformableTransformerDecoderLayer(nn.Module):
         attended, _ = self.self_attn(query, query, x, need_weights=False)
         x = self.norm2(x + self.drop_path(self.dropout2(attended)))
         attended = self.cross_attn(
-            x + position, reference_BQL, memory.tokens, memory.spatial_shapes, input_padding_mask=memory.padding_mask
+            x + position,
+            reference_BQL,
+            memory.tokens,
+            memory.spatial_shapes,
+            input_padding_mask=memory.padding_mask,
         )
         x = self.norm1(x + self.drop_path(self.dropout1(attended)))
         return self.norm3(x + self.drop_path(self.dropout4(self._feed_forward(x))))
@@ -69,11 +86,13 @@ class DeformableTransformerDecoder(nn.Module):
     ) -> list[tuple[Tensor, Tensor]]:
         """Per layer the queries' contents [B, Q, C] and their boxes [B, Q, 4] (cxcywh in [0, 1]).
 
-        With refinement the detached boxes of a layer are the references of the next ("Deformable DETR", appendix A.4).
+        With refinement the detached boxes of a layer are the references of the next ("Deformable
+        DETR", appendix A.4).
         """
         x, reference = queries.content, queries.reference
         outputs = []
-        for layer, box_head in zip(self.layers, box_heads, strict=False):  # two-stage has one head more
+        # two-stage has one head more
+        for layer, box_head in zip(self.layers, box_heads, strict=False):
             x = layer(x, queries.position, _per_level(reference, memory.valid_ratios), memory)
             boxes = decode_boxes(box_head(x), reference)
             outputs.append((x, boxes))

@@ -1,4 +1,6 @@
-"""The detector: backbone -> projection -> transformer -> heads. B images, C channels, Q queries, K classes, L levels."""
+"""The detector: backbone -> projection -> transformer -> heads. B images, C channels, Q queries, K
+classes, L levels.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ class DeformableDETR(nn.Module):
         backbone: gives the feature maps.
         position: maps a padding mask [B, H, W] to a position encoding [B, C, H, W].
         transformer: encoder and decoder.
-        class_heads, box_heads: one per decoder layer (the same module repeated without refinement), one more in two-stage.
+        class_heads, box_heads: one per decoder layer (the same module repeated without refinement),
+            one more in two-stage.
         num_feature_levels: L; levels beyond the backbone's maps come from strided convolutions.
         num_queries: Q.
         aux_loss: whether outputs of all decoder layers are given.
@@ -28,9 +31,18 @@ class DeformableDETR(nn.Module):
     """
 
     def __init__(
-        self, backbone: Backbone, position: nn.Module, transformer: DeformableTransformer, class_heads: nn.ModuleList,
-        box_heads: nn.ModuleList, *, num_feature_levels: int, num_queries: int, aux_loss: bool, with_box_refine: bool,
-    ) -> None:  # fmt: skip
+        self,
+        backbone: Backbone,
+        position: nn.Module,
+        transformer: DeformableTransformer,
+        class_heads: nn.ModuleList,
+        box_heads: nn.ModuleList,
+        *,
+        num_feature_levels: int,
+        num_queries: int,
+        aux_loss: bool,
+        with_box_refine: bool,
+    ) -> None:
         super().__init__()
         self.transformer = transformer
         self.class_embed = class_heads
@@ -38,7 +50,8 @@ class DeformableDETR(nn.Module):
         if not transformer.two_stage:
             self.query_embed = nn.Embedding(num_queries, 2 * transformer.d_model)
         self.input_proj = build_projection(backbone.channels, transformer.d_model, num_feature_levels)
-        self.backbone = nn.Sequential(backbone, position)  # a container of the two, for their published names
+        # a container of the two, for their published names
+        self.backbone = nn.Sequential(backbone, position)
         self.aux_loss, self.with_box_refine = aux_loss, with_box_refine
 
     def forward(self, images: NestedTensor | Sequence[Tensor]) -> dict[str, Any]:
@@ -48,9 +61,11 @@ class DeformableDETR(nn.Module):
             images: normalised RGB, a NestedTensor or a list of [3, H, W] tensors.
 
         Returns:
-            pred_logits: [B, Q, K]; pred_boxes: [B, Q, 4] cxcywh in [0, 1] of the unpadded image; aux_outputs: the same of
-            the earlier decoder layers; enc_outputs: the same of the proposals, [B, S, ...], in two-stage;
-            num_streams: 2 if B counts every image twice (plain, then mixed by BatchFormerV2), else 1.
+            pred_logits: [B, Q, K]; pred_boxes: [B, Q, 4] cxcywh in [0, 1] of the unpadded image;
+            aux_outputs: the same of the earlier decoder layers; enc_outputs: the same of the
+            proposals, [B, S, ...], in two-stage;
+            num_streams: 2 if B counts every image twice (plain, then mixed by BatchFormerV2), else
+            1.
         """
         if not isinstance(images, NestedTensor):
             images = NestedTensor.from_images(images)
@@ -63,8 +78,9 @@ class DeformableDETR(nn.Module):
         return self._outputs(decoded)
 
     def _project(self, images: NestedTensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The L maps at the transformer's width, and their masks. Under autocast the maps are float32, as GroupNorm gives them
-        on a GPU: the sums along the residual branches begin here."""
+        """The L maps at the transformer's width, and their masks. Under autocast the maps are
+        float32, as GroupNorm gives them on a GPU: the sums along the residual branches begin here.
+        """
         features = self.backbone[0](images)
         maps = [project(feature.tensors) for project, feature in zip(self.input_proj, features, strict=False)]
         masks = [feature.mask for feature in features]
@@ -90,11 +106,15 @@ class DeformableDETR(nn.Module):
 
 
 def build_projection(channels: Sequence[int], hidden_dim: int, num_levels: int) -> nn.ModuleList:
-    """1x1 convolutions for the backbone's maps, 3x3 of stride 2 for the levels beyond, each with GroupNorm(32)."""
+    """1x1 convolutions for the backbone's maps, 3x3 of stride 2 for the levels beyond, each with
+    GroupNorm(32).
+    """
     inputs = [*channels, channels[-1], *[hidden_dim] * num_levels][:num_levels]
     projections = nn.ModuleList()
     for level, width in enumerate(inputs):
-        kernel = {"kernel_size": 1} if level < len(channels) else {"kernel_size": 3, "stride": 2, "padding": 1}
+        kernel = (
+            {"kernel_size": 1} if level < len(channels) else {"kernel_size": 3, "stride": 2, "padding": 1}
+        )
         convolution = nn.Conv2d(width, hidden_dim, **kernel)
         nn.init.xavier_uniform_(convolution.weight)
         nn.init.zeros_(convolution.bias)

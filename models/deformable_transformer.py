@@ -1,4 +1,6 @@
-"""From feature maps to decoded queries. Shape letters: B images, S tokens, L levels, Q queries, C channels, K classes."""
+"""From feature maps to decoded queries. Shape letters: B images, S tokens, L levels, Q queries, C
+channels, K classes.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ class Proposals:
 
 @dataclass(frozen=True)
 class Decoded:
-    """layers: per decoder layer contents [B, Q, C] and boxes [B, Q, 4]; B counts the images of all streams."""
+    """layers: per decoder layer contents [B, Q, C] and boxes [B, Q, 4]; B counts the images of all
+    streams.
+    """
 
     layers: list[tuple[Tensor, Tensor]]
     proposals: Proposals | None
@@ -46,31 +50,51 @@ class DeformableTransformer(nn.Module):
         batchformer: what acts after the encoder's layers with those weights.
         two_stage: take the queries from the encoder's proposals.
         num_proposals: how many of them.
-        checkpoint_encoder: compute the encoder's activations again in the backward instead of keeping them.
+        checkpoint_encoder: compute the encoder's activations again in the backward instead of
+            keeping them.
     """
 
     def __init__(
-        self, *, d_model: int, nhead: int, num_encoder_layers: int, num_decoder_layers: int, dim_feedforward: int,
-        dropout: float, drop_path: float, num_feature_levels: int, enc_n_points: int, dec_n_points: int,
-        batchformer_modules: nn.Module | None, batchformer: BatchFormerV2 | None, two_stage: bool, num_proposals: int,
+        self,
+        *,
+        d_model: int,
+        nhead: int,
+        num_encoder_layers: int,
+        num_decoder_layers: int,
+        dim_feedforward: int,
+        dropout: float,
+        drop_path: float,
+        num_feature_levels: int,
+        enc_n_points: int,
+        dec_n_points: int,
+        batchformer_modules: nn.Module | None,
+        batchformer: BatchFormerV2 | None,
+        two_stage: bool,
+        num_proposals: int,
         checkpoint_encoder: bool,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.d_model, self.two_stage, self.num_proposals = d_model, two_stage, num_proposals
         sizes = {"n_levels": num_feature_levels, "n_heads": nhead}
         self.bf = batchformer_modules
         self.encoder = DeformableTransformerEncoder(
             [
-                DeformableTransformerEncoderLayer(d_model, dim_feedforward, dropout, rate, n_points=enc_n_points, **sizes)
+                DeformableTransformerEncoderLayer(
+                    d_model, dim_feedforward, dropout, rate, n_points=enc_n_points, **sizes
+                )
                 for rate in drop_path_rates(drop_path, num_encoder_layers)
             ],
             after_layer=batchformer or _unchanged,
             recompute=checkpoint_encoder,
         )
-        self.decoder = DeformableTransformerDecoder([
-            DeformableTransformerDecoderLayer(d_model, dim_feedforward, dropout, rate, n_points=dec_n_points, **sizes)
-            for rate in drop_path_rates(drop_path, num_decoder_layers)
-        ])  # fmt: skip
+        self.decoder = DeformableTransformerDecoder(
+            [
+                DeformableTransformerDecoderLayer(
+                    d_model, dim_feedforward, dropout, rate, n_points=dec_n_points, **sizes
+                )
+                for rate in drop_path_rates(drop_path, num_decoder_layers)
+            ]
+        )
         self.level_embed = nn.Parameter(torch.empty(num_feature_levels, d_model))
         if two_stage:
             self.enc_output = nn.Linear(d_model, d_model)
@@ -93,15 +117,23 @@ class DeformableTransformer(nn.Module):
         nn.init.normal_(self.level_embed)
 
     def forward(
-        self, maps: list[Tensor], masks: list[Tensor], positions: list[Tensor], query_embed: Tensor | None,
-        class_heads: nn.ModuleList, box_heads: nn.ModuleList, with_box_refine: bool,
-    ) -> Decoded:  # fmt: skip
+        self,
+        maps: list[Tensor],
+        masks: list[Tensor],
+        positions: list[Tensor],
+        query_embed: Tensor | None,
+        class_heads: nn.ModuleList,
+        box_heads: nn.ModuleList,
+        with_box_refine: bool,
+    ) -> Decoded:
         """Encode and decode.
 
         Args:
-            maps, positions: per level [B, C, H, W]; masks: per level [B, H, W] bool, True on padding.
+            maps, positions: per level [B, C, H, W]; masks: per level [B, H, W] bool, True on
+                padding.
             query_embed: [Q, 2C] learned positions and contents; None in two-stage.
-            class_heads, box_heads: the heads; the decoder uses the box heads, the proposals the last of each.
+            class_heads, box_heads: the heads; the decoder uses the box heads, the proposals the
+                last of each.
             with_box_refine: refine the boxes from layer to layer.
 
         Raises:
@@ -109,15 +141,23 @@ class DeformableTransformer(nn.Module):
         """
         memory = self.encoder(self._flatten(maps, masks, positions))
         proposals = self._propose(memory, class_heads[-1], box_heads[-1]) if self.two_stage else None
-        queries = self._queries_of(proposals) if proposals else self._learned_queries(query_embed, len(memory.tokens))
-        return Decoded(self.decoder(queries, memory, box_heads, with_box_refine), proposals, memory.num_streams)
+        queries = (
+            self._queries_of(proposals)
+            if proposals
+            else self._learned_queries(query_embed, len(memory.tokens))
+        )
+        return Decoded(
+            self.decoder(queries, memory, box_heads, with_box_refine), proposals, memory.num_streams
+        )
 
     def _flatten(self, maps: list[Tensor], masks: list[Tensor], positions: list[Tensor]) -> TokenBatch:
         shapes = tuple((x.shape[-2], x.shape[-1]) for x in maps)
         ratios = torch.stack([valid_ratio(mask) for mask in masks], 1)
         return TokenBatch(
             tokens=torch.cat([_tokens(x) for x in maps], 1),
-            position=torch.cat([_tokens(x) + self.level_embed[level] for level, x in enumerate(positions)], 1),
+            position=torch.cat(
+                [_tokens(x) + self.level_embed[level] for level, x in enumerate(positions)], 1
+            ),
             padding_mask=torch.cat([mask.flatten(1) for mask in masks], 1),
             valid_ratios=ratios,
             reference_points=encoder_reference_points(shapes, ratios),
@@ -139,11 +179,14 @@ class DeformableTransformer(nn.Module):
         return Proposals(class_head(tokens), box_head(tokens) + box_logits)
 
     def _queries_of(self, proposals: Proposals) -> Queries:
-        """The proposals with the best logit of class 0 (their only class in the loss), without gradient."""
+        """The proposals with the best logit of class 0 (their only class in the loss), without
+        gradient.
+        """
         tokens = proposals.logits.shape[1]
         if self.num_proposals > tokens:
             raise UserError(
-                f"--num_queries {self.num_proposals} is more than the {tokens} proposals that --two_stage makes of images this "
+                f"--num_queries {self.num_proposals} is more than the {tokens} proposals that "
+                f"--two_stage makes of images this "
                 "small; lower --num_queries, or raise --train_sizes and --eval_size"
             )
         best = proposals.logits[..., 0].topk(self.num_proposals, dim=1).indices
@@ -156,7 +199,9 @@ class DeformableTransformer(nn.Module):
 
 
 def _anchors(memory: TokenBatch) -> tuple[Tensor, Tensor]:
-    """Every token's square around its pixel centre: boxes [B, S, 4] cxcywh, and [B, S, 1] True where it can't be used."""
+    """Every token's square around its pixel centre: boxes [B, S, 4] cxcywh, and [B, S, 1] True
+    where it can't be used.
+    """
     padding = memory.padding_mask.split([h * w for h, w in memory.spatial_shapes], 1)
     boxes = []
     for level, (shape, mask) in enumerate(zip(memory.spatial_shapes, padding, strict=True)):

@@ -1,8 +1,8 @@
 """A trained detector as a function of images.
 
-    detector = load_detector("checkpoint.pth")
-    for found in detector("street.jpg").above(0.5):
-        print(found.name, found.score, found.box)
+detector = load_detector("checkpoint.pth")
+for found in detector("street.jpg").above(0.5):
+    print(found.name, found.score, found.box)
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ from util.trained import choose_weights, read_trained
 
 
 class Detection(NamedTuple):
-    """One box: x0, y0, x1, y1 in pixels; `label` is its place among the logits, `category_id` its id in the annotations."""
+    """One box: x0, y0, x1, y1 in pixels; `label` is its place among the logits, `category_id` its
+    id in the annotations.
+    """
 
     name: str
     score: float
@@ -45,9 +47,10 @@ class Detection(NamedTuple):
 class Detections:
     """What was found on one image, best first. n detections, tensors on the CPU.
 
-    boxes: [n, 4] float32 x0, y0, x1, y1 in pixels of the image that was given; scores: [n] float32 in [0, 1]; labels: [n] int64
-    places among the logits; category_ids: [n] int64 ids of the data set that the detector was trained on; queries: [n] int64
-    queries that gave them; names: n names of the classes; size: (height, width) of the image.
+    boxes: [n, 4] float32 x0, y0, x1, y1 in pixels of the image that was given; scores: [n] float32
+    in [0, 1]; labels: [n] int64 places among the logits; category_ids: [n] int64 ids of the data
+    set that the detector was trained on; queries: [n] int64 queries that gave them; names: n names
+    of the classes; size: (height, width) of the image.
     """
 
     boxes: Tensor
@@ -62,38 +65,54 @@ class Detections:
         """Those that score at least `score`."""
         keep = (self.scores >= score).nonzero().flatten()
         return replace(
-            self, boxes=self.boxes[keep], scores=self.scores[keep], labels=self.labels[keep],
-            category_ids=self.category_ids[keep], queries=self.queries[keep], names=tuple(self.names[i] for i in keep.tolist()),
-        )  # fmt: skip
+            self,
+            boxes=self.boxes[keep],
+            scores=self.scores[keep],
+            labels=self.labels[keep],
+            category_ids=self.category_ids[keep],
+            queries=self.queries[keep],
+            names=tuple(self.names[i] for i in keep.tolist()),
+        )
 
     def __len__(self) -> int:
         return len(self.scores)
 
     def __iter__(self) -> Iterator[Detection]:
-        columns = (self.names, self.scores.tolist(), self.boxes.tolist(), self.labels.tolist(), self.category_ids.tolist())
+        columns = (
+            self.names,
+            self.scores.tolist(),
+            self.boxes.tolist(),
+            self.labels.tolist(),
+            self.category_ids.tolist(),
+        )
         for name, score, box, label, category_id in zip(*columns, strict=True):
             yield Detection(name, score, tuple(box), label, category_id)
 
     def __repr__(self) -> str:
         width = max(map(len, self.names), default=0)
         lines = [f"{len(self)} detection{'s' * (len(self) != 1)} on {self.size[1]} x {self.size[0]} pixels"]
-        lines += [f"  {d.name:{width}}  {d.score:.2f}  [{', '.join(f'{x:.1f}' for x in d.box)}]" for d in self]
+        lines += [
+            f"  {d.name:{width}}  {d.score:.2f}  [{', '.join(f'{x:.1f}' for x in d.box)}]" for d in self
+        ]
         return "\n".join(lines)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """An image as the network wants it, float32 [3, H, W] on the CPU, and the size (height, width) that it came in."""
+    """An image as the network wants it, float32 [3, H, W] on the CPU, and the size (height, width)
+    that it came in.
+    """
 
     pixels: Tensor
     size: tuple[int, int]
 
 
 class Detector:
-    """Images to detections, as evaluation makes them: same resizing, normalisation and choice of the 100 best.
+    """Images to detections, as evaluation makes them: same resizing, normalisation and choice of
+    the 100 best.
 
-    Images of a batch are padded to the largest, which changes their detections a little; with batch_size 1 none has a say in
-    another's.
+    Images of a batch are padded to the largest, which changes their detections a little; with
+    batch_size 1 none has a say in another's.
 
     Args:
         model: the network, on its device.
@@ -106,9 +125,16 @@ class Detector:
     """
 
     def __init__(
-        self, model: DeformableDETR, config: Config, classes: ClassMap, *, amp: str = "off", batch_size: int = 1,
-        score_threshold: float = 0.0, max_image_megapixels: float = DataConfig.max_image_megapixels,
-    ) -> None:  # fmt: skip
+        self,
+        model: DeformableDETR,
+        config: Config,
+        classes: ClassMap,
+        *,
+        amp: str = "off",
+        batch_size: int = 1,
+        score_threshold: float = 0.0,
+        max_image_megapixels: float = DataConfig.max_image_megapixels,
+    ) -> None:
         if batch_size < 1:
             raise UserError(f"--batch_size {batch_size} must be at least 1")
         if not 0 <= score_threshold <= 1:
@@ -120,9 +146,11 @@ class Detector:
         self._postprocess = PostProcess()
 
     def __call__(self, images: ImageLike | Sequence[ImageLike]) -> Detections | list[Detections]:
-        """Detections of an image, or a list of them for a list of images; see util.image_input.as_picture for what an image is.
+        """Detections of an image, or a list of them for a list of images; see
+        util.image_input.as_picture for what an image is.
 
-        A file is taken upright, as its EXIF orientation says and viewers show it, and boxes refer to it so.
+        A file is taken upright, as its EXIF orientation says and viewers show it, and boxes refer
+        to it so.
 
         Raises:
             UserError (a ValueError): a file or an array can't be used as an image.
@@ -157,7 +185,10 @@ class Detector:
         """The detections in `outputs` of one stream of `batch`."""
         sizes = torch.tensor([item.size for item in batch], device=self.device)
         found = self._postprocess(outputs, sizes)
-        return [self._named(one, item.size).above(self.score_threshold) for one, item in zip(found, batch, strict=True)]
+        return [
+            self._named(one, item.size).above(self.score_threshold)
+            for one, item in zip(found, batch, strict=True)
+        ]
 
     def _named(self, found: dict[str, Tensor], size: tuple[int, int]) -> Detections:
         labels = found["labels"].cpu()
@@ -165,7 +196,9 @@ class Detector:
             boxes=found["boxes"].float().cpu(),
             scores=found["scores"].float().cpu(),
             labels=labels,
-            category_ids=torch.tensor([self.classes.id_of(label) for label in labels.tolist()], dtype=torch.int64),
+            category_ids=torch.tensor(
+                [self.classes.id_of(label) for label in labels.tolist()], dtype=torch.int64
+            ),
             queries=found["queries"].cpu(),
             names=tuple(self.classes.name_of(label) for label in labels.tolist()),
             size=size,
@@ -173,27 +206,39 @@ class Detector:
 
 
 def load_detector(
-    checkpoint: str | os.PathLike, *, device: str | torch.device = "", amp: str = "off", batch_size: int = 1,
-    score_threshold: float = 0.0, weights: str = "auto", max_image_megapixels: float = DataConfig.max_image_megapixels,
-    batchformer: bool = False, **architecture: Any,
-) -> Detector:  # fmt: skip
-    """The detector of a checkpoint, published, ours or Hugging Face's; nothing in the file is executed.
+    checkpoint: str | os.PathLike,
+    *,
+    device: str | torch.device = "",
+    amp: str = "off",
+    batch_size: int = 1,
+    score_threshold: float = 0.0,
+    weights: str = "auto",
+    max_image_megapixels: float = DataConfig.max_image_megapixels,
+    batchformer: bool = False,
+    **architecture: Any,
+) -> Detector:
+    """The detector of a checkpoint, published, ours or Hugging Face's; nothing in the file is
+    executed.
 
     Args:
-        checkpoint: a path or an https address; for Hugging Face's that of the folder, its safetensors file or the model's page.
+        checkpoint: a path or an https address; for Hugging Face's that of the folder, its
+            safetensors file or the model's page.
         device: "cuda", "cuda:1", "mps" or "cpu"; by default CUDA where there is one, else the CPU.
         amp: mixed precision, "off", "bf16" or "fp16".
         batch_size: images that the network gets at once, of a list.
         score_threshold: leave out detections that score less, from 0 to 1.
         max_image_megapixels: refuse larger files.
-        weights: "ema" the averaged weights (--ema_decay), "model" the others, "auto" the averaged where the
-            file has them, unless their last evaluation was worse.
-        batchformer: with the modules of BatchFormerV2, which act in training alone: models.inspection.as_in_training.
-        architecture: flags of main.py for what the checkpoint does not say, such as nheads (util/architecture.py); and eval_size
-            and max_size, the sides that images are resized to, which go before what it says.
+        weights: "ema" the averaged weights (--ema_decay), "model" the others, "auto" the averaged
+            where the file has them, unless their last evaluation was worse.
+        batchformer: with the modules of BatchFormerV2, which act in training alone:
+            models.inspection.as_in_training.
+        architecture: flags of main.py for what the checkpoint does not say, such as nheads
+            (util/architecture.py); and eval_size and max_size, the sides that images are resized
+            to, which go before what it says.
 
     Raises:
-        UserError (a ValueError): the file can't be read, holds no detector, or contradicts `architecture`; an option can't be.
+        UserError (a ValueError): the file can't be read, holds no detector, or contradicts
+        `architecture`; an option can't be.
     """
     source = os.fspath(checkpoint)
     if weights not in WEIGHTS:
@@ -209,6 +254,11 @@ def load_detector(
     load_state(model, {"model": chosen}, source).require_same_architecture()
     check_precision(model.to(where), amp)
     return Detector(
-        model, config, classes, amp=amp, batch_size=batch_size, score_threshold=score_threshold,
+        model,
+        config,
+        classes,
+        amp=amp,
+        batch_size=batch_size,
+        score_threshold=score_threshold,
         max_image_megapixels=max_image_megapixels,
-    )  # fmt: skip
+    )

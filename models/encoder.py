@@ -19,7 +19,14 @@ class DeformableTransformerEncoderLayer(nn.Module):
     """Deformable self-attention and feed-forward, post-norm ("Deformable DETR", section 4.2)."""
 
     def __init__(
-        self, d_model: int, d_ffn: int, dropout: float, drop_path: float, n_levels: int, n_heads: int, n_points: int
+        self,
+        d_model: int,
+        d_ffn: int,
+        dropout: float,
+        drop_path: float,
+        n_levels: int,
+        n_heads: int,
+        n_points: int,
     ) -> None:
         super().__init__()
         self.self_attn = MSDeformAttn(d_model, n_levels, n_heads, n_points)
@@ -35,14 +42,20 @@ class DeformableTransformerEncoderLayer(nn.Module):
     def forward(self, batch: TokenBatch) -> TokenBatch:
         x = batch.tokens
         attended = self.self_attn(
-            x + batch.position, batch.reference_points, x, batch.spatial_shapes, input_padding_mask=batch.padding_mask
+            x + batch.position,
+            batch.reference_points,
+            x,
+            batch.spatial_shapes,
+            input_padding_mask=batch.padding_mask,
         )
         x = self.norm1(x + self.drop_path(self.dropout1(attended)))
         x = self.norm2(x + self.drop_path(self.dropout3(self._feed_forward(x))))
         return batch.with_tokens(x)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        hidden = F.relu(self.linear1(x), inplace=not torch.is_grad_enabled())  # new memory costs more than the sums
+        hidden = F.relu(
+            self.linear1(x), inplace=not torch.is_grad_enabled()
+        )  # new memory costs more than the sums
         return self.linear2(self.dropout2(hidden))
 
 
@@ -51,10 +64,11 @@ class DeformableTransformerEncoder(nn.Module):
 
     Args:
         layers: the encoder layers.
-        after_layer: called as `batch = after_layer(i, batch)` after layer i; BatchFormerV2 comes in here.
-        recompute: in training keep only the tokens between the layers; what a layer, and what comes after it, computed
-            on the way is computed again in the backward, to the same bits ("Training deep nets with sublinear memory
-            cost", arXiv 1604.06174).
+        after_layer: called as `batch = after_layer(i, batch)` after layer i; BatchFormerV2 comes in
+            here.
+        recompute: in training keep only the tokens between the layers; what a layer, and what comes
+            after it, computed on the way is computed again in the backward, to the same bits
+            ("Training deep nets with sublinear memory cost", arXiv 1604.06174).
     """
 
     def __init__(
@@ -69,7 +83,11 @@ class DeformableTransformerEncoder(nn.Module):
         self.recompute = recompute
 
     def forward(self, batch: TokenBatch) -> TokenBatch:
-        run = self._run_and_forget if self.recompute and self.training and torch.is_grad_enabled() else self._run
+        run = (
+            self._run_and_forget
+            if self.recompute and self.training and torch.is_grad_enabled()
+            else self._run
+        )
         for i in range(len(self.layers)):
             batch = run(i, batch)
         return batch
@@ -78,10 +96,15 @@ class DeformableTransformerEncoder(nn.Module):
         return self.after_layer(i, self.layers[i](batch))
 
     def _run_and_forget(self, i: int, batch: TokenBatch) -> TokenBatch:
-        # by the tensors among its arguments PyTorch knows whose random state to bring back: inside `batch` it sees none
-        return checkpoint(lambda tokens: self._run(i, batch.with_tokens(tokens)), batch.tokens, use_reentrant=False)
+        # by the tensors among its arguments PyTorch knows whose random state to bring back: inside
+        # `batch` it sees none
+        return checkpoint(
+            lambda tokens: self._run(i, batch.with_tokens(tokens)), batch.tokens, use_reentrant=False
+        )
 
 
 def drop_path_rates(drop_path: float, num_layers: int) -> list[float]:
-    """Stochastic depth grows linearly from 0 in the first layer ("Deep networks with stochastic depth", eq. 4)."""
+    """Stochastic depth grows linearly from 0 in the first layer ("Deep networks with stochastic
+    depth", eq. 4).
+    """
     return [drop_path * i / max(num_layers - 1, 1) for i in range(num_layers)]

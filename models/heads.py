@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 from util.precision import full_precision
 
-PRIOR_PROBABILITY = 0.01  # of a foreground class at the start (focal loss, arXiv 1708.02002, section 4.1)
+# of a foreground class at the start (focal loss, arXiv 1708.02002, section 4.1)
+PRIOR_PROBABILITY = 0.01
 
 
 class ClassHead(nn.Linear):
-    """A linear layer in the type of its weights, under autocast too: bfloat16 would make ties of most logits."""
+    """A linear layer in the type of its weights, under autocast too: bfloat16 would make ties of
+    most logits.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         with full_precision(x.device):
@@ -23,8 +26,9 @@ class ClassHead(nn.Linear):
 
 
 class MLP(nn.Module):
-    """Linear layers with ReLU between them, in the type of their weights, under autocast too: a box's logits in bfloat16 are
-    pixels off."""
+    """Linear layers with ReLU between them, in the type of their weights, under autocast too: a
+    box's logits in bfloat16 are pixels off.
+    """
 
     def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, num_layers: int) -> None:
         super().__init__()
@@ -42,7 +46,8 @@ class MLP(nn.Module):
 def build_heads(
     hidden_dim: int, num_classes: int, num_layers: int, with_box_refine: bool, two_stage: bool
 ) -> tuple[nn.ModuleList, nn.ModuleList]:
-    """Class and box heads, one entry per decoder layer and, in two-stage, one more for the encoder's proposals.
+    """Class and box heads, one entry per decoder layer and, in two-stage, one more for the
+    encoder's proposals.
 
     With box refinement every entry has its own weights, otherwise all are the same module.
     """
@@ -63,7 +68,9 @@ def build_heads(
 
 
 def decode_boxes(deltas: Tensor, reference: Tensor) -> Tensor:
-    """Head output [..., 4] and reference points [..., 2] or boxes [..., 4] in [0, 1] -> boxes cxcywh in [0, 1]."""
+    """Head output [..., 4] and reference points [..., 2] or boxes [..., 4] in [0, 1] -> boxes
+    cxcywh in [0, 1].
+    """
     logits = torch.logit(reference, eps=1e-5)
     if logits.shape[-1] == 2:
         logits = F.pad(logits, (0, 2))

@@ -4,8 +4,9 @@
         found = detector("street.jpg")
     seen.decoder[-1].weights[0, found.queries[0]]  # of the best detection, [M, L, P]
 
-The network knows nothing of this: forward hooks compute once more, from a layer's own inputs and weights, what its kernel does
-not give out. Shape letters: B images of all streams, N images of a batch, Q queries, S tokens, M heads, L levels, P points.
+The network knows nothing of this: forward hooks compute once more, from a layer's own inputs and
+weights, what its kernel does not give out. Shape letters: B images of all streams, N images of a
+batch, Q queries, S tokens, M heads, L levels, P points.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ from models.token_batch import TokenBatch, valid_ratio
 
 @dataclass(frozen=True)
 class SampledAttention:
-    """Where the queries of a layer of deformable attention sampled, and how much each sample counted. All on the CPU.
+    """Where the queries of a layer of deformable attention sampled, and how much each sample
+    counted. All on the CPU.
 
-    locations: [B, Q, M, L, P, 2] x, y in [0, 1] of every padded level (those outside count as zero); weights: [B, Q, M, L, P],
-    which sum to 1 over levels and points; reference_points: [B, Q, L, 2] points or [B, Q, L, 4] boxes (centre and size), in
-    [0, 1] of every padded level; spatial_shapes: (height, width) of the levels; padding_mask: [B, S] bool, True on padding.
+    locations: [B, Q, M, L, P, 2] x, y in [0, 1] of every padded level (those outside count as
+    zero); weights: [B, Q, M, L, P], which sum to 1 over levels and points; reference_points: [B, Q,
+    L, 2] points or [B, Q, L, 4] boxes (centre and size), in [0, 1] of every padded level;
+    spatial_shapes: (height, width) of the levels; padding_mask: [B, S] bool, True on padding.
     """
 
     locations: Tensor
@@ -44,7 +47,11 @@ class SampledAttention:
         """[B, L, 2]: width and height of an image's own part of a level over the padded one."""
         maps = self.padding_mask.split([height * width for height, width in self.spatial_shapes], 1)
         return torch.stack(
-            [valid_ratio(mask.unflatten(1, shape)) for mask, shape in zip(maps, self.spatial_shapes, strict=True)], 1
+            [
+                valid_ratio(mask.unflatten(1, shape))
+                for mask, shape in zip(maps, self.spatial_shapes, strict=True)
+            ],
+            1,
         )
 
     def locations_in_image(self) -> Tensor:
@@ -61,9 +68,10 @@ class SampledAttention:
 class Record:
     """What was recorded of one run of the network, on the CPU.
 
-    spatial_shapes: (height, width) of the levels; padding_mask: [N, S] bool, True on padding. encoder, decoder: deformable
-    attention of every layer, in order. batch: per layer of BatchFormerV2, in the order in which they ran, [S, M, N, N]: how much
-    image i (third axis) attends to image j (fourth axis) at every token position; the sum over j is 1.
+    spatial_shapes: (height, width) of the levels; padding_mask: [N, S] bool, True on padding.
+    encoder, decoder: deformable attention of every layer, in order. batch: per layer of
+    BatchFormerV2, in the order in which they ran, [S, M, N, N]: how much image i (third axis)
+    attends to image j (fourth axis) at every token position; the sum over j is 1.
     """
 
     spatial_shapes: Shapes = ()
@@ -77,7 +85,8 @@ class Record:
 def recording(model: DeformableDETR, *, deformable: bool = True) -> Iterator[Record]:
     """Record one run of `model` in this block. Its outputs are the same to the bit.
 
-    `deformable`: record deformable attention, too, which of an image of 800 x 1333 is 34 MB in every encoder layer.
+    `deformable`: record deformable attention, too, which of an image of 800 x 1333 is 34 MB in
+    every encoder layer.
     """
     record, transformer = Record(), model.transformer
 
@@ -107,14 +116,17 @@ def recording(model: DeformableDETR, *, deformable: bool = True) -> Iterator[Rec
 
 @contextlib.contextmanager
 def as_in_training(model: DeformableDETR) -> Iterator[None]:
-    """In this block BatchFormerV2 acts as in training; everything else, dropout too, is as in evaluation.
+    """In this block BatchFormerV2 acts as in training; everything else, dropout too, is as in
+    evaluation.
 
-    With --bf 1 the outputs are of the plain and the mixed stream, with --bf 7 of the mixed one. `model` must be in evaluation
-    mode and have BatchFormerV2's modules (load_detector(..., batchformer=True)).
+    With --bf 1 the outputs are of the plain and the mixed stream, with --bf 7 of the mixed one.
+    `model` must be in evaluation mode and have BatchFormerV2's modules (load_detector(...,
+    batchformer=True)).
     """
     assert not model.training and model.transformer.bf is not None
     container = model.transformer.bf
-    container.training = True  # of this module alone: what lies in it, and has the dropout, is not told
+    # of this module alone: what lies in it, and has the dropout, is not told
+    container.training = True
     try:
         yield
     finally:
@@ -123,20 +135,30 @@ def as_in_training(model: DeformableDETR) -> Iterator[None]:
 
 @torch.no_grad()
 def _sampled(
-    module: MSDeformAttn, query: Tensor, reference_points: Tensor, input_flatten: Tensor, input_spatial_shapes: Shapes,
-    input_level_start_index: None = None, input_padding_mask: Tensor | None = None,
-) -> SampledAttention:  # fmt: skip
+    module: MSDeformAttn,
+    query: Tensor,
+    reference_points: Tensor,
+    input_flatten: Tensor,
+    input_spatial_shapes: Shapes,
+    input_level_start_index: None = None,
+    input_padding_mask: Tensor | None = None,
+) -> SampledAttention:
     """As MSDeformAttn.forward and models.ops.reference.fused_forward go about it."""
     kind = reference_points.dtype
-    offsets = module.sampling_offsets(query).unflatten(-1, (module.n_heads, module.n_levels, module.n_points, 2))
+    offsets = module.sampling_offsets(query).unflatten(
+        -1, (module.n_heads, module.n_levels, module.n_points, 2)
+    )
     logits = module.attention_weights(query).unflatten(-1, (module.n_heads, -1))
     weights = logits.softmax(-1, dtype=kind).unflatten(-1, (module.n_levels, module.n_points))
     if input_padding_mask is None:
         input_padding_mask = torch.zeros(input_flatten.shape[:2], dtype=torch.bool)
     return SampledAttention(
-        locate(input_spatial_shapes, reference_points, offsets.to(kind)).cpu(), weights.cpu(), reference_points.cpu(),
-        input_spatial_shapes, input_padding_mask.cpu(),
-    )  # fmt: skip
+        locate(input_spatial_shapes, reference_points, offsets.to(kind)).cpu(),
+        weights.cpu(),
+        reference_points.cpu(),
+        input_spatial_shapes,
+        input_padding_mask.cpu(),
+    )
 
 
 @torch.no_grad()

@@ -1,4 +1,6 @@
-"""Which prediction answers for which target. N outputs matched together, B images, Q queries, T targets of all images."""
+"""Which prediction answers for which target. N outputs matched together, B images, Q queries, T
+targets of all images.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,8 @@ from util.transfer import to_device, to_host
 class Targets:
     """The targets of a batch, flat.
 
-    boxes: [T, 4] cxcywh; labels: [T]; image: [T], the index of each one's image; count: [B], the targets of every image;
-    counts: the same on the host.
+    boxes: [T, 4] cxcywh; labels: [T]; image: [T], the index of each one's image; count: [B], the
+    targets of every image; counts: the same on the host.
     """
 
     boxes: Tensor
@@ -38,7 +40,13 @@ class Targets:
         boxes = torch.cat([target["boxes"] for target in targets]).reshape(-1, 4)
         labels = torch.cat([target["labels"] for target in targets])
         image = torch.tensor([i for i, n in enumerate(counts) for _ in range(n)], dtype=torch.int64)
-        return Targets(boxes, labels, to_device(image, boxes.device), to_device(torch.tensor(counts), boxes.device), counts)
+        return Targets(
+            boxes,
+            labels,
+            to_device(image, boxes.device),
+            to_device(torch.tensor(counts), boxes.device),
+            counts,
+        )
 
     def of_one_class(self) -> Targets:
         """The same with every label 0, for proposals that know objects from background only."""
@@ -52,31 +60,45 @@ class HungarianMatcher:
     """One-to-one matching of least cost ("Deformable DETR", appendix A.3; "DETR", eq. 1).
 
     Args:
-        cost_class, cost_bbox, cost_giou: weights of the focal class cost, the L1 distance and the negated generalised IoU.
+        cost_class, cost_bbox, cost_giou: weights of the focal class cost, the L1 distance and the
+            negated generalised IoU.
         focal_alpha: alpha of the focal cost.
     """
 
-    def __init__(self, cost_class: float, cost_bbox: float, cost_giou: float, focal_alpha: float = 0.25) -> None:
-        self.cost_class, self.cost_bbox, self.cost_giou, self.focal_alpha = cost_class, cost_bbox, cost_giou, focal_alpha
+    def __init__(
+        self, cost_class: float, cost_bbox: float, cost_giou: float, focal_alpha: float = 0.25
+    ) -> None:
+        self.cost_class, self.cost_bbox, self.cost_giou, self.focal_alpha = (
+            cost_class,
+            cost_bbox,
+            cost_giou,
+            focal_alpha,
+        )
 
     @torch.no_grad()
     def __call__(self, groups: Sequence[tuple[Tensor, Tensor, Targets]]) -> list[tuple[Tensor, Tensor]]:
-        """Match several groups of outputs, with one transfer from the device and one back; in float32 at least.
+        """Match several groups of outputs, with one transfer from the device and one back; in
+        float32 at least.
 
         Args:
-            groups: logits [N, B, Q, K], boxes [N, B, Q, 4] and targets; e.g. all decoder layers, and the encoder's output.
+            groups: logits [N, B, Q, K], boxes [N, B, Q, 4] and targets; e.g. all decoder layers,
+                and the encoder's output.
 
         Returns:
-            per group the matched queries as flat indices into [N, B, Q], and their targets in [0, T): both [N, T'] int64 on
-            the device, image after image. T' is T unless an image has more targets than queries.
+            per group the matched queries as flat indices into [N, B, Q], and their targets in [0,
+            T): both [N, T'] int64 on the device, image after image. T' is T unless an image has
+            more targets than queries.
         """
         with full_precision(groups[0][0].device):
-            costs = to_host(*(self._cost(widened(logits), widened(boxes), targets) for logits, boxes, targets in groups))
+            costs = to_host(
+                *(self._cost(widened(logits), widened(boxes), targets) for logits, boxes, targets in groups)
+            )
         matched = [
-            _assign(cost.numpy(), targets.counts)
-            for cost, (_, _, targets) in zip(costs, groups, strict=True)
-        ]  # fmt: skip
-        packed = to_device(torch.from_numpy(np.concatenate([pair.ravel() for pair in matched])), groups[0][0].device)
+            _assign(cost.numpy(), targets.counts) for cost, (_, _, targets) in zip(costs, groups, strict=True)
+        ]
+        packed = to_device(
+            torch.from_numpy(np.concatenate([pair.ravel() for pair in matched])), groups[0][0].device
+        )
         parts = packed.split([pair.size for pair in matched])
         return [tuple(part.view(pair.shape).unbind()) for part, pair in zip(parts, matched, strict=True)]
 
@@ -97,9 +119,12 @@ class HungarianMatcher:
 
 
 def _assign(cost_NTQ: np.ndarray, counts: Sequence[int]) -> np.ndarray:
-    """Least-cost assignment per output and image: [2, N, T'], flat query indices in [N, B, Q] and target indices."""
+    """Least-cost assignment per output and image: [2, N, T'], flat query indices in [N, B, Q] and
+    target indices.
+    """
     num_outputs, _, num_queries = cost_NTQ.shape
-    # a network that gave NaN is stopped by the loss, with a diagnosis; here it must not stop the assignment
+    # a network that gave NaN is stopped by the loss, with a diagnosis; here it must not stop the
+    # assignment
     cost_NTQ = np.nan_to_num(cost_NTQ, nan=1e6, posinf=1e6, neginf=-1e6)
     starts = np.cumsum([0, *counts])
     pairs = [[np.empty((2, 0), np.int64)] for _ in range(num_outputs)]

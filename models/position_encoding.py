@@ -9,7 +9,8 @@ from util.errors import UserError
 
 
 class PositionEmbeddingSine(nn.Module):
-    """Sines and cosines of the normalised position ("Attention is all you need", section 3.5, in two dimensions).
+    """Sines and cosines of the normalised position ("Attention is all you need", section 3.5, in
+    two dimensions).
 
     Args:
         num_pos_feats: features per axis, C / 2.
@@ -17,7 +18,9 @@ class PositionEmbeddingSine(nn.Module):
         scale: what positions in [0, 1] are multiplied by.
     """
 
-    def __init__(self, num_pos_feats: int, temperature: float = 10000.0, scale: float = 6.283185307179586) -> None:
+    def __init__(
+        self, num_pos_feats: int, temperature: float = 10000.0, scale: float = 6.283185307179586
+    ) -> None:
         super().__init__()
         self.num_pos_feats, self.temperature, self.scale = num_pos_feats, temperature, scale
 
@@ -29,7 +32,9 @@ class PositionEmbeddingSine(nn.Module):
         return torch.cat(features, -1).permute(0, 3, 1, 2)
 
     def _features(self, count_BHW: Tensor, axis: int) -> Tensor:
-        position = (count_BHW - 0.5) / (count_BHW.narrow(axis, count_BHW.shape[axis] - 1, 1) + 1e-6) * self.scale
+        position = (
+            (count_BHW - 0.5) / (count_BHW.narrow(axis, count_BHW.shape[axis] - 1, 1) + 1e-6) * self.scale
+        )
         return sine_features(position, self.num_pos_feats, self.temperature)
 
 
@@ -44,13 +49,17 @@ class PositionEmbeddingLearned(nn.Module):
         nn.init.uniform_(self.col_embed.weight)
 
     def forward(self, mask_BHW: Tensor) -> Tensor:
-        """Padding mask -> [B, C, H, W], x's features first. Raises UserError for a map larger than the tables."""
+        """Padding mask -> [B, C, H, W], x's features first. Raises UserError for a map larger than
+        the tables.
+        """
         batch, height, width = mask_BHW.shape
         known = self.row_embed.num_embeddings
         if max(height, width) > known:
             raise UserError(
-                f"--position_embedding learned knows {known} x {known} positions and a feature map has {height} x {width}; "
-                "use --position_embedding sine or smaller images (--eval_size, --train_sizes, --max_size)"
+                f"--position_embedding learned knows {known} x {known} positions and a feature map "
+                f"has {height} x {width}; "
+                "use --position_embedding sine or smaller images (--eval_size, --train_sizes, "
+                "--max_size)"
             )
         columns = self.col_embed.weight[:width].expand(height, -1, -1)
         rows = self.row_embed.weight[:height, None].expand(-1, width, -1)
@@ -58,7 +67,9 @@ class PositionEmbeddingLearned(nn.Module):
 
 
 def sine_features(position: Tensor, num_features: int, temperature: float = 10000.0) -> Tensor:
-    """[...] -> [..., num_features]: sin on even and cos on odd features, wavelengths up to `temperature`."""
+    """[...] -> [..., num_features]: sin on even and cos on odd features, wavelengths up to
+    `temperature`.
+    """
     index = torch.arange(num_features, dtype=torch.float32, device=position.device)
     angle = position[..., None] / temperature ** (2 * (index // 2) / num_features)
     return torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], -1).flatten(-2)

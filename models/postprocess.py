@@ -23,21 +23,26 @@ class PostProcess(nn.Module):
             target_sizes: [B, 2] height and width of the images to put the boxes on, in pixels.
 
         Returns:
-            per image `scores` [n], `labels` [n], `boxes` [n, 4] x0, y0, x1, y1 in pixels, and `queries` [n], the queries that
-            gave them; best first; n = min(100, Q * K).
+            per image `scores` [n], `labels` [n], `boxes` [n, 4] x0, y0, x1, y1 in pixels, and
+            `queries` [n], the queries that gave them; best first; n = min(100, Q * K).
 
         Raises:
             ValueError: the number of sizes is not that of the images.
         """
         logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
         if target_sizes.shape != (len(logits), 2):
-            raise ValueError(f"target_sizes must be [{len(logits)}, 2] (height, width), got {list(target_sizes.shape)}")
+            raise ValueError(
+                f"target_sizes must be [{len(logits)}, 2] (height, width), got {list(target_sizes.shape)}"
+            )
         num_classes = logits.shape[-1]
         scores, best = logits.sigmoid().flatten(1).topk(min(MAX_DETECTIONS, logits[0].numel()), dim=1)
         query, labels = best // num_classes, best % num_classes
         height, width = target_sizes.unbind(1)
         scale = torch.stack([width, height, width, height], 1).to(boxes.dtype)
-        corners = box_convert(boxes, "cxcywh", "xyxy").gather(1, query[..., None].expand(-1, -1, 4)) * scale[:, None]
+        corners = (
+            box_convert(boxes, "cxcywh", "xyxy").gather(1, query[..., None].expand(-1, -1, 4))
+            * scale[:, None]
+        )
         return [
             {"scores": s, "labels": label, "boxes": box, "queries": q}
             for s, label, box, q in zip(scores, labels, corners, query, strict=True)

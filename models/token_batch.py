@@ -1,4 +1,6 @@
-"""What the encoder works on. Shape letters: B images (of all streams), S tokens of all levels, L levels, C channels."""
+"""What the encoder works on. Shape letters: B images (of all streams), S tokens of all levels, L
+levels, C channels.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,10 @@ from torch import Tensor
 class TokenBatch:
     """The tokens of all levels of a batch, and all that varies with the batch.
 
-    tokens, position: [B, S, C]; padding_mask: [B, S] bool; valid_ratios: [B, L, 2], width and height of the unpadded part
-    over the padded; reference_points: [B, S, L, 2], each token's centre in every level; spatial_shapes: (height, width)
-    of the levels. With two streams the first half of the batch is the plain one and the second the mixed.
+    tokens, position: [B, S, C]; padding_mask: [B, S] bool; valid_ratios: [B, L, 2], width and
+    height of the unpadded part over the padded; reference_points: [B, S, L, 2], each token's centre
+    in every level; spatial_shapes: (height, width) of the levels. With two streams the first half
+    of the batch is the plain one and the second the mixed.
     """
 
     tokens: Tensor
@@ -54,7 +57,8 @@ class TokenBatch:
 def encoder_reference_points(spatial_shapes: tuple[tuple[int, int], ...], valid_ratios_BL2: Tensor) -> Tensor:
     """Every token's pixel centre, as a point of every (padded) level: [B, S, L, 2]."""
     centres = [
-        pixel_centres(shape, valid_ratios_BL2.device) / (valid_ratios_BL2[:, None, level] * _size(shape, valid_ratios_BL2))
+        pixel_centres(shape, valid_ratios_BL2.device)
+        / (valid_ratios_BL2[:, None, level] * _size(shape, valid_ratios_BL2))
         for level, shape in enumerate(spatial_shapes)
     ]
     return torch.cat(centres, 1)[:, :, None] * valid_ratios_BL2[:, None]

@@ -30,14 +30,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _temporary_folder_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """TMPDIR for what tests and their processes leave in it, killed ones above all; it goes with the session.
+    """TMPDIR for what tests and their processes leave in it, killed ones above all; it goes with
+    the session.
 
-    Its path is short, as sockets lie in it (108 bytes). Beside it lie pytest's own folder, which keeps what failed tests wrote,
-    and that of multiprocessing in this process, which goes when the process ends.
+    Its path is short, as sockets lie in it (108 bytes). Beside it lie pytest's own folder, which
+    keeps what failed tests wrote, and that of multiprocessing in this process, which goes when the
+    process ends.
     """
     tmp_path_factory.getbasetemp()
     multiprocessing.util.get_temp_dir()
-    with tempfile.TemporaryDirectory(prefix="t", ignore_cleanup_errors=True) as folder, pytest.MonkeyPatch.context() as patch:
+    with (
+        tempfile.TemporaryDirectory(prefix="t", ignore_cleanup_errors=True) as folder,
+        pytest.MonkeyPatch.context() as patch,
+    ):
         patch.setenv("TMPDIR", folder)
         patch.setattr(tempfile, "tempdir", None)  # it is looked up once
         yield
@@ -53,16 +58,32 @@ def tiny_coco() -> Path:
 
 @pytest.fixture(scope="session")
 def trained_run(tmp_path_factory) -> Path:
-    """The folder of a run of 2 epochs of 4 steps, gone on with from the middle of the second, with one epoch more.
+    """The folder of a run of 2 epochs of 4 steps, gone on with from the middle of the second, with
+    one epoch more.
 
     Noise images, --tensorboard and --ema_decay.
     """
     folder = tmp_path_factory.mktemp("run")
     write_coco(folder / "data", num_train=8, num_val=3)
     flags = (
-        "--coco_path", str(folder / "data"), *SMALL_IMAGES, *SMALL_MODEL, "--batch_size", "2", "--num_workers", "0",
-        "--log_every", "1", "--save_every", "3", "--tensorboard", "--output_dir", str(folder / "out"), "--ema_decay", "0.9",
-    )  # fmt: skip
+        "--coco_path",
+        str(folder / "data"),
+        *SMALL_IMAGES,
+        *SMALL_MODEL,
+        "--batch_size",
+        "2",
+        "--num_workers",
+        "0",
+        "--log_every",
+        "1",
+        "--save_every",
+        "3",
+        "--tensorboard",
+        "--output_dir",
+        str(folder / "out"),
+        "--ema_decay",
+        "0.9",
+    )
     result = run_main_forked(*flags, "--epochs", "2")
     assert result.returncode == 0, result.stderr
     for file in folder.glob("out/checkpoint*.pth"):

@@ -1,4 +1,6 @@
-"""Small exports in the formats of labelling tools: every image has a size, and a box, that tell its number."""
+"""Small exports in the formats of labelling tools: every image has a size, and a box, that tell its
+number.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,12 @@ def box_of(number: int) -> tuple[int, int, int, int]:
 
 def yolo_line(number: int, label: int = 0) -> str:
     x, y, width, height = box_of(number)
-    columns = ((x + width / 2) / width_of(number), (y + height / 2) / HEIGHT, width / width_of(number), height / HEIGHT)
+    columns = (
+        (x + width / 2) / width_of(number),
+        (y + height / 2) / HEIGHT,
+        width / width_of(number),
+        height / HEIGHT,
+    )
     return f"{label} " + " ".join(f"{share:.8f}" for share in columns) + "\n"
 
 
@@ -49,8 +56,13 @@ def voc_text(number: int, filename: str = "", name: str = "thing") -> str:
 
 
 def coco_text(names: dict[int, str]) -> str:
-    images = [{"id": n, "file_name": name, "width": width_of(n), "height": HEIGHT} for n, name in names.items()]
-    boxes = [{"id": n, "image_id": n, "category_id": 3, "bbox": box_of(n), "area": 8 * (10 + n), "iscrowd": 0} for n in names]
+    images = [
+        {"id": n, "file_name": name, "width": width_of(n), "height": HEIGHT} for n, name in names.items()
+    ]
+    boxes = [
+        {"id": n, "image_id": n, "category_id": 3, "bbox": box_of(n), "area": 8 * (10 + n), "iscrowd": 0}
+        for n in names
+    ]
     return json.dumps({"images": images, "annotations": boxes, "categories": [{"id": 3, "name": "thing"}]})
 
 
@@ -60,18 +72,22 @@ def boxes(data: Labelled, root: Path) -> dict[str, Boxes]:
         part: {
             image.path.resolve().relative_to(root).as_posix(): [
                 (item.name, *(round(value, 3) for value in (x0, y0, x1 - x0, y1 - y0)))
-                for item in image.objects for x0, y0, x1, y1 in [item.corners]
+                for item in image.objects
+                for x0, y0, x1, y1 in [item.corners]
             ]
             for image in images
         }
         for part, images in data.parts.items()
-    }  # fmt: skip
+    }
 
 
 def coco_boxes(parts: dict, root: Path) -> dict[str, Boxes]:
     found = {}
     for part, (content, files) in parts.items():
-        names = {image["id"]: files[image["file_name"]].resolve().relative_to(root).as_posix() for image in content["images"]}
+        names = {
+            image["id"]: files[image["file_name"]].resolve().relative_to(root).as_posix()
+            for image in content["images"]
+        }
         found[part] = {name: [] for name in names.values()}
         for annotation in content["annotations"]:
             assert annotation["id"] == annotation["image_id"], "ids stay as they are"

@@ -1,4 +1,6 @@
-"""Reading the golden cases: models with the recipe's weights, loaded from a published-style checkpoint file."""
+"""Reading the golden cases: models with the recipe's weights, loaded from a published-style
+checkpoint file.
+"""
 
 from __future__ import annotations
 
@@ -47,9 +49,13 @@ def read_case(name: str) -> Case:
 
 
 def write_published_checkpoint(case: Case, path: Path) -> None:
-    """As the published program saves: every alias, a pickled Namespace, and the entries a profiler leaves."""
+    """As the published program saves: every alias, a pickled Namespace, and the entries a profiler
+    leaves.
+    """
     same = case.facts["same_tensor_as"]
-    state = {name: _tensor(same.get(name, name), tuple(shape)) for name, shape in case.facts["state_dict"].items()}
+    state = {
+        name: _tensor(same.get(name, name), tuple(shape)) for name, shape in case.facts["state_dict"].items()
+    }
     state["transformer.total_params"] = torch.zeros(1)
     torch.save({"model": state, "epoch": 49, "args": argparse.Namespace(lr=2e-4, bf=1, device="cuda")}, path)
 
@@ -59,7 +65,9 @@ _tensor = lru_cache(maxsize=None)(recipe.tensor_for)
 
 
 def load_case(name: str, folder: Path):
-    """The case, and model, criterion, postprocessors and report with its weights loaded, in its mode."""
+    """The case, and model, criterion, postprocessors and report with its weights loaded, in its
+    mode.
+    """
     case = read_case(name)
     path = folder / "published.pth"
     write_published_checkpoint(case, path)

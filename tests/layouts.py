@@ -1,6 +1,7 @@
-"""A COCO-format data set in the layouts of Pascal VOC and YOLO: what tools/convert_dataset.py must make the same boxes of again.
+"""A COCO-format data set in the layouts of Pascal VOC and YOLO: what tools/convert_dataset.py must
+make the same boxes of again.
 
-    python -m tests.layouts data      # data/small -> data/voc, data/yolo, data/labelled
+python -m tests.layouts data      # data/small -> data/voc, data/yolo, data/labelled
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ Entry = tuple[Path, dict[str, Any], list[dict[str, Any]]]
 
 
 def write_voc(coco: Path, folder: Path) -> None:
-    """JPEGImages, Annotations and ImageSets/Main. Corners keep their fractions, which VOC's own have here and there."""
+    """JPEGImages, Annotations and ImageSets/Main. Corners keep their fractions, which VOC's own
+    have here and there.
+    """
     names = _names(coco)
     for part in ("train", "val"):
         listed = []
@@ -25,7 +28,8 @@ def write_voc(coco: Path, folder: Path) -> None:
             name = f"{part}_{path.stem}"
             _copy(path, folder / "JPEGImages" / f"{name}{path.suffix}")
             objects = "".join(_voc_object(names[a["category_id"]], a["bbox"]) for a in objects_of_it)
-            size = f"<size><width>{image['width']}</width><height>{image['height']}</height><depth>3</depth></size>"
+            sides = f"<width>{image['width']}</width><height>{image['height']}</height>"
+            size = f"<size>{sides}<depth>3</depth></size>"
             _write(folder / "Annotations" / f"{name}.xml", f"<annotation>{size}{objects}</annotation>")
             listed.append(name)
         _write(folder / "ImageSets/Main" / f"{part}.txt", "\n".join(listed))
@@ -41,11 +45,18 @@ def write_yolo(coco: Path, folder: Path) -> None:
             lines = []
             for a in objects_of_it:
                 x, y, width, height = a["bbox"]
-                shares = ((x + width / 2) / image["width"], (y + height / 2) / image["height"],
-                          width / image["width"], height / image["height"])  # fmt: skip
+                shares = (
+                    (x + width / 2) / image["width"],
+                    (y + height / 2) / image["height"],
+                    width / image["width"],
+                    height / image["height"],
+                )
                 lines.append(f"{number[a['category_id']]} " + " ".join(f"{share:.8f}" for share in shares))
             _write(folder / "labels" / part / f"{path.stem}.txt", "\n".join(lines))
-    _write(folder / "data.yaml", json.dumps({"train": "images/train", "val": "images/val", "names": list(names.values())}))
+    _write(
+        folder / "data.yaml",
+        json.dumps({"train": "images/train", "val": "images/val", "names": list(names.values())}),
+    )
 
 
 def write_labelled(coco: Path, folder: Path) -> None:
@@ -65,7 +76,10 @@ def _voc_object(name: str, box: list[float]) -> str:
 
 def _names(coco: Path) -> dict[int, str]:
     categories = json.loads((coco / "annotations/instances_train2017.json").read_text())["categories"]
-    return {category["id"]: category["name"] for category in sorted(categories, key=lambda category: category["id"])}
+    return {
+        category["id"]: category["name"]
+        for category in sorted(categories, key=lambda category: category["id"])
+    }
 
 
 def _images(coco: Path, part: str) -> Iterator[Entry]:

@@ -1,4 +1,6 @@
-"""Runs for the tests of tools/report.py: made by hand, with detections of which every number is known or can be computed."""
+"""Runs for the tests of tools/report.py: made by hand, with detections of which every number is
+known or can be computed.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,14 @@ CATEGORIES = {3: "cup", 17: "a cat with a very long name", 1000: "</script><b>do
 
 
 def write_data(
-    folder: Path, images: int = 12, categories: dict[int, str] = CATEGORIES, size: tuple[int, int] = (160, 120)
+    folder: Path,
+    images: int = 12,
+    categories: dict[int, str] = CATEGORIES,
+    size: tuple[int, int] = (160, 120),
 ) -> Path:
-    """Images with a few objects of every size, crowds among them, in COCO's layout; gives the annotations."""
+    """Images with a few objects of every size, crowds among them, in COCO's layout; gives the
+    annotations.
+    """
     rng = np.random.default_rng(1)
     (folder / "val2017").mkdir(parents=True)
     (folder / "annotations").mkdir()
@@ -30,23 +37,32 @@ def write_data(
     content: dict[str, list] = {"images": [], "annotations": [], "categories": named}
     for image in range(images):
         name = f"{image:03}.jpg"
-        Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).save(folder / "val2017" / name)
+        Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).save(
+            folder / "val2017" / name
+        )
         content["images"].append({"id": image + 1, "file_name": name, "width": size[0], "height": size[1]})
         for number in range(image % 5):
             width, height = rng.integers(8, 100, 2)
             x, y = rng.integers(0, size[0] - width), rng.integers(0, max(1, size[1] - height))
-            content["annotations"].append({
-                "id": len(content["annotations"]) + 50, "image_id": image + 1, "bbox": [int(v) for v in (x, y, width, height)],
-                "category_id": [*categories][(image + number) % len(categories)], "area": int(width * height),
-                "iscrowd": int(len(content["annotations"]) == 6),
-            })  # fmt: skip
+            content["annotations"].append(
+                {
+                    "id": len(content["annotations"]) + 50,
+                    "image_id": image + 1,
+                    "bbox": [int(v) for v in (x, y, width, height)],
+                    "category_id": [*categories][(image + number) % len(categories)],
+                    "area": int(width * height),
+                    "iscrowd": int(len(content["annotations"]) == 6),
+                }
+            )
     path = folder / "annotations" / "instances_val2017.json"
     path.write_text(json.dumps(content))
     return path
 
 
 def detections_of(coco: COCO, seed: int, noise: float = 6.0) -> list[dict[str, Any]]:
-    """Boxes near the objects, some with the wrong class, some twice, some far off, some where nothing is."""
+    """Boxes near the objects, some with the wrong class, some twice, some far off, some where
+    nothing is.
+    """
     rng = np.random.default_rng(seed)
     ids, results = sorted(coco.cats), []
     for annotation in coco.anns.values():
@@ -55,22 +71,37 @@ def detections_of(coco: COCO, seed: int, noise: float = 6.0) -> list[dict[str, A
             box = np.array(annotation["bbox"]) + rng.normal(0, noise, 4)
             results.append((annotation["image_id"], category, [*box[:2], *box[2:].clip(2)], rng.random()))
     for image in coco.imgs:
-        results.append((image, int(rng.choice(ids)), [*rng.uniform(0, 60, 2), *rng.uniform(5, 40, 2)], rng.random()))
+        results.append(
+            (image, int(rng.choice(ids)), [*rng.uniform(0, 60, 2), *rng.uniform(5, 40, 2)], rng.random())
+        )
     return [
-        {"image_id": image, "category_id": category, "bbox": [float(v) for v in box], "score": round(float(score), 2)}
+        {
+            "image_id": image,
+            "category_id": category,
+            "bbox": [float(v) for v in box],
+            "score": round(float(score), 2),
+        }
         for image, category, box, score in results
     ]
 
 
 def log_row(epoch: int, figures: list[float] | None = None, **more: Any) -> dict[str, Any]:
-    row = {f"{part}_{name}": 10.0 / (epoch + 1) for part in ("train", "test")
-           for name in ("loss", "loss_ce", "loss_bbox", "loss_giou", "class_error")}  # fmt: skip
+    row = {
+        f"{part}_{name}": 10.0 / (epoch + 1)
+        for part in ("train", "test")
+        for name in ("loss", "loss_ce", "loss_bbox", "loss_giou", "class_error")
+    }
     row |= {"train_lr": 2e-4, "train_grad_norm": 5.0 + epoch, "epoch": epoch, "n_parameters": 1_234_567}
     return row | ({"test_coco_eval_bbox": figures} if figures else {}) | more
 
 
 def write_run(
-    folder: Path, annotations: Path, detections: list[dict[str, Any]], epochs: int = 6, *flags: str, prefix: str = ""
+    folder: Path,
+    annotations: Path,
+    detections: list[dict[str, Any]],
+    epochs: int = 6,
+    *flags: str,
+    prefix: str = "",
 ) -> Path:
     """A finished run of `epochs` epochs whose last evaluation gave `detections`."""
     evaluation = evaluate_boxes(read_annotations(annotations), detections)
@@ -81,11 +112,27 @@ def write_run(
         return folder
     figures = evaluation.stats.tolist()
     shares = [(epoch + 1) / epochs for epoch in range(epochs)]
-    rows = [log_row(epoch, [max(value * share, min(value, 0)) for value in figures]) for epoch, share in enumerate(shares)]
+    rows = [
+        log_row(epoch, [max(value * share, min(value, 0)) for value in figures])
+        for epoch, share in enumerate(shares)
+    ]
     (folder / "log.txt").write_text("".join(json.dumps(row) + "\n" for row in rows))
     root = annotations.parent.parent
-    config = parse_config(["--coco_path", str(root), "--output_dir", str(folder), "--epochs", str(epochs), *flags])
+    config = parse_config(
+        ["--coco_path", str(root), "--output_dir", str(folder), "--epochs", str(epochs), *flags]
+    )
     val = {"images": str(root / "val2017"), "annotations": str(annotations), "num_images": 12}
-    machine = {"torch": "2.10.0", "python": "3.11", "device": "cuda", "device_name": "Some GPU", "processes": 8}
-    write_record(folder, {"flags": config.flags(), "data": {"train": {"num_images": 100}, "val": val}}, machine, {"epoch": 0})
+    machine = {
+        "torch": "2.10.0",
+        "python": "3.11",
+        "device": "cuda",
+        "device_name": "Some GPU",
+        "processes": 8,
+    }
+    write_record(
+        folder,
+        {"flags": config.flags(), "data": {"train": {"num_images": 100}, "val": val}},
+        machine,
+        {"epoch": 0},
+    )
     return folder

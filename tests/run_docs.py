@@ -1,11 +1,13 @@
-"""Runs every command and all Python of README.md and docs/, each page in a copy of the project of its own and at a small size.
+"""Runs every command and all Python of README.md and docs/, each page in a copy of the project of
+its own and at a small size.
 
     python -m tests.run_docs [docs/own_data.md ...]
 
-What is made small: the configurations get a small network, few epochs and small images; 8 processes become 2; COCO is a synthetic
-data set in the same layout; placeholders get a value. What a page takes for given (pictures, a folder in Pascal VOC's layout,
-checkpoints) is laid out before. What only a cluster or a GPU takes is not run: tests/faults/slurm/run.py and the tests marked
-gpu do that. Prints a line a command, and ends with exit code 1 if any failed.
+What is made small: the configurations get a small network, few epochs and small images; 8 processes
+become 2; COCO is a synthetic data set in the same layout; placeholders get a value. What a page
+takes for given (pictures, a folder in Pascal VOC's layout, checkpoints) is laid out before. What
+only a cluster or a GPU takes is not run: tests/faults/slurm/run.py and the tests marked gpu do
+that. Prints a line a command, and ends with exit code 1 if any failed.
 """
 
 from __future__ import annotations
@@ -51,8 +53,11 @@ REPLACED = (
     (r"<pictures, folders, a video>", "photos street.jpg drive.mp4"),
     (r"/path/to/coco", "small"),
     (r"--classes person car dog", "--classes square star"),
-    (r"quickstart\.sh$", "quickstart.sh --short && rm -rf {exps,data}/synthetic && for folder in exps data; do "
-     "cp -r $folder/synthetic_short $folder/synthetic; done"),
+    (
+        r"quickstart\.sh$",
+        "quickstart.sh --short && rm -rf {exps,data}/synthetic && for folder in exps data; do "
+        "cp -r $folder/synthetic_short $folder/synthetic; done",
+    ),
     (r"tools/test\.sh$", "tools/test.sh tests/test_layers.py"),
     (r"run_with_submitit\.py ", "run_with_submitit.py --cluster local --tasks_per_node 2 "),
     (r"--nodes \d+ --gpus_per_node \d+", "--nodes 1 --gpus_per_node 0"),
@@ -90,13 +95,15 @@ def lay_out(root: Path) -> None:
     for kernel in (ROOT / "models/ops").glob("_c*.*"):
         shutil.copy2(kernel, root / "models/ops")
     here = [
-        "python -m datasets.synthetic --output_dir data/small --train_images 16 --val_images 8 --image_size 96",
+        "python -m datasets.synthetic --output_dir data/small --train_images 16 --val_images 8 "
+        "--image_size 96",
         f"python main.py --coco_path data/small --output_dir exps/small {' '.join(SMALL)}",
         "ln -s small data/coco",
         "cp -r data/small data/synthetic",
         "python -m tests.layouts data",  # the same images in other layouts
         # a step that is not finite, for the page that runs it again
-        f"! python main.py --coco_path data/small --output_dir exps/x --lr 1e30 --clip_max_norm 0 {' '.join(SMALL)}",
+        f"! python main.py --coco_path data/small --output_dir exps/x --lr 1e30 --clip_max_norm 0 "
+        f"{' '.join(SMALL)}",
         "mv exps/x/nonfinite_*.pth exps/x/nonfinite_0003_000120_process0.pth",
         "for name in baseline batchformer synthetic; do cp -r exps/small exps/$name; done",
     ]
@@ -110,7 +117,9 @@ def lay_out(root: Path) -> None:
 def write_published(path: Path, flags: Sequence[str]) -> None:
     """A checkpoint as those that were published: frozen statistics, COCO's 91 logits, a Namespace."""
     config = parse_config([*flags, "--backbone_norm", "frozen_bn", "--num_classes", "91"])
-    torch.save({"model": build_model(config)[0].state_dict(), "args": argparse.Namespace(**config.flags())}, path)
+    torch.save(
+        {"model": build_model(config)[0].state_dict(), "args": argparse.Namespace(**config.flags())}, path
+    )
 
 
 def write_pictures(root: Path) -> None:
@@ -133,12 +142,25 @@ def run(command: str, root: Path) -> bool:
         print(f"   {where:7}         {command}", flush=True)
         return True
     started, small = time.monotonic(), made_small(command)
-    environment = {**os.environ, "PATH": f"{root}/.venv/bin:{os.environ['PATH']}", "VIRTUAL_ENV": f"{root}/.venv"}
+    environment = {
+        **os.environ,
+        "PATH": f"{root}/.venv/bin:{os.environ['PATH']}",
+        "VIRTUAL_ENV": f"{root}/.venv",
+    }
     done = subprocess.run(
-        ["bash", "-c", small], cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        ["bash", "-c", small],
+        cwd=root,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
         timeout=SECONDS,
-    )  # fmt: skip
-    print(f"   {'ok     ' if done.returncode == 0 else 'FAILED '} {time.monotonic() - started:4.0f} s  {command}", flush=True)
+    )
+    print(
+        f"   {'ok     ' if done.returncode == 0 else 'FAILED '} {time.monotonic() - started:4.0f} "
+        f"s  {command}",
+        flush=True,
+    )
     if done.returncode:
         print("      " + small, *done.stdout.splitlines()[-15:], sep="\n      ", flush=True)
     return done.returncode == 0
@@ -147,7 +169,9 @@ def run(command: str, root: Path) -> bool:
 def run_python(page: Path, root: Path) -> bool:
     """All blocks of a page, one after another: they go on from each other."""
     code = "".join(blocks(page, "python"))
-    if "transformers" in code and not all(importlib.util.find_spec(name) for name in ("transformers", "timm")):
+    if "transformers" in code and not all(
+        importlib.util.find_spec(name) for name in ("transformers", "timm")
+    ):
         print("   transformers    its Python", flush=True)
         return True
     (root / "page.py").write_text(GIVEN.get(page.name, "") + code)
@@ -160,7 +184,9 @@ def made_small(command: str) -> str:
         command = re.sub(pattern, value, command)
     command = command.replace("ln -s ", "ln -sfn ")
     if "MASTER_ADDR" in command:  # both nodes on this machine
-        command = re.sub(r"GPUS_PER_NODE=\d+", "GPUS_PER_NODE=1", command).replace("_launch.sh 16", "_launch.sh 2")
+        command = re.sub(r"GPUS_PER_NODE=\d+", "GPUS_PER_NODE=1", command).replace(
+            "_launch.sh 16", "_launch.sh 2"
+        )
         command = re.sub(r"NODE_RANK=\S+", "NODE_RANK=0", command) + small_flags(command)
         return f"{command.replace('NODE_RANK=0', 'NODE_RANK=1')} & {command} && wait"
     command = re.sub(r"GPUS_PER_NODE=\d+", "GPUS_PER_NODE=2", command)
@@ -170,7 +196,10 @@ def made_small(command: str) -> str:
 
 def small_flags(command: str) -> str:
     """Flags behind a run of main.py, which replace those before."""
-    if not re.search(r"configs/|main\.py|finetune\.py|run_with_submitit|benchmark\.py", command) or " op" in command:
+    if (
+        not re.search(r"configs/|main\.py|finetune\.py|run_with_submitit|benchmark\.py", command)
+        or " op" in command
+    ):
         return ""
     small = " ".join(SMALL) + (" --epochs 2" if re.search(r"--epochs \d", command) else "")
     return f" {small}" + (" --size 96 96 --num_iters 2 --warm_iters 1" if "benchmark.py" in command else "")

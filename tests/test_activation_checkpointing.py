@@ -46,7 +46,9 @@ def images(device="cpu"):
 def step(amp, *flags, device):
     """Losses, gradients by parameter and the state of the random numbers after a training step."""
     model, criterion = build(*flags, device=device)
-    targets = [{name: x.to(device) for name, x in t.items()} for t in recipe.targets(SIZES, [3, 5], num_classes=4)]
+    targets = [
+        {name: x.to(device) for name, x in t.items()} for t in recipe.targets(SIZES, [3, 5], num_classes=4)
+    ]
     torch.manual_seed(1)
     with autocast(amp, torch.device(device)):
         outputs = model.train()(images(device))
@@ -58,7 +60,9 @@ def step(amp, *flags, device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("amp", "flags"), CASES)
 def test_losses_gradients_and_random_numbers_are_the_same_bits(amp, flags, device):
-    """With dropout and stochastic depth everywhere. On a GPU atomic sums are in no order, unless it must be a fixed one."""
+    """With dropout and stochastic depth everywhere. On a GPU atomic sums are in no order, unless it
+    must be a fixed one.
+    """
     torch.use_deterministic_algorithms(device == "cuda", warn_only=True)
     try:
         losses, gradients, random = step(amp, *flags, device=device)
@@ -125,12 +129,16 @@ def test_nothing_is_kept_but_the_tokens_between_the_layers():
     in_bytes = tokens * 64 * 4
     two_images_then_two_streams = 2 * in_bytes + 4 * in_bytes
     kept = kept_bytes(build(*BATCHFORMER, "--checkpoint_encoder")[0])
-    assert two_images_then_two_streams <= kept < 1.1 * two_images_then_two_streams, "beside them only what PyTorch notes"
+    assert two_images_then_two_streams <= kept < 1.1 * two_images_then_two_streams, (
+        "beside them only what PyTorch notes"
+    )
     assert kept_bytes(build(*BATCHFORMER)[0]) > 10 * two_images_then_two_streams
 
 
 def test_pytorch_is_shown_the_tensors_whose_random_state_it_must_bring_back(monkeypatch):
-    """It looks for devices among the arguments and does not look into objects: on a GPU other dropout masks would follow."""
+    """It looks for devices among the arguments and does not look into objects: on a GPU other
+    dropout masks would follow.
+    """
     shown = []
 
     def watched(run, *args, **how):
@@ -150,10 +158,27 @@ def test_two_processes_train_to_the_same_bits(tmp_path):
     for name, extra in (("kept", ()), ("again", ("--checkpoint_encoder",))):
         out = tmp_path / name
         run_main_together(
-            "--coco_path", str(tmp_path / "data"), *SMALL_IMAGES, *SMALL_MODEL, *RANDOM, *BATCHFORMER, *TWO_STAGE, *extra,
-            "--num_workers", "0", "--device", "cpu", "--epochs", "1", "--accumulate_steps", "2", "--output_dir", str(out),
-            processes=2, output=out / "log",
-        )  # fmt: skip
+            "--coco_path",
+            str(tmp_path / "data"),
+            *SMALL_IMAGES,
+            *SMALL_MODEL,
+            *RANDOM,
+            *BATCHFORMER,
+            *TWO_STAGE,
+            *extra,
+            "--num_workers",
+            "0",
+            "--device",
+            "cpu",
+            "--epochs",
+            "1",
+            "--accumulate_steps",
+            "2",
+            "--output_dir",
+            str(out),
+            processes=2,
+            output=out / "log",
+        )
         states.append(read_checkpoint(out / "checkpoint.pth")["model"])
     assert list(states[0]) == list(states[1])
     for name, value in states[0].items():

@@ -1,4 +1,6 @@
-"""What a run takes from the checkpoint that it starts with, what its own flags decide, and what has no say."""
+"""What a run takes from the checkpoint that it starts with, what its own flags decide, and what has
+no say.
+"""
 
 from __future__ import annotations
 
@@ -41,15 +43,33 @@ def resumed(content: dict, *flags: str):
 
 
 def fine_tuned(content: dict, *flags: str):
-    return adopt(parse_config(["--finetune", "a.pth", *flags]), content, "a.pth", "--finetune", Purpose.FINE_TUNE)
+    return adopt(
+        parse_config(["--finetune", "a.pth", *flags]), content, "a.pth", "--finetune", Purpose.FINE_TUNE
+    )
 
 
 ARCHITECTURES = [
-    (), TWO_STAGE, ("--num_feature_levels", "1", "--dec_layers", "3"), ("--nheads", "2", "--enc_n_points", "1"),
+    (),
+    TWO_STAGE,
+    ("--num_feature_levels", "1", "--dec_layers", "3"),
+    ("--nheads", "2", "--enc_n_points", "1"),
     ("--backbone_norm", "frozen_bn", "--position_embedding_scale", "3"),
-]  # fmt: skip
-NAMES = ("backbone", "backbone_norm", "position_embedding_scale", "num_feature_levels", "enc_layers", "dec_layers", "nheads",
-         "dim_feedforward", "hidden_dim", "num_queries", "enc_n_points", "with_box_refine", "two_stage")  # fmt: skip
+]
+NAMES = (
+    "backbone",
+    "backbone_norm",
+    "position_embedding_scale",
+    "num_feature_levels",
+    "enc_layers",
+    "dec_layers",
+    "nheads",
+    "dim_feedforward",
+    "hidden_dim",
+    "num_queries",
+    "enc_n_points",
+    "with_box_refine",
+    "two_stage",
+)
 
 
 @pytest.mark.parametrize("flags", ARCHITECTURES, ids=" ".join)
@@ -81,17 +101,22 @@ def test_a_flag_that_contradicts_it_is_refused_with_those_to_give(purpose, flags
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("nheads", "4"), ("eval_size", "large"), ("max_size", [96]), ("dilation", torch.ones(3)), ("bf", 1.5)]
+    ("name", "value"),
+    [("nheads", "4"), ("eval_size", "large"), ("max_size", [96]), ("dilation", torch.ones(3)), ("bf", 1.5)],
 )
 def test_flags_that_a_checkpoint_can_not_have_are_told(name, value):
     content = checkpoint()
     with pytest.raises(UserError, match=r"^--resume a\.pth ") as error:
-        evaluated({**content, "args": {**content["args"], "eval_bf": True, name: value}}, "--num_queries", "12")
+        evaluated(
+            {**content, "args": {**content["args"], "eval_bf": True, name: value}}, "--num_queries", "12"
+        )
     assert "\n" not in str(error.value)
 
 
 def test_a_flag_that_agrees_needs_no_other_beside_it():
-    """--two_stage alone would be refused without a checkpoint, and so would ImageNet's weights with gn."""
+    """--two_stage alone would be refused without a checkpoint, and so would ImageNet's weights with
+    gn.
+    """
     assert evaluated(checkpoint(*TWO_STAGE), "--two_stage").transformer.with_box_refine
     assert evaluated(checkpoint(), "--backbone_norm", "gn").backbone.backbone_norm == "gn"
     assert resumed(checkpoint(*TWO_STAGE), "--two_stage", "--num_queries", "9").transformer.num_queries == 9
@@ -103,8 +128,8 @@ def test_a_line_says_what_was_taken(caplog):
     caplog.set_level("INFO")
     evaluated(checkpoint(), "--hidden_dim", "64", "--eval_size", "50")
     assert caplog.messages == [
-        "taken from a.pth: --backbone resnet18 --backbone_norm gn --enc_layers 2 --dec_layers 2 --dim_feedforward 64 --nheads 4 "
-        "--num_queries 12 --max_size 96"
+        "taken from a.pth: --backbone resnet18 --backbone_norm gn --enc_layers 2 --dec_layers 2 "
+        "--dim_feedforward 64 --nheads 4 --num_queries 12 --max_size 96"
     ]
     caplog.clear()
     fine_tuned(checkpoint(), *SMALL_MODEL)
@@ -154,19 +179,34 @@ def test_training_keeps_its_own_sizes():
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--max_size", "160"), ("--train_sizes", "0"), ("--crop_sizes", "9", "1"), ("--epochs", "0"), ("--lr", "-1"),
-        ("--start_epoch", "99"), ("--lr_drop_epochs", "5", "2"), ("--train_images", "x"), ("--save_every", "3"),
-        ("--tensorboard",), ("--backbone_weights", "imagenet"), ("--accumulate_steps", "0"), ("--keep", "0"), ("--bf", "1"),
-        ("--insert_idx", "77"), ("--ema_decay", "1"),
+        ("--max_size", "160"),
+        ("--train_sizes", "0"),
+        ("--crop_sizes", "9", "1"),
+        ("--epochs", "0"),
+        ("--lr", "-1"),
+        ("--start_epoch", "99"),
+        ("--lr_drop_epochs", "5", "2"),
+        ("--train_images", "x"),
+        ("--save_every", "3"),
+        ("--tensorboard",),
+        ("--backbone_weights", "imagenet"),
+        ("--accumulate_steps", "0"),
+        ("--keep", "0"),
+        ("--bf", "1"),
+        ("--insert_idx", "77"),
+        ("--ema_decay", "1"),
     ],
     ids=" ".join,
-)  # fmt: skip
+)
 def test_evaluation_does_not_look_at_what_only_training_needs(flags):
     assert evaluated(checkpoint(), *flags).settled
 
 
 def test_what_evaluation_needs_it_looks_at():
-    for flags, told in ((("--batch_size", "0"), "--batch_size 0"), (("--val_images", "x"), "--val_annotations")):
+    for flags, told in (
+        (("--batch_size", "0"), "--batch_size 0"),
+        (("--val_images", "x"), "--val_annotations"),
+    ):
         with pytest.raises(UserError, match=told):
             evaluated(checkpoint(), *flags)
 
@@ -211,7 +251,9 @@ def test_resuming_goes_on_with_the_module_and_fine_tuning_chooses_anew():
     assert resumed(content).batchformer.insert_idx == (0,)
     assert resumed(content, "--bf", "7").batchformer.bf == 7, "the same weights in another way"
     assert fine_tuned(content).batchformer.bf == 0
-    with pytest.raises(UserError, match=r"is of another detector: give --bf 1 --share_bf 0 --bt_num_layers 1 --insert_idx 0$"):
+    with pytest.raises(
+        UserError, match=r"is of another detector: give --bf 1 --share_bf 0 --bt_num_layers 1 --insert_idx 0$"
+    ):
         resumed(content, "--bf", "0")
     with pytest.raises(UserError, match=r"a\.pth is of another detector: give --bf 0"):
         resumed(checkpoint(), *BATCHFORMER)
@@ -236,13 +278,25 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-@pytest.mark.parametrize("flags", [BATCHFORMER, (*TWO_STAGE, "--backbone_norm", "bn", "--num_classes", "auto")], ids=" ".join)
+@pytest.mark.parametrize(
+    "flags", [BATCHFORMER, (*TWO_STAGE, "--backbone_norm", "bn", "--num_classes", "auto")], ids=" ".join
+)
 def test_a_run_is_evaluated_without_its_flags_and_nothing_of_it_is_replaced(tmp_path, data, flags):
     out = tmp_path / "out"
     trained = run_main_forked(
-        "--coco_path", str(data), *SMALL_MODEL, *SMALL_IMAGES, *flags, "--epochs", "1", "--output_dir", str(out),
-        "--save_predictions", "--lr", "0.01",
-    )  # fmt: skip
+        "--coco_path",
+        str(data),
+        *SMALL_MODEL,
+        *SMALL_IMAGES,
+        *flags,
+        "--epochs",
+        "1",
+        "--output_dir",
+        str(out),
+        "--save_predictions",
+        "--lr",
+        "0.01",
+    )
     assert trained.returncode == 0, trained.stderr
     before, figures = contents(out), last_figures(out)
     command = ("--resume", str(out / "checkpoint.pth"), "--eval", "--coco_path", str(data))
@@ -268,9 +322,19 @@ def test_a_run_goes_on_without_the_flags_of_its_detector(tmp_path, data):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     detector = (*SMALL_MODEL[:-2], *BATCHFORMER, "--dropout", "0")
     for out, epochs in ((whole, "2"), (parts, "1")):
-        assert run_main_forked(*flags, *detector, "--epochs", epochs, "--output_dir", str(out)).returncode == 0
+        assert (
+            run_main_forked(*flags, *detector, "--epochs", epochs, "--output_dir", str(out)).returncode == 0
+        )
     result = run_main_forked(
-        *flags, "--dropout", "0", "--epochs", "2", "--output_dir", str(parts), "--resume", str(parts / "checkpoint.pth")
+        *flags,
+        "--dropout",
+        "0",
+        "--epochs",
+        "2",
+        "--output_dir",
+        str(parts),
+        "--resume",
+        str(parts / "checkpoint.pth"),
     )
     assert result.returncode == 0, result.stderr
     ends = [read_checkpoint(out / "checkpoint.pth")["model"] for out in (whole, parts)]
@@ -298,12 +362,22 @@ def test_a_published_head_is_cocos_whatever_part_of_it_the_data_has(tmp_path, da
     config = parse_config([*SMALL_MODEL, "--num_classes", "91"])
     model = build_model(config)[0]
     recipe.fill(model)
-    args = argparse.Namespace(nheads=4, masks=False, frozen_weights=None, lr_drop_epochs=None, coco_path="elsewhere")
+    args = argparse.Namespace(
+        nheads=4, masks=False, frozen_weights=None, lr_drop_epochs=None, coco_path="elsewhere"
+    )
     torch.save({"model": model.state_dict(), "args": args, "epoch": 49}, tmp_path / "published.pth")
     result = run_main_forked(
-        "--resume", str(tmp_path / "published.pth"), "--eval", "--coco_path", str(data), "--output_dir", str(tmp_path / "out"),
-        "--save_predictions", "--max_size", "96",
-    )  # fmt: skip
+        "--resume",
+        str(tmp_path / "published.pth"),
+        "--eval",
+        "--coco_path",
+        str(data),
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--save_predictions",
+        "--max_size",
+        "96",
+    )
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "out/predictions.json").read_text())
     assert len({row["category_id"] for row in found}) > 2, "all of COCO's can be found"
@@ -312,9 +386,15 @@ def test_a_published_head_is_cocos_whatever_part_of_it_the_data_has(tmp_path, da
 def test_ids_are_the_labels_of_a_head_that_nobody_names(tmp_path, data):
     torch.save({"model": checkpoint()["model"], "args": checkpoint()["args"]}, tmp_path / "a.pth")
     result = run_main_forked(
-        "--resume", str(tmp_path / "a.pth"), "--eval", "--coco_path", str(data), "--output_dir", str(tmp_path / "out"),
+        "--resume",
+        str(tmp_path / "a.pth"),
+        "--eval",
+        "--coco_path",
+        str(data),
+        "--output_dir",
+        str(tmp_path / "out"),
         "--save_predictions",
-    )  # fmt: skip
+    )
     assert result.returncode == 0, result.stderr
     assert "category ids are taken for the numbers of its 4 logits" in result.stdout
     found = json.loads((tmp_path / "out/predictions.json").read_text())

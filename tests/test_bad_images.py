@@ -1,4 +1,6 @@
-"""Image files that can't be used: named, skipped and counted; what is never opened, decoded or executed."""
+"""Image files that can't be used: named, skipped and counted; what is never opened, decoded or
+executed.
+"""
 
 from __future__ import annotations
 
@@ -168,18 +170,25 @@ def test_in_evaluation_it_counts_as_an_image_without_detections(data, caplog, wo
     recipe.fill(model)
     record = BadImages("skip", 100)
     loader = build_loader(dataset, EvalBatches(5, 2, 0, 1), workers, CPU, record, replace=False)
-    assert [[t["image_id"].item() for t in targets] for _, targets in loader] == [[13], [14]], "an empty batch is passed over"
+    assert [[t["image_id"].item() for t in targets] for _, targets in loader] == [[13], [14]], (
+        "an empty batch is passed over"
+    )
     caplog.clear()
     result = evaluate(model, criterion, postprocessors, loader, dataset.coco, dataset.classes)
     assert {r["image_id"] for r in result.results} == {13, 14}
     assert record.count == 3
     assert "3 images of this pass were left out" in caplog.text
     truth = [a for a in dataset.coco.anns.values() if a["image_id"] in (13, 14)]
-    perfect = [{"image_id": a["image_id"], "category_id": a["category_id"], "bbox": a["bbox"], "score": 1.0} for a in truth]
+    perfect = [
+        {"image_id": a["image_id"], "category_id": a["category_id"], "bbox": a["bbox"], "score": 1.0}
+        for a in truth
+    ]
     found = evaluate_boxes(dataset.coco, perfect).eval["recall"][0, :, 0, 2]
     objects = [sum(a["category_id"] == c for a in dataset.coco.anns.values()) for c in (1, 2, 3)]
     seen = [sum(a["category_id"] == c for a in truth) for c in (1, 2, 3)]
-    assert found == pytest.approx([s / n for s, n in zip(seen, objects, strict=True)]), "its objects count as missed"
+    assert found == pytest.approx([s / n for s, n in zip(seen, objects, strict=True)]), (
+        "its objects count as missed"
+    )
 
 
 # ---- files that are not opened, images that are not decoded
@@ -189,13 +198,19 @@ def reference(name: str, path: Path) -> BadImageError | None:
     """What reading the file gives: an error, or nothing."""
     folder = path.parent.parent
     content = {
-        "images": [{"id": 1, "file_name": name, "width": 4, "height": 4}], "annotations": [],
+        "images": [{"id": 1, "file_name": name, "width": 4, "height": 4}],
+        "annotations": [],
         "categories": [{"id": 1, "name": "one"}],
-    }  # fmt: skip
+    }
     (folder / "one.json").write_text(json.dumps(content))
     try:
-        CocoDetection(path.parent, folder / "one.json", lambda image, target: (torch.zeros(3, 4, 4), target),
-                      num_classes=4, seed=0)[0]  # fmt: skip
+        CocoDetection(
+            path.parent,
+            folder / "one.json",
+            lambda image, target: (torch.zeros(3, 4, 4), target),
+            num_classes=4,
+            seed=0,
+        )[0]
     except BadImageError as error:
         return error
     return None
@@ -219,14 +234,26 @@ def test_only_regular_files_are_opened_and_links_may_lead_to_them(tmp_path):
 
 def png_claiming(width: int, height: int) -> bytes:
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
 
 
 def webp_claiming(width: int, height: int) -> bytes:
-    canvas = b"VP8X" + struct.pack("<II", 10, 0) + (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    canvas = (
+        b"VP8X"
+        + struct.pack("<II", 10, 0)
+        + (width - 1).to_bytes(3, "little")
+        + (height - 1).to_bytes(3, "little")
+    )
     return b"RIFF" + struct.pack("<I", 4 + len(canvas)) + b"WEBP" + canvas
 
 
@@ -238,10 +265,13 @@ def gif_claiming(width: int, height: int) -> bytes:
 @pytest.mark.parametrize(
     ("content", "megapixels"),
     [
-        (png_claiming(60000, 60000), "3600"), (png_claiming(1500, 1000), "1.5"), (gif_claiming(65535, 65535), "4295"),
-        (webp_claiming(60000, 60000), "3600"), (b"P6 50000 50000 255\n", "2500"),
+        (png_claiming(60000, 60000), "3600"),
+        (png_claiming(1500, 1000), "1.5"),
+        (gif_claiming(65535, 65535), "4295"),
+        (webp_claiming(60000, 60000), "3600"),
+        (b"P6 50000 50000 255\n", "2500"),
     ],
-)  # fmt: skip
+)
 def test_absurd_sizes_are_refused_by_the_header(tmp_path, content, megapixels):
     with pytest.raises(BadImageError) as error:
         decode(content, tmp_path / "large.png", 0.7, "or else")
@@ -306,7 +336,9 @@ def test_no_format_that_runs_a_program_is_opened(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", [*FORMATS, "MPO"])
 def test_every_format_is_read(tmp_path, name):
     image = Image.new("RGB", (20, 10), (200, 100, 50))
-    image.save(tmp_path / "image", name, **({"save_all": True, "append_images": [image]} if name == "MPO" else {}))
+    image.save(
+        tmp_path / "image", name, **({"save_all": True, "append_images": [image]} if name == "MPO" else {})
+    )
     decoded = decode((tmp_path / "image").read_bytes(), tmp_path / "image", 1, "")
     assert decoded.size == (20, 10)
     assert np.abs(np.asarray(decoded).astype(int).mean((0, 1)) - (200, 100, 50)).max() < 8
@@ -334,8 +366,12 @@ class Choices:
 def test_items_are_the_same_whatever_generator_a_transform_draws_from(data):
     def dataset():
         return CocoDetection(
-            data / "train2017", data / "annotations/instances_train2017.json", Choices(), num_classes=4, seed=1
-        )  # fmt: skip
+            data / "train2017",
+            data / "annotations/instances_train2017.json",
+            Choices(),
+            num_classes=4,
+            seed=1,
+        )
 
     alone = dataset()
     wanted = [alone[i][0].flatten() for i in range(8)]
@@ -360,7 +396,9 @@ def test_the_generators_go_on_after_an_item_that_failed(data):
         random.random()
         raise RuntimeError
 
-    dataset = CocoDetection(data / "train2017", data / "annotations/instances_train2017.json", fails, num_classes=4, seed=1)
+    dataset = CocoDetection(
+        data / "train2017", data / "annotations/instances_train2017.json", fails, num_classes=4, seed=1
+    )
     state = random.getstate()
     with pytest.raises(RuntimeError):
         dataset[0]

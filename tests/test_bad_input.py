@@ -1,4 +1,6 @@
-"""What people get wrong: one line that names the culprit and the remedy, a non-zero exit, and nothing lost."""
+"""What people get wrong: one line that names the culprit and the remedy, a non-zero exit, and
+nothing lost.
+"""
 
 from __future__ import annotations
 
@@ -167,12 +169,19 @@ def checkpoint_malicious(s):
 
 
 def checkpoint_of_other_classes(s):
-    return ["--resume", str(s.weights("c.pth", "--num_classes", "9"))], ["c.pth", "class_embed", "--num_classes"]
+    return ["--resume", str(s.weights("c.pth", "--num_classes", "9"))], [
+        "c.pth",
+        "class_embed",
+        "--num_classes",
+    ]
 
 
 def checkpoint_two_stage(s):
     path = s.weights("two.pth", "--with_box_refine", "--two_stage")
-    return ["--resume", str(path), "--num_queries", "13", "--dec_layers", "3"], ["two.pth", "give --dec_layers 2"]
+    return ["--resume", str(path), "--num_queries", "13", "--dec_layers", "3"], [
+        "two.pth",
+        "give --dec_layers 2",
+    ]
 
 
 def checkpoint_of_other_norm(s):
@@ -204,14 +213,19 @@ def random_behind_frozen(s):
 
 
 def call_main(*flags: str) -> int:
-    """The program as its command line runs it, in this process, which has torch imported; gives the exit code."""
+    """The program as its command line runs it, in this process, which has torch imported; gives the
+    exit code.
+    """
     with pytest.raises(SystemExit) as end:
         run_as_command(lambda: main(parse_config(flags)))
     return end.value.code
 
 
-SCENES = [value for name, value in list(globals().items()) if callable(value) and getattr(value, "__code__", None)
-          and value.__code__.co_varnames[:1] == ("s",)]  # fmt: skip
+SCENES = [
+    value
+    for name, value in list(globals().items())
+    if callable(value) and getattr(value, "__code__", None) and value.__code__.co_varnames[:1] == ("s",)
+]
 
 
 @pytest.mark.parametrize("mistake", SCENES, ids=lambda f: f.__name__)
@@ -219,9 +233,18 @@ def test_mistakes_get_one_line_and_lose_nothing(scene, mistake, capsys):
     flags, named = mistake(scene)
     before = scene.checkpoint.read_bytes()
     code = call_main(
-        "--coco_path", str(scene.data), "--output_dir", str(scene.out), *SMALL_IMAGES, *SMALL_MODEL, "--epochs", "1",
-        "--num_workers", "0", *flags,
-    )  # fmt: skip
+        "--coco_path",
+        str(scene.data),
+        "--output_dir",
+        str(scene.out),
+        *SMALL_IMAGES,
+        *SMALL_MODEL,
+        "--epochs",
+        "1",
+        "--num_workers",
+        "0",
+        *flags,
+    )
     assert code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ")
@@ -236,8 +259,16 @@ def test_a_loader_process_reports_the_same_way(scene):
     """The image that can't be read is met in another process."""
     flags, named = image_truncated(scene)
     result = run_main_forked(
-        "--coco_path", str(scene.data), *SMALL_IMAGES, *SMALL_MODEL, "--epochs", "1", "--num_workers", "2", *flags
-    )  # fmt: skip
+        "--coco_path",
+        str(scene.data),
+        *SMALL_IMAGES,
+        *SMALL_MODEL,
+        "--epochs",
+        "1",
+        "--num_workers",
+        "2",
+        *flags,
+    )
     assert result.returncode == 2
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith("error: ")
@@ -248,8 +279,16 @@ def test_evaluation_reports_the_same_way(scene):
     path = scene.weights("w.pth")
     truncate(scene.image("val", 1))
     result = run_main_forked(
-        "--coco_path", str(scene.data), *SMALL_IMAGES, *SMALL_MODEL, "--num_workers", "0", "--eval", "--resume", str(path)
-    )  # fmt: skip
+        "--coco_path",
+        str(scene.data),
+        *SMALL_IMAGES,
+        *SMALL_MODEL,
+        "--num_workers",
+        "0",
+        "--eval",
+        "--resume",
+        str(path),
+    )
     assert result.returncode == 2
     assert "000001.png" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
@@ -318,10 +357,12 @@ COMBINATIONS = [
     (["--batch_sise", "2"], "--batch_sise"),
     (["--batch", "2"], "--batch"),
     (["--epochs", "many"], "many"),
-]  # fmt: skip
+]
 
 
-@pytest.mark.parametrize(("flags", "named"), COMBINATIONS, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    ("flags", "named"), COMBINATIONS, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
 def test_flags_that_cannot_work_are_refused(flags, named):
     with pytest.raises(UserError) as error:
         parse_config(flags)
@@ -331,7 +372,10 @@ def test_flags_that_cannot_work_are_refused(flags, named):
 
 @pytest.mark.parametrize(
     ("flags", "named"),
-    [(["--backbone_weights", "none"], "--backbone_norm gn"), (["--position_embedding", "learned"], "--max_size")],
+    [
+        (["--backbone_weights", "none"], "--backbone_norm gn"),
+        (["--position_embedding", "learned"], "--max_size"),
+    ],
 )
 def test_models_that_cannot_be_trained_are_refused(flags, named):
     with pytest.raises(UserError, match=named):

@@ -17,9 +17,19 @@ CPU = torch.device("cpu")
 
 def bench(*flags):
     result = run(
-        sys.executable, "benchmark.py", *SMALL_MODEL, "--num_iters", "1", "--warm_iters", "1", "--batch_size", "2",
-        "--device", "cpu", *flags,
-    )  # fmt: skip
+        sys.executable,
+        "benchmark.py",
+        *SMALL_MODEL,
+        "--num_iters",
+        "1",
+        "--warm_iters",
+        "1",
+        "--batch_size",
+        "2",
+        "--device",
+        "cpu",
+        *flags,
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -31,18 +41,26 @@ def test_every_flag_is_timed_beside_the_same_without_it():
     timed = [line.split(":")[0] for line in lines if "images/s" in line]
     names = ("--bf 0", "--bf 1", "--bf 1 --amp bf16", "--bf 1 --amp bf16 --checkpoint_encoder")
     assert timed == [f"training step, {name}" for name in names]
-    compared = [re.match(r"(--\S+.*) takes [\d.]+ times as long as (.*), and ([\d.]+) times the memory", line) for line in lines]
+    compared = [
+        re.match(r"(--\S+.*) takes [\d.]+ times as long as (.*), and ([\d.]+) times the memory", line)
+        for line in lines
+    ]
     found = {match[1]: (match[2], float(match[3])) for match in compared if match}
     assert {flag: without for flag, (without, _) in found.items()} == {
-        "--bf 1": "--bf 0", "--amp bf16": "without", "--checkpoint_encoder": "without",
-    }  # fmt: skip
+        "--bf 1": "--bf 0",
+        "--amp bf16": "without",
+        "--checkpoint_encoder": "without",
+    }
     assert lines[-1].startswith("memory: resident memory of the process")
     assert found["--checkpoint_encoder"][1] < 0.9
 
 
 def test_inference_in_low_precision_is_timed_beside_float32():
     lines = bench("--amp", "bf16", "--checkpoint_encoder", "--size", "64", "80").splitlines()
-    assert [line.split(":")[0] for line in lines if "images/s" in line] == ["inference", "inference --amp bf16"]
+    assert [line.split(":")[0] for line in lines if "images/s" in line] == [
+        "inference",
+        "inference --amp bf16",
+    ]
     assert re.fullmatch(r"--amp bf16 takes [\d.]+ times as long as without", lines[-1])
 
 
@@ -66,14 +84,18 @@ print(peak)
 
 
 def test_peak_memory_is_what_a_call_takes_for_a_moment():
-    """In a process of its own: where much was freed before, large tensors may come from the heap, which keeps what they leave."""
+    """In a process of its own: where much was freed before, large tensors may come from the heap,
+    which keeps what they leave.
+    """
     result = run(sys.executable, "-c", TWO_FOR_A_MOMENT)
     assert result.returncode == 0, result.stderr
     assert float(result.stdout) == pytest.approx(32 << 20, rel=0.1)
 
 
 def test_the_scaler_of_float16_leaves_out_what_overflows():
-    """The first scales of GradScaler are too large for some gradients: the weights must stay numbers."""
+    """The first scales of GradScaler are too large for some gradients: the weights must stay
+    numbers.
+    """
     config = parse_config([*SMALL_MODEL, "--amp", "fp16", "--lr", "0.001"])
     torch.manual_seed(0)
     images, targets = benchmark.collate([benchmark._noise(64, 80, 4) for _ in range(2)])

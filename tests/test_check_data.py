@@ -1,4 +1,6 @@
-"""The check of a data set finds what was planted in it, and nothing else; a training run looks for the worst by itself."""
+"""The check of a data set finds what was planted in it, and nothing else; a training run looks for
+the worst by itself.
+"""
 
 from __future__ import annotations
 
@@ -32,12 +34,16 @@ def write_images(folder: Path, count: int, seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     for i in range(count):
-        Image.fromarray(rng.integers(0, 255, (SIZE[1], SIZE[0], 3), dtype=np.uint8)).save(folder / f"{i:03}.png")
+        Image.fromarray(rng.integers(0, 255, (SIZE[1], SIZE[0], 3), dtype=np.uint8)).save(
+            folder / f"{i:03}.png"
+        )
 
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory) -> Path:
-    """A data set without a fault: in training image i has the id 100 + i and the objects 1000 + 2 i and 1001 + 2 i."""
+    """A data set without a fault: in training image i has the id 100 + i and the objects 1000 + 2 i
+    and 1001 + 2 i.
+    """
     root = tmp_path_factory.mktemp("sound")
     categories = [{"id": number, "name": name} for number, name in ((3, "cat"), (17, "dog"), (1000, "emu"))]
     (root / "annotations").mkdir()
@@ -47,10 +53,16 @@ def sound(tmp_path_factory) -> Path:
         for i in range(count):
             images.append({"id": first + i, "file_name": f"{i:03}.png", "width": SIZE[0], "height": SIZE[1]})
             for k, (box, category) in enumerate((([4, 5, 20, 16], 3), ([20, 10, 44, 38], (17, 1000)[i % 2]))):
-                annotations.append({
-                    "id": 10 * first + 2 * i + k, "image_id": first + i, "category_id": category, "bbox": box, "iscrowd": 0,
-                    "area": box[2] * box[3] * 0.8,
-                })  # fmt: skip
+                annotations.append(
+                    {
+                        "id": 10 * first + 2 * i + k,
+                        "image_id": first + i,
+                        "category_id": category,
+                        "bbox": box,
+                        "iscrowd": 0,
+                        "area": box[2] * box[3] * 0.8,
+                    }
+                )
         content = {"images": images, "annotations": annotations, "categories": categories}
         (root / f"annotations/instances_{split}2017.json").write_text(json.dumps(content))
     return root
@@ -91,7 +103,15 @@ class Data:
         """What the tool prints, and the findings of its report."""
         report = self.root / "report.json"
         result = run(
-            sys.executable, "tools/check_data.py", "--coco_path", str(self.root), "--report", str(report), "--show", "0", *flags
+            sys.executable,
+            "tools/check_data.py",
+            "--coco_path",
+            str(self.root),
+            "--report",
+            str(report),
+            "--show",
+            "0",
+            *flags,
         )
         assert result.returncode == code, result.stderr
         content = json.loads(report.read_text())
@@ -226,7 +246,9 @@ def test_every_planted_fault_is_found_with_its_file_and_id_and_nothing_else(data
     said, findings = data.check(code=1)
     assert all(finding["message"] in said for finding in findings)
     for kind, ids in wanted:
-        fitting = [f for f in findings if f["kind"] == kind and all(f[key] == value for key, value in ids.items())]
+        fitting = [
+            f for f in findings if f["kind"] == kind and all(f[key] == value for key, value in ids.items())
+        ]
         assert len(fitting) == 1, (kind, ids, findings)
         assert len(fitting[0]["message"].splitlines()) == 1
         assert Path(fitting[0]["file"]).name in fitting[0]["message"]
@@ -252,7 +274,9 @@ def test_each_planted_fault_alone_is_found_alone(data, name):
 def checked(data: Data) -> list:
     from datasets.preflight import check_classes
 
-    parts = [check_part(split, data.root / f"{split}2017", data.annotations(split)) for split in ("train", "val")]
+    parts = [
+        check_part(split, data.root / f"{split}2017", data.annotations(split)) for split in ("train", "val")
+    ]
     check_classes(parts, "auto")
     return parts
 
@@ -273,12 +297,18 @@ def save_deep(path: Path, bits: int) -> None:
 
 WARNINGS = {
     "duplicate_box": lambda d: d.content["train"]["annotations"].append(d.object(5) | {"id": 5}),
-    "unused_category": lambda d: [content["categories"].append({"id": 4, "name": "yak"}) for content in d.content.values()],
+    "unused_category": lambda d: [
+        content["categories"].append({"id": 4, "name": "yak"}) for content in d.content.values()
+    ],
     "same_picture": lambda d: shutil.copy(d.image(5), d.image(6)),
     "only_crowds": lambda d: crowds(d.content["val"]["annotations"]),
-    "class_of_crowds": lambda d: crowds(a for a in d.content["train"]["annotations"] if a["category_id"] == 17),
+    "class_of_crowds": lambda d: crowds(
+        a for a in d.content["train"]["annotations"] if a["category_id"] == 17
+    ),
     "no_objects": lambda d: d.content["val"]["annotations"].clear(),
-    "more_than_queries": lambda d: d.content["train"]["annotations"].extend(d.object(3) | box for box in many_boxes(299)),
+    "more_than_queries": lambda d: d.content["train"]["annotations"].extend(
+        d.object(3) | box for box in many_boxes(299)
+    ),
     "more_than_detections": lambda d: d.content["val"]["annotations"].extend(
         d.content["val"]["annotations"][0] | box for box in many_boxes(99)
     ),
@@ -298,10 +328,13 @@ def test_what_may_be_meant_is_a_warning_and_no_fault(data, kind):
 
 SAID = {
     "only_crowds": "instances_val2017.json: all 8 objects are crowd regions (iscrowd 1)",
-    "class_of_crowds": "train2017.json: 1 categories have but crowd regions (iscrowd 1), which neither train nor count: 'dog'",
+    "class_of_crowds": "train2017.json: 1 categories have but crowd regions (iscrowd 1), "
+    "which neither train nor count: 'dog'",
     "no_objects": "instances_val2017.json: no object in 4 images: there is nothing to measure",
-    "more_than_queries": "1 images have more objects, up to 301 (image 103), than the 300 of --num_queries can find",
-    "more_than_detections": "1 images have more objects, up to 101 (image 900), than the 100 detections that count",
+    "more_than_queries": "1 images have more objects, up to 301 (image 103), than the 300 of "
+    "--num_queries can find",
+    "more_than_detections": "1 images have more objects, up to 101 (image 900), than the 100 "
+    "detections that count",
     "flat_picture": "005.png is nearly of one level: as the detector sees it, its pixels differ by 0 of 255",
     "mixed_depths": "by the depth that holds their largest number: 2 of 12 bits, 1 of 16 bits",
 }
@@ -332,11 +365,13 @@ def test_limits_are_met_by_as_many_objects(data):
 @pytest.mark.parametrize(
     ("content", "kind"),
     [
-        ("{", "unreadable_annotations"), ("[]", "not_instances_format"), (None, "unreadable_annotations"),
+        ("{", "unreadable_annotations"),
+        ("[]", "not_instances_format"),
+        (None, "unreadable_annotations"),
         ('{"images": [], "annotations": []}', "not_instances_format"),
         ('{"images": [], "annotations": [], "categories": []}', "no_categories"),
     ],
-)  # fmt: skip
+)
 def test_files_that_are_no_annotations_are_one_fault(data, content, kind):
     data.annotations("val").unlink() if content is None else data.annotations("val").write_text(content)
     said, findings = data.check("--no_images", code=1)
@@ -350,7 +385,9 @@ def test_boxes_that_are_shares_of_the_image_are_one_fault(data):
         x, y, width, height = annotation["bbox"]
         annotation["bbox"] = [x / SIZE[0], y / SIZE[1], width / SIZE[0], height / SIZE[1]]
     data.write()
-    assert [(f.kind, f.split) for part in checked(data) for f in part.findings] == [("boxes_in_shares", "train")]
+    assert [(f.kind, f.split) for part in checked(data) for f in part.findings] == [
+        ("boxes_in_shares", "train")
+    ]
 
 
 def test_what_training_refuses_of_damaged_annotations_is_among_the_faults(data):
@@ -376,9 +413,12 @@ def test_entries_that_are_no_objects_and_broken_images_cause_no_further_faults(d
     data.write()
     found = [(f.kind, f.image_id, f.annotation_id) for part in checked(data) for f in part.findings]
     assert found == [
-        ("wrong_id", "100", None), ("wrong_height", 101, None), ("missing_field", None, None),
-        ("unknown_image", 100, 1000), ("unknown_image", 100, 1001),
-    ]  # fmt: skip
+        ("wrong_id", "100", None),
+        ("wrong_height", 101, None),
+        ("missing_field", None, None),
+        ("unknown_image", 100, 1000),
+        ("unknown_image", 100, 1001),
+    ]
 
 
 def test_images_may_be_looked_at_by_their_headers_or_not_at_all(data):
@@ -390,7 +430,9 @@ def test_images_may_be_looked_at_by_their_headers_or_not_at_all(data):
     data.image(3, "val").hardlink_to(data.image(7))
     data.write()
     _, findings = data.check("--headers_only", "--workers", "1", code=1)
-    assert sorted(f["kind"] for f in findings) == ["missing_image", "overlap", "wrong_size"], "a link is seen, a copy is not"
+    assert sorted(f["kind"] for f in findings) == ["missing_image", "overlap", "wrong_size"], (
+        "a link is seen, a copy is not"
+    )
     assert data.check("--no_images", code=0)[1] == []
 
 
@@ -411,7 +453,12 @@ def test_an_image_that_was_annotated_turned_is_explained(data):
 def test_a_missing_folder_is_one_fault_and_four_flags_serve_too(data):
     flags = []
     for split in ("train", "val"):
-        flags += [f"--{split}_images", str(data.root / f"{split}2017"), f"--{split}_annotations", str(data.annotations(split))]
+        flags += [
+            f"--{split}_images",
+            str(data.root / f"{split}2017"),
+            f"--{split}_annotations",
+            str(data.annotations(split)),
+        ]
     assert data.check(*flags, "--coco_path", "nowhere", "--headers_only", code=0)[1] == []
     (data.root / "val2017").rename(data.root / "elsewhere")
     _, findings = data.check(*flags, "--headers_only", code=1)
@@ -426,21 +473,31 @@ def test_ids_that_do_not_fit_a_given_number_of_classes_are_a_fault(data):
 
 def test_real_annotations_have_no_fault(tiny_coco):
     for split in ("train", "val"):
-        part = check_part(split, tiny_coco / f"{split}2017", tiny_coco / f"annotations/instances_{split}2017.json")
+        part = check_part(
+            split, tiny_coco / f"{split}2017", tiny_coco / f"annotations/instances_{split}2017.json"
+        )
         assert [f.kind for f in part.findings] == ["unused_category"]
 
 
 def test_generated_annotations_of_cocos_kind_have_no_fault(tmp_path):
     write_large(tmp_path, 0.002)
     for split, count in (("train", 1720), ("val", 74)):
-        part = check_part(split, tmp_path / f"{split}2017", tmp_path / f"annotations/instances_{split}2017.json")
+        part = check_part(
+            split, tmp_path / f"{split}2017", tmp_path / f"annotations/instances_{split}2017.json"
+        )
         assert not any(f.is_fault for f in part.findings)
         assert len(part.boxes.ids) == count
 
 
 def test_mistakes_in_flags_cost_one_line(data):
-    for flags, wanted in ((("--workers", "-1"), "--workers"), (("--lr", "x"), "--lr"), (("--report", "/nowhere/x"), "--report")):
-        result = run(sys.executable, "tools/check_data.py", "--coco_path", str(data.root), "--no_images", *flags)
+    for flags, wanted in (
+        (("--workers", "-1"), "--workers"),
+        (("--lr", "x"), "--lr"),
+        (("--report", "/nowhere/x"), "--report"),
+    ):
+        result = run(
+            sys.executable, "tools/check_data.py", "--coco_path", str(data.root), "--no_images", *flags
+        )
         assert result.returncode == 2
         (line,) = result.stderr.splitlines()
         assert wanted in line
@@ -496,7 +553,9 @@ def test_training_tells_doubtful_data_in_one_line(data, caplog):
     assert line.count("in train: 1") == 3
 
 
-@pytest.mark.parametrize("kind", ["only_crowds", "class_of_crowds", "no_objects", "more_than_queries", "more_than_detections"])
+@pytest.mark.parametrize(
+    "kind", ["only_crowds", "class_of_crowds", "no_objects", "more_than_queries", "more_than_detections"]
+)
 def test_training_tells_what_can_neither_be_learnt_nor_measured(data, caplog, kind):
     WARNINGS[kind](data)
     data.write()
@@ -507,7 +566,10 @@ def test_training_tells_what_can_neither_be_learnt_nor_measured(data, caplog, ki
 
 def test_training_counts_objects_against_its_own_queries(data, caplog):
     _, (line,) = quick(data, caplog, num_queries=1)
-    assert "train: 80 images have more objects, up to 2 (image 100), than the 1 of --num_queries can find" in line
+    assert (
+        "train: 80 images have more objects, up to 2 (image 100), than the 1 of --num_queries can "
+        "find" in line
+    )
     assert "val: 4 images have more objects" in line
 
 
@@ -521,9 +583,18 @@ def test_training_tells_of_images_in_both_parts(data, caplog):
 def test_a_run_of_several_processes_ends_before_it_begins_when_images_are_missing(data):
     data.image(70).unlink()
     result = run_main(
-        "--coco_path", str(data.root), *SMALL_IMAGES, *SMALL_MODEL[:-2], "--epochs", "1", "--device", "cpu",
-        "--num_workers", "0", processes=2,
-    )  # fmt: skip
+        "--coco_path",
+        str(data.root),
+        *SMALL_IMAGES,
+        *SMALL_MODEL[:-2],
+        "--epochs",
+        "1",
+        "--device",
+        "cpu",
+        "--num_workers",
+        "0",
+        processes=2,
+    )
     assert result.returncode == 2, result.stderr
     assert f"missing image files of {data.annotations('train')}: 1, first {data.image(70)}" in result.stderr
     assert "trainable parameters" not in result.stdout

@@ -1,4 +1,6 @@
-"""The checkpoints of a run's folder: which are kept, which is found, what a bad disk and a damaged file mean."""
+"""The checkpoints of a run's folder: which are kept, which is found, what a bad disk and a damaged
+file mean.
+"""
 
 from __future__ import annotations
 
@@ -106,7 +108,9 @@ def test_every_changed_byte_is_noticed_or_changes_nothing(tmp_path):
         changed.write_bytes(mutant)
         try:
             assert number_in(changed) == 7
-            assert position >= len(data) - 80, "only the seal's own name: the zip file's sums then tell that all is well"
+            assert position >= len(data) - 80, (
+                "only the seal's own name: the zip file's sums then tell that all is well"
+            )
         except UserError as error:
             assert "is damaged" in str(error)
 
@@ -124,7 +128,8 @@ def test_checkpoints_of_others_are_checked_by_their_own_sums(tmp_path):
 
 def in_directory(data: bytes, name: str) -> int:
     """Where the directory of a zip file has the entry of a record."""
-    return data.rindex(name.encode()) - 46  # the directory comes last, and an entry's name after 46 bytes
+    # the directory comes last, and an entry's name after 46 bytes
+    return data.rindex(name.encode()) - 46
 
 
 def replaced(data: bytes, at: int, new: bytes) -> bytes:
@@ -151,9 +156,14 @@ def a_record_of_another_checkpoint(data: bytes, other: bytes) -> bytes:
     return replaced(replaced(data, start, other[start:end]), entry, other[entry : entry + 60])
 
 
-@pytest.mark.parametrize(("damage", "noticed_without"), [
-    (marked_as_a_folder, True), (two_names_exchanged, False), (a_record_of_another_checkpoint, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("damage", "noticed_without"),
+    [
+        (marked_as_a_folder, True),
+        (two_names_exchanged, False),
+        (a_record_of_another_checkpoint, False),
+    ],
+)
 def test_what_the_checksums_of_a_zip_file_miss(tmp_path, damage: Callable, noticed_without: bool):
     """The SHA-256 notices all. Without it, records that are marked as folders are looked for."""
     shapes = {"a": 1000, "b": 1000, "c": 10_000_000}  # c: too large for memory that was used before
@@ -177,7 +187,9 @@ def test_what_the_checksums_of_a_zip_file_miss(tmp_path, damage: Callable, notic
 
 @pytest.mark.parametrize("damage", ["another compression", "a first block of zeros"])
 def test_a_file_of_another_format_is_refused_before_pytorch_reads_it(tmp_path, monkeypatch, damage):
-    """zlib fails on a record that is not compressed. PyTorch tries what is no zip file as a tar file."""
+    """zlib fails on a record that is not compressed. PyTorch tries what is no zip file as a tar
+    file.
+    """
     path = tmp_path / "published.pth"
     torch.save({"model": {"a": torch.arange(4000)}}, path)
     data = path.read_bytes()
@@ -242,7 +254,9 @@ def test_as_many_lost_saves_as_are_kept_end_the_run_and_no_sooner(tmp_path, monk
     failing(monkeypatch, 6)
     assert folder.save(content(2), Position(2, 0)) is None
     assert "training goes on, and ends if 1 more can't be written" in caplog.text
-    with pytest.raises(NotSavedError, match=r"No space left.*the last good one is .*resume_0001.*--resume auto"):
+    with pytest.raises(
+        NotSavedError, match=r"No space left.*the last good one is .*resume_0001.*--resume auto"
+    ):
         folder.save(content(3), Position(3, 0))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert folder.save(content(3), Position(3, 0)), "room again"
@@ -293,7 +307,16 @@ def test_an_output_that_goes_to_a_full_disk_does_not_end_a_run(tmp_path):
 def test_going_on_from_an_earlier_checkpoint_sets_the_later_ones_aside(tmp_path):
     write_coco(tmp_path / "data", 4, 2)
     out = tmp_path / "out"
-    flags = ("--coco_path", str(tmp_path / "data"), *SMALL_IMAGES, *SMALL_MODEL, "--lr_drop", "2", "--output_dir", str(out))
+    flags = (
+        "--coco_path",
+        str(tmp_path / "data"),
+        *SMALL_IMAGES,
+        *SMALL_MODEL,
+        "--lr_drop",
+        "2",
+        "--output_dir",
+        str(out),
+    )
     assert run_main_forked(*flags, "--epochs", "4").returncode == 0
     log = (out / "log.txt").read_text()
     again = run_main_forked(*flags, "--epochs", "3", "--resume", str(out / "checkpoint0001.pth"))
@@ -323,10 +346,20 @@ def test_a_move_that_was_interrupted_is_finished(tmp_path):
 def test_all_that_a_run_leaves_is_set_aside_together(tmp_path):
     """A report of the new run must not find the figures of the old one."""
     of_a_run = [
-        "checkpoint.pth", "checkpoint0004.pth", "checkpoint_best.pth", "eval", "eval.pth", "eval_ema.pth", "log.txt",
-        "nonfinite_0003_000120_process0.pth", "predictions.json", "predictions_ema.json", "resume_0001_000000000.pth",
-        "run.json", "tensorboard",
-    ]  # fmt: skip
+        "checkpoint.pth",
+        "checkpoint0004.pth",
+        "checkpoint_best.pth",
+        "eval",
+        "eval.pth",
+        "eval_ema.pth",
+        "log.txt",
+        "nonfinite_0003_000120_process0.pth",
+        "predictions.json",
+        "predictions_ema.json",
+        "resume_0001_000000000.pth",
+        "run.json",
+        "tensorboard",
+    ]
     for name in [*of_a_run, "notes.md"]:
         (tmp_path / name).write_text(name)
     set_aside(tmp_path)

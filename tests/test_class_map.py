@@ -41,7 +41,10 @@ def with_sparse_ids(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def sparse(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sparse")
-    large = {i: [{"bbox": [4, 4, 56, 40], "category_id": 1 + number % 3} for number in range(i, i + 2)] for i in range(4)}
+    large = {
+        i: [{"bbox": [4, 4, 56, 40], "category_id": 1 + number % 3} for number in range(i, i + 2)]
+        for i in range(4)
+    }
     write_coco(folder, 4, 3, annotations=large)  # large objects are soon found, at least roughly
     with_sparse_ids(folder)
     return folder
@@ -82,10 +85,17 @@ def test_plain_form_and_back():
     assert ClassMap.from_plain(json.loads(json.dumps(classes.to_plain()))) == classes
     good = classes.to_plain()
     for wrong in (
-        None, {}, good | {"num_classes": 2}, good | {"num_classes": "3"}, good | {"categories": [[0, 1]]}, {1: "one"},
-        good | {"categories": [[0, 3, "a"], [0, 4, "b"]]}, good | {"categories": [[0, 3, "a"], [1, 3, "b"]]},
-        good | {"categories": [[0, 3, 5]]}, good | {"categories": 7},
-    ):  # fmt: skip
+        None,
+        {},
+        good | {"num_classes": 2},
+        good | {"num_classes": "3"},
+        good | {"categories": [[0, 1]]},
+        {1: "one"},
+        good | {"categories": [[0, 3, "a"], [0, 4, "b"]]},
+        good | {"categories": [[0, 3, "a"], [1, 3, "b"]]},
+        good | {"categories": [[0, 3, 5]]},
+        good | {"categories": 7},
+    ):
         with pytest.raises(ValueError, match="no classes"):
             ClassMap.from_plain(wrong)
 
@@ -93,7 +103,9 @@ def test_plain_form_and_back():
 def test_published_checkpoints_are_of_coco_if_their_head_says_so():
     assert classes_of({"model": {"class_embed.0.bias": torch.zeros(91)}}, "x.pth") is COCO_CLASSES
     assert classes_of({"model": {"class_embed.0.bias": torch.zeros(20)}}, "x.pth") is None
-    earlier = classes_of({"model": {"class_embed.0.bias": torch.zeros(5)}, "classes": {1: "a", 3: "b"}}, "x.pth")
+    earlier = classes_of(
+        {"model": {"class_embed.0.bias": torch.zeros(5)}, "classes": {1: "a", 3: "b"}}, "x.pth"
+    )
     assert earlier == ClassMap(5, (Category(1, 1, "a"), Category(3, 3, "b")))
     with pytest.raises(UserError, match=r"x.pth is damaged"):
         classes_of({"model": {}, "classes": 3}, "x.pth")
@@ -110,8 +122,18 @@ def test_items_have_labels_of_the_map(sparse):
 def test_a_data_set_may_lie_anywhere(sparse, tmp_path):
     (tmp_path / "a").symlink_to(sparse / "train2017")
     (tmp_path / "b.json").symlink_to(sparse / "annotations/instances_train2017.json")
-    config = parse_config(["--train_images", str(tmp_path / "a"), "--train_annotations", str(tmp_path / "b.json"),
-                           "--val_images", str(tmp_path / "a"), "--val_annotations", str(tmp_path / "b.json")])  # fmt: skip
+    config = parse_config(
+        [
+            "--train_images",
+            str(tmp_path / "a"),
+            "--train_annotations",
+            str(tmp_path / "b.json"),
+            "--val_images",
+            str(tmp_path / "a"),
+            "--val_annotations",
+            str(tmp_path / "b.json"),
+        ]
+    )
     assert len(build_dataset("train", config)) == len(build_dataset("val", config)) == 4
 
 
@@ -126,11 +148,24 @@ def figures_by_hand(annotations: Path, results: Path) -> list[float]:
 
 
 def test_sparse_ids_are_mapped_and_come_back(sparse, tmp_path):
-    """Training, its checkpoint, its figures and its detections; then the evaluation of the checkpoint alone."""
+    """Training, its checkpoint, its figures and its detections; then the evaluation of the
+    checkpoint alone.
+    """
     annotations, out = sparse / "annotations/instances_val2017.json", tmp_path / "out"
     model = (*SMALL_MODEL[:-2], "--num_queries", "30")  # without --num_classes
-    flags = ("--coco_path", str(sparse), *SMALL_IMAGES, *model, "--num_workers", "0", "--output_dir", str(out))
-    result = run_main_forked(*flags, "--epochs", "20", "--eval_every", "20", "--lr", "1e-3", "--save_predictions")
+    flags = (
+        "--coco_path",
+        str(sparse),
+        *SMALL_IMAGES,
+        *model,
+        "--num_workers",
+        "0",
+        "--output_dir",
+        str(out),
+    )
+    result = run_main_forked(
+        *flags, "--epochs", "20", "--eval_every", "20", "--lr", "1e-3", "--save_predictions"
+    )
     assert result.returncode == 0, result.stderr
     assert "3 classes: two, three, one" in result.stdout
 
@@ -157,7 +192,10 @@ def test_going_on_with_other_classes_is_refused(sparse, tmp_path):
     write_coco(tmp_path / "data", 4, 3)  # the same names, in another order
     for more, told in (
         (("--output_dir", str(out), "--resume", "auto"), ("'two'", "'one'", "--finetune")),
-        (("--resume", str(out / "checkpoint.pth"), "--eval"), ("instances_val2017.json", "1 'one'", "training annotations")),
+        (
+            ("--resume", str(out / "checkpoint.pth"), "--eval"),
+            ("instances_val2017.json", "1 'one'", "training annotations"),
+        ),
     ):
         result = run_main_forked("--coco_path", str(tmp_path / "data"), *model, "2", *more)
         assert result.returncode == 2

@@ -1,4 +1,6 @@
-"""COCO's figures by faster-coco-eval: pycocotools, called by itself, is the judge, and every bit counts."""
+"""COCO's figures by faster-coco-eval: pycocotools, called by itself, is the judge, and every bit
+counts.
+"""
 
 from __future__ import annotations
 
@@ -61,18 +63,21 @@ def bits(evaluation: Any) -> dict[str, Any]:
     arrays = {name: np.ascontiguousarray(evaluation.eval[name]) for name in TABLES}
     return {
         **{name: (array.dtype, array.shape, array.tobytes()) for name, array in arrays.items()},
-        "stats": np.asarray(evaluation.stats).tobytes(), "counts": list(evaluation.eval["counts"]),
-        "categories": list(evaluation.params.catIds), "recalls": evaluation.params.recThrs.tobytes(),
-    }  # fmt: skip
+        "stats": np.asarray(evaluation.stats).tobytes(),
+        "counts": list(evaluation.eval["counts"]),
+        "categories": list(evaluation.params.catIds),
+        "recalls": evaluation.params.recThrs.tobytes(),
+    }
 
 
 # ---- random data
 
 
 def random_data(seed: int) -> tuple[COCO, Entries]:
-    """Objects and detections. Some data sets have crowds, ids of 0 and below, images without objects or
-    detections, more than 100 detections of a class in an image, areas at the limits of the ranges, one class,
-    equal scores, or no detections."""
+    """Objects and detections. Some data sets have crowds, ids of 0 and below, images without
+    objects or detections, more than 100 detections of a class in an image, areas at the limits of
+    the ranges, one class, equal scores, or no detections.
+    """
     rng = np.random.default_rng(seed)
     images = (rng.permutation(rng.choice([0, 1, 2, 5, 15])) * 3 - rng.choice([0, 0, 1, 3])).tolist()
     categories = (rng.permutation(rng.choice([1, 2, 5, 12])) * 2 - rng.choice([0, 0, 1, 2])).tolist()
@@ -141,7 +146,9 @@ BOX = [10.0, 10, 40, 40]
 
 
 def in_a_row(objects: int, found: str) -> tuple[COCO, Entries]:
-    """An object in every image and a crowd in the last. Scores fall: r(ight), w(rong), i(n the crowd)."""
+    """An object in every image and a crowd in the last. Scores fall: r(ight), w(rong), i(n the
+    crowd).
+    """
     images = list(range(objects + 1))
     entries = [{"image_id": image, "category_id": 3, "bbox": BOX, "area": 1600.0} for image in images[:-1]]
     entries.append({"image_id": objects, "category_id": 3, "bbox": BOX, "area": 1600.0, "iscrowd": 1})
@@ -153,12 +160,33 @@ def in_a_row(objects: int, found: str) -> tuple[COCO, Entries]:
     return coco_of(images, [3], entries, first_id=1), detections
 
 
-@pytest.mark.parametrize(("objects", "found", "first"), [
-    (1, "r", FIRST), (1, "rw", FIRST), (1, "rww", FIRST), (1, "irw", FIRST), (1, "riw", FIRST),
-    (2, "r", FIRST), (2, "rw", FIRST), (2, "rwr", FIRST), (3, "rw", FIRST), (4, "rwr", FIRST),
-    (5, "rwrr", FIRST), (200, "rw", FIRST), (2, "rr", 1), (2, "rrw", 1), (2, "rir", 1), (3, "rr", 1),
-    (4, "rrw", 1), (5, "rrwr", 1), (7, "iirr", 1), (200, "rr", 1), (1, "wr", 0.5), (1, "", 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("objects", "found", "first"),
+    [
+        (1, "r", FIRST),
+        (1, "rw", FIRST),
+        (1, "rww", FIRST),
+        (1, "irw", FIRST),
+        (1, "riw", FIRST),
+        (2, "r", FIRST),
+        (2, "rw", FIRST),
+        (2, "rwr", FIRST),
+        (3, "rw", FIRST),
+        (4, "rwr", FIRST),
+        (5, "rwrr", FIRST),
+        (200, "rw", FIRST),
+        (2, "rr", 1),
+        (2, "rrw", 1),
+        (2, "rir", 1),
+        (3, "rr", 1),
+        (4, "rrw", 1),
+        (5, "rrwr", 1),
+        (7, "iirr", 1),
+        (200, "rr", 1),
+        (1, "wr", 0.5),
+        (1, "", 0),
+    ],
+)
 def test_the_precision_of_one_right_detection_is_that_of_pycocotools(objects, found, first):
     truth, detections = in_a_row(objects, found)
     evaluation, expected = evaluate_boxes(truth, detections), judge(truth, detections)
@@ -210,7 +238,9 @@ def test_without_faster_coco_eval_pycocotools_is_used_and_one_warning_says_so(mo
 
 
 def test_the_flag_chooses(tmp_path):
-    """A faster-coco-eval that can't be imported does not matter to a run with --coco_eval pycocotools."""
+    """A faster-coco-eval that can't be imported does not matter to a run with --coco_eval
+    pycocotools.
+    """
     (tmp_path / "faster_coco_eval.py").write_text("raise ImportError('not here')")
     write_coco(tmp_path / "data", 4, 2)
     flags = ("--coco_path", str(tmp_path / "data"), *SMALL_IMAGES, *SMALL_MODEL, "--epochs", "1")

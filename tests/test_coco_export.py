@@ -1,4 +1,6 @@
-"""COCO exports with faults: what is sound arrives with the right numbers, what is not is counted by kind."""
+"""COCO exports with faults: what is sound arrives with the right numbers, what is not is counted by
+kind.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +32,21 @@ def write_image(path: Path, size: tuple[int, int] = SIZE, orientation: int = 1) 
 
 
 def export(count: int = 4) -> dict[str, Any]:
-    """Images 1, 2, ... with an object each, of alternating classes 1 and 2; the box of object n begins at (n, 2)."""
-    images = [{"id": n, "file_name": f"{n}.png", "width": SIZE[0], "height": SIZE[1]} for n in range(1, count + 1)]
+    """Images 1, 2, ... with an object each, of alternating classes 1 and 2; the box of object n
+    begins at (n, 2).
+    """
+    images = [
+        {"id": n, "file_name": f"{n}.png", "width": SIZE[0], "height": SIZE[1]} for n in range(1, count + 1)
+    ]
     annotations = [
         {"id": n, "image_id": n, "category_id": 1 + n % 2, "bbox": [n, 2, 10, 20], "area": 150, "iscrowd": 0}
         for n in range(1, count + 1)
     ]
-    return {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "one"}, {"id": 2, "name": "two"}]}
+    return {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": 1, "name": "one"}, {"id": 2, "name": "two"}],
+    }
 
 
 def write(folder: Path, content: dict[str, Any], name: str = "export.json") -> Path:
@@ -50,7 +60,9 @@ def converted(source: Path, on_bad: str = "skip") -> tuple[dict[str, Any], Fault
     """Both parts together, in the order of the ids."""
     faults = Faults(on_bad)
     parts = read_coco(source, None, 42, faults).values()
-    whole = {name: [entry for part in parts for entry in part.content[name]] for name in ("images", "annotations")}
+    whole = {
+        name: [entry for part in parts for entry in part.content[name]] for name in ("images", "annotations")
+    }
     return {name: sorted(entries, key=lambda entry: entry["id"]) for name, entries in whole.items()}, faults
 
 
@@ -63,7 +75,12 @@ def test_a_file_that_is_listed_twice_is_one_image_with_all_objects(tmp_path):
     content["images"][3]["file_name"] = "./3.png"
     written, faults = converted(write(tmp_path, content), "stop")
     assert [image["id"] for image in written["images"]] == [1, 2, 3]
-    assert [(entry["id"], entry["image_id"]) for entry in written["annotations"]] == [(1, 1), (2, 2), (3, 3), (4, 3)]
+    assert [(entry["id"], entry["image_id"]) for entry in written["annotations"]] == [
+        (1, 1),
+        (2, 2),
+        (3, 3),
+        (4, 3),
+    ]
     assert told(faults) == {"images listed again under another id, merged": 1}
 
 
@@ -89,7 +106,12 @@ def test_ids_of_annotations_that_are_sound_stay(tmp_path):
     for annotation, number in zip(content["annotations"], (1, 900100448263, 1, 900100448263), strict=True):
         annotation["id"] = number
     written, faults = converted(write(tmp_path, content), "stop")
-    assert [(a["id"], a["image_id"]) for a in written["annotations"]] == [(1, 1), (2, 3), (3, 4), (900100448263, 2)]
+    assert [(a["id"], a["image_id"]) for a in written["annotations"]] == [
+        (1, 1),
+        (2, 3),
+        (3, 4),
+        (900100448263, 2),
+    ]
     assert told(faults) == {ANEW: 2}
 
 
@@ -97,14 +119,18 @@ def as_text(value: Any) -> Any:
     return str(value) if type(value) is int else value
 
 
-@pytest.mark.parametrize(("ids", "wanted"), [
-    (["1", "2", "3", "4"], [1, 2, 3, 4]),
-    ([1.0, 2.0, 3.0, 4.0], [1, 2, 3, 4]),
-    ([1, 2, "3", 4.0], [1, 2, 3, 4]),
-    ([f"{UUID}{n}" for n in range(4)], [1, 2, 3, 4]),
-    ([f"{UUID}1", 1, f"{UUID}2", 7], [2, 1, 3, 7]),
-    (["01", "1", 2.5, 2**70], [2, 1, 3, 4]),
-], ids=["text", "floats", "mixed", "uuid", "uuid and numbers", "no numbers"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ids", "wanted"),
+    [
+        (["1", "2", "3", "4"], [1, 2, 3, 4]),
+        ([1.0, 2.0, 3.0, 4.0], [1, 2, 3, 4]),
+        ([1, 2, "3", 4.0], [1, 2, 3, 4]),
+        ([f"{UUID}{n}" for n in range(4)], [1, 2, 3, 4]),
+        ([f"{UUID}1", 1, f"{UUID}2", 7], [2, 1, 3, 7]),
+        (["01", "1", 2.5, 2**70], [2, 1, 3, 4]),
+    ],
+    ids=["text", "floats", "mixed", "uuid", "uuid and numbers", "no numbers"],
+)
 @pytest.mark.parametrize("of_references", [lambda value: value, as_text], ids=["as they are", "as text"])
 def test_ids_of_images_become_whole_numbers_with_what_refers_to_them(tmp_path, ids, wanted, of_references):
     content = export()
@@ -113,8 +139,12 @@ def test_ids_of_images_become_whole_numbers_with_what_refers_to_them(tmp_path, i
     written, faults = converted(write(tmp_path, content), "stop")
     names = {image["id"]: image["file_name"] for image in written["images"]}
     assert names == {number: f"{n}.png" for n, number in enumerate(wanted, 1)}
-    assert {a["bbox"][0]: names[a["image_id"]] for a in written["annotations"]} == {n: f"{n}.png" for n in range(1, 5)}
-    changed = sum(type(value) is not int or value != number for value, number in zip(ids, wanted, strict=True))
+    assert {a["bbox"][0]: names[a["image_id"]] for a in written["annotations"]} == {
+        n: f"{n}.png" for n in range(1, 5)
+    }
+    changed = sum(
+        type(value) is not int or value != number for value, number in zip(ids, wanted, strict=True)
+    )
     assert told(faults) == {"ids of images that were no whole numbers, changed to such": changed}
 
 
@@ -128,7 +158,11 @@ def test_a_category_has_one_number_in_all_files(tmp_path):
         write(tmp_path / part, content, "_annotations.coco.json")
     parts = read_coco(tmp_path, None, 42, Faults("stop"))
     for part in parts.values():
-        assert {category["name"]: category["id"] for category in part.content["categories"]} == {"van": 1, "bus": 2, "car": 3}
+        assert {category["name"]: category["id"] for category in part.content["categories"]} == {
+            "van": 1,
+            "bus": 2,
+            "car": 3,
+        }
         assert [annotation["category_id"] for annotation in part.content["annotations"]] == [1, 2, 3, 1]
 
 
@@ -153,7 +187,9 @@ def test_an_image_that_is_listed_twice_is_there_once(tmp_path):
 # ---- sizes and areas
 
 
-@pytest.mark.parametrize("size", [{}, {"width": None, "height": None}, {"width": 0, "height": 0}, {"width": SIZE[0]}])
+@pytest.mark.parametrize(
+    "size", [{}, {"width": None, "height": None}, {"width": 0, "height": 0}, {"width": SIZE[0]}]
+)
 def test_sizes_that_are_missing_are_read_from_the_file(tmp_path, size):
     content = export()
     content["images"][2] = {"id": 3, "file_name": "3.png"} | size
@@ -203,7 +239,10 @@ def without(key: str):
 
 # of object 3
 FAULTS = {
-    "infinite box": ("wrong_bbox", wrong_object(bbox=[INFINITE, INFINITE, -INFINITE, -INFINITE], area=INFINITE)),
+    "infinite box": (
+        "wrong_bbox",
+        wrong_object(bbox=[INFINITE, INFINITE, -INFINITE, -INFINITE], area=INFINITE),
+    ),
     "box of NaN": ("wrong_bbox", wrong_object(bbox=[1, 2, float("nan"), 4])),
     "null in a box": ("wrong_bbox", wrong_object(bbox=[1, 2, None, 4])),
     "null box": ("wrong_bbox", wrong_object(bbox=None)),
@@ -221,7 +260,10 @@ FAULTS = {
     "null category": ("wrong_category_id", wrong_object(category_id=None)),
     "category of another UUID": ("wrong_category_id", wrong_object(category_id=UUID)),
     "iscrowd of 2": ("wrong_iscrowd", wrong_object(iscrowd=2)),
-    "everything wrong": ("wrong_image_id", wrong_object(image_id=None, category_id="", bbox=None, iscrowd="", area="")),
+    "everything wrong": (
+        "wrong_image_id",
+        wrong_object(image_id=None, category_id="", bbox=None, iscrowd="", area=""),
+    ),
     "no object": ("missing_field", lambda content: content["annotations"].__setitem__(2, None)),
 }
 
@@ -267,8 +309,11 @@ def test_boxes_that_reach_out_are_cut_if_asked_for_and_rounding_stays(tmp_path):
     content["annotations"][2]["bbox"] = [50, 22, 12, 20]
     written, faults = converted(write(tmp_path, content), "clip")
     assert [(a["bbox"], a["area"]) for a in written["annotations"]] == [
-        ([50, 30.5, 10, 9.5], 95), ([0, 2, 5, 20], 60), ([50, 22, 12, 20], 150), ([4, 2, 10, 20], 150),
-    ]  # fmt: skip
+        ([50, 30.5, 10, 9.5], 95),
+        ([0, 2, 5, 20], 60),
+        ([50, 22, 12, 20], 150),
+        ([4, 2, 10, 20], 150),
+    ]
     assert told(faults) == {"boxes cut at the border of their image": 2}
     assert not faults.messages
 
@@ -307,7 +352,10 @@ def test_a_published_data_set_with_a_few_faults_is_converted_by_one_command(tmp_
     content["annotations"][11]["image_id"] = 77
     write(tmp_path / "in", content)
     refused = convert(tmp_path / "in", "--output_dir", tmp_path / "stopped", code=2)
-    assert "faults in all: wrong_bbox 30, unknown_image 1; mend them, or leave such things out with --on_bad skip" in refused
+    assert (
+        "faults in all: wrong_bbox 30, unknown_image 1; mend them, or leave such things out with "
+        "--on_bad skip" in refused
+    )
     assert len(refused.splitlines()) == 1
     assert not list((tmp_path / "stopped").iterdir())
     said = convert(tmp_path / "in", "--output_dir", tmp_path / "skipped", "--on_bad", "skip")
@@ -341,13 +389,24 @@ IMAGES = {
 }
 SOUND_IMAGES = ("sound", "text", "float", "uuid", "no size", "size of 0")
 OBJECTS = {
-    "sound": {}, "same id": {"id": 1}, "text id": {"id": "a"}, "null id": {"id": None}, "no area": {"area": None},
-    "infinite area": {"area": INFINITE}, "null crowd": {"iscrowd": None},
-    "infinite": {"bbox": [INFINITE] * 4}, "null box": {"bbox": None}, "short box": {"bbox": [1, 2]},
-    "degenerate": {"bbox": [1, 2, 0, 3]}, "outside": {"bbox": [100, 2, 3, 3]}, "reaches out": {"bbox": [40, 30, 5, 20]},
-    "null image": {"image_id": None}, "unknown image": {"image_id": 999}, "unknown category": {"category_id": 7},
+    "sound": {},
+    "same id": {"id": 1},
+    "text id": {"id": "a"},
+    "null id": {"id": None},
+    "no area": {"area": None},
+    "infinite area": {"area": INFINITE},
+    "null crowd": {"iscrowd": None},
+    "infinite": {"bbox": [INFINITE] * 4},
+    "null box": {"bbox": None},
+    "short box": {"bbox": [1, 2]},
+    "degenerate": {"bbox": [1, 2, 0, 3]},
+    "outside": {"bbox": [100, 2, 3, 3]},
+    "reaches out": {"bbox": [40, 30, 5, 20]},
+    "null image": {"image_id": None},
+    "unknown image": {"image_id": 999},
+    "unknown category": {"category_id": 7},
     "null category": {"category_id": None},
-}  # fmt: skip
+}
 SOUND_OBJECTS = ("sound", "same id", "text id", "null id", "no area", "infinite area", "null crowd")
 
 
@@ -363,20 +422,31 @@ def folder(tmp_path_factory) -> Path:
 @settings(deadline=None, derandomize=True)
 @given(
     images=st.lists(st.sampled_from(sorted(IMAGES)), max_size=9),
-    objects=st.lists(st.tuples(st.sampled_from(sorted(OBJECTS)), st.integers(0, 11), st.sampled_from((3, "5"))), max_size=12),
+    objects=st.lists(
+        st.tuples(st.sampled_from(sorted(OBJECTS)), st.integers(0, 11), st.sampled_from((3, "5"))),
+        max_size=12,
+    ),
     on_bad=st.sampled_from(("stop", "skip", "clip")),
 )
 def test_whatever_the_mixture_the_sound_arrives_and_the_rest_is_counted(folder, images, objects, on_bad):
     images = ["sound", "sound", *images]
     entries = [
-        {"file_name": f"{n}.png", "width": SIZE[0] + n, "height": SIZE[1]} | IMAGES[name](n) for n, name in enumerate(images)
+        {"file_name": f"{n}.png", "width": SIZE[0] + n, "height": SIZE[1]} | IMAGES[name](n)
+        for n, name in enumerate(images)
     ]
     sound_images = [n for n, name in enumerate(images) if name in SOUND_IMAGES]
     annotations, sound = [], []
     for i, (name, n, category) in enumerate(objects):
         n %= len(images)
         box = [i + 0.5, 3, 7, 9]
-        whole = {"id": 100 + i, "image_id": entries[n]["id"], "category_id": category, "bbox": box, "area": 40, "iscrowd": i % 2}
+        whole = {
+            "id": 100 + i,
+            "image_id": entries[n]["id"],
+            "category_id": category,
+            "bbox": box,
+            "area": 40,
+            "iscrowd": i % 2,
+        }
         annotations.append(whole | OBJECTS[name])
         cut = on_bad == "clip" and name == "reaches out"
         if n in sound_images and (name in SOUND_OBJECTS or cut):
@@ -397,7 +467,10 @@ def test_whatever_the_mixture_the_sound_arrives_and_the_rest_is_counted(folder, 
     assert sizes == {f"{n}.png": (SIZE[0] + n, SIZE[1]) for n in sound_images}
     assert len(written["images"]) == len(sizes)
     names = {image["id"]: image["file_name"] for image in written["images"]}
-    arrived = [(names[a["image_id"]], {3: "three", 5: "five"}[a["category_id"]], a["bbox"]) for a in written["annotations"]]
+    arrived = [
+        (names[a["image_id"]], {3: "three", 5: "five"}[a["category_id"]], a["bbox"])
+        for a in written["annotations"]
+    ]
     assert sorted(arrived) == sorted(sound)
     assert len({a["id"] for a in written["annotations"]}) == len(arrived)
     assert all(0 < a["area"] <= a["bbox"][2] * a["bbox"][3] for a in written["annotations"])

@@ -1,4 +1,6 @@
-"""What annotation files may hold: every mistake is named in one line, and what many programs leave out is filled in."""
+"""What annotation files may hold: every mistake is named in one line, and what many programs leave
+out is filled in.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,14 @@ GOOD = {
         {"id": 2, "file_name": "sub/b c.é.jpg", "width": 640.0, "height": 480},
     ],
     "annotations": [
-        {"id": 900100448263, "image_id": 1, "category_id": 1, "bbox": [0, 1.5, 20, 30], "area": 12.5, "iscrowd": 0},
+        {
+            "id": 900100448263,
+            "image_id": 1,
+            "category_id": 1,
+            "bbox": [0, 1.5, 20, 30],
+            "area": 12.5,
+            "iscrowd": 0,
+        },
         {"id": 0, "image_id": 2, "category_id": 3, "bbox": [-3, 4, 0, 8], "area": 0, "iscrowd": 1},
     ],
     "categories": [{"id": 1, "name": "one"}, {"id": 3, "name": "three"}],
@@ -62,18 +71,34 @@ WRONG = {
     ("annotations", "image_id"): IDS,
     ("annotations", "category_id"): IDS,
     ("annotations", "bbox"): [
-        None, {}, "1234", [], [1, 2, 3], [1, 2, 3, 4, 5], [1, 2, 3, None], [1, 2, 3, "4"], [1, 2, 3, True], [[1], 2, 3, 4],
-        [float("nan"), 2, 3, 4], [1, float("inf"), 3, 4], [1, 2, 1e300, 4], [1, 2, 3, 10**400], [-1e300, 2, 3, 4], [1, 2, -3, 4],
+        None,
+        {},
+        "1234",
+        [],
+        [1, 2, 3],
+        [1, 2, 3, 4, 5],
+        [1, 2, 3, None],
+        [1, 2, 3, "4"],
+        [1, 2, 3, True],
+        [[1], 2, 3, 4],
+        [float("nan"), 2, 3, 4],
+        [1, float("inf"), 3, 4],
+        [1, 2, 1e300, 4],
+        [1, 2, 3, 10**400],
+        [-1e300, 2, 3, 4],
+        [1, 2, -3, 4],
         [1, 2, 3, -0.5],
     ],
     ("annotations", "area"): [None, "5", -1, float("nan"), float("inf"), 1e11, True, 10**400, [5]],
     ("annotations", "iscrowd"): [None, 2, -1, 0.5, "0", [0], float("nan")],
     ("categories", "id"): IDS,
     ("categories", "name"): [None, 1, ["one"]],
-}  # fmt: skip
+}
 
 
-@pytest.mark.parametrize(("name", "key", "value"), [(*where, value) for where, values in WRONG.items() for value in values])
+@pytest.mark.parametrize(
+    ("name", "key", "value"), [(*where, value) for where, values in WRONG.items() for value in values]
+)
 def test_a_value_that_cannot_be_right_is_refused(tmp_path, name, key, value):
     text = refusal(tmp_path, changed(name, key, value))
     assert key in text
@@ -85,17 +110,37 @@ def test_a_value_that_cannot_be_right_is_refused(tmp_path, name, key, value):
 @pytest.mark.parametrize(
     "name",
     [
-        "", "/etc/passwd", "../secret.jpg", "a/../../b.jpg", "a/..", "..", "C:/b.jpg", "c:b.jpg", "\\\\host\\b.jpg", "\\b.jpg",
-        "a\\..\\b.jpg", "a\0.jpg", "a\n.jpg", "a\x85.jpg", "a\u2028.jpg", "\ud800.jpg", None, 3, ["a.jpg"], "x" * 1001,
+        "",
+        "/etc/passwd",
+        "../secret.jpg",
+        "a/../../b.jpg",
+        "a/..",
+        "..",
+        "C:/b.jpg",
+        "c:b.jpg",
+        "\\\\host\\b.jpg",
+        "\\b.jpg",
+        "a\\..\\b.jpg",
+        "a\0.jpg",
+        "a\n.jpg",
+        "a\x85.jpg",
+        "a\u2028.jpg",
+        "\ud800.jpg",
+        None,
+        3,
+        ["a.jpg"],
+        "x" * 1001,
     ],
-)  # fmt: skip
+)
 def test_file_names_cannot_leave_the_image_folder(tmp_path, name):
     text = refusal(tmp_path, changed("images", "file_name", name))
     assert "image 2 has file_name" in text
     assert "below the image folder" in text
 
 
-@pytest.mark.parametrize("name", ["a..b.jpg", "..a/b.jpg", "...", "x/y/z.jpg", "図 1.jpg", "ab:c", "-", "~/x.jpg"])
+@pytest.mark.parametrize(
+    "name", ["a..b.jpg", "..a/b.jpg", "...", "x/y/z.jpg", "図 1.jpg", "ab:c", "-", "~/x.jpg"]
+)
 def test_unusual_file_names_are_none_of_that(tmp_path, name):
     assert read(tmp_path, changed("images", "file_name", name)).imgs[2]["file_name"] == name
 
@@ -130,12 +175,21 @@ TEXT = json.dumps(GOOD).encode()
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        (b"", "not JSON"), (TEXT[:-5], "not JSON"), (TEXT + b"]", "not JSON"), (b"\xff" + TEXT, "not JSON"),
-        (TEXT.replace(b"two images", b"\xe9"), "not JSON"), (b"[" * 100_000, "nested"), (b'{"a":' * 100_000, "nested"),
-        (b"[]", "instances format"), (b"3", "instances format"), (b"null", "instances format"), (b"{}", "no list 'images'"),
-        (TEXT.replace(b'"width"', b'"id"', 1), "the key 'id' twice"), (b"1" * 5000, "not JSON"),
+        (b"", "not JSON"),
+        (TEXT[:-5], "not JSON"),
+        (TEXT + b"]", "not JSON"),
+        (b"\xff" + TEXT, "not JSON"),
+        (TEXT.replace(b"two images", b"\xe9"), "not JSON"),
+        (b"[" * 100_000, "nested"),
+        (b'{"a":' * 100_000, "nested"),
+        (b"[]", "instances format"),
+        (b"3", "instances format"),
+        (b"null", "instances format"),
+        (b"{}", "no list 'images'"),
+        (TEXT.replace(b'"width"', b'"id"', 1), "the key 'id' twice"),
+        (b"1" * 5000, "not JSON"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_instances_file_is_refused(tmp_path, content, named):
     assert named in refusal(tmp_path, content)
 
@@ -152,8 +206,10 @@ def test_strange_values_in_fields_that_nobody_uses_do_no_harm(tmp_path):
 
 
 def perfect_detections(truth) -> list[dict]:
-    return [{"image_id": a["image_id"], "category_id": a["category_id"], "bbox": a["bbox"], "score": 1.0}
-            for a in truth.anns.values()]  # fmt: skip
+    return [
+        {"image_id": a["image_id"], "category_id": a["category_id"], "bbox": a["bbox"], "score": 1.0}
+        for a in truth.anns.values()
+    ]
 
 
 def test_annotations_without_area_and_iscrowd_train_and_evaluate_alike(tmp_path):
@@ -167,7 +223,9 @@ def test_annotations_without_area_and_iscrowd_train_and_evaluate_alike(tmp_path)
     filled = read_annotations(path)
     assert filled.anns == whole.anns, "the area is the box's, as in this data set"
     detections = perfect_detections(filled)[1:]
-    assert evaluate_boxes(filled, detections).stats.tolist() == evaluate_boxes(whole, detections).stats.tolist()
+    assert (
+        evaluate_boxes(filled, detections).stats.tolist() == evaluate_boxes(whole, detections).stats.tolist()
+    )
 
 
 def test_an_object_of_id_0_is_found_like_any_other(tmp_path):

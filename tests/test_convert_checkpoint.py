@@ -1,4 +1,6 @@
-"""tools/convert_checkpoint.py: there and back is the identity, and transformers computes what we compute."""
+"""tools/convert_checkpoint.py: there and back is the identity, and transformers computes what we
+compute.
+"""
 
 from __future__ import annotations
 
@@ -30,17 +32,46 @@ sys.path.insert(0, str(ROOT / "tools"))
 import convert_checkpoint
 
 SMALL = (
-    "--backbone", "resnet18", "--backbone_weights", "none", "--hidden_dim", "64", "--nheads", "4", "--enc_layers", "2",
-    "--dec_layers", "3", "--dim_feedforward", "96", "--num_queries", "12", "--num_classes", "5",
-)  # fmt: skip
+    "--backbone",
+    "resnet18",
+    "--backbone_weights",
+    "none",
+    "--hidden_dim",
+    "64",
+    "--nheads",
+    "4",
+    "--enc_layers",
+    "2",
+    "--dec_layers",
+    "3",
+    "--dim_feedforward",
+    "96",
+    "--num_queries",
+    "12",
+    "--num_classes",
+    "5",
+)
 CLASSES = ClassMap(5, (Category(0, 3, "cat"), Category(2, 17, "hot dog"), Category(4, 1000, "Zebra")))
 PLAIN = ()
 REFINED = ("--with_box_refine",)
 TWO_STAGE = ("--with_box_refine", "--two_stage")
-SINGLE_SCALE = ("--num_feature_levels", "1", "--backbone", "resnet50", "--dilation", "--position_embedding", "learned")
+SINGLE_SCALE = (
+    "--num_feature_levels",
+    "1",
+    "--backbone",
+    "resnet50",
+    "--dilation",
+    "--position_embedding",
+    "learned",
+)
 OTHER_SIZES = (*REFINED, "--num_feature_levels", "3", "--enc_n_points", "2", "--dec_n_points", "3")
 BATCHFORMER = ("--bf", "1", "--share_bf", "0", "--insert_idx", "0", "1")
-VARIANTS = {"plain": PLAIN, "refined, other sizes": OTHER_SIZES, "two-stage": TWO_STAGE, "single scale, DC5": SINGLE_SCALE}
+VARIANTS = {
+    "plain": PLAIN,
+    "refined, other sizes": OTHER_SIZES,
+    "two-stage": TWO_STAGE,
+    "single scale, DC5": SINGLE_SCALE,
+}
 
 
 @functools.cache
@@ -88,13 +119,17 @@ def test_there_and_back_is_the_identity(tmp_path, file, flags):
     after = read_checkpoint(tmp_path / "b.pth")
     require_equal(after["model"], before["model"])
     assert after["classes"] == before["classes"]
-    assert after["args"] == {**before["args"], "backbone_weights": "imagenet"}, "but for where a run's first weights came from"
+    assert after["args"] == {**before["args"], "backbone_weights": "imagenet"}, (
+        "but for where a run's first weights came from"
+    )
 
 
 def test_a_file_of_a_folder_loads_evaluates_and_fits_its_own_flags(tmp_path, file):
     convert(file(*TWO_STAGE), tmp_path / "folder")
     convert(tmp_path / "folder" / "model.safetensors", tmp_path / "b.pth")
-    model = build_model(Config().with_flags({**read_checkpoint(tmp_path / "b.pth")["args"], "backbone_weights": "none"}))[0]
+    model = build_model(
+        Config().with_flags({**read_checkpoint(tmp_path / "b.pth")["args"], "backbone_weights": "none"})
+    )[0]
     report = load_weights(model, str(tmp_path / "b.pth"))
     assert (report.missing, report.unexpected) == ((), ())
 
@@ -110,15 +145,27 @@ def test_a_folder_predicts_as_the_file_does(tmp_path, file):
 
 
 def test_a_published_file_needs_no_more_than_it_holds(tmp_path):
-    """Namespace, names of DistributedDataParallel, aliases, COCO's 91 logits without a word about them."""
+    """Namespace, names of DistributedDataParallel, aliases, COCO's 91 logits without a word about
+    them.
+    """
     model, config = detector(*REFINED, "--num_classes", "91")
     state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
-    aliases = {f"module.transformer.decoder.{n}": t for n, t in model.state_dict().items() if n.startswith("bbox_embed.")}
-    args = argparse.Namespace(**{**config.flags(), "frozen_weights": None, "lr_drop_epochs": None, "device": "cuda"})
+    aliases = {
+        f"module.transformer.decoder.{n}": t
+        for n, t in model.state_dict().items()
+        if n.startswith("bbox_embed.")
+    }
+    args = argparse.Namespace(
+        **{**config.flags(), "frozen_weights": None, "lr_drop_epochs": None, "device": "cuda"}
+    )
     torch.save({"model": state | aliases, "args": args, "epoch": 49}, tmp_path / "published.pth")
     convert(tmp_path / "published.pth", tmp_path / "folder")
     written = json.loads((tmp_path / "folder" / "config.json").read_text())
-    assert (written["id2label"]["1"], written["id2label"]["90"], written["id2label"]["12"]) == ("person", "toothbrush", "N/A")
+    assert (written["id2label"]["1"], written["id2label"]["90"], written["id2label"]["12"]) == (
+        "person",
+        "toothbrush",
+        "N/A",
+    )
     assert len(written["id2label"]) == 91
     back = read_hugging_face(str(tmp_path / "folder"), "source")
     require_equal(back["model"], model.state_dict())
@@ -131,13 +178,21 @@ def test_weights_alone_need_what_they_do_not_tell(tmp_path):
     convert(tmp_path / "a.pth", tmp_path / "folder", "--nheads", "4", "--dilation")
     back = read_hugging_face(str(tmp_path / "folder"), "source")
     require_equal(back["model"], model.state_dict())
-    assert [back["args"][name] for name in ("nheads", "dilation", "enc_n_points", "with_box_refine")] == [4, True, 4, True]
+    assert [back["args"][name] for name in ("nheads", "dilation", "enc_n_points", "with_box_refine")] == [
+        4,
+        True,
+        4,
+        True,
+    ]
     assert "classes" not in back, "nobody knows their names"
 
 
 def test_averaged_weights_are_taken_unless_they_were_worse():
     model, averaged = {"a": torch.zeros(1)}, {"a": torch.ones(1)}
-    lines = [json.dumps({"test_coco_eval_bbox": [0.3], "test_ema_coco_eval_bbox": [0.2]}), json.dumps({"epoch": 1})]
+    lines = [
+        json.dumps({"test_coco_eval_bbox": [0.3], "test_ema_coco_eval_bbox": [0.2]}),
+        json.dumps({"epoch": 1}),
+    ]
     run = {"model": model, "ema": {"model": averaged, "updates": 7}}
     for checkpoint, asked, which in (
         (run, "auto", "ema"),
@@ -186,7 +241,9 @@ def test_names_of_transformers_5_and_heads_that_are_there_once(tmp_path, file):
     convert(file(), tmp_path / "folder")
     weights = load_file(tmp_path / "folder" / "model.safetensors")
     newer = {
-        name.replace(".conv_encoder.model.", ".model.").replace(".out_proj.", ".o_proj.").replace(".fc", ".mlp.fc"): tensor
+        name.replace(".conv_encoder.model.", ".model.")
+        .replace(".out_proj.", ".o_proj.")
+        .replace(".fc", ".mlp.fc"): tensor
         for name, tensor in weights.items()
         if not name.startswith(("class_embed.1", "class_embed.2", "bbox_embed.1", "bbox_embed.2"))
     }
@@ -195,12 +252,17 @@ def test_names_of_transformers_5_and_heads_that_are_there_once(tmp_path, file):
 
 
 def test_refined_heads_under_one_of_their_two_names(tmp_path, file):
-    for kept, dropped in (("bbox_embed.", "model.decoder.bbox_embed."), ("model.decoder.bbox_embed.", "bbox_embed.")):
+    for kept, dropped in (
+        ("bbox_embed.", "model.decoder.bbox_embed."),
+        ("model.decoder.bbox_embed.", "bbox_embed."),
+    ):
         folder = tmp_path / dropped
         convert(file(*REFINED), folder)
         weights = load_file(folder / "model.safetensors")
         assert any(name.startswith(kept) for name in weights)
-        save_file({n: t for n, t in weights.items() if not n.startswith(dropped)}, folder / "model.safetensors")
+        save_file(
+            {n: t for n, t in weights.items() if not n.startswith(dropped)}, folder / "model.safetensors"
+        )
         require_equal(read_hugging_face(str(folder), "source")["model"], detector(*REFINED)[0].state_dict())
 
 
@@ -218,13 +280,25 @@ def test_the_config_of_the_hubs_first_models(tmp_path, file):
     path = tmp_path / "folder" / "config.json"
     config = json.loads(path.read_text())
     small = {name: config[name] for name in config if "layers" in name or "ffn" in name or "heads" in name}
-    config = {"model_type": "deformable_detr", **small, "d_model": 64, "num_queries": 12, "backbone": "resnet18.a1_in1k"}
+    config = {
+        "model_type": "deformable_detr",
+        **small,
+        "d_model": 64,
+        "num_queries": 12,
+        "backbone": "resnet18.a1_in1k",
+    }
     path.write_text(json.dumps({**config, "id2label": {str(label): f"LABEL_{label}" for label in range(5)}}))
     back = read_hugging_face(str(tmp_path / "folder"), "source")
     assert "classes" not in back
-    assert (back["args"]["backbone"], back["args"]["num_classes"], back["args"]["enc_n_points"]) == ("resnet18", 5, 4)
+    assert (back["args"]["backbone"], back["args"]["num_classes"], back["args"]["enc_n_points"]) == (
+        "resnet18",
+        5,
+        4,
+    )
     path.write_text(json.dumps({**config, "id2label": {"0": "N/A", "1": "cat"}}))
-    assert classes_of(read_hugging_face(str(tmp_path / "folder"), ""), "") == ClassMap(5, (Category(1, 1, "cat"),))
+    assert classes_of(read_hugging_face(str(tmp_path / "folder"), ""), "") == ClassMap(
+        5, (Category(1, 1, "cat"),)
+    )
 
 
 def test_models_come_from_the_hub_by_their_page_and_their_file(tmp_path, file, monkeypatch):
@@ -238,9 +312,16 @@ def test_models_come_from_the_hub_by_their_page_and_their_file(tmp_path, file, m
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     base = "https://huggingface.co/owner/name"
-    for source in (base, f"{base}/", f"{base}/resolve/main/model.safetensors", f"{base}/blob/main/model.safetensors"):
+    for source in (
+        base,
+        f"{base}/",
+        f"{base}/resolve/main/model.safetensors",
+        f"{base}/blob/main/model.safetensors",
+    ):
         require_equal(read_hugging_face(source, "--finetune")["model"], detector()[0].state_dict())
-    assert asked == [f"{base}/resolve/main/config.json", f"{base}/resolve/main/model.safetensors"], "fetched once"
+    assert asked == [f"{base}/resolve/main/config.json", f"{base}/resolve/main/model.safetensors"], (
+        "fetched once"
+    )
 
 
 # ---- what can't be converted
@@ -254,7 +335,10 @@ def edited(folder, **entries):
 MISTAKES = {
     "another model": (lambda f: edited(f, model_type="detr"), "no Deformable DETR"),
     "another backbone": (lambda f: edited(f, backbone="swin_tiny"), "swin_tiny"),
-    "transformers' own ResNet": (lambda f: edited(f, backbone_config={"model_type": "resnet"}), "its backbone is"),
+    "transformers' own ResNet": (
+        lambda f: edited(f, backbone_config={"model_type": "resnet"}),
+        "its backbone is",
+    ),
     "two numbers of heads": (lambda f: edited(f, decoder_attention_heads=8), "--nheads"),
     "no number": (lambda f: edited(f, d_model="wide"), "can't be used"),
     "names that are none": (lambda f: edited(f, id2label={"a": 1}), "id2label"),
@@ -265,13 +349,16 @@ MISTAKES = {
     "half the weights": (lambda f: cut(f / "model.safetensors"), "damaged"),
     "no heads": (lambda f: without(f, "class_embed"), "class_embed"),
     "no values": (lambda f: without(f, "model.decoder.layers.1.self_attn.v_proj.bias"), "in_proj_bias"),
-}  # fmt: skip
+}
 
 
 def without(folder, start):
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    save_file({name: tensor for name, tensor in weights.items() if not name.startswith(start)}, folder / "model.safetensors")
+    save_file(
+        {name: tensor for name, tensor in weights.items() if not name.startswith(start)},
+        folder / "model.safetensors",
+    )
 
 
 def cut(path):
@@ -340,7 +427,9 @@ def test_resuming_from_a_folder_tells_how_to_convert_it(converted):
 
 
 class TorchvisionBackbone(nn.Module):
-    """Stands in for timm's ResNet, whose names and outputs are torchvision's, where timm is missing."""
+    """Stands in for timm's ResNet, whose names and outputs are torchvision's, where timm is
+    missing.
+    """
 
     def __init__(self, config):
         super().__init__()

@@ -1,4 +1,6 @@
-"""Pascal VOC and YOLO to COCO's layout: boxes by hand, folders of every habit, and files that mean harm."""
+"""Pascal VOC and YOLO to COCO's layout: boxes by hand, folders of every habit, and files that mean
+harm.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +39,11 @@ def write(path: Path, text: str) -> None:
 
 
 def voc_object(name: str, *box: object, extra: str = "") -> str:
-    sides = "".join(f"<{side}>{value}</{side}>" for side, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True))
-    part = "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox></part>"
+    sides = "".join(
+        f"<{side}>{value}</{side}>" for side, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)
+    )
+    box = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox>"
+    part = f"<part><name>head</name>{box}</part>"
     return f"<object><name>{name}</name>{part}<bndbox>{sides}</bndbox>{extra}</object>"
 
 
@@ -71,7 +76,10 @@ def write_yolo(root: Path) -> None:
         write_image(root / "images" / part / f"{name}.png")
     write(root / "labels/train/a.txt", "2 0.5 0.5 1 1\n0 0.2 0.25 0.1 0.5\n\n")
     write(root / "labels/val/c.txt", "1 0.1 0.1 0.5 0.1 0.5 0.9\n")
-    write(root / "data.yaml", "path: .\ntrain: images/train\nval: images/val\nnames:\n  0: car\n  1: bus\n  2: van\n")
+    write(
+        root / "data.yaml",
+        "path: .\ntrain: images/train\nval: images/val\nnames:\n  0: car\n  1: bus\n  2: van\n",
+    )
 
 
 def convert(*flags: object, code: int = 0) -> str:
@@ -87,7 +95,10 @@ def content(folder: Path, part: str) -> dict:
     path = folder / "annotations" / f"instances_{part}2017.json"
     written = read_annotations(path).dataset
     for image in written["images"]:
-        assert read_header(folder / f"{part}2017" / image["file_name"], 1, "").size == (image["width"], image["height"])
+        assert read_header(folder / f"{part}2017" / image["file_name"], 1, "").size == (
+            image["width"],
+            image["height"],
+        )
     return written
 
 
@@ -102,7 +113,9 @@ def boxes(written: dict, areas: bool = True) -> dict[str, list[tuple]]:
     return found
 
 
-def read(source: Path, on_bad: str = "stop", **rules: object) -> tuple[dict[str, dict[str, list[tuple]]], Faults]:
+def read(
+    source: Path, on_bad: str = "stop", **rules: object
+) -> tuple[dict[str, dict[str, list[tuple]]], Faults]:
     """The boxes of every part of a source, and what was wrong with it."""
     faults = Faults(on_bad)
     is_voc = next(source.rglob("*.xml"), None) is not None
@@ -124,7 +137,11 @@ def test_voc_is_converted_by_one_command(tmp_path):
     write_voc(tmp_path / "VOC2007")
     said = convert(tmp_path / "VOC2007", "--output_dir", tmp_path / "out")
     train, val = content(tmp_path / "out", "train"), content(tmp_path / "out", "val")
-    assert train["categories"] == val["categories"] == [{"id": i, "name": n} for i, n in enumerate(("cat", "dog", "person"), 1)]
+    assert (
+        train["categories"]
+        == val["categories"]
+        == [{"id": i, "name": n} for i, n in enumerate(("cat", "dog", "person"), 1)]
+    )
     assert boxes(train) == {
         "2007_a.jpg": [("dog", [0, 0, 100, 60], 0), ("cat", [10, 20, 20, 20], 1)],
         "2007_b.jpg": [("person", [47.5, 1, 12.5, 9.5], 0)],
@@ -155,7 +172,10 @@ def test_other_lists_of_images_may_be_chosen(tmp_path):
     write_voc(tmp_path)
     (tmp_path / "ImageSets/Main/train.txt").rename(tmp_path / "ImageSets/Main/trainval.txt")
     (tmp_path / "ImageSets/Main/val.txt").rename(tmp_path / "ImageSets/Main/test.txt")
-    assert [sorted(names) for names in read(tmp_path)[0].values()] == [["2007_a.jpg", "2007_b.jpg"], ["2007_c.jpg"]]
+    assert [sorted(names) for names in read(tmp_path)[0].values()] == [
+        ["2007_a.jpg", "2007_b.jpg"],
+        ["2007_c.jpg"],
+    ]
     assert list(read(tmp_path, train_set="test")[0]["train"]) == ["2007_c.jpg"]
     assert "nowhere.txt can't be read" in refusal(tmp_path, train_set="nowhere")
     assert "share 2 images, 2007_a" in refusal(tmp_path, train_set="trainval", val_set="cat_train")
@@ -164,13 +184,14 @@ def test_other_lists_of_images_may_be_chosen(tmp_path):
 @pytest.mark.parametrize(
     "places",
     [
-        ("a.jpg", "a.xml", "b.jpg", "b.xml"), ("images/a.jpg", "annotations/a.xml", "images/b.jpg", "annotations/b.xml"),
+        ("a.jpg", "a.xml", "b.jpg", "b.xml"),
+        ("images/a.jpg", "annotations/a.xml", "images/b.jpg", "annotations/b.xml"),
         ("JPEGImages/x/a.jpg", "Annotations/x/a.xml", "JPEGImages/b.jpg", "Annotations/b.xml"),
         ("train/a.jpg", "train/a.xml", "valid/b.jpg", "valid/b.xml"),
         ("train/images/a.jpg", "train/annotations/a.xml", "val/images/b.jpg", "val/annotations/b.xml"),
         ("images/train/a.jpg", "labels/train/a.xml", "images/test/b.jpg", "labels/test/b.xml"),
     ],
-)  # fmt: skip
+)
 def test_images_and_xml_files_may_lie_in_any_usual_folders(tmp_path, places):
     for place in places:
         if place.endswith(".xml"):
@@ -186,11 +207,13 @@ def test_images_and_xml_files_may_lie_in_any_usual_folders(tmp_path, places):
 
 
 HOSTILE = {
-    "billion laughs": '<!DOCTYPE x [<!ENTITY a "ha"><!ENTITY b "&a;&a;&a;">]><annotation><folder>&b;</folder></annotation>',
-    "external entity": '<!DOCTYPE x [<!ENTITY a SYSTEM "file:///etc/passwd">]><annotation><folder>&a;</folder></annotation>',
+    "billion laughs": '<!DOCTYPE x [<!ENTITY a "ha"><!ENTITY b '
+    '"&a;&a;&a;">]><annotation><folder>&b;</folder></annotation>',
+    "external entity": "<!DOCTYPE x [<!ENTITY a SYSTEM "
+    '"file:///etc/passwd">]><annotation><folder>&a;</folder></annotation>',
     "external DTD": '<!DOCTYPE annotation SYSTEM "http://127.0.0.1:1/x.dtd"><annotation/>',
     "parameter entity": '<!DOCTYPE x [<!ENTITY % a SYSTEM "http://127.0.0.1:1/x"> %a;]><annotation/>',
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
@@ -205,9 +228,13 @@ VOC_FAULTS = {
     "is not XML (undefined entity": "<annotation><object><name>&a;</name></object></annotation>",
     "has 'html' where": "<html/>",
     "object 1 has no name": voc_xml(voc_object(" ", 1, 1, 9, 9)),
-    "object 2 ('dog') has no box of four numbers": voc_xml(voc_object("dog", 1, 1, 9, 9), voc_object("dog", 1, 1, "x", 9)),
+    "object 2 ('dog') has no box of four numbers": voc_xml(
+        voc_object("dog", 1, 1, 9, 9), voc_object("dog", 1, 1, "x", 9)
+    ),
     "is not finite": voc_xml(voc_object("dog", 1, 1, "nan", 9)),
-    "object 1 ('dog'): box from (19, 0) to (9, 9) has no width or no height": voc_xml(voc_object("dog", 20, 1, 9, 9)),
+    "object 1 ('dog'): box from (19, 0) to (9, 9) has no width or no height": voc_xml(
+        voc_object("dog", 20, 1, 9, 9)
+    ),
     "lies outside of the image of 100 x 60": voc_xml(voc_object("dog", 120, 1, 140, 9)),
     "reaches 30 pixels out of the image": voc_xml(voc_object("dog", 50, 1, 130, 9)),
     "its size is 60 x 100, and the image's 100 x 60": voc_xml(size=(60, 100)),
@@ -216,7 +243,8 @@ VOC_FAULTS = {
 
 
 @pytest.mark.parametrize(
-    ("named", "encoding"), [("gb2312", "gb2312"), ("Shift_JIS", "cp932"), ("utf-16", "utf-8"), ("utf-16", "utf-16")]
+    ("named", "encoding"),
+    [("gb2312", "gb2312"), ("Shift_JIS", "cp932"), ("utf-16", "utf-8"), ("utf-16", "utf-16")],
 )
 def test_xml_files_may_name_any_encoding(tmp_path, named, encoding):
     write_image(tmp_path / "a.jpg")
@@ -270,8 +298,15 @@ def test_yolo_is_converted_by_one_command(tmp_path):
     write_yolo(tmp_path / "source")
     said = convert(tmp_path / "source", "--output_dir", tmp_path / "out", "--images", "copy")
     train, val = content(tmp_path / "out", "train"), content(tmp_path / "out", "val")
-    assert train["categories"] == val["categories"] == [{"id": i, "name": n} for i, n in enumerate(("car", "bus", "van"), 1)]
-    assert boxes(train) == {"a.png": [("van", [0, 0, 100, 60], 0), ("car", [15, 0, 10, 30], 0)], "sub/b.png": []}
+    assert (
+        train["categories"]
+        == val["categories"]
+        == [{"id": i, "name": n} for i, n in enumerate(("car", "bus", "van"), 1)]
+    )
+    assert boxes(train) == {
+        "a.png": [("van", [0, 0, 100, 60], 0), ("car", [15, 0, 10, 30], 0)],
+        "sub/b.png": [],
+    }
     assert boxes(val) == {"c.png": [("bus", [10, 6, 40, 48], 0)]}
     assert "taken to have no objects: 1" in said
     assert "outlines, of which the boxes were taken: 1" in said
@@ -303,13 +338,22 @@ def test_data_yaml_names_images_in_every_way(tmp_path, way):
     assert parts["val"] == {"c.png": [("bus", [10, 6, 40, 48], 0)]}
 
 
-@pytest.mark.parametrize("layout", ["images/{part}/{name}|labels/{part}/{name}", "{part}/images/{name}|{part}/labels/{name}",
-                                    "{name}|{name}", "images/{name}|labels/{name}"])  # fmt: skip
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "images/{part}/{name}|labels/{part}/{name}",
+        "{part}/images/{name}|{part}/labels/{name}",
+        "{name}|{name}",
+        "images/{name}|labels/{name}",
+    ],
+)
 def test_folders_without_a_yaml_have_classes_txt(tmp_path, layout):
     image, label = layout.split("|")
     for part, name in (("train", "a"), ("valid", "b")):
         write_image(tmp_path / (image.format(part=part, name=name) + ".jpg"))
-        write(tmp_path / (label.format(part=part, name=name) + ".txt"), f"{int(name == 'b')} 0.5 0.5 0.5 0.5\n")
+        write(
+            tmp_path / (label.format(part=part, name=name) + ".txt"), f"{int(name == 'b')} 0.5 0.5 0.5 0.5\n"
+        )
     place = "labels/classes.txt" if layout.startswith("images/{name}") else "classes.txt"
     write(tmp_path / place, "car\nvan\n")
     parts, _ = read(tmp_path)
@@ -370,13 +414,18 @@ def test_key_points_behind_a_box_are_passed_over(tmp_path):
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
-        ("train: [", "is not YAML"), ("- a", "must have train, val and names"), ("train: images/train\n", "'names' must be"),
-        ("train: images/train\nnames: {0: a, 2: b}", "without gaps"), ("train: images/train\nnames: [a, a]", "two classes 'a'"),
-        ("names: [a]", "no 'train'"), ("train: nowhere\nnames: [a]", "names nowhere, which is missing"),
-        ("train: {a: b}\nnames: [a]", "be a path"), ("train: !!python/object/apply:os.system [x]\nnames: [a]", "is not YAML"),
+        ("train: [", "is not YAML"),
+        ("- a", "must have train, val and names"),
+        ("train: images/train\n", "'names' must be"),
+        ("train: images/train\nnames: {0: a, 2: b}", "without gaps"),
+        ("train: images/train\nnames: [a, a]", "two classes 'a'"),
+        ("names: [a]", "no 'train'"),
+        ("train: nowhere\nnames: [a]", "names nowhere, which is missing"),
+        ("train: {a: b}\nnames: [a]", "be a path"),
+        ("train: !!python/object/apply:os.system [x]\nnames: [a]", "is not YAML"),
         ("train: images/val\nval: images/train/sub\nnames: [a, b, c]", "no image of the val part has labels"),
     ],
-)  # fmt: skip
+)
 def test_a_data_yaml_that_cannot_be_used_is_refused(tmp_path, text, wanted):
     write_yolo(tmp_path)
     write(tmp_path / "data.yaml", text)
@@ -390,7 +439,9 @@ def test_a_data_yaml_that_cannot_be_used_is_refused(tmp_path, text, wanted):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_boxes_are_turned_from_the_image_as_shown_to_the_image_as_stored(tmp_path, orientation):
-    """Pillow turns an image with a white box; the box found in it must come back to where it is stored."""
+    """Pillow turns an image with a white box; the box found in it must come back to where it is
+    stored.
+    """
     stored = np.zeros((60, 100, 3), dtype=np.uint8)
     stored[10:25, 30:70] = 255
     exif = Image.Exif()
@@ -410,7 +461,8 @@ def test_boxes_of_turned_images_are_those_of_the_stored_pixels(tmp_path):
     """Orientation 6 is shown turned clockwise: 60 wide and 100 high."""
     write_yolo(tmp_path / "yolo")
     write_image(tmp_path / "yolo/images/val/c.png", orientation=6)
-    write(tmp_path / "yolo/labels/val/c.txt", "0 0.25 0.05 0.5 0.1\n")  # shown: x 0 to 30, y 0 to 10
+    # shown: x 0 to 30, y 0 to 10
+    write(tmp_path / "yolo/labels/val/c.txt", "0 0.25 0.05 0.5 0.1\n")
     parts, faults = read(tmp_path / "yolo")
     assert parts["val"]["c.png"] == [("car", [0, 30, 10, 30], 0)]
     for size, wanted in (((60, 100), [0, 30, 10, 30]), ((100, 60), [0, 0, 30, 10]), (None, [0, 30, 10, 30])):
@@ -430,7 +482,10 @@ def test_a_single_instances_file_is_parted_and_keeps_its_ids(tmp_path):
     (tmp_path / "coco/annotations/instances_train2017.json").write_text(json.dumps(content))
     layouts.write_labelled(tmp_path / "coco", tmp_path / "labelled")
     said = convert(tmp_path / "labelled", "--output_dir", tmp_path / "out", "--val_fraction", "0.3")
-    parts = [read_annotations(tmp_path / f"out/annotations/instances_{part}2017.json").dataset for part in ("train", "val")]
+    parts = [
+        read_annotations(tmp_path / f"out/annotations/instances_{part}2017.json").dataset
+        for part in ("train", "val")
+    ]
     assert [len(part["images"]) for part in parts] == [7, 3]
     assert "train: 7 images with 14 objects" in said
     for name in ("images", "annotations"):
@@ -443,11 +498,25 @@ def test_a_single_instances_file_is_parted_and_keeps_its_ids(tmp_path):
         assert {annotation["image_id"] for annotation in part["annotations"]} == of_part
 
 
-@pytest.mark.parametrize("names", [
-    ("train/_annotations.coco.json", "valid/_annotations.coco.json", "train", "valid"),
-    ("annotations/instances_train.json", "annotations/instances_test.json", "images/train", "images/test"),
-    ("annotations/instances_train2017.json", "annotations/instances_val2017.json", "a/train2017", "a/val2017"),
-], ids=["beside", "images", "coco"])  # fmt: skip
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train/_annotations.coco.json", "valid/_annotations.coco.json", "train", "valid"),
+        (
+            "annotations/instances_train.json",
+            "annotations/instances_test.json",
+            "images/train",
+            "images/test",
+        ),
+        (
+            "annotations/instances_train2017.json",
+            "annotations/instances_val2017.json",
+            "a/train2017",
+            "a/val2017",
+        ),
+    ],
+    ids=["beside", "images", "coco"],
+)
 def test_instances_files_for_each_part_may_lie_as_tools_export_them(tmp_path, names):
     write_coco(tmp_path / "coco", 3, 2, size=(40, 36))
     for part, file, folder in zip(("train", "val"), names[:2], names[2:], strict=True):
@@ -457,7 +526,9 @@ def test_instances_files_for_each_part_may_lie_as_tools_export_them(tmp_path, na
         for path in (tmp_path / f"coco/{part}2017").iterdir():
             path.rename(tmp_path / "in" / folder / f"{path.name}")
     convert(tmp_path / "in", "--output_dir", tmp_path / "out")
-    for part, folder in zip(("train", "val"), names[2:], strict=True):  # both parts have files of the same names
+    for part, folder in zip(
+        ("train", "val"), names[2:], strict=True
+    ):  # both parts have files of the same names
         files = sorted((tmp_path / f"out/{part}2017").iterdir())
         assert len(files) == {"train": 3, "val": 2}[part]
         assert all(file.samefile(tmp_path / "in" / folder / file.name) for file in files)
@@ -491,7 +562,10 @@ def test_a_source_without_validation_images_is_split_alike_every_time(tmp_path):
     split = []
     for out, flags in (("a", ()), ("b", ()), ("c", ("--seed", "1")), ("d", ("--val_fraction", "0.5"))):
         convert(tmp_path / "source", "--output_dir", tmp_path / out, *flags)
-        names = [{image["file_name"] for image in content(tmp_path / out, part)["images"]} for part in ("train", "val")]
+        names = [
+            {image["file_name"] for image in content(tmp_path / out, part)["images"]}
+            for part in ("train", "val")
+        ]
         assert len(names[0] | names[1]) == len(names[0]) + len(names[1]) == 10
         split.append(names[1])
     assert [len(names) for names in split] == [2, 2, 2, 5]
@@ -505,7 +579,10 @@ def test_images_of_the_same_name_in_several_folders_stay_several(tmp_path):
         write(tmp_path / f"{i}/labels/x.txt", f"{i} 0.5 0.5 0.5 0.5\n")
     write(tmp_path / "data.yaml", "train: [0/images, 1/images]\nval: images/val\nnames: [a, b, c]\n")
     parts, _ = read(tmp_path)
-    assert {name: objects[0][0] for name, objects in parts["train"].items()} == {"0/x.png": "a", "1/x.png": "b"}
+    assert {name: objects[0][0] for name, objects in parts["train"].items()} == {
+        "0/x.png": "a",
+        "1/x.png": "b",
+    }
 
 
 def test_what_file_managers_leave_behind_is_passed_over(tmp_path):
@@ -522,7 +599,9 @@ def test_what_file_managers_leave_behind_is_passed_over(tmp_path):
 def test_symbolic_links_lead_to_the_source(tmp_path):
     write_voc(tmp_path / "source")
     convert(tmp_path / "source", "--output_dir", tmp_path / "out", "--images", "symlink")
-    assert os.path.realpath(tmp_path / "out/val2017/2007_c.jpg") == str(tmp_path / "source/JPEGImages/2007_c.jpg")
+    assert os.path.realpath(tmp_path / "out/val2017/2007_c.jpg") == str(
+        tmp_path / "source/JPEGImages/2007_c.jpg"
+    )
 
 
 def test_mistakes_cost_one_line(tmp_path):
@@ -538,7 +617,12 @@ def test_mistakes_cost_one_line(tmp_path):
     assert "is not empty" in convert(tmp_path / "voc", "--output_dir", tmp_path / "both", code=2)
     assert not any((tmp_path / "out").iterdir()), "nothing is written before all has been read"
     convert(tmp_path / "both", *out, "--format", "yolo")
-    assert json.loads((tmp_path / "out/annotations/instances_train2017.json").read_text())["categories"][0]["name"] == "car"
+    assert (
+        json.loads((tmp_path / "out/annotations/instances_train2017.json").read_text())["categories"][0][
+            "name"
+        ]
+        == "car"
+    )
 
 
 def test_a_source_of_which_nothing_is_left_says_what_is_wrong_with_it(tmp_path):
@@ -552,12 +636,20 @@ def test_a_source_of_which_nothing_is_left_says_what_is_wrong_with_it(tmp_path):
     write(tmp_path / "coco/result.json", '{"images": [')
     assert "result.json is not JSON" in convert(tmp_path / "coco", *out, code=2)
     write(tmp_path / "coco/result.json", '{"images": [], "categories": []}')
-    assert "result.json is no COCO instances file: it lacks the lists annotations" in convert(tmp_path / "coco", *out, code=2)
+    assert "result.json is no COCO instances file: it lacks the lists annotations" in convert(
+        tmp_path / "coco", *out, code=2
+    )
 
 
 def test_help_shows_defaults_and_an_example():
     text = " ".join(run(sys.executable, "tools/convert_dataset.py", "--help").stdout.split())
-    for wanted in ("--on_bad {stop,clip,skip}", "(default: stop)", "(default: 0.2)", "(default: crowd)", "example: python "):
+    for wanted in (
+        "--on_bad {stop,clip,skip}",
+        "(default: stop)",
+        "(default: 0.2)",
+        "(default: crowd)",
+        "example: python ",
+    ):
         assert wanted in text
 
 
@@ -567,7 +659,9 @@ def test_real_annotations_come_back_from_both_formats(tiny_coco, tmp_path, layou
     parts, faults = read(tmp_path)
     assert faults.messages == []
     for part in ("train", "val"):
-        wanted = boxes(read_annotations(tiny_coco / f"annotations/instances_{part}2017.json").dataset, areas=False)
+        wanted = boxes(
+            read_annotations(tiny_coco / f"annotations/instances_{part}2017.json").dataset, areas=False
+        )
         assert len(parts[part]) == len(wanted) == 50
         for name, objects in parts[part].items():
             expected = [entry for entry in wanted[name.removeprefix(f"{part}_")] if not entry[2]]

@@ -1,4 +1,6 @@
-"""The CUDA kernels' own code, run by the CPU lane by lane: against the reference, on machines without a GPU."""
+"""The CUDA kernels' own code, run by the CPU lane by lane: against the reference, on machines
+without a GPU.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from tests.cuda_emulation.cases import POWERS_OF_TWO, Case
 from tests.cuda_emulation.ops import TYPES, EmulatedOps, accumulator, build
 from tests.helpers import ROOT
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the CUDA kernels for the CPU")
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="needs g++ to compile the CUDA kernels for the CPU"
+)
 
 NAN, INF = float("nan"), float("inf")
 # of the largest expected element; the 16-bit types round once, at the end
@@ -68,7 +72,9 @@ def check_located(ops, case, grad, value, locations, weights) -> None:
 def check_raw(ops, case, coordinates, raw_dtype) -> None:
     grad, value, *raw = case.raw(coordinates, raw_dtype)
     out = ops.fused_forward(value, case.shapes, *raw)
-    assert_close(out, cases.fused_forward(value.double(), case.shapes, *(x.double() for x in raw)), case.dtype)
+    assert_close(
+        out, cases.fused_forward(value.double(), case.shapes, *(x.double() for x in raw)), case.dtype
+    )
     wanted = cases.gradients(cases.fused_forward, grad, value, case.shapes, *raw)
     for deterministic in (False, True):
         grads = ops.fused_backward(grad, value, case.shapes, *raw, deterministic)
@@ -79,7 +85,11 @@ def check_raw(ops, case, coordinates, raw_dtype) -> None:
 @pytest.mark.parametrize("channels", CHANNELS)
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_channels_and_types(ops, channels, dtype):
-    case = Case(channels=channels, dtype=dtype) if channels < 1000 else Case(channels=channels, dtype=dtype, batch=1, queries=2)
+    case = (
+        Case(channels=channels, dtype=dtype)
+        if channels < 1000
+        else Case(channels=channels, dtype=dtype, batch=1, queries=2)
+    )
     check_located(ops, case, *case.located())
     check_raw(ops, case, 2, dtype)
 
@@ -112,7 +122,10 @@ def test_borders_and_centres(ops, dtype):
     grad, value, locations, weights = case.located()
     for level, (height, width) in enumerate(case.shapes):
         x = torch.tensor([-0.5 - 1 / 64, -0.5, 0, 0.5, 1, width / 2, width - 0.5, width, width + 0.5]) / width
-        y = torch.tensor([-0.5, -0.5 + 1 / 64, 0, 0.5, 1, height / 2, height - 0.5, height, height + 0.5]) / height
+        y = (
+            torch.tensor([-0.5, -0.5 + 1 / 64, 0, 0.5, 1, height / 2, height - 0.5, height, height + 0.5])
+            / height
+        )
         locations[0, 0, 0, level] = torch.cartesian_prod(x, y)
     check_located(ops, case, grad, value, locations, weights)
 
@@ -120,7 +133,9 @@ def test_borders_and_centres(ops, dtype):
 def test_locations_that_are_no_numbers_are_outside(ops):
     case = Case(shapes=POWERS_OF_TWO, channels=32, points=4)
     grad, value, locations, weights = case.located()
-    bad = torch.tensor([[NAN, 0.5], [0.5, NAN], [INF, 0.5], [0.5, -INF], [1e38, 0.5], [NAN, NAN], [-1e38, INF], [3e9, 0.1]])
+    bad = torch.tensor(
+        [[NAN, 0.5], [0.5, NAN], [INF, 0.5], [0.5, -INF], [1e38, 0.5], [NAN, NAN], [-1e38, INF], [3e9, 0.1]]
+    )
     locations[0, 0, 0] = bad.view(2, 4, 2)
     check_located(ops, case, grad, value, locations, weights)
     for grad_input in ops.backward(grad, value, case.shapes, locations, weights, False)[1:]:
@@ -135,17 +150,23 @@ def test_weights_that_are_no_numbers_show(ops, bad, where):
     weights[0, 0, 0, 0, 0], locations[0, 0, 0, 0, 0] = bad, where
     out = ops.forward(value, case.shapes, locations, weights)
     assert not out[0, 0, :32].isfinite().any()
-    assert_close(out, cases.forward(value.double(), case.shapes, locations.double(), weights.double()), case.dtype)
+    assert_close(
+        out, cases.forward(value.double(), case.shapes, locations.double(), weights.double()), case.dtype
+    )
     wanted = cases.gradients(cases.forward, grad, value, case.shapes, locations, weights)
     for deterministic in (False, True):
         grads = ops.backward(grad, value, case.shapes, locations, weights, deterministic)
-        for ours, theirs in zip(grads, wanted, strict=True):  # infinity times a sum may be the sum of infinities: NaN
+        for ours, theirs in zip(
+            grads, wanted, strict=True
+        ):  # infinity times a sum may be the sum of infinities: NaN
             assert_close(ours.nan_to_num(NAN, NAN, NAN), theirs.nan_to_num(NAN, NAN, NAN), case.dtype)
 
 
 @pytest.mark.parametrize("channels", [7, 32])
 def test_pixels_that_are_no_numbers_stay_where_they_are(ops, channels):
-    """Level 1 and image 1 are NaN; nothing samples them, though points lie on the very border to them."""
+    """Level 1 and image 1 are NaN; nothing samples them, though points lie on the very border to
+    them.
+    """
     case = Case(shapes=POWERS_OF_TWO, channels=channels, points=4)
     grad, value, locations, weights = case.located()
     height, width = case.shapes[0]
@@ -207,7 +228,14 @@ def test_no_access_out_of_bounds_and_nothing_undefined(tmp_path):
         pytest.skip("g++ has no AddressSanitizer here")
     checks = "-fsanitize=address,undefined,float-cast-overflow"
     library = build(tmp_path, "-O1", "-g1", checks, "-fno-sanitize-recover=all")
-    environment = {**os.environ, "LD_PRELOAD": find.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": find.stdout.strip(),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-m", "tests.cuda_emulation.exercise", str(library)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0 and done.stdout.endswith("done\n"), done.stderr[-4000:]

@@ -19,17 +19,26 @@ from util.plot_utils import plot_run
 def luminance(color: tuple[int, ...]) -> float:
     """Relative luminance of an sRGB colour (WCAG 2): 0 for black, 1 for white."""
     srgb = np.asarray(color) / 255
-    return float(np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722])
+    return float(
+        np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722]
+    )
 
 
 def rows(count: int, **more) -> list[dict]:
     rng = random.Random(count)
     names = ("loss", "loss_ce", "loss_bbox", "loss_giou", "class_error")
     keys = [f"{split}_{name}" for split in ("train", "test") for name in names]
-    return [{
-        **{key: rng.random() for key in keys}, "epoch": epoch, "train_lr": 2e-4 if epoch < 40 else 2e-5,
-        "test_coco_eval_bbox": [0.01 * epoch, 0.015 * epoch, *[0.1] * 10], "train_grad_norm": 1.0, **more,
-    } for epoch in range(count)]  # fmt: skip
+    return [
+        {
+            **{key: rng.random() for key in keys},
+            "epoch": epoch,
+            "train_lr": 2e-4 if epoch < 40 else 2e-5,
+            "test_coco_eval_bbox": [0.01 * epoch, 0.015 * epoch, *[0.1] * 10],
+            "train_grad_norm": 1.0,
+            **more,
+        }
+        for epoch in range(count)
+    ]
 
 
 def write_log(folder: Path, text: str) -> Path:
@@ -66,9 +75,15 @@ def test_an_invalid_line_in_the_middle_is_named(tmp_path, line):
 
 
 def test_series_of_a_resumed_run_and_of_gaps():
-    log = [{"epoch": 0, "train_loss": 3.0}, {"epoch": 1, "train_loss": 9.0}, {"epoch": 1, "train_loss": 2.0},
-           {"epoch": 2, "test_coco_eval_bbox": [0.25, 0.5]}, {"epoch": 3, "test_coco_eval_bbox": [-1, -1]},
-           {"epoch": 4, "train_loss": None, "test_coco_eval_bbox": []}, {"train_loss": 7.0}]  # fmt: skip
+    log = [
+        {"epoch": 0, "train_loss": 3.0},
+        {"epoch": 1, "train_loss": 9.0},
+        {"epoch": 1, "train_loss": 2.0},
+        {"epoch": 2, "test_coco_eval_bbox": [0.25, 0.5]},
+        {"epoch": 3, "test_coco_eval_bbox": [-1, -1]},
+        {"epoch": 4, "train_loss": None, "test_coco_eval_bbox": []},
+        {"train_loss": 7.0},
+    ]
     epochs, values = series(log, "train_loss")
     assert epochs.tolist() == [0, 1] and values.tolist() == [3, 2]
     for key, value in (("AP", 25), ("AP50", 50)):
@@ -81,7 +96,8 @@ def test_series_of_a_resumed_run_and_of_gaps():
 def test_every_run_has_a_colour_of_its_own(count):
     colors = run_colors(count)
     assert len(set(colors)) == count and all(re.fullmatch("#[0-9a-f]{6}", color) for color in colors)
-    for color in colors if count <= 7 else []:  # WCAG's contrast of graphics, on a white and on a dark page
+    # WCAG's contrast of graphics, on a white and on a dark page
+    for color in colors if count <= 7 else []:
         seen = luminance(ImageColor.getrgb(color)) + 0.05
         assert 1.05 / seen >= 3 and seen / (luminance(ImageColor.getrgb("#1b1f24")) + 0.05) >= 3, color
 
@@ -138,11 +154,19 @@ def test_evaluations_every_few_epochs_are_joined(tmp_path, figure):
     assert [list(line.get_xdata()) for line in loss] == [[*range(12)], [3, 7, 11]]
 
 
-@pytest.mark.parametrize("logs", [
-    {"one epoch": rows(1)},
-    {"empty": [], "bare": [{"epoch": 0}], "undefined": rows(3, test_coco_eval_bbox=[-1] * 12, train_lr=0.0)},
-    {f"run {i} {'long name ' * i}": rows(2, train_lr=1e-4 * (i + 1)) for i in range(14)},
-], ids=["one", "gaps", "many"])  # fmt: skip
+@pytest.mark.parametrize(
+    "logs",
+    [
+        {"one epoch": rows(1)},
+        {
+            "empty": [],
+            "bare": [{"epoch": 0}],
+            "undefined": rows(3, test_coco_eval_bbox=[-1] * 12, train_lr=0.0),
+        },
+        {f"run {i} {'long name ' * i}": rows(2, train_lr=1e-4 * (i + 1)) for i in range(14)},
+    ],
+    ids=["one", "gaps", "many"],
+)
 @pytest.mark.filterwarnings("error::UserWarning", "error::RuntimeWarning")
 def test_unusual_logs_are_drawn(tmp_path, logs):
     plot_run(logs, tmp_path / "curve.png")

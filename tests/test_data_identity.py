@@ -1,4 +1,6 @@
-"""A run that goes on says what has changed of its data, and an interrupted epoch takes every image as it is now."""
+"""A run that goes on says what has changed of its data, and an interrupted epoch takes every image
+as it is now.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def identity(images=IMAGES, objects=OBJECTS) -> DataIdentity:
 def test_equal_data_have_one_identity_through_a_checkpoint():
     known = identity()
     assert (known.images, known.annotations) == (2, 1)
-    again = identity([dict(image, width=9) for image in IMAGES], [dict(OBJECTS[0], id=4, bbox=[1.0, 2.0, 3.5, 4.0])])
+    again = identity(
+        [dict(image, width=9) for image in IMAGES], [dict(OBJECTS[0], id=4, bbox=[1.0, 2.0, 3.5, 4.0])]
+    )
     assert again == known, "neither other fields nor how a number is written"
     assert DataIdentity.from_plain(known.to_plain()) == known
     assert known.changes_since(known) == []
@@ -68,8 +72,29 @@ def interrupted(tmp_path_factory) -> Path:
 
 
 def flags(data: Path) -> tuple[str, ...]:
-    common = ("--epochs", "2", "--batch_size", "1", "--accumulate_steps", "3", "--num_workers", "0", "--log_every", "1")
-    return ("--coco_path", str(data), *SMALL_IMAGES, *SMALL_MODEL, *common, "--save_every", "4", "--keep", "9")
+    common = (
+        "--epochs",
+        "2",
+        "--batch_size",
+        "1",
+        "--accumulate_steps",
+        "3",
+        "--num_workers",
+        "0",
+        "--log_every",
+        "1",
+    )
+    return (
+        "--coco_path",
+        str(data),
+        *SMALL_IMAGES,
+        *SMALL_MODEL,
+        *common,
+        "--save_every",
+        "4",
+        "--keep",
+        "9",
+    )
 
 
 def edited(interrupted: Path, tmp_path: Path, part: str, change: Callable[[dict], object]) -> tuple[str, ...]:
@@ -106,7 +131,11 @@ ANEW = "resume: epoch 1 begins anew with the images as they are now, after 4 of 
 @pytest.mark.parametrize(
     ("change", "said", "steps"),
     [
-        (lambda content: without_image(content, 12), "now 5 images instead of 6, 10 annotations instead of 12", 5),
+        (
+            lambda content: without_image(content, 12),
+            "now 5 images instead of 6, 10 annotations instead of 12",
+            5,
+        ),
         (without_most, "now 2 images instead of 6, 4 annotations instead of 12", 2),
         (add_image, "now 7 images instead of 6", 7),
         (another_name, "now 6 images with other ids or file names", 6),
@@ -122,7 +151,9 @@ def test_an_epoch_whose_images_have_changed_begins_anew(interrupted, tmp_path, c
     trained = re.findall(r"^epoch 1 \[ *(\d+)/(\d+)\]", result.stdout, re.MULTILINE)
     assert trained == [(str(step), str(steps)) for step in range(1, steps + 1)], "every image once"
     assert read_checkpoint(tmp_path / "out" / "checkpoint.pth")["data"]["train"]["images"] == steps
-    assert [json.loads(line)["epoch"] for line in (tmp_path / "out" / "log.txt").read_text().splitlines()] == [0, 1]
+    assert [
+        json.loads(line)["epoch"] for line in (tmp_path / "out" / "log.txt").read_text().splitlines()
+    ] == [0, 1]
 
 
 def test_a_run_goes_on_in_its_folder_with_the_epoch_that_began_anew(interrupted, tmp_path):
@@ -141,11 +172,16 @@ def test_a_run_goes_on_in_its_folder_with_the_epoch_that_began_anew(interrupted,
 
 
 def test_where_only_boxes_have_changed_the_epoch_goes_on_and_says_it(interrupted, tmp_path):
-    run = edited(interrupted, tmp_path, "train", lambda content: content["annotations"][0].update(bbox=[1, 1, 9, 9]))
+    run = edited(
+        interrupted, tmp_path, "train", lambda content: content["annotations"][0].update(bbox=[1, 1, 9, 9])
+    )
     checkpoint = interrupted / "out" / "resume_0001_000000004.pth"
     result = run_main_forked(*run, "--resume", str(checkpoint), "--output_dir", str(tmp_path / "out"))
     assert result.returncode == 0, result.stderr
-    assert "training data are not the checkpoint's: now 12 annotations with other boxes, classes or images\n" in result.stdout
+    assert (
+        "training data are not the checkpoint's: now 12 annotations with other boxes, classes or "
+        "images\n" in result.stdout
+    )
     assert "anew" not in result.stdout
     assert re.findall(r"^epoch 1 \[ *(\d+)/6\]", result.stdout, re.MULTILINE) == ["5", "6"]
 
@@ -169,7 +205,10 @@ def test_with_other_validation_images_the_best_is_chosen_anew(interrupted, tmp_p
     write_atomically(checkpoint, source)
     result = run_main_forked(*run, "--resume", str(source), "--output_dir", str(tmp_path / "out"))
     assert result.returncode == 0, result.stderr
-    assert "validation data are not the checkpoint's: now 2 images instead of 3, 4 annotations instead of 6\n" in result.stdout
+    assert (
+        "validation data are not the checkpoint's: now 2 images instead of 3, 4 annotations "
+        "instead of 6\n" in result.stdout
+    )
     assert "checkpoint_best.pth is chosen anew" in result.stdout
     assert read_checkpoint(tmp_path / "out" / "checkpoint.pth")["history"]["best"]["epoch"] == 1
     assert re.findall(r"^epoch 1 \[ *(\d+)/6\]", result.stdout, re.MULTILINE) == ["5", "6"]
@@ -199,7 +238,10 @@ def test_other_classes_are_refused(interrupted, tmp_path):
     checkpoint = interrupted / "out" / "resume_0001_000000004.pth"
     result = run_main_forked(*run, "--resume", str(checkpoint), "--output_dir", str(tmp_path / "out"))
     assert result.returncode == 2
-    told = f"error: --resume {checkpoint} was trained on other classes: its class 1 is 'one', in this data it is 'zebra'; "
+    told = (
+        f"error: --resume {checkpoint} was trained on other classes: its class 1 is 'one', in "
+        "this data it is 'zebra'; "
+    )
     assert result.stderr.startswith(told)
     assert result.stderr.count("\n") == 1
 
@@ -208,7 +250,13 @@ def test_two_processes_begin_the_epoch_anew_together(interrupted, tmp_path):
     run = edited(interrupted, tmp_path, "train", add_image)
     checkpoint = interrupted / "out" / "resume_0001_000000004.pth"
     printed = run_main_together(
-        *run, "--resume", str(checkpoint), "--output_dir", str(tmp_path / "out"), processes=2, output=tmp_path / "printed"
+        *run,
+        "--resume",
+        str(checkpoint),
+        "--output_dir",
+        str(tmp_path / "out"),
+        processes=2,
+        output=tmp_path / "printed",
     )
     assert ANEW in printed
     assert "epoch 1 [3/3]" in printed

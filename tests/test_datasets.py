@@ -50,11 +50,17 @@ def test_resize_gives_the_published_sizes():
     facts = json.loads((FOLDER / "resize_sizes.json").read_text())
     for width, height, *wanted in facts["rows"]:
         for setting, size in zip(facts["settings"], wanted, strict=True):
-            assert resized(height, width, setting["size"], setting["max_size"]) == tuple(size), (width, height, setting)
+            assert resized(height, width, setting["size"], setting["max_size"]) == tuple(size), (
+                width,
+                height,
+                setting,
+            )
 
 
 def test_training_items_stay_true_to_their_images(tiny_coco):
-    """However an image is flipped, scaled and cropped, its boxes lie inside and its sizes are among the allowed ones."""
+    """However an image is flipped, scaled and cropped, its boxes lie inside and its sizes are among
+    the allowed ones.
+    """
     dataset = build_dataset("train", config_for(tiny_coco))
     flips = set()
     for index in range(12):
@@ -78,8 +84,12 @@ def test_crop_moves_boxes_with_the_pixels():
         torch.manual_seed(seed)
         pixels = np.zeros((300, 400, 3), np.uint8)
         pixels[100:180, 150:260] = 255
-        boxes = BoundingBoxes(torch.tensor([[150.0, 100, 260, 180]]), format=BoundingBoxFormat.XYXY, canvas_size=(300, 400))
-        image, out = RandomCrop(120, 250)(Image.fromarray(pixels), {"boxes": boxes, "area": Area(torch.tensor([8800.0]))})
+        boxes = BoundingBoxes(
+            torch.tensor([[150.0, 100, 260, 180]]), format=BoundingBoxFormat.XYXY, canvas_size=(300, 400)
+        )
+        image, out = RandomCrop(120, 250)(
+            Image.fromarray(pixels), {"boxes": boxes, "area": Area(torch.tensor([8800.0]))}
+        )
         image, out = RandomShorterSide([200], None)(image, out)
         white = np.asarray(image)[..., 0] > 127
         x0, y0, x1, y1 = out["boxes"][0].tolist()
@@ -87,7 +97,9 @@ def test_crop_moves_boxes_with_the_pixels():
             assert x0 == x1 or y0 == y1
             continue
         rows, columns = np.flatnonzero(white.any(1)), np.flatnonzero(white.any(0))
-        np.testing.assert_allclose([x0, y0, x1, y1], [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], atol=1.5)
+        np.testing.assert_allclose(
+            [x0, y0, x1, y1], [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], atol=1.5
+        )
 
 
 def test_area_follows_the_scale():
@@ -106,10 +118,15 @@ def test_items_depend_on_seed_epoch_and_index_alone(tmp_path):
     assert len(second[1]) == len(second[5]) == 2, "other items, drawn before"
     assert torch.equal(a, second[3][0])
     second.epoch = 1
-    assert any(first[i][0].shape != second[i][0].shape or not torch.equal(first[i][0], second[i][0]) for i in range(6))
+    assert any(
+        first[i][0].shape != second[i][0].shape or not torch.equal(first[i][0], second[i][0])
+        for i in range(6)
+    )
     state = torch.get_rng_state()
     first[0]
-    assert torch.equal(state, torch.get_rng_state()), "an item must not disturb the generator that dropout uses"
+    assert torch.equal(state, torch.get_rng_state()), (
+        "an item must not disturb the generator that dropout uses"
+    )
 
 
 def test_crowds_degenerate_boxes_and_empty_images(tmp_path):
@@ -160,7 +177,9 @@ def test_cache_mode_reads_every_file_once(tmp_path):
         assert torch.equal(dataset[i][0], wanted[i])
 
 
-@pytest.mark.parametrize(("images", "batch", "world"), [(10, 2, 1), (10, 2, 2), (11, 3, 3), (7, 2, 4), (1, 4, 2)])
+@pytest.mark.parametrize(
+    ("images", "batch", "world"), [(10, 2, 1), (10, 2, 2), (11, 3, 3), (7, 2, 4), (1, 4, 2)]
+)
 def test_evaluation_counts_every_image_once_with_the_same_neighbours(images, batch, world):
     alone = list(EvalBatches(images, batch, 0, 1))
     shared = [list(EvalBatches(images, batch, rank, world)) for rank in range(world)]

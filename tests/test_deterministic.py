@@ -24,20 +24,49 @@ def deterministic():
 
 
 def test_two_runs_in_fresh_processes_give_the_same_bits(tmp_path):
-    """With dropout, stochastic depth, augmentation, loader workers, BatchFormerV2 and two stages, on two threads."""
+    """With dropout, stochastic depth, augmentation, loader workers, BatchFormerV2 and two stages,
+    on two threads.
+    """
     write_coco(tmp_path / "data", num_train=8, num_val=2)
     runs = []
     for name in ("first", "second"):
         out = tmp_path / name
         result = run_main(
-            "--deterministic", "--coco_path", str(tmp_path / "data"), *SMALL_IMAGES, *SMALL_MODEL, *BATCHFORMER,
-            "--with_box_refine", "--two_stage", "--dropout", "0.2", "--drop_path", "0.2", "--num_workers", "2",
-            "--device", "cpu", "--epochs", "1", "--batch_size", "4", "--output_dir", str(out),
-            env={"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"},  # two that spin come nowhere on a busy machine
-        )  # fmt: skip
+            "--deterministic",
+            "--coco_path",
+            str(tmp_path / "data"),
+            *SMALL_IMAGES,
+            *SMALL_MODEL,
+            *BATCHFORMER,
+            "--with_box_refine",
+            "--two_stage",
+            "--dropout",
+            "0.2",
+            "--drop_path",
+            "0.2",
+            "--num_workers",
+            "2",
+            "--device",
+            "cpu",
+            "--epochs",
+            "1",
+            "--batch_size",
+            "4",
+            "--output_dir",
+            str(out),
+            env={
+                "OMP_NUM_THREADS": "2",
+                "OMP_WAIT_POLICY": "passive",
+            },  # two that spin come nowhere on a busy machine
+        )
         assert result.returncode == 0, result.stderr
         lines = [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
-        runs.append((read_checkpoint(out / "checkpoint.pth"), [{k: v for k, v in x.items() if k not in TIMES} for x in lines]))
+        runs.append(
+            (
+                read_checkpoint(out / "checkpoint.pth"),
+                [{k: v for k, v in x.items() if k not in TIMES} for x in lines],
+            )
+        )
     (first, first_log), (second, second_log) = runs
     assert first_log == second_log
     assert_same_bits(first["model"], second["model"])
@@ -76,7 +105,10 @@ def refused(deterministic) -> str:
 
 
 def test_an_operation_without_a_deterministic_form_is_named(refused):
-    with pytest.raises(UserError, match=f"--deterministic: {refused} has no .* leave out --det") as error, explaining_refusals():
+    with (
+        pytest.raises(UserError, match=f"--deterministic: {refused} has no .* leave out --det") as error,
+        explaining_refusals(),
+    ):
         try_what_may_be_refused()
     assert "\n" not in str(error.value)
 
@@ -106,11 +138,16 @@ def test_other_errors_pass():
 def test_cublas_without_a_fixed_workspace_is_explained(monkeypatch):
     """PyTorch's message, which only a GPU can provoke."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
-    with pytest.raises(UserError, match="CUBLAS_WORKSPACE_CONFIG=:0:0; unset it, set it to :4096:8"), explaining_refusals():
+    with (
+        pytest.raises(UserError, match="CUBLAS_WORKSPACE_CONFIG=:0:0; unset it, set it to :4096:8"),
+        explaining_refusals(),
+    ):
         raise RuntimeError(
-            "Deterministic behavior was enabled with either `torch.use_deterministic_algorithms(True)` or `at::Context::"
-            "setDeterministicAlgorithms(true)`, but this operation is not deterministic because it uses CuBLAS and you have "
-            "CUDA >= 10.2. To enable deterministic behavior in this case, you must set an environment variable"
+            "Deterministic behavior was enabled with either "
+            "`torch.use_deterministic_algorithms(True)` or "
+            "`at::Context::setDeterministicAlgorithms(true)`, but this operation is not "
+            "deterministic because it uses CuBLAS and you have CUDA >= 10.2. To enable "
+            "deterministic behavior in this case, you must set an environment variable"
         )
 
 
@@ -136,7 +173,18 @@ def test_a_run_that_can_not_be_deterministic_ends_with_one_line(tmp_path, refuse
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     write_coco(tmp_path, num_train=2, num_val=1)
-    flags = ("--coco_path", str(tmp_path), *SMALL_IMAGES, *SMALL_MODEL, "--num_workers", "0", "--device", "cpu", "--epochs", "1")
+    flags = (
+        "--coco_path",
+        str(tmp_path),
+        *SMALL_IMAGES,
+        *SMALL_MODEL,
+        "--num_workers",
+        "0",
+        "--device",
+        "cpu",
+        "--epochs",
+        "1",
+    )
     result = run_forked(str(program), "--deterministic", *flags)
     assert result.returncode == 2, result.stderr
     assert result.stderr.startswith(f"error: --deterministic: {refused} has no deterministic implementation")

@@ -1,4 +1,6 @@
-"""The documentation: links lead somewhere, messages are the program's, commands are such as it takes."""
+"""The documentation: links lead somewhere, messages are the program's, commands are such as it
+takes.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def test_links_lead_somewhere(page):
         file = page.parent / name if name else page
         assert file.exists(), target
         if anchor:
-            assert anchor in {_anchor(heading) for heading in re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)}, target
+            assert anchor in {
+                _anchor(heading) for heading in re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
+            }, target
 
 
 def _anchor(heading: str) -> str:
@@ -37,7 +41,12 @@ def _anchor(heading: str) -> str:
 
 def test_messages_of_the_troubleshooting_page_are_the_programs():
     known = _texts()
-    rows = re.findall(r"^\| `([^`]+)` (\(PyTorch's\) )?\|", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^\| `([^`]+)` "
+        r"(\(PyTorch's\) )?\|",
+        (ROOT / "docs/troubleshooting.md").read_text(),
+        re.MULTILINE,
+    )
     assert len(rows) > 25
     for message, of_others in rows:
         parts = [part.strip() for part in message.split("…") if part.strip(" ;,().")]
@@ -70,7 +79,9 @@ def _texts() -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=by_name)
 def test_flags_in_commands_are_flags_of_their_programs(page):
-    """Of those in running text too; whether commands and Python in blocks work tests.run_docs tries."""
+    """Of those in running text too; whether commands and Python in blocks work tests.run_docs
+    tries.
+    """
     program_names = r"-m datasets\.\w+|tools/explain\.py \w+|(?:tools/\w+|main|benchmark)\.py"
     for command in commands(page) + re.findall(r"`([^`\n]+ --[^`\n]+)`", page.read_text()):
         program = re.search(rf"python ({program_names})|\./configs/", command)
@@ -89,7 +100,10 @@ def _flags(program: str) -> set[str]:
 
 def commands(page: Path) -> list[str]:
     """The commands of a page's ```bash blocks, continued lines joined, comments left out."""
-    lines = (re.sub(r"(^|\s+)#.*$", "", line) for line in "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines())
+    lines = (
+        re.sub(r"(^|\s+)#.*$", "", line)
+        for line in "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    )
     return [" ".join(line.split()) for line in lines if line.strip()]
 
 

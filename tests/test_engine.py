@@ -64,12 +64,21 @@ def train(model, criterion, optimizer, data, **options):
 # ---- what a step waits for
 
 # operators whose result a host needs before it can go on
-WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "nonzero_numpy")
+WAITING = (
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "equal",
+    "is_nonzero",
+    "_unique2",
+    "nonzero_numpy",
+)
 
 
 class WaitingOps(TorchDispatchMode):
-    """Counts operators that wait for a GPU: they give numbers to the host, have a shape that depends on values, or copy a number
-    from the host's memory."""
+    """Counts operators that wait for a GPU: they give numbers to the host, have a shape that
+    depends on values, or copy a number from the host's memory.
+    """
 
     def __init__(self):
         super().__init__()
@@ -120,7 +129,9 @@ def counted_waits(monkeypatch):
 
 @pytest.mark.parametrize("flags", [(), BATCHFORMER, ("--with_box_refine", "--two_stage", *BATCHFORMER)])
 def test_a_step_waits_for_the_device_once(flags, monkeypatch):
-    """Forward, losses, backward, clipping, step, sums and finite check, on a step that logs nothing."""
+    """Forward, losses, backward, clipping, step, sums and finite check, on a step that logs
+    nothing.
+    """
     model, criterion, _, optimizer = setup(*flags)
     model.train()
     criterion.train()
@@ -129,8 +140,11 @@ def test_a_step_waits_for_the_device_once(flags, monkeypatch):
     updater = Updater(optimizer, clip_max_norm=0.1, averaged=averaged)
     meter, watch = MeanOnDevice(), FiniteWatch(model, training_loss(model, criterion, "off"), {}, None)
     read_late = []
-    # what was sent to the host a step ago has arrived with the matching: reading it waits for nothing
-    monkeypatch.setattr(watch, "check", lambda: read_late.append(watch._expected[-1]) if watch._expected else None)
+    # what was sent to the host a step ago has arrived with the matching: reading it waits for
+    # nothing
+    monkeypatch.setattr(
+        watch, "check", lambda: read_late.append(watch._expected[-1]) if watch._expected else None
+    )
 
     def step(number):
         losses = criterion(model(images), targets)
@@ -175,7 +189,9 @@ def test_a_step_on_a_gpu_waits_once():
         torch.cuda.set_sync_debug_mode("default")
         flat = torch.cat([t.flatten() for t in tensors]).cpu()
         torch.cuda.set_sync_debug_mode("error")
-        return [p.view(t.shape) for p, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
+        return [
+            p.view(t.shape) for p, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)
+        ]
 
     # anomaly mode shows the forward operation whose backward waits
     with pytest.MonkeyPatch.context() as patch, torch.autograd.set_detect_anomaly(True, check_nan=False):
@@ -206,7 +222,10 @@ def test_a_copy_from_another_than_the_current_gpu_has_arrived_when_it_is_read():
 
 def test_matching_is_that_of_each_image_by_itself():
     generator = torch.Generator().manual_seed(0)
-    logits, boxes = torch.randn(3, 2, 9, 5, generator=generator), torch.rand(3, 2, 9, 4, generator=generator) * 0.5 + 0.1
+    logits, boxes = (
+        torch.randn(3, 2, 9, 5, generator=generator),
+        torch.rand(3, 2, 9, 4, generator=generator) * 0.5 + 0.1,
+    )
     targets = recipe.targets([(10, 10)] * 2, [4, 2], num_classes=5)
     flat = Targets.from_list(targets)
     ((queries, matched),) = HungarianMatcher(2, 5, 2)([(logits, boxes, flat)])
@@ -219,7 +238,9 @@ def test_matching_is_that_of_each_image_by_itself():
             focal = 0.25 * (1 - probability) ** 2 * -(probability + 1e-8).log()
             focal -= 0.75 * probability**2 * -(1 - probability + 1e-8).log()
             distance = torch.cdist(boxes[layer, image], target["boxes"], p=1)
-            giou = generalized_box_iou(*(box_convert(x, "cxcywh", "xyxy") for x in (boxes[layer, image], target["boxes"])))
+            giou = generalized_box_iou(
+                *(box_convert(x, "cxcywh", "xyxy") for x in (boxes[layer, image], target["boxes"]))
+            )
             rows, columns = linear_sum_assignment((2 * focal + 5 * distance - 2 * giou).numpy())
             mine = slice(start, start + n)
             assert (queries[layer, mine] - (layer * 2 + image) * 9).tolist() == rows.tolist()
@@ -268,7 +289,11 @@ def test_accumulation_averages_gradients(monkeypatch):
     """Three batches, two to a step: the second step takes the last batch alone."""
     model, criterion, _, optimizer = setup("--dropout", "0", "--sgd", "--clip_max_norm", "0")
     gradients = []
-    monkeypatch.setattr(util.optim, "step_if_finite", lambda o, finite: gradients.append(model.query_embed.weight.grad.clone()))
+    monkeypatch.setattr(
+        util.optim,
+        "step_if_finite",
+        lambda o, finite: gradients.append(model.query_embed.weight.grad.clone()),
+    )
     data = batches(3)
     train(model, criterion, optimizer, data, accumulate_steps=2, clip_max_norm=0.0)
     single = []
@@ -287,7 +312,9 @@ def test_clipping(clip, expected, monkeypatch):
     norms = []
 
     def note(*_):
-        norms.append(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item())
+        norms.append(
+            torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()
+        )
 
     monkeypatch.setattr(util.optim, "step_if_finite", note)
     updater = Updater(optimizer, clip_max_norm=clip)
@@ -342,7 +369,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_weights(tmp_path
     data[2] = (NestedTensor(images.tensors.clone(), images.mask), targets)
     data[2][0].tensors[1, 0, 5, 5] = float("nan")
     seen = []
-    hook = model.register_forward_pre_hook(lambda m, i: seen.append({k: v.clone() for k, v in m.state_dict().items()}))
+    hook = model.register_forward_pre_hook(
+        lambda m, i: seen.append({k: v.clone() for k, v in m.state_dict().items()})
+    )
     with pytest.raises(UserError, match="step 2") as error:
         train(model, criterion, optimizer, data, dump_dir=tmp_path)
     hook.remove()
@@ -406,9 +435,13 @@ def test_evaluation_is_that_of_pycocotools_by_hand(tmp_path):
             outputs = model(list(images))
             losses.append(criterion.eval()(outputs, targets)["loss_ce"].item())
         for target, found in zip(
-            targets, postprocessors["bbox"](outputs, torch.stack([t["orig_size"] for t in targets])), strict=True
+            targets,
+            postprocessors["bbox"](outputs, torch.stack([t["orig_size"] for t in targets])),
+            strict=True,
         ):
-            for score, label, (x0, y0, x1, y1) in zip(found["scores"], found["labels"], found["boxes"], strict=True):
+            for score, label, (x0, y0, x1, y1) in zip(
+                found["scores"], found["labels"], found["boxes"], strict=True
+            ):
                 box = [x0.item(), y0.item(), (x1 - x0).item(), (y1 - y0).item()]
                 expected.append([target["image_id"].item(), label.item(), score.item(), *box])
     ours = [[r["image_id"], r["category_id"], r["score"], *r["bbox"]] for r in result.results]
@@ -422,10 +455,13 @@ def test_perfect_detections_have_ap_1_and_none_have_0(tmp_path):
     write_coco(tmp_path, num_train=3)
     truth = read_annotations(tmp_path / "annotations/instances_val2017.json")
     perfect = [
-        {"image_id": a["image_id"], "category_id": a["category_id"], "bbox": a["bbox"], "score": 1.0} for a in truth.anns.values()
+        {"image_id": a["image_id"], "category_id": a["category_id"], "bbox": a["bbox"], "score": 1.0}
+        for a in truth.anns.values()
     ]
     assert evaluate_boxes(truth, perfect).stats[0] == pytest.approx(1)
-    assert evaluate_boxes(truth, perfect[::-1]).stats.tolist() == evaluate_boxes(truth, perfect).stats.tolist()
+    assert (
+        evaluate_boxes(truth, perfect[::-1]).stats.tolist() == evaluate_boxes(truth, perfect).stats.tolist()
+    )
     assert evaluate_boxes(truth, []).stats[0] == 0
     unknown = [{**perfect[0], "category_id": 0}]
     assert evaluate_boxes(truth, unknown).stats[0] == 0, "a class that the data does not have is no detection"

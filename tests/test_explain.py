@@ -13,20 +13,31 @@ from models import build_model, load_detector
 from models.inspection import recording
 from tests.helpers import BATCHFORMER, ROOT, SMALL_IMAGES, SMALL_MODEL, run
 from tools import explain
-from util.attention_plots import Position, Samples, on_padding, plot_batch_attention, plot_other_shares, plot_samples
+from util.attention_plots import (
+    Position,
+    Samples,
+    on_padding,
+    plot_batch_attention,
+    plot_other_shares,
+    plot_samples,
+)
 from util.checkpoint import write_atomically
 from util.class_map import Category, ClassMap
 from util.config import parse_config
 from util.errors import UserError
 
-CLASSES = ClassMap(4, tuple(Category(i, 10 * i, name) for i, name in enumerate(("dog", "cat", "$bird$", "_ox"))))
+CLASSES = ClassMap(
+    4, tuple(Category(i, 10 * i, name) for i, name in enumerate(("dog", "cat", "$bird$", "_ox")))
+)
 
 
 def write_checkpoint(path, *flags):
     torch.manual_seed(0)
     config = parse_config([*SMALL_MODEL, *SMALL_IMAGES, *flags])
     model = build_model(config)[0]
-    write_atomically({"model": model.state_dict(), "args": config.flags(), "classes": CLASSES.to_plain()}, path)
+    write_atomically(
+        {"model": model.state_dict(), "args": config.flags(), "classes": CLASSES.to_plain()}, path
+    )
     return path
 
 
@@ -36,22 +47,38 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("explain")
     write_checkpoint(folder / "plain.pth", "--with_box_refine")
     write_checkpoint(folder / "batchformer.pth", *BATCHFORMER)
-    write_checkpoint(folder / "deep.pth", "--bf", "1", "--insert_idx", "0", "--insert_idx", "1", "--bt_num_layers", "2")
+    write_checkpoint(
+        folder / "deep.pth", "--bf", "1", "--insert_idx", "0", "--insert_idx", "1", "--bt_num_layers", "2"
+    )
     write_checkpoint(folder / "one_stream.pth", "--bf", "7", "--insert_idx", "1", "--eval_bf")
     rng = np.random.default_rng(0)
     for name, size in (("a", (64, 48)), ("b", (40, 90)), ("c", (120, 50))):
-        Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).save(folder / f"{name}.png")
+        Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).save(
+            folder / f"{name}.png"
+        )
     return folder
 
 
 def attention(folder, out, *flags, checkpoint="plain", image="a.png"):
-    explain.main(["attention", "--resume", f"{folder / checkpoint}.pth", str(folder / image), "--output_dir", str(out), *flags])
+    explain.main(
+        [
+            "attention",
+            "--resume",
+            f"{folder / checkpoint}.pth",
+            str(folder / image),
+            "--output_dir",
+            str(out),
+            *flags,
+        ]
+    )
     return sorted(path.name for path in out.iterdir())
 
 
 def batchformer(folder, out, *flags, checkpoint="batchformer", images=("a.png", "b.png", "c.png")):
     paths = [str(folder / image) for image in images]
-    explain.main(["batchformer", "--resume", f"{folder / checkpoint}.pth", *paths, "--output_dir", str(out), *flags])
+    explain.main(
+        ["batchformer", "--resume", f"{folder / checkpoint}.pth", *paths, "--output_dir", str(out), *flags]
+    )
     return sorted(path.name for path in out.iterdir())
 
 
@@ -62,7 +89,9 @@ def test_the_best_detections_are_explained_by_default(folder, tmp_path):
 def test_chosen_queries_layers_and_a_pixel_get_a_picture_each(folder, tmp_path):
     names = attention(folder, tmp_path / "query", "--query", "3", "11", "--layer", "0", "1", "--head", "2")
     assert names == [f"a_query{query}_decoder{layer}.png" for query in (11, 3) for layer in (0, 1)]
-    names = attention(folder, tmp_path / "pixel", "--pixel", "63.5", "0", "--level", "0", "3", "--format", "jpg")
+    names = attention(
+        folder, tmp_path / "pixel", "--pixel", "63.5", "0", "--level", "0", "3", "--format", "jpg"
+    )
     assert names == [f"a_pixel63.5_0_level{level}_encoder1.jpg" for level in (0, 3)]
     with Image.open(tmp_path / "pixel" / names[0]) as picture:
         assert picture.format == "JPEG"
@@ -99,15 +128,23 @@ def test_every_layer_of_batchformer_gets_its_pages(folder, tmp_path, capsys):
     assert batchformer(folder, tmp_path / "a") == ["others_layer0.png", "positions_layer0.png", "streams.png"]
     assert "after encoder layer 0" in capsys.readouterr().out
     images = "a.png", "c.png"
-    names = batchformer(folder, tmp_path / "b", "--level", "3", "--position", "1", "1", checkpoint="deep", images=images)
+    names = batchformer(
+        folder, tmp_path / "b", "--level", "3", "--position", "1", "1", checkpoint="deep", images=images
+    )
     layers = ("0_0", "0_1", "1_0", "1_1")
-    assert names == [*(f"others_layer{i}.png" for i in layers), *(f"positions_layer{i}.png" for i in layers), "streams.png"]
+    assert names == [
+        *(f"others_layer{i}.png" for i in layers),
+        *(f"positions_layer{i}.png" for i in layers),
+        "streams.png",
+    ]
 
 
 def test_the_streams_are_drawn_for_a_module_of_one_stream_too(folder, tmp_path):
     """Its plain side is an evaluation without the module, even if the training evaluated with it."""
     args = ("--score_threshold", "0", "--position", "0.5", "0.5")
-    assert "streams.png" in batchformer(folder, tmp_path, *args, checkpoint="one_stream", images=("a.png", "c.png"))
+    assert "streams.png" in batchformer(
+        folder, tmp_path, *args, checkpoint="one_stream", images=("a.png", "c.png")
+    )
     with Image.open(tmp_path / "streams.png") as picture:
         pixels = np.asarray(picture)
     detector = load_detector(folder / "one_stream.pth", batchformer=True)
@@ -127,7 +164,9 @@ def test_scores_of_the_streams_are_compared_where_one_of_them_finds_something():
 
 
 def test_what_a_checkpoint_does_not_tell_is_told_by_flags(folder, tmp_path, caplog):
-    torch.save({"model": torch.load(folder / "plain.pth", weights_only=True)["model"]}, folder / "weights.pth")
+    torch.save(
+        {"model": torch.load(folder / "plain.pth", weights_only=True)["model"]}, folder / "weights.pth"
+    )
     with pytest.raises(UserError, match="nheads"):  # 5 does not divide the width
         attention(folder, tmp_path, "--nheads", "5", checkpoint="weights")
     flags = ("--nheads", "4", "--eval_size", "64", "--detection", "0")
@@ -151,12 +190,29 @@ def test_the_token_of_a_pixel_is_the_one_whose_reference_point_is_nearest(folder
     with recording(detector.model) as record:
         detector(picture)
     shapes = record.encoder[0].spatial_shapes
-    flags = ["attention", "--resume", "x", "c.png", "--output_dir", "x", "--pixel", "101", "13", "--level", "0", "1", "2", "3"]
+    flags = [
+        "attention",
+        "--resume",
+        "x",
+        "c.png",
+        "--output_dir",
+        "x",
+        "--pixel",
+        "101",
+        "13",
+        "--level",
+        "0",
+        "1",
+        "2",
+        "3",
+    ]
     args = explain._parser().parse_args(flags)
     for level, target in enumerate(explain._tokens(args, picture.size, shapes)):
         own = range(explain._first(shapes, level), explain._first(shapes, level + 1))
         places = record.encoder[0].references_in_image()[0, :, level] * torch.tensor(picture.size)
-        assert target.index == min(own, key=lambda i, at=places: (at[i] - torch.tensor([101.0, 13.0])).norm().item())
+        assert target.index == min(
+            own, key=lambda i, at=places: (at[i] - torch.tensor([101.0, 13.0])).norm().item()
+        )
         x0, y0, x1, y1 = target.outcome
         assert x0 <= 101 < x1
         assert y0 <= 13 < y1
@@ -191,14 +247,19 @@ def test_points_are_drawn_where_they_are_with_the_heaviest_last(folder):
     figure = plot_samples(Image.new("RGB", (60, 60)), content, "$title_", heads=[0])
     marks = next(axes for axes in figure.axes if axes.get_images()).collections[0]
     # each mark is three discs: two rings and the colour
-    assert np.allclose(marks.get_offsets()[2::3], content.points.reshape(-1, 2)[np.argsort(content.weights.flatten())])
+    assert np.allclose(
+        marks.get_offsets()[2::3], content.points.reshape(-1, 2)[np.argsort(content.weights.flatten())]
+    )
     assert (np.diff(marks.get_sizes()[2::3]) >= 0).all()
 
 
 def test_titles_count_the_points_that_are_not_seen():
     content = samples()
     content.points[:, 1] = -500.0
-    titles = [axes.get_title("left") for axes in plot_samples(Image.new("RGB", (60, 60)), content, "", heads=[0]).axes]
+    titles = [
+        axes.get_title("left")
+        for axes in plot_samples(Image.new("RGB", (60, 60)), content, "", heads=[0]).axes
+    ]
     assert any(title.startswith("level 1") and "4/4 points outside" in title for title in titles)
     assert not any(title.startswith("level 0") and "outside" in title for title in titles)
 
@@ -236,7 +297,9 @@ def test_padding_is_right_and_below_of_a_picture():
 
 
 def test_the_lines_of_the_documentation_run(folder, tmp_path, monkeypatch):
-    block = re.search(r"^```python\n(.*?)^```", (ROOT / "docs" / "batchformer.md").read_text(), re.MULTILINE | re.DOTALL)[1]
+    block = re.search(
+        r"^```python\n(.*?)^```", (ROOT / "docs" / "batchformer.md").read_text(), re.MULTILINE | re.DOTALL
+    )[1]
     (tmp_path / "exps" / "synthetic").mkdir(parents=True)
     (tmp_path / "exps" / "synthetic" / "checkpoint.pth").symlink_to(folder / "batchformer.pth")
     for name in ("street.jpg", "a.jpg", "b.jpg", "c.jpg"):
@@ -250,7 +313,10 @@ def test_the_lines_of_the_documentation_run(folder, tmp_path, monkeypatch):
 
 def test_help_has_defaults_and_an_example_and_needs_no_torch():
     for part in ((), ("attention",), ("batchformer",)):
-        script = "import sys; sys.modules['torch'] = None; import runpy; runpy.run_path('tools/explain.py', run_name='__main__')"
+        script = (
+            "import sys; sys.modules['torch'] = None; import runpy; "
+            "runpy.run_path('tools/explain.py', run_name='__main__')"
+        )
         done = run("python", "-c", script, *part, "--help")
         assert done.returncode == 0, done.stderr
         assert "python tools/explain.py" in done.stdout

@@ -1,4 +1,6 @@
-"""Invented exports that mix the habits of labelling tools, systems and users: what is sound arrives, what is not is counted."""
+"""Invented exports that mix the habits of labelling tools, systems and users: what is sound
+arrives, what is not is counted.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,17 @@ from datasets.coco_folder import read_coco
 from datasets.labelled import Faults
 from datasets.voc import VocRules, read_voc
 from datasets.yolo import read_yolo
-from tests.exports import boxes, coco_boxes, coco_text, merged, voc_text, wanted, write, write_image, yolo_line
+from tests.exports import (
+    boxes,
+    coco_boxes,
+    coco_text,
+    merged,
+    voc_text,
+    wanted,
+    write,
+    write_image,
+    yolo_line,
+)
 from tests.faults.fuzz_watch import Watch
 
 pytest.importorskip("hypothesis")  # a machine with a GPU and without a network may lack it
@@ -24,8 +36,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 FEW = settings(max_examples=12, deadline=None)  # for each of the prefixes
-# where names begin on the labelling machine; there are decoys of the right names outside of the export
-PREFIXES = ("", "./", "data/", "/srv/upload/4/", "C:\\work\\set\\", "../../upload/4/", "..\\set\\", "https://host/upload/")
+# where names begin on the labelling machine; there are decoys of the right names outside of the
+# export
+PREFIXES = (
+    "",
+    "./",
+    "data/",
+    "/srv/upload/4/",
+    "C:\\work\\set\\",
+    "../../upload/4/",
+    "..\\set\\",
+    "https://host/upload/",
+)
 FAULTS = ("missing", "broken", "outside", "class")
 ENCODINGS = ("utf-8", "utf-8-sig", "utf-16")
 
@@ -34,8 +56,8 @@ ENCODINGS = ("utf-8", "utf-8-sig", "utf-16")
 class Picture:
     """An image of an export: its folder and name as its labels have them, and what became of it.
 
-    spelling: of the file's name, "" as written, "case" or "NFD". fault: "" for a sound one, "missing" (the image), "broken" (the
-    labels), "outside" (its box), "class" (unknown or none).
+    spelling: of the file's name, "" as written, "case" or "NFD". fault: "" for a sound one,
+    "missing" (the image), "broken" (the labels), "outside" (its box), "class" (unknown or none).
     """
 
     number: int
@@ -60,9 +82,12 @@ class Picture:
 def pictures(draw: st.DrawFn, faults: tuple[str, ...]) -> list[Picture]:
     """At least one of them sound."""
     kinds = st.tuples(
-        st.sampled_from(("", "cam 1/", "Ünterwegs/", "a/b.c/")), st.sampled_from(("img", "Größe", "IMG 07", "x.v2", "#1")),
-        st.sampled_from((".jpg", ".png", ".JPG")), st.sampled_from(("", "case", "NFD")), st.sampled_from(("", *faults)),
-    )  # fmt: skip
+        st.sampled_from(("", "cam 1/", "Ünterwegs/", "a/b.c/")),
+        st.sampled_from(("img", "Größe", "IMG 07", "x.v2", "#1")),
+        st.sampled_from((".jpg", ".png", ".JPG")),
+        st.sampled_from(("", "case", "NFD")),
+        st.sampled_from(("", *faults)),
+    )
     drawn = draw(st.lists(kinds, min_size=1, max_size=6))
     chosen = [("", "first", ".jpg", "", ""), *drawn]
     return [Picture(i, folder, f"{stem}_{i}", *rest) for i, (folder, stem, *rest) in enumerate(chosen, 1)]
@@ -70,7 +95,9 @@ def pictures(draw: st.DrawFn, faults: tuple[str, ...]) -> list[Picture]:
 
 @dataclasses.dataclass(frozen=True)
 class Habits:
-    """backslashes: between folders. linked: the folder of images is a link. prefix: before every name that is written."""
+    """backslashes: between folders. linked: the folder of images is a link. prefix: before every
+    name that is written.
+    """
 
     backslashes: bool
     encoding: str
@@ -89,13 +116,20 @@ class Habits:
 
 
 habits = st.builds(
-    Habits, st.booleans(), st.sampled_from(ENCODINGS), st.sampled_from(("\n", "\r\n")), st.booleans(), st.booleans()
-)  # fmt: skip
+    Habits,
+    st.booleans(),
+    st.sampled_from(ENCODINGS),
+    st.sampled_from(("\n", "\r\n")),
+    st.booleans(),
+    st.booleans(),
+)
 
 
 @contextmanager
 def export(chosen: list[Picture], habit: Habits, images: str) -> Iterator[Path]:
-    """A folder with the images in `images`. Outside of it names seem to lead to decoys, which nobody may open."""
+    """A folder with the images in `images`. Outside of it names seem to lead to decoys, which
+    nobody may open.
+    """
     top = Path(tempfile.mkdtemp())
     try:
         root, disk = top / "work/given/export", top / "work/disk"
@@ -116,16 +150,22 @@ def export(chosen: list[Picture], habit: Habits, images: str) -> Iterator[Path]:
 
 
 def nothing_else_opened(root: Path) -> AbstractContextManager[None]:
-    """Nothing but the export, and the disk that it links to; what the decoys' links lead to is elsewhere."""
+    """Nothing but the export, and the disk that it links to; what the decoys' links lead to is
+    elsewhere.
+    """
     return Watch(root.parents[1], 600, hard=False).case()
 
 
 def places(root: Path, chosen: list[Picture], images: str, habit: Habits) -> dict[int, str]:
     folder = root / images
     return {
-        picture.number: (folder / picture.folder / picture.file).resolve().relative_to(root.parents[1]).as_posix()
-        for picture in chosen if not picture.fault
-    }  # fmt: skip
+        picture.number: (folder / picture.folder / picture.file)
+        .resolve()
+        .relative_to(root.parents[1])
+        .as_posix()
+        for picture in chosen
+        if not picture.fault
+    }
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
@@ -139,14 +179,25 @@ def test_yolo_exports(prefix, chosen, habit, layout):
         for picture in chosen:
             text = yolo_line(picture.number, label=7 if picture.fault == "class" else 0)
             text = {"broken": "0 0.5 x 0.1 0.1\n", "outside": "0 1.5 0.5 0.1 0.1\n"}.get(picture.fault, text)
-            write(root / labels / picture.folder / f"{picture.stem}.txt", text.replace("\n", habit.line_end), habit.encoding)
+            write(
+                root / labels / picture.folder / f"{picture.stem}.txt",
+                text.replace("\n", habit.line_end),
+                habit.encoding,
+            )
         names = [habit.written(f"{images}/{picture.folder}{picture.name}") for picture in chosen]
         habit.write_lines(root / "train.txt", names)
         if layout == "lists":
-            write(root / "data.yaml", f"path: {habit.prefix}set\ntrain: train.txt\nnames: [no, 007]\n", habit.encoding)
+            write(
+                root / "data.yaml",
+                f"path: {habit.prefix}set\ntrain: train.txt\nnames: [no, 007]\n",
+                habit.encoding,
+            )
         else:
             habit.write_lines(root / "obj.names", ["no", "007"])
-            write(root / "obj.data", habit.line_end.join(("classes = 2", "train = data/train.txt", "names = data/obj.names")))
+            write(
+                root / "obj.data",
+                habit.line_end.join(("classes = 2", "train = data/train.txt", "names = data/obj.names")),
+            )
         faults = Faults("skip")
         with nothing_else_opened(root):
             data = read_yolo(root, faults)
@@ -181,7 +232,9 @@ def test_voc_exports(prefix, chosen, habit, numbered, listed):
         faults = Faults("skip")
         with nothing_else_opened(root):
             found = boxes(read_voc(root, VocRules(), faults), root.parents[1])["train"]
-        assert {name: objects for name, objects in found.items() if objects} == wanted(places(root, chosen, "JPEGImages", habit))
+        assert {name: objects for name, objects in found.items() if objects} == wanted(
+            places(root, chosen, "JPEGImages", habit)
+        )
         assert len(faults.messages) == sum(bool(picture.fault) for picture in chosen)
 
 
@@ -192,7 +245,9 @@ def test_coco_exports(prefix, chosen, habit, begins):
     """begins: names are relative to the export, or to its folder of images."""
     habit = dataclasses.replace(habit, prefix=prefix)
     with export(chosen, habit, "images") as root:
-        names = {picture.number: habit.written(f"{begins}{picture.folder}{picture.name}") for picture in chosen}
+        names = {
+            picture.number: habit.written(f"{begins}{picture.folder}{picture.name}") for picture in chosen
+        }
         write(root / "result.json", coco_text(names), habit.encoding)
         if sum(picture.fault == "" for picture in chosen) < 2:
             return  # two parts need an image each

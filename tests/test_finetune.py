@@ -55,7 +55,9 @@ def fine_tuned(config, classes):
     """As main.py does it: the detector, and what was said."""
     source = config.run.finetune
     checkpoint = read_trained(source, FLAG)
-    config = with_classes(adopt(config, checkpoint, source, FLAG, Purpose.FINE_TUNE, without_heads=True), classes)
+    config = with_classes(
+        adopt(config, checkpoint, source, FLAG, Purpose.FINE_TUNE, without_heads=True), classes
+    )
     torch.manual_seed(1)
     model = build_model(config)[0]
     return model, str(fine_tune(model, config, classes, checkpoint, source))
@@ -63,7 +65,9 @@ def fine_tuned(config, classes):
 
 @pytest.fixture
 def tune(tmp_path):
-    """Writes a checkpoint and fine-tunes a new detector from it: gives its weights, and what was said."""
+    """Writes a checkpoint and fine-tunes a new detector from it: gives its weights, and what was
+    said.
+    """
 
     def run(checkpoint, classes, *flags):
         path = str(tmp_path / "a.pth")
@@ -125,7 +129,9 @@ def test_the_same_classes_give_the_same_detector(tune):
 
 
 def test_the_proposals_keep_their_row_of_objects(tune):
-    """The encoder's head is trained on row 0 alone, whatever class has the label 0; all others are background."""
+    """The encoder's head is trained on row 0 alone, whatever class has the label 0; all others are
+    background.
+    """
     state, _ = tune(entries(*TWO_STAGE), named("dog", "zebra", "ship", "cat"), *TWO_STAGE)
     before = trained(*TWO_STAGE)[0].state_dict()
     *_, (weight, bias) = heads(state, 3)
@@ -138,14 +144,22 @@ def test_the_proposals_keep_their_row_of_objects(tune):
 
 
 def test_coco_is_known_by_its_91_logits(tune):
-    """As the published files are: no word about classes, a Namespace, names of DistributedDataParallel, aliases."""
+    """As the published files are: no word about classes, a Namespace, names of
+    DistributedDataParallel, aliases.
+    """
     model, config = trained(*REFINED, classes=COCO_CLASSES)
     state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
-    state |= {f"module.transformer.decoder.{n}": t for n, t in model.state_dict().items() if n.startswith("bbox_embed.")}
+    state |= {
+        f"module.transformer.decoder.{n}": t
+        for n, t in model.state_dict().items()
+        if n.startswith("bbox_embed.")
+    }
     args = argparse.Namespace(**{**config.flags(), "num_classes": None, "frozen_weights": None, "lr": 2e-4})
     new = named("person", "pottedplant", "aeroplane", "TV")
     found, told = tune({"model": state, "args": args, "epoch": 49}, new, *REFINED)
-    assert torch.equal(found["class_embed.1.bias"][[0, 1, 3]], model.state_dict()["class_embed.1.bias"][[1, 64, 72]])
+    assert torch.equal(
+        found["class_embed.1.bias"][[0, 1, 3]], model.state_dict()["class_embed.1.bias"][[1, 64, 72]]
+    )
     assert "3 of 4 classes copied by name: person, pottedplant, TV; made anew: aeroplane" in told
     assert "77 of the checkpoint skipped: bicycle, car" in told
     same, _ = tune(None, COCO_CLASSES, *REFINED)
@@ -163,7 +177,10 @@ def test_classes_without_names_are_taken_if_there_are_as_many(tune):
 
 
 def test_rows_that_no_class_has_go_with_their_like():
-    old, new = ClassMap(4, (Category(1, 1, "a"), Category(3, 3, "b"))), ClassMap(5, (Category(1, 1, "b"), Category(2, 2, "c")))
+    old, new = (
+        ClassMap(4, (Category(1, 1, "a"), Category(3, 3, "b"))),
+        ClassMap(5, (Category(1, 1, "b"), Category(2, 2, "c"))),
+    )
     assert matching_rows(old, 4, new) == {1: 3, 0: 0}
     assert matching_rows(old, 4, old) == {0: 0, 1: 1, 2: 2, 3: 3}
 
@@ -212,19 +229,35 @@ def test_batchformer_is_added_to_a_plain_detector_and_left_away_from_another(tun
         (("--num_feature_levels", "3"), TWO_STAGE, "leave out --with_box_refine --two_stage"),
         (REFINED, ("--two_stage",), "leave out --two_stage"),
         (("--num_queries", "9"), (), "give --num_queries 9"),
-        (("--nheads", "8", "--enc_n_points", "2", "--dec_n_points", "2"), (), "--nheads 8"),  # of the same shapes
-        (("--position_embedding_scale", "3"), ("--position_embedding_scale", "4"), "give --position_embedding_scale 3"),
-        (("--num_feature_levels", "3", "--enc_layers", "1"), ("--num_feature_levels", "1"),
-         "give --num_feature_levels 3 --enc_layers 1"),
-        (("--dec_n_points", "2", "--dim_feedforward", "96"), ("--dec_n_points", "1"),
-         "give --dim_feedforward 96 --dec_n_points 2"),
+        (
+            ("--nheads", "8", "--enc_n_points", "2", "--dec_n_points", "2"),
+            (),
+            "--nheads 8",
+        ),  # of the same shapes
+        (
+            ("--position_embedding_scale", "3"),
+            ("--position_embedding_scale", "4"),
+            "give --position_embedding_scale 3",
+        ),
+        (
+            ("--num_feature_levels", "3", "--enc_layers", "1"),
+            ("--num_feature_levels", "1"),
+            "give --num_feature_levels 3 --enc_layers 1",
+        ),
+        (
+            ("--dec_n_points", "2", "--dim_feedforward", "96"),
+            ("--dec_n_points", "1"),
+            "give --dim_feedforward 96 --dec_n_points 2",
+        ),
         ((), ("--backbone_norm", "bn", "--backbone_weights", "imagenet"), "give --backbone_norm gn"),
         ((), (*REFINED, "--dec_layers", "3"), "give --dec_layers 2 and leave out --with_box_refine"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
-)  # fmt: skip
+)
 def test_another_architecture_is_told_with_the_flags_to_give(tmp_path, checkpoint, run, told):
-    told_by_weights = not any(flag in checkpoint for flag in ("--nheads", "--dilation", "--position_embedding_scale"))
+    told_by_weights = not any(
+        flag in checkpoint for flag in ("--nheads", "--dilation", "--position_embedding_scale")
+    )
     content = entries(*checkpoint)
     config = parse_config([*SMALL, "--finetune", str(tmp_path / "a.pth"), *run])
     for entry in (content, *([{"model": content["model"]}] if told_by_weights else [])):
@@ -240,7 +273,9 @@ def test_what_makes_no_difference_may_differ(tune):
     tune(entries(*TWO_STAGE), PETS, *TWO_STAGE, "--num_queries", "7")
     frozen = ("--backbone_norm", "frozen_bn")
     state, _ = tune(entries("--backbone_norm", "bn"), PETS, *frozen)
-    require_equal(state, {n: t for n, t in trained("--backbone_norm", "bn")[0].state_dict().items() if n in state})
+    require_equal(
+        state, {n: t for n, t in trained("--backbone_norm", "bn")[0].state_dict().items() if n in state}
+    )
 
 
 def test_files_that_are_no_detector(tune, tmp_path):
@@ -267,20 +302,41 @@ def test_a_run_is_not_started_in_the_folder_that_it_starts_from():
 
 
 def test_a_run_starts_with_the_weights_and_goes_on_after_the_same_command(tmp_path):
-    """Two more classes than the checkpoint knows, and BatchFormerV2; no ImageNet weights are asked for."""
+    """Two more classes than the checkpoint knows, and BatchFormerV2; no ImageNet weights are asked
+    for.
+    """
     write_coco(tmp_path / "data", num_train=4, num_val=2)
     frozen = ("--backbone_norm", "frozen_bn")
     classes = named("three", "other")
     write_atomically(entries(*frozen, classes=classes), tmp_path / "a.pth")
     out = tmp_path / "out"
     flags = (
-        "--coco_path", str(tmp_path / "data"), *SMALL_IMAGES, *SMALL, *frozen, "--backbone_weights", "imagenet", *BATCHFORMER,
-        "--lr", "0", "--lr_backbone", "0", "--finetune", str(tmp_path / "a.pth"), "--output_dir", str(out), "--resume", "auto",
-    )  # fmt: skip
+        "--coco_path",
+        str(tmp_path / "data"),
+        *SMALL_IMAGES,
+        *SMALL,
+        *frozen,
+        "--backbone_weights",
+        "imagenet",
+        *BATCHFORMER,
+        "--lr",
+        "0",
+        "--lr_backbone",
+        "0",
+        "--finetune",
+        str(tmp_path / "a.pth"),
+        "--output_dir",
+        str(out),
+        "--resume",
+        "auto",
+    )
     first = run_main_forked(*flags, "--epochs", "1")
     assert first.returncode == 0, first.stderr
     assert f"fine-tuning from {tmp_path / 'a.pth'}" in first.stdout
-    assert "1 of 3 classes copied by name: three; made anew: one, two; 1 of the checkpoint skipped: other" in first.stdout
+    assert (
+        "1 of 3 classes copied by name: three; made anew: one, two; 1 of the checkpoint skipped: "
+        "other" in first.stdout
+    )
     assert "BatchFormerV2: 12 tensors made anew" in first.stdout
     saved, before = read_checkpoint(out / "checkpoint.pth"), trained(*frozen, classes=classes)[0].state_dict()
     assert saved["args"]["finetune"] == str(tmp_path / "a.pth")
@@ -299,7 +355,16 @@ def test_mistakes_end_the_program_in_one_line(tmp_path):
     write_coco(tmp_path / "data", num_train=2)
     write_atomically(entries(*REFINED), tmp_path / "a.pth")
     result = run_main_forked(
-        "--coco_path", str(tmp_path / "data"), *SMALL_IMAGES, *SMALL, "--finetune", str(tmp_path / "a.pth"), "--two_stage"
-    )  # fmt: skip
+        "--coco_path",
+        str(tmp_path / "data"),
+        *SMALL_IMAGES,
+        *SMALL,
+        "--finetune",
+        str(tmp_path / "a.pth"),
+        "--two_stage",
+    )
     assert result.returncode == 2
-    assert result.stderr == f"error: --finetune {tmp_path / 'a.pth'} is of another detector: leave out --two_stage\n"
+    assert (
+        result.stderr
+        == f"error: --finetune {tmp_path / 'a.pth'} is of another detector: leave out --two_stage\n"
+    )

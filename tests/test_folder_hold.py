@@ -1,4 +1,6 @@
-"""One writer for a run's folder: who else comes is refused, and the hold of a process that has ended is taken over."""
+"""One writer for a run's folder: who else comes is refused, and the hold of a process that has
+ended is taken over.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,10 @@ def test_a_folder_is_held_for_the_block_and_says_by_whom(tmp_path):
         hold.check()
         found = holder_in(tmp_path)
         assert (found.pid, found.host) == (os.getpid(), os.uname().nodename)
-        told = rf"--output_dir {tmp_path} is held by process {os.getpid()} on {found.host} since {found.since}, .*"
+        told = (
+            rf"--output_dir {tmp_path} is held by process {os.getpid()} on {found.host} since "
+            rf"{found.since}, .*"
+        )
         with pytest.raises(UserError, match=told), FolderHold(tmp_path):
             pass
         assert holder_in(tmp_path) == found
@@ -128,7 +133,9 @@ def test_a_clock_that_is_ahead_makes_nobody_alive(tmp_path):
 
 
 @pytest.mark.parametrize(("job", "attempt", "waits"), [("7", 0, False), ("7", 1, True), ("8", 0, True)])
-def test_a_requeued_slurm_job_takes_over_from_itself_at_once(tmp_path, monkeypatch, caplog, job, attempt, waits):
+def test_a_requeued_slurm_job_takes_over_from_itself_at_once(
+    tmp_path, monkeypatch, caplog, job, attempt, waits
+):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     write(tmp_path, elsewhere(job=job, attempt=attempt))
@@ -168,7 +175,9 @@ def test_a_folder_that_was_cleared_is_held_again(tmp_path):
         assert holder_in(tmp_path).pid == os.getpid()
 
 
-def test_of_two_that_find_the_same_dead_holder_the_slower_one_leaves_the_quicker_one_its_hold(tmp_path, ended):
+def test_of_two_that_find_the_same_dead_holder_the_slower_one_leaves_the_quicker_one_its_hold(
+    tmp_path, ended
+):
     slow = FolderHold(tmp_path)
     with FolderHold(tmp_path) as quick:
         assert not slow._replace(ended)
@@ -220,7 +229,16 @@ def test_of_many_that_come_at_once_one_holds_the_folder(tmp_path, ended, stale):
 @pytest.fixture
 def flags(tmp_path):
     write_coco(tmp_path / "data", num_train=8, num_val=2)
-    return ("--coco_path", str(tmp_path / "data"), *SMALL_IMAGES, *SMALL_MODEL, "--log_every", "1", "--num_workers", "0")
+    return (
+        "--coco_path",
+        str(tmp_path / "data"),
+        *SMALL_IMAGES,
+        *SMALL_MODEL,
+        "--log_every",
+        "1",
+        "--num_workers",
+        "0",
+    )
 
 
 @contextmanager
@@ -232,7 +250,9 @@ def running(command):
             process.kill()
 
 
-def test_a_second_run_is_refused_while_an_evaluation_is_not_and_after_a_kill_the_folder_is_taken_over(tmp_path, flags):
+def test_a_second_run_is_refused_while_an_evaluation_is_not_and_after_a_kill_the_folder_is_taken_over(
+    tmp_path, flags
+):
     out = tmp_path / "out"
     command = [sys.executable, "-u", "main.py", *flags, "--epochs", "1000", "--output_dir", str(out)]
     with running(command) as first:
@@ -240,7 +260,10 @@ def test_a_second_run_is_refused_while_an_evaluation_is_not_and_after_a_kill_the
             if line.startswith("epoch 1"):
                 break
         saved = (out / "resume_0001_000000000.pth").read_bytes()
-        told = rf"error: --output_dir {out} is held by process {first.pid} on {os.uname().nodename} since \d{{4}}-.*"
+        told = (
+            rf"error: --output_dir {out} is held by process {first.pid} on {os.uname().nodename} "
+            rf"since \d{{4}}-.*"
+        )
         for extra in ((), ("--resume", "auto")):
             second = run_main_forked(*flags, *extra, "--output_dir", str(out))
             assert second.returncode == 2
@@ -249,7 +272,9 @@ def test_a_second_run_is_refused_while_an_evaluation_is_not_and_after_a_kill_the
         assert together.returncode == 2
         assert re.search(told, together.stderr)
         assert not list(out.glob("earlier-*"))
-        evaluated = run_main_forked(*flags, "--resume", str(out / "checkpoint.pth"), "--eval", "--output_dir", str(out))
+        evaluated = run_main_forked(
+            *flags, "--resume", str(out / "checkpoint.pth"), "--eval", "--output_dir", str(out)
+        )
         assert evaluated.returncode == 0, evaluated.stderr
         assert (out / "evaluation-1" / "eval.pth").exists()
         assert not (out / "eval.pth").exists()
@@ -265,10 +290,19 @@ def test_a_second_run_is_refused_while_an_evaluation_is_not_and_after_a_kill_the
 @pytest.mark.parametrize(
     ("variables", "remedy"),
     [
-        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_ID": "0"}, "run_dist_slurm.sh <partition> <job name> 2 "),
+        (
+            {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_ID": "0"},
+            "run_dist_slurm.sh <partition> <job name> 2 ",
+        ),
         ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, "run_dist_slurm.sh"),
-        ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4"}, "torchrun or ./tools/run_dist_launch.sh 4 main.py"),
-        ({"PMI_RANK": "0", "PMI_SIZE": "2", "SLURM_PTY_PORT": "1"}, "torchrun or ./tools/run_dist_launch.sh 2 main.py"),
+        (
+            {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4"},
+            "torchrun or ./tools/run_dist_launch.sh 4 main.py",
+        ),
+        (
+            {"PMI_RANK": "0", "PMI_SIZE": "2", "SLURM_PTY_PORT": "1"},
+            "torchrun or ./tools/run_dist_launch.sh 2 main.py",
+        ),
         ({"PMIX_RANK": "3"}, "torchrun"),
         ({"LOCAL_RANK": "1"}, "torchrun"),
     ],
@@ -285,9 +319,19 @@ def test_a_process_of_several_that_knows_no_others_is_refused(tmp_path, variable
 @pytest.mark.parametrize(
     "variables",
     [
-        {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1", "SLURM_STEP_ID": "0", "PMI_SIZE": "1"},
+        {
+            "SLURM_PROCID": "0",
+            "SLURM_STEP_NUM_TASKS": "1",
+            "SLURM_NTASKS": "1",
+            "SLURM_STEP_ID": "0",
+            "PMI_SIZE": "1",
+        },
         {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8"},  # a batch job's script
-        {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PTY_PORT": "40000"},  # a shell of srun --pty
+        {
+            "SLURM_PROCID": "0",
+            "SLURM_STEP_NUM_TASKS": "4",
+            "SLURM_PTY_PORT": "40000",
+        },  # a shell of srun --pty
     ],
 )
 def test_one_process_of_slurm_works_alone(tmp_path, variables):
@@ -299,9 +343,14 @@ def test_one_process_of_slurm_works_alone(tmp_path, variables):
 def test_the_older_launcher_of_pytorch_is_understood(tmp_path, flags):
     command = [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node", "2", "main.py", *flags]
     result = subprocess.run(
-        [*command, "--epochs", "1", "--output_dir", str(tmp_path / "out")], cwd=ROOT, env=environment(), capture_output=True,
-        text=True, timeout=300, check=False,
-    )  # fmt: skip
+        [*command, "--epochs", "1", "--output_dir", str(tmp_path / "out")],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert result.returncode == 0, result.stderr
     assert "2 process(es)" in result.stdout
     alone = run_main_forked("--local_rank", "1")

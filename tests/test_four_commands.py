@@ -1,4 +1,6 @@
-"""From a folder of images with boxes to a fine-tuned detector, its report and annotated pictures, as docs/own_data.md has it."""
+"""From a folder of images with boxes to a fine-tuned detector, its report and annotated pictures,
+as docs/own_data.md has it.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ FAST = (*SMALL_MODEL[:-2], "--num_queries", "30", *SMALL_IMAGES, "--num_workers"
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory) -> Path:
-    """What a user has: images with boxes in three formats, and a checkpoint that knows these classes and others."""
+    """What a user has: images with boxes in three formats, and a checkpoint that knows these
+    classes and others.
+    """
     folder = tmp_path_factory.mktemp("given")
     shapes = {"workers": 1, "image_size": 96, "max_objects": 3}
     synthetic.generate(folder / "small", train_images=24, val_images=8, num_classes=3, seed=1, **shapes)
@@ -38,7 +42,15 @@ def given(tmp_path_factory) -> Path:
     layouts.write_yolo(folder / "small", folder / "yolo")
     layouts.write_labelled(folder / "small", folder / "coco")
     synthetic.generate(folder / "other", train_images=8, val_images=4, num_classes=5, seed=2, **shapes)
-    flags = ("--coco_path", str(folder / "other"), *FAST, "--epochs", "1", "--output_dir", str(folder / "trained"))
+    flags = (
+        "--coco_path",
+        str(folder / "other"),
+        *FAST,
+        "--epochs",
+        "1",
+        "--output_dir",
+        str(folder / "trained"),
+    )
     result = run_main_forked(*flags)
     assert result.returncode == 0, result.stderr
     return folder
@@ -50,9 +62,21 @@ def test_a_folder_of_images_becomes_a_detector_a_report_and_pictures(given, tmp_
     done = command("convert_dataset.py", given / layout, "--output_dir", data)
     assert "3 classes" in done
     done = command(
-        "finetune.py", "--coco_path", data, "--finetune", given / "trained/checkpoint.pth", "--output_dir", out,
-        "--epochs", "6", "--lr", "1e-3", "--eval_every", "6", *FAST,
-    )  # fmt: skip
+        "finetune.py",
+        "--coco_path",
+        data,
+        "--finetune",
+        given / "trained/checkpoint.pth",
+        "--output_dir",
+        out,
+        "--epochs",
+        "6",
+        "--lr",
+        "1e-3",
+        "--eval_every",
+        "6",
+        *FAST,
+    )
     assert "3 of 3 classes copied by name" in done
     annotations = data / "annotations/instances_val2017.json"
     ids = {category["id"]: category["name"] for category in json.loads(annotations.read_text())["categories"]}
@@ -67,8 +91,16 @@ def test_a_folder_of_images_becomes_a_detector_a_report_and_pictures(given, tmp_
     page = (out / "report.html").read_text()
     assert all(name in page for name in ids.values())
 
-    command("predict.py", "--resume", out / "checkpoint.pth", data / "val2017", "--output_dir", tmp_path / "pictures",
-            "--score_threshold", "0.01")  # fmt: skip
+    command(
+        "predict.py",
+        "--resume",
+        out / "checkpoint.pth",
+        data / "val2017",
+        "--output_dir",
+        tmp_path / "pictures",
+        "--score_threshold",
+        "0.01",
+    )
     images = sorted(path.stem for path in (data / "val2017").iterdir())
     drawn = [path for path in (tmp_path / "pictures").rglob("*") if path.suffix in (".jpg", ".png")]
     assert sorted(path.stem for path in drawn) == images
@@ -82,17 +114,48 @@ def test_a_folder_of_images_becomes_a_detector_a_report_and_pictures(given, tmp_
 def test_real_images_of_three_classes(tiny_coco, given, tmp_path):
     """person, car and dog of COCO, under COCO's ids."""
     data, out = tmp_path / "mine", tmp_path / "exps"
-    command("subset_coco.py", "--coco_path", tiny_coco, "--split", "both", "--classes", "person", "car", "dog", "--drop_empty",
-            "--output_dir", data)  # fmt: skip
+    command(
+        "subset_coco.py",
+        "--coco_path",
+        tiny_coco,
+        "--split",
+        "both",
+        "--classes",
+        "person",
+        "car",
+        "dog",
+        "--drop_empty",
+        "--output_dir",
+        data,
+    )
     assert "faults: 0" in command("check_data.py", "--coco_path", data)
-    command("finetune.py", "--coco_path", data, "--finetune", given / "trained/checkpoint.pth", "--output_dir", out,
-            "--epochs", "2", "--lr", "1e-3", *FAST)  # fmt: skip
+    command(
+        "finetune.py",
+        "--coco_path",
+        data,
+        "--finetune",
+        given / "trained/checkpoint.pth",
+        "--output_dir",
+        out,
+        "--epochs",
+        "2",
+        "--lr",
+        "1e-3",
+        *FAST,
+    )
     annotations, results = data / "annotations/instances_val2017.json", out / "eval/latest.json"
     assert {result["category_id"] for result in json.loads(results.read_text())} <= {1, 3, 18}
     last = json.loads((out / "log.txt").read_text().splitlines()[-1])
     assert last["test_coco_eval_bbox"] == figures_by_hand(annotations, results)
     assert "person" in (out / "report.html").read_text()
-    command("predict.py", "--resume", out / "checkpoint.pth", data / "val2017", "--output_dir", tmp_path / "pictures")
+    command(
+        "predict.py",
+        "--resume",
+        out / "checkpoint.pth",
+        data / "val2017",
+        "--output_dir",
+        tmp_path / "pictures",
+    )
     assert (tmp_path / "pictures/predictions.json").exists()
 
 

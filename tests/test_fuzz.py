@@ -16,9 +16,15 @@ from tests.faults.fuzz_watch import Watch
 from util.errors import UserError
 
 
-@pytest.mark.parametrize(("kind", "cases"), [
-    ("annotations", 300), ("images", 250), ("checkpoints", 150), ("unsealed", 150),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "cases"),
+    [
+        ("annotations", 300),
+        ("images", 250),
+        ("checkpoints", 150),
+        ("unsealed", 150),
+    ],
+)
 def test_damaged_files_load_or_are_refused_in_one_line(tmp_path, kind, cases):
     outcome = fuzz(kind, range(cases), 1, tmp_path)
     assert not outcome.misbehaved, outcome.misbehaved[0]
@@ -58,17 +64,24 @@ def runs_a_program() -> None:
 
 
 BAD = {
-    "ZeroDivisionError": lambda: 1 // 0, "not one short line": two_lines, "took more than 1 s": hangs, "os.system": swallowed,
-    "subprocess.Popen": runs_a_program, "os.fork": os.fork, "opened '/etc/hosts'": Path("/etc/hosts").read_bytes,
+    "ZeroDivisionError": lambda: 1 // 0,
+    "not one short line": two_lines,
+    "took more than 1 s": hangs,
+    "os.system": swallowed,
+    "subprocess.Popen": runs_a_program,
+    "os.fork": os.fork,
+    "opened '/etc/hosts'": Path("/etc/hosts").read_bytes,
     "for writing": lambda: Path("inside").write_text(""),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("named", BAD)
 def test_misbehaviour_is_seen(tmp_path, monkeypatch, named):
     monkeypatch.chdir(tmp_path)
     outcome = Outcome()
-    failure = fuzz_data._run_case(BAD[named], Watch(tmp_path, 1 if named.startswith("took") else 60, hard=False), outcome)
+    failure = fuzz_data._run_case(
+        BAD[named], Watch(tmp_path, 1 if named.startswith("took") else 60, hard=False), outcome
+    )
     assert failure is not None
     assert named in failure
     assert not outcome.loaded
@@ -79,7 +92,9 @@ def test_misbehaviour_is_seen(tmp_path, monkeypatch, named):
 def test_memory_is_watched(tmp_path, monkeypatch):
     peaks = iter([5 * 2**30, 5 * 2**30, 5 * 2**30, 8 * 2**30, 8 * 2**30])
     monkeypatch.setattr(fuzz_watch, "_peak_memory", lambda: next(peaks))
-    outcomes = [fuzz_data._run_case(lambda: None, Watch(tmp_path, 60, hard=False), Outcome()) for _ in range(2)]
+    outcomes = [
+        fuzz_data._run_case(lambda: None, Watch(tmp_path, 60, hard=False), Outcome()) for _ in range(2)
+    ]
     assert outcomes[0] is None
     assert "took 3.0 GiB" in outcomes[1]
 

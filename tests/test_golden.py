@@ -1,4 +1,6 @@
-"""Our numbers against the published implementation's (tests/golden/README.md says where they come from)."""
+"""Our numbers against the published implementation's (tests/golden/README.md says where they come
+from).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from tests.golden_cases import FOLDER, case_names, load_case
 from util.optim import build_optimizer, build_updater
 
 OUTPUTS, LOSSES, GRADIENTS, TRAJECTORY = 1e-4, 1e-5, 1e-3, 1e-3  # bounds of the golden README
-# published: without auxiliary losses the proposals go untrained; here they don't, so the total is another
+# published: without auxiliary losses the proposals go untrained; here they don't, so the total is
+# another
 OTHER_TOTAL = "no_aux_loss_two_stage_train"
 
 
@@ -54,7 +57,9 @@ def test_training(train_case):
     total = criterion.total(losses)
     assert total.item() == pytest.approx(case.facts["total"], rel=LOSSES)
     total.backward()
-    assert_gradients(case, {published_name(n, config): p.grad for n, p in model.named_parameters() if p.requires_grad})
+    assert_gradients(
+        case, {published_name(n, config): p.grad for n, p in model.named_parameters() if p.requires_grad}
+    )
 
 
 @pytest.mark.parametrize("name", [n for n in case_names("train") if "bf_insert0" in n or n.startswith("sgd")])
@@ -64,7 +69,9 @@ def test_trajectory(name, tmp_path):
     for step, (total, norm) in enumerate(case.facts["trajectory"]):
         loss = criterion.total(criterion(model(case.images), case.targets))
         # at the default rate SGD moves so little that only a tight bound tells a step from none
-        assert loss.item() == pytest.approx(total, rel=1e-5 if name == "sgd_trajectory_train" else TRAJECTORY), step
+        assert loss.item() == pytest.approx(
+            total, rel=1e-5 if name == "sgd_trajectory_train" else TRAJECTORY
+        ), step
         updater.backward(loss, 1)
         assert updater.step().item() == pytest.approx(norm, rel=TRAJECTORY), step
 
@@ -99,7 +106,9 @@ def assert_losses(case, losses):
 
 
 def assert_gradients(case, gradients):
-    """A norm may be off by a thousandth of itself, or of a millionth of the largest: below that it is noise."""
+    """A norm may be off by a thousandth of itself, or of a millionth of the largest: below that it
+    is noise.
+    """
     wanted = case.facts["grad_norm"]
     floor = 1e-6 * max(wanted.values())
     assert set(wanted) == {name for name, gradient in gradients.items() if gradient is not None}
@@ -108,11 +117,15 @@ def assert_gradients(case, gradients):
 
 
 def assert_detections(case, detections):
-    """Scores in order; labels and boxes too, but detections whose scores tie may have changed places."""
+    """Scores in order; labels and boxes too, but detections whose scores tie may have changed
+    places.
+    """
     for i, detection in enumerate(detections):
         scores, labels, boxes = (case.arrays[key][i] for key in ("scores", "labels", "boxes"))
         np.testing.assert_allclose(detection["scores"].numpy(), scores, atol=OUTPUTS, rtol=0)
         largest = max(case.facts["sizes"][i])
-        for score, label, box in zip(*(detection[k].numpy() for k in ("scores", "labels", "boxes")), strict=True):
+        for score, label, box in zip(
+            *(detection[k].numpy() for k in ("scores", "labels", "boxes")), strict=True
+        ):
             ties = np.flatnonzero(np.abs(scores - score) < 1e-6)
             assert any(label == labels[t] and np.abs(box - boxes[t]).max() < OUTPUTS * largest for t in ties)

@@ -1,4 +1,6 @@
-"""The check on a GPU (tools/gpu_check) as far as it gets without one: its commands, its limits, what it reads and writes."""
+"""The check on a GPU (tools/gpu_check) as far as it gets without one: its commands, its limits,
+what it reads and writes.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,8 @@ def assert_program_takes(words, monkeypatch):
     if words[0] == "-c":
         compile(words[1], "-c", "exec")
     elif words[:2] == ["-m", "pytest"]:
-        done = run(sys.executable, *words, "--markers")  # takes the command line, and collects nothing
+        # takes the command line, and collects nothing
+        done = run(sys.executable, *words, "--markers")
         assert done.returncode == 0, done.stderr
         assert all((ROOT / word).is_file() for word in words if word.startswith("tests/"))
     elif words == ["models/ops/test.py"] or words[:2] == ["-m", "tests.faults.compare"]:
@@ -114,7 +117,12 @@ def test_commands_of_stop_and_resume(tmp_path, monkeypatch):
         commands.append([str(word) for word in command])
         if len(commands) == 1:
             (tmp_path / "whole").mkdir()
-            for name in ("resume_0001_000000024.pth", "resume_0002_000000000.pth", "checkpoint.pth", "checkpoint0001.pth"):
+            for name in (
+                "resume_0001_000000024.pth",
+                "resume_0002_000000000.pth",
+                "checkpoint.pth",
+                "checkpoint0001.pth",
+            ):
                 (tmp_path / "whole" / name).touch()
         if "--resume" in command:
             assert [path.name for path in (tmp_path / "resumed").iterdir()] == ["resume_0001_000000024.pth"]
@@ -140,7 +148,9 @@ def check(tmp_path, monkeypatch):
     """Makes a check of other steps, with seconds to do them in."""
 
     def make(timings, checks=(), seconds=600.0):
-        monkeypatch.setattr(runner, "preparation", lambda device: Step("prepare", 0, 60, "echo device: a tin"))
+        monkeypatch.setattr(
+            runner, "preparation", lambda device: Step("prepare", 0, 60, "echo device: a tin")
+        )
         monkeypatch.setattr(runner, "timings", lambda device: list(timings))
         monkeypatch.setattr(runner, "checks", lambda device: list(checks))
         monkeypatch.setattr(runner, "CHECKS_TAKE", 0)
@@ -153,7 +163,14 @@ def test_no_end_of_a_step_stops_the_next(check):
     done = check(
         [
             Step("hangs", 0, 1, "sleep 600"),
-            Step("fails", 0, 60, "sh -c 'echo speed 7; exit 3'", {"speed": r"^speed (\d+)", "other": r"^other (\d+)"}, "above 6"),
+            Step(
+                "fails",
+                0,
+                60,
+                "sh -c 'echo speed 7; exit 3'",
+                {"speed": r"^speed (\d+)", "other": r"^other (\d+)"},
+                "above 6",
+            ),
             Step("reads it", 0, 60, "true", after="fails"),
             Step("on a GPU", 0, 60, "true", needs_gpu=True),
             Step("lacks a module", 0, 60, "true", modules=("json", "no_such_module")),
@@ -173,15 +190,24 @@ def test_no_end_of_a_step_stops_the_next(check):
         "first": "passed",
         "second": "passed",
     }
-    assert sorted(path.name for path in done.folder.iterdir()) == ["figures.json", "logs.tar.gz", "summary.md"]
-    assert json.loads((done.folder / "figures.json").read_text())["steps"]["fails"]["figures"] == {"speed": "7"}
+    assert sorted(path.name for path in done.folder.iterdir()) == [
+        "figures.json",
+        "logs.tar.gz",
+        "summary.md",
+    ]
+    assert json.loads((done.folder / "figures.json").read_text())["steps"]["fails"]["figures"] == {
+        "speed": "7"
+    }
     assert "| fails | FAILED: exit status 3 |" in (done.folder / "summary.md").read_text()
     with tarfile.open(done.folder / "logs.tar.gz") as logs:
         assert "logs/fails.log" in logs.getnames()
 
 
 def test_what_does_not_fit_is_left_out(check):
-    done = check([Step("long", 100, 100, "false"), Step("cut", 0, 100, "sleep 600"), Step("late", 6, 60, "false")], seconds=5)
+    done = check(
+        [Step("long", 100, 100, "false"), Step("cut", 0, 100, "sleep 600"), Step("late", 6, 60, "false")],
+        seconds=5,
+    )
     assert done.run(), "nothing failed"
     assert done.results["long"].result.startswith("left out: takes 100 s, ")
     assert done.results["cut"].result.startswith("left out: cut off after ")
@@ -205,14 +231,29 @@ def patterns(name):
 @pytest.mark.slow
 def test_figures_of_the_benchmarks_are_read():
     """In what they print today."""
-    small = (*steps.SMALL_MODEL.split(), "--size", "32", "32", "--num_iters", "1", "--warm_iters", "0", "--device", "cpu")
+    small = (
+        *steps.SMALL_MODEL.split(),
+        "--size",
+        "32",
+        "32",
+        "--num_iters",
+        "1",
+        "--warm_iters",
+        "0",
+        "--device",
+        "cpu",
+    )
     step = ("train", *small, "--bf", "1", "--insert_idx", "0", "--amp", "bf16", "--profile")
     train = run("python", "benchmark.py", *step).stdout.replace("Self CPU time total", "Self CUDA time total")
     assert read_figures(patterns("training step"), train).keys() == patterns("training step").keys(), train
     infer = run("python", "benchmark.py", *small, "--amp", "bf16", "--against_reference").stdout
     assert read_figures(patterns("inference"), infer).keys() == patterns("inference").keys(), infer
-    op = run("python", "benchmark.py", "op", "--device", "cpu", "--size", "32", "32", "--num_iters", "1").stdout
-    only = re.sub(r"^    compiled .*\n", "", op, flags=re.MULTILINE).replace("reference", "compiled ")  # they may not be built
+    op = run(
+        "python", "benchmark.py", "op", "--device", "cpu", "--size", "32", "32", "--num_iters", "1"
+    ).stdout
+    only = re.sub(r"^    compiled .*\n", "", op, flags=re.MULTILINE).replace(
+        "reference", "compiled "
+    )  # they may not be built
     assert read_figures(patterns("operator"), only).keys() == patterns("operator").keys(), op
 
 
@@ -242,7 +283,11 @@ encoder 800 x 1333, batch 4, around
         ("plain kernels", PLAIN, ["3.1", "2500.5"]),
         ("counters", COUNTERS, ["73,000,001", "126,000,001", "40,312,500", "76.10"]),
         ("wrong accesses", "========= ERROR SUMMARY: 0 errors\n", ["0"]),
-        ("tests", "..\n12 passed, 3 skipped, 40 deselected in 5.00s\n", ["12 passed, 3 skipped, 40 deselected in 5.00s"]),
+        (
+            "tests",
+            "..\n12 passed, 3 skipped, 40 deselected in 5.00s\n",
+            ["12 passed, 3 skipped, 40 deselected in 5.00s"],
+        ),
         ("tests", "====== 1 failed, 2 passed in 9s ======\n", ["1 failed, 2 passed in 9s"]),
     ],
 )

@@ -10,9 +10,15 @@ from tests.helpers import ROOT, run
 
 LAUNCHERS = {"launch.py"}  # called by the shell script that has the usage
 PROGRAMS = [
-    ("main.py",), ("benchmark.py",), ("-m", "datasets.synthetic"),
-    *[(f"tools/{path.name}",) for path in sorted((ROOT / "tools").glob("*.py")) if path.name not in LAUNCHERS],
-]  # fmt: skip
+    ("main.py",),
+    ("benchmark.py",),
+    ("-m", "datasets.synthetic"),
+    *[
+        (f"tools/{path.name}",)
+        for path in sorted((ROOT / "tools").glob("*.py"))
+        if path.name not in LAUNCHERS
+    ],
+]
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program[-1])

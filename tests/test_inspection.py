@@ -16,13 +16,19 @@ from util.config import parse_config
 TWO_STREAMS = ("--bf", "1", "--share_bf", "0", "--insert_idx", "0", "--insert_idx", "1")
 SHARED = ("--bf", "1", "--insert_idx", "0", "--insert_idx", "1", "--bt_num_layers", "2")
 KINDS = {
-    "plain": (), "refined": ("--with_box_refine",), "two-stage": ("--with_box_refine", "--two_stage"), "two streams": TWO_STREAMS,
-    "shared": SHARED, "one stream": ("--bf", "7", "--insert_idx", "0"),
-}  # fmt: skip
+    "plain": (),
+    "refined": ("--with_box_refine",),
+    "two-stage": ("--with_box_refine", "--two_stage"),
+    "two streams": TWO_STREAMS,
+    "shared": SHARED,
+    "one stream": ("--bf", "7", "--insert_idx", "0"),
+}
 
 
 def small_model(*flags: str):
-    """The network in evaluation mode, with weights that make every query and head sample at places of its own."""
+    """The network in evaluation mode, with weights that make every query and head sample at places
+    of its own.
+    """
     torch.manual_seed(0)
     model = build_model(parse_config([*SMALL_MODEL, *flags]))[0].eval()
     for name, parameter in model.named_parameters():
@@ -64,7 +70,9 @@ def test_recording_leaves_every_output_as_it_is_to_the_bit(kind, amp, images):
             during = run(model, images, in_training)
         after = run(model, images, in_training)
     for outputs in (during, after):
-        assert outputs["num_streams"] == before["num_streams"] == (2 if kind in ("two streams", "shared") else 1)
+        assert (
+            outputs["num_streams"] == before["num_streams"] == (2 if kind in ("two streams", "shared") else 1)
+        )
         for name in ("pred_logits", "pred_boxes"):
             assert torch.equal(outputs[name], before[name])
 
@@ -83,7 +91,9 @@ def test_nothing_stays_behind_in_the_network(images):
 def test_recorded_samples_and_weights_give_the_layers_output_again(kind, images):
     model = small_model(*KINDS[kind])
     layers = model.transformer.encoder.layers, model.transformer.decoder.layers
-    calls = Calls().watch([*(layer.self_attn for layer in layers[0]), *(layer.cross_attn for layer in layers[1])])
+    calls = Calls().watch(
+        [*(layer.self_attn for layer in layers[0]), *(layer.cross_attn for layer in layers[1])]
+    )
     with recording(model) as record:
         run(model, images, in_training="stream" in kind or kind == "shared")
     seen = [*record.encoder, *record.decoder]
@@ -101,14 +111,18 @@ def test_recorded_samples_and_weights_give_the_layers_output_again(kind, images)
 @pytest.mark.parametrize("kind", ["two streams", "shared", "one stream"])
 def test_recorded_attention_across_the_batch_gives_the_modules_output_again(kind, images):
     model = small_model(*KINDS[kind])
-    modules = [module for module in model.transformer.bf.modules() if isinstance(module, nn.MultiheadAttention)]
+    modules = [
+        module for module in model.transformer.bf.modules() if isinstance(module, nn.MultiheadAttention)
+    ]
     calls = Calls().watch(modules)
     with recording(model) as record:
         run(model, images, in_training=True)
     assert len(record.batch) == len(calls) == {"two streams": 2, "shared": 4, "one stream": 1}[kind]
     for weights, (module, args, _, output) in zip(record.batch, calls, strict=True):
         tokens = args[2]  # [N, S, C]: the batch is the sequence
-        value = F.linear(tokens, module.in_proj_weight[-tokens.shape[-1] :], module.in_proj_bias[-tokens.shape[-1] :])
+        value = F.linear(
+            tokens, module.in_proj_weight[-tokens.shape[-1] :], module.in_proj_bias[-tokens.shape[-1] :]
+        )
         value = value.unflatten(-1, (module.num_heads, -1))
         mixed = torch.einsum("smij,jsmd->ismd", weights, value).flatten(-2)
         torch.testing.assert_close(module.out_proj(mixed), output[0], rtol=1e-4, atol=1e-5)
@@ -151,7 +165,9 @@ def test_as_in_training_has_no_dropout(images):
 
 
 def test_places_in_the_image_do_not_depend_on_the_padding():
-    """The reference points of the encoder are the centres of its tokens, whatever the batch is padded to."""
+    """The reference points of the encoder are the centres of its tokens, whatever the batch is
+    padded to.
+    """
     model = small_model()
     image, larger = torch.randn(3, 64, 64), torch.randn(3, 128, 96)
     with recording(model) as record:

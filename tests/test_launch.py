@@ -1,4 +1,6 @@
-"""The launch scripts: arguments and ranks arrive, a failure or a signal ends every process, mistakes cost one line."""
+"""The launch scripts: arguments and ranks arrive, a failure or a signal ends every process,
+mistakes cost one line.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,10 @@ CONFIGS = {
     "r50_deformable_detr_single_scale": ["--num_feature_levels", "1"],
     "r50_deformable_detr_single_scale_dc5": ["--num_feature_levels", "1", "--dilation"],
     "r50_deformable_detr_plus_iterative_bbox_refinement": ["--with_box_refine"],
-    "r50_deformable_detr_plus_iterative_bbox_refinement_plus_plus_two_stage": ["--with_box_refine", "--two_stage"],
+    "r50_deformable_detr_plus_iterative_bbox_refinement_plus_plus_two_stage": [
+        "--with_box_refine",
+        "--two_stage",
+    ],
     "r101_deformable_detr": ["--backbone", "resnet101"],
 }
 # Writes what it was told to a file for each rank. REPORT names the folder.
@@ -51,9 +56,21 @@ wait
 
 
 def environment(tmp_path: Path, **variables: str) -> dict[str, str]:
-    """This process's environment without what launchers set, on the CPU, with `tmp_path`/bin first on PATH."""
+    """This process's environment without what launchers set, on the CPU, with `tmp_path`/bin first
+    on PATH.
+    """
     ours = ("MAX_RESTARTS", "PREEMPT_SECONDS", "JOIN_SECONDS", "GPUS_PER_NODE", "NODE_RANK")
-    launchers = (*ours, "SLURM", "SUBMITIT", "TORCHELASTIC", "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_", "OMP_")
+    launchers = (
+        *ours,
+        "SLURM",
+        "SUBMITIT",
+        "TORCHELASTIC",
+        "MASTER_",
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_",
+        "OMP_",
+    )
     clean = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
     path = os.pathsep.join([str(tmp_path / "bin"), str(Path(sys.executable).parent), clean["PATH"]])
     set_here = {"PATH": path, "VIRTUAL_ENV": sys.prefix, "CUDA_VISIBLE_DEVICES": "", "REPORT": str(tmp_path)}
@@ -69,13 +86,22 @@ def executable(path: Path, text: str) -> str:
 
 def start(command: list[str], env: dict[str, str], cwd: Path = ROOT) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        command, env=env, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests that run in the background ignore it
-    )  # fmt: skip
+        command,
+        env=env,
+        cwd=cwd,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # tests that run in the background ignore it
+    )
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Exit status and output. A process that does not end is terminated, with its own, and fails the test."""
+    """Exit status and output. A process that does not end is terminated, with its own, and fails
+    the test.
+    """
     try:
         output, _ = process.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
@@ -108,7 +134,9 @@ def wait_for_the_end_of(pids: list[int]) -> None:
     """A zombie has ended: who reaps it is not the launcher's affair."""
 
     def ended() -> bool:
-        listed = subprocess.run(["ps", "-o", "stat=", "-p", ",".join(map(str, pids))], capture_output=True, text=True)
+        listed = subprocess.run(
+            ["ps", "-o", "stat=", "-p", ",".join(map(str, pids))], capture_output=True, text=True
+        )
         return all(state.startswith("Z") for state in listed.stdout.split())
 
     wait_until(ended, f"some of the processes {pids} have not ended")
@@ -119,7 +147,10 @@ def start_two_nodes(
 ) -> list[subprocess.Popen[str]]:
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "GPUS_PER_NODE": "1"} | variables
     return [
-        start(["./tools/run_dist_launch.sh", "2", command, *AWKWARD], environment(tmp_path, NODE_RANK=node, **meeting))
+        start(
+            ["./tools/run_dist_launch.sh", "2", command, *AWKWARD],
+            environment(tmp_path, NODE_RANK=node, **meeting),
+        )
         for node in only
     ]
 
@@ -204,7 +235,10 @@ def test_launch_a_failing_rank_ends_all_and_is_named(tmp_path: Path) -> None:
     status, output = run(["./tools/run_dist_launch.sh", "2", command], environment(tmp_path, FAILS="1"))
     assert status == 3
     assert "the data of rank 1 is not there" in output
-    assert re.fullmatch(SAID + r"rank 1 \(process \d+\) failed with exit code 3: see its output above", output.splitlines()[-1])
+    assert re.fullmatch(
+        SAID + r"rank 1 \(process \d+\) failed with exit code 3: see its output above",
+        output.splitlines()[-1],
+    )
     assert "Traceback" not in output
     wait_for_the_end_of(sleepers(tmp_path))
 
@@ -231,7 +265,10 @@ def test_launch_two_jobs_share_the_machine_and_a_signal_ends_its_own(tmp_path: P
         launcher.send_signal(number)
         status, output = finish(launcher)
         assert status == 128 + number
-        assert f"run_dist_launch.sh: ended by {number.name}; not every process reported that it had saved" in output
+        assert (
+            f"run_dist_launch.sh: ended by {number.name}; not every process reported that it had "
+            f"saved" in output
+        )
         wait_for_the_end_of(pids[number])
 
 
@@ -247,20 +284,26 @@ def test_launch_two_jobs_share_the_machine_and_a_signal_ends_its_own(tmp_path: P
         (["2", "true"], {"GPUS_PER_NODE": "0"}, "GPUS_PER_NODE must be a positive integer"),
         (["2", "./configs/no_such.sh"], {}, "'./configs/no_such.sh' is not an executable command"),
         (["16", "true"], {}, "set MASTER_ADDR"),
-        (["2", "true"], {"MAX_RESTARTS": "often"}, "MAX_RESTARTS must be a whole number below 100000, not 'often'"),
+        (
+            ["2", "true"],
+            {"MAX_RESTARTS": "often"},
+            "MAX_RESTARTS must be a whole number below 100000, not 'often'",
+        ),
         (["16", "true"], {"MASTER_ADDR": "127.0.0.1"}, "NODE_RANK"),
         (["16", "true"], {"MASTER_ADDR": "127.0.0.1", "NODE_RANK": "2"}, "NODE_RANK must be from 0 to 1"),
     ],
 )
-def test_launch_refuses_in_one_line(tmp_path: Path, arguments: list[str], variables: dict, reason: str) -> None:
+def test_launch_refuses_in_one_line(
+    tmp_path: Path, arguments: list[str], variables: dict, reason: str
+) -> None:
     status, output = run(["./tools/run_dist_launch.sh", *arguments], environment(tmp_path, **variables))
     assert status == 2
     assert output.count("\n") == 1
     assert reason in output
 
 
-# What rank 1 does at its first start, once both are there, is in $FAULT; a later start ends well. Every process notes each
-# start, with the launcher's count.
+# What rank 1 does at its first start, once both are there, is in $FAULT; a later start ends well.
+# Every process notes each start, with the launcher's count.
 FAULTY_COMMAND = """#!/usr/bin/env bash
 echo "$TORCHELASTIC_RESTART_COUNT" >>"$REPORT/attempts$RANK"
 [[ $(wc -l <"$REPORT/attempts$RANK") == 1 ]] || exit 0
@@ -288,7 +331,9 @@ def test_launch_all_processes_start_again_after_a_crash(tmp_path: Path) -> None:
 def test_launch_the_first_exit_code_counts(tmp_path: Path, code: int) -> None:
     """The other process is ended by SIGTERM afterwards."""
     command = executable(tmp_path / "faulty", FAULTY_COMMAND)
-    status, output = run(["./tools/run_dist_launch.sh", "2", command], environment(tmp_path, FAULT=f"exit {code}"))
+    status, output = run(
+        ["./tools/run_dist_launch.sh", "2", command], environment(tmp_path, FAULT=f"exit {code}")
+    )
     assert status == code, output
     assert attempts(tmp_path) == [["0"], ["0"]]
     assert len(said_by_the_launcher(output)) == (code == EXIT_USER_ERROR), "to leave on request is no failure"
@@ -301,11 +346,15 @@ def test_launch_the_line_of_the_first_failure_is_the_last(tmp_path: Path) -> Non
         "def command(): raise UserError('x.jpg is bad; mend it')\n"
         "run_as_command(command)\n"
     )
-    status, output = run(["./tools/run_dist_launch.sh", "1", str(tmp_path / "fails.py")], environment(tmp_path))
+    status, output = run(
+        ["./tools/run_dist_launch.sh", "1", str(tmp_path / "fails.py")], environment(tmp_path)
+    )
     assert status == EXIT_USER_ERROR
     first, last = output.splitlines()
     assert first == "error: x.jpg is bad; mend it"
-    assert re.fullmatch(SAID + r"rank 0 \(process \d+\) failed with exit code 2: error: x.jpg is bad; mend it", last)
+    assert re.fullmatch(
+        SAID + r"rank 0 \(process \d+\) failed with exit code 2: error: x.jpg is bad; mend it", last
+    )
 
 
 # Saves when it is asked to leave: once, however many signals come. Rank 1 takes longer.
@@ -337,7 +386,9 @@ def test_launch_a_signal_reaches_the_processes_once_and_they_save(tmp_path: Path
         folder = tmp_path / number.name
         folder.mkdir()
         env = environment(tmp_path, REPORT=str(folder), MAX_RESTARTS="3")
-        jobs.append((number, folder, start(["./tools/run_dist_launch.sh", "2", str(tmp_path / "saving.py")], env)))
+        jobs.append(
+            (number, folder, start(["./tools/run_dist_launch.sh", "2", str(tmp_path / "saving.py")], env))
+        )
     for number, folder, launcher in jobs:
         pids = sleepers(folder)
         launcher.send_signal(number)
@@ -375,7 +426,9 @@ def test_launch_a_process_that_does_not_leave_is_killed(tmp_path: Path) -> None:
 
 
 def test_launch_under_nohup_a_closed_terminal_changes_nothing(tmp_path: Path) -> None:
-    (tmp_path / "waits.sh").write_text('touch "$REPORT/up"; until [[ -e $REPORT/go ]]; do sleep 0.1; done; echo finished')
+    (tmp_path / "waits.sh").write_text(
+        'touch "$REPORT/up"; until [[ -e $REPORT/go ]]; do sleep 0.1; done; echo finished'
+    )
     launch = ["nohup", "./tools/run_dist_launch.sh", "1", "bash", str(tmp_path / "waits.sh")]
     launcher = start(launch, environment(tmp_path))
     wait_until((tmp_path / "up").exists, "the process did not start")
@@ -387,7 +440,10 @@ def test_launch_under_nohup_a_closed_terminal_changes_nothing(tmp_path: Path) ->
 
 
 def test_launch_a_file_that_is_no_program_costs_one_line(tmp_path: Path) -> None:
-    status, output = run(["./tools/run_dist_launch.sh", "1", executable(tmp_path / "text", "no program")], environment(tmp_path))
+    status, output = run(
+        ["./tools/run_dist_launch.sh", "1", executable(tmp_path / "text", "no program")],
+        environment(tmp_path),
+    )
     assert status == EXIT_USER_ERROR
     assert "text can't be started: " in output
     assert output.count("\n") == 1
@@ -411,13 +467,16 @@ until [[ -e $REPORT/go ]]; do sleep 0.1; done
 
 @pytest.mark.parametrize("down", [0, 1])
 def test_launch_a_node_that_went_down(tmp_path: Path, down: int) -> None:
-    """The launcher and the process of a node are killed. The same command on node 1 brings it back into the running job;
-    the loss of node 0 ends the job."""
+    """The launcher and the process of a node are killed. The same command on node 1 brings it back
+    into the running job; the loss of node 0 ends the job.
+    """
     command = executable(tmp_path / "waiting", WAITING_COMMAND)
     meeting = {"MASTER_PORT": free_port()}
     nodes = start_two_nodes(tmp_path, command, **meeting)
     pids = [tmp_path / f"pid{node}" for node in (0, 1)]
-    wait_until(lambda: all(path.exists() and path.read_text() for path in pids), "the processes did not start")
+    wait_until(
+        lambda: all(path.exists() and path.read_text() for path in pids), "the processes did not start"
+    )
     nodes[down].kill()
     os.killpg(int(pids[down].read_text()), signal.SIGKILL)
     nodes[down].communicate()
@@ -428,7 +487,10 @@ def test_launch_a_node_that_went_down(tmp_path: Path, down: int) -> None:
         return
     before = [path.read_text() for path in pids]
     (back,) = start_two_nodes(tmp_path, command, only=("1",), **meeting)
-    wait_until(lambda: all(path.read_text() not in ("", old) for path, old in zip(pids, before, strict=True)), "no new start")
+    wait_until(
+        lambda: all(path.read_text() not in ("", old) for path, old in zip(pids, before, strict=True)),
+        "no new start",
+    )
     (tmp_path / "go").touch()
     for node in (nodes[0], back):
         status, output = finish(node)

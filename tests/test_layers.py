@@ -20,13 +20,25 @@ ALLOWED = {
     "main": {"engine", "models", "datasets", "util"},
     "tools": {"tools", "main", "engine", "models", "datasets", "util"},
 }
-FILES = [p for p in sorted(ROOT.rglob("*.py")) if p.relative_to(ROOT).parts[0].removesuffix(".py") in PACKAGES]
+FILES = [
+    p for p in sorted(ROOT.rglob("*.py")) if p.relative_to(ROOT).parts[0].removesuffix(".py") in PACKAGES
+]
 OPERATOR = ROOT / "models" / "ops"
 # what builds it, and what one of its backends is made of
 OPERATOR_ALSO = {"setup.py": {"setuptools", "wheel"}, "triton_backend.py": {"triton"}}
 # modules of losses and results, which never see the network
 LOSS_SIDE = ("matcher", "criterion", "postprocess")
-NETWORK = {"deformable_detr", "deformable_transformer", "encoder", "decoder", "backbone", "heads", "batchformer", "build", "ops"}
+NETWORK = {
+    "deformable_detr",
+    "deformable_transformer",
+    "encoder",
+    "decoder",
+    "backbone",
+    "heads",
+    "batchformer",
+    "build",
+    "ops",
+}
 
 
 def imports(path: Path) -> set[str]:
@@ -54,7 +66,9 @@ def test_imports_point_down(path):
 
 @pytest.mark.parametrize("name", LOSS_SIDE)
 def test_losses_never_import_the_network(name):
-    used = {full.split(".")[1] for full in imports(ROOT / "models" / f"{name}.py") if full.startswith("models.")}
+    used = {
+        full.split(".")[1] for full in imports(ROOT / "models" / f"{name}.py") if full.startswith("models.")
+    }
     assert not used & NETWORK
 
 
@@ -64,7 +78,11 @@ def test_the_operator_imports_torch_alone(path):
 
     outside = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names)
     assert outside <= {"torch", "models"} | OPERATOR_ALSO.get(path.name, set())
-    assert all(name.startswith("models.ops") or name == "models" for name in imports(path) if name.startswith("models"))
+    assert all(
+        name.startswith("models.ops") or name == "models"
+        for name in imports(path)
+        if name.startswith("models")
+    )
 
 
 def test_the_test_sees_an_upward_import(tmp_path):
@@ -73,7 +91,15 @@ def test_the_test_sees_an_upward_import(tmp_path):
 
 
 def test_batchformer_is_nowhere_else():
-    """Whether a batch has two streams is asked in one place; the loop and the losses only carry their number."""
-    for name in ("engine.py", "models/criterion.py", "models/encoder.py", "models/decoder.py", "models/deformable_detr.py"):
+    """Whether a batch has two streams is asked in one place; the loop and the losses only carry
+    their number.
+    """
+    for name in (
+        "engine.py",
+        "models/criterion.py",
+        "models/encoder.py",
+        "models/decoder.py",
+        "models/deformable_detr.py",
+    ):
         used = imports(ROOT / name)
         assert not any("batchformer" in full for full in used), name

@@ -1,4 +1,6 @@
-"""load_detector: any kind of image gives the same detections, those of evaluation; the architecture comes from the file."""
+"""load_detector: any kind of image gives the same detections, those of evaluation; the architecture
+comes from the file.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ def detector(checkpoint):
 
 
 def same(a: Detections, b: Detections) -> bool:
-    return a.names == b.names and all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("boxes", "scores", "labels"))
+    return a.names == b.names and all(
+        torch.equal(getattr(a, name), getattr(b, name)) for name in ("boxes", "scores", "labels")
+    )
 
 
 # ---- images
@@ -70,8 +74,11 @@ def test_what_a_detection_is(detector):
     assert (found.boxes[:, 2:] >= found.boxes[:, :2]).all()
     assert found.boxes.max() > 2, "pixels"
     assert set(zip(found.labels.tolist(), found.category_ids.tolist(), found.names, strict=True)) == {
-        (0, 3, "person"), (1, 17, "traffic light"), (2, 1000, "dog"), (3, 3, "class 3"),
-    }  # fmt: skip
+        (0, 3, "person"),
+        (1, 17, "traffic light"),
+        (2, 1000, "dog"),
+        (3, 3, "class 3"),
+    }
     first = next(iter(found))
     assert first[:3] == (found.names[0], found.scores[0].item(), tuple(found.boxes[0].tolist()))
     assert first[3:] == (found.labels[0], found.category_ids[0])
@@ -95,10 +102,19 @@ def test_every_kind_of_image_gives_the_same(detector, tmp_path):
     tensor = torch.from_numpy(PIXELS).permute(2, 0, 1)
     alpha = np.random.default_rng(1).integers(0, 256, (60, 80, 1), dtype=np.uint8)
     images = [
-        str(tmp_path / "image.png"), tmp_path / "image.png", Image.fromarray(PIXELS), tensor, tensor.contiguous(), tensor / 255,
-        tensor.double() / 255, PIXELS / 255, (PIXELS / 255).astype(np.float32), np.asfortranarray(PIXELS),
-        np.concatenate([PIXELS, alpha], 2), Image.fromarray(np.concatenate([PIXELS, alpha], 2)),
-    ]  # fmt: skip
+        str(tmp_path / "image.png"),
+        tmp_path / "image.png",
+        Image.fromarray(PIXELS),
+        tensor,
+        tensor.contiguous(),
+        tensor / 255,
+        tensor.double() / 255,
+        PIXELS / 255,
+        (PIXELS / 255).astype(np.float32),
+        np.asfortranarray(PIXELS),
+        np.concatenate([PIXELS, alpha], 2),
+        Image.fromarray(np.concatenate([PIXELS, alpha], 2)),
+    ]
     wanted = detector(PIXELS)
     assert all(same(detector(image), wanted) for image in images)
     assert all(same(found, wanted) for found in detector(images))
@@ -109,7 +125,14 @@ def test_every_kind_of_grey_image_gives_the_same(detector, tmp_path):
     Image.fromarray(grey).save(tmp_path / "grey.png")
     Image.fromarray(grey.astype(np.uint16) * 256 + 7).save(tmp_path / "deep.png")
     wanted = detector(np.repeat(grey[..., None], 3, 2))
-    images = [grey, grey[..., None], grey / 255, torch.from_numpy(grey)[None], Image.fromarray(grey), *tmp_path.iterdir()]
+    images = [
+        grey,
+        grey[..., None],
+        grey / 255,
+        torch.from_numpy(grey)[None],
+        Image.fromarray(grey),
+        *tmp_path.iterdir(),
+    ]
     assert len(images) == 7
     assert all(same(found, wanted) for found in detector(images))
 
@@ -144,9 +167,14 @@ def test_what_could_never_be_an_image(detector):
 def test_files_are_taken_upright_and_pictures_as_they_lie(detector, tmp_path):
     upright = Image.fromarray(PIXELS)
     undone = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270,
-    }  # fmt: skip
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
     wanted = detector(upright)
     for orientation, how in undone.items():
         exif = Image.Exif()
@@ -174,7 +202,9 @@ def test_a_batch_is_padded_and_single_images_are_not(checkpoint, detector):
 
 def test_a_threshold_for_all(checkpoint, detector):
     limit = detector(PIXELS).scores[7].item()
-    assert same(load_detector(checkpoint, device="cpu", score_threshold=limit)(PIXELS), detector(PIXELS).above(limit))
+    assert same(
+        load_detector(checkpoint, device="cpu", score_threshold=limit)(PIXELS), detector(PIXELS).above(limit)
+    )
 
 
 def test_mixed_precision_gives_nearly_the_same(checkpoint, detector):
@@ -184,18 +214,34 @@ def test_mixed_precision_gives_nearly_the_same(checkpoint, detector):
 
 
 def test_detections_are_those_of_evaluation(tmp_path):
-    """main.py --eval --save_predictions: a batch of two images of different sizes, one padded, and a batch of one."""
+    """main.py --eval --save_predictions: a batch of two images of different sizes, one padded, and
+    a batch of one.
+    """
     write_coco(tmp_path / "data", 1, 3)
     Image.fromarray(PIXELS).save(tmp_path / "data/val2017/000001.png")
     model, flags = small_model("--num_classes", "3")
     classes = ClassMap(3, tuple(Category(i, i + 1, name) for i, name in enumerate(("one", "two", "three"))))
-    torch.save({"model": model.state_dict(), "args": flags, "classes": classes.to_plain()}, tmp_path / "checkpoint.pth")
+    torch.save(
+        {"model": model.state_dict(), "args": flags, "classes": classes.to_plain()},
+        tmp_path / "checkpoint.pth",
+    )
     paths = sorted((tmp_path / "data/val2017").iterdir())
     result = run_main_forked(
-        *SMALL_MODEL[:-2], *SMALL_IMAGES, "--coco_path", str(tmp_path / "data"), "--eval", "--resume",
-        str(tmp_path / "checkpoint.pth"), "--batch_size", "2", "--output_dir", str(tmp_path / "out"), "--save_predictions",
-        "--device", "cpu",
-    )  # fmt: skip
+        *SMALL_MODEL[:-2],
+        *SMALL_IMAGES,
+        "--coco_path",
+        str(tmp_path / "data"),
+        "--eval",
+        "--resume",
+        str(tmp_path / "checkpoint.pth"),
+        "--batch_size",
+        "2",
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--save_predictions",
+        "--device",
+        "cpu",
+    )
     assert result.returncode == 0, result.stderr
     evaluated = json.loads((tmp_path / "out/predictions.json").read_text())
     found = load_detector(tmp_path / "checkpoint.pth", device="cpu", batch_size=2)(paths)
@@ -221,15 +267,33 @@ ARCHITECTURES = [
 
 @pytest.mark.parametrize("flags", ARCHITECTURES, ids=lambda flags: " ".join(flags) or "plain")
 def test_weights_alone_tell_the_architecture(flags, tmp_path, caplog):
-    """What they can't tell is given: 4 heads, the image's size, and in two stages the number of queries."""
+    """What they can't tell is given: 4 heads, the image's size, and in two stages the number of
+    queries.
+    """
     model, flags_of_it = small_model(*flags)
     torch.save(model.state_dict(), tmp_path / "bare.pth")
-    given = {"nheads": 4, "eval_size": 64, "max_size": 96, **({"num_queries": 12} if "--two_stage" in flags else {})}
+    given = {
+        "nheads": 4,
+        "eval_size": 64,
+        "max_size": 96,
+        **({"num_queries": 12} if "--two_stage" in flags else {}),
+    }
     with caplog.at_level(logging.WARNING):
         bare = load_detector(tmp_path / "bare.pth", device="cpu", **given)
     assert "does not say how it was trained" in caplog.text
-    for name in ("backbone", "backbone_norm", "with_box_refine", "two_stage", "enc_layers", "dec_layers", "dim_feedforward",
-                 "enc_n_points", "dec_n_points", "num_feature_levels", "position_embedding"):  # fmt: skip
+    for name in (
+        "backbone",
+        "backbone_norm",
+        "with_box_refine",
+        "two_stage",
+        "enc_layers",
+        "dec_layers",
+        "dim_feedforward",
+        "enc_n_points",
+        "dec_n_points",
+        "num_feature_levels",
+        "position_embedding",
+    ):
         assert bare.config.flags()[name] == flags_of_it[name], name
     torch.save({"model": model.state_dict(), "args": flags_of_it}, tmp_path / "full.pth")
     assert same(bare(PIXELS), load_detector(tmp_path / "full.pth", device="cpu")(PIXELS))
@@ -237,9 +301,19 @@ def test_weights_alone_tell_the_architecture(flags, tmp_path, caplog):
 
 @pytest.mark.parametrize(
     "name",
-    ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d",
-     "wide_resnet50_2", "wide_resnet101_2"],
-)  # fmt: skip
+    [
+        "resnet18",
+        "resnet34",
+        "resnet50",
+        "resnet101",
+        "resnet152",
+        "resnext50_32x4d",
+        "resnext101_32x8d",
+        "resnext101_64x4d",
+        "wide_resnet50_2",
+        "wide_resnet101_2",
+    ],
+)
 def test_every_backbone_is_told_by_its_weights(name):
     import torchvision
 
@@ -252,14 +326,18 @@ def test_every_backbone_is_told_by_its_weights(name):
 
 
 def test_a_published_checkpoint_needs_no_flags(tmp_path):
-    """Flags in a Namespace with others than ours and no number of classes, aliased names, a head of 91 and no classes."""
+    """Flags in a Namespace with others than ours and no number of classes, aliased names, a head of
+    91 and no classes.
+    """
     model, flags = small_model("--with_box_refine", "--num_classes", "91")
     state = model.state_dict()
     for part in ("class_embed", "bbox_embed"):
         state |= {f"transformer.decoder.{key}": value for key, value in state.items() if key.startswith(part)}
     names = ("backbone", "nheads", "enc_layers", "dec_layers", "with_box_refine", "num_queries", "lr")
     published = {name: flags[name] for name in names}
-    args = argparse.Namespace(**published, frozen_weights=None, masks=False, coco_panoptic_path=None, resume="x.pth")
+    args = argparse.Namespace(
+        **published, frozen_weights=None, masks=False, coco_panoptic_path=None, resume="x.pth"
+    )
     torch.save({"model": state, "args": args, "epoch": 49, "optimizer": {}}, tmp_path / "published.pth")
     detector = load_detector(tmp_path / "published.pth", device="cpu", eval_size=64, max_size=96)
     found = detector(PIXELS)
@@ -282,18 +360,25 @@ def test_batchformer_has_no_say_in_prediction(tmp_path):
     with torch.no_grad():
         assert torch.equal(detector.model(images)["pred_boxes"], model(images)["pred_boxes"])
     model, flags = small_model(*BATCHFORMER, "--eval_bf")
-    assert load_detector_of(model, flags, tmp_path).model.transformer.bf is not None, "unless it was to be there in evaluation"
+    assert load_detector_of(model, flags, tmp_path).model.transformer.bf is not None, (
+        "unless it was to be there in evaluation"
+    )
 
 
 def test_averaged_weights_are_taken_where_there_are_any(checkpoint, tmp_path):
     content = torch.load(checkpoint)
-    averaged = {name: value * 0.9 if name.startswith("class_embed") else value for name, value in content["model"].items()}
+    averaged = {
+        name: value * 0.9 if name.startswith("class_embed") else value
+        for name, value in content["model"].items()
+    }
     torch.save({**content, "ema": {"model": averaged, "updates": 5}}, tmp_path / "both.pth")
     torch.save({**content, "model": averaged}, tmp_path / "averaged.pth")
     wanted = load_detector(tmp_path / "averaged.pth", device="cpu")(PIXELS)
     plain = load_detector(checkpoint, device="cpu")(PIXELS)
     for weights, expected in (("auto", wanted), ("ema", wanted), ("model", plain)):
-        assert same(load_detector(tmp_path / "both.pth", device="cpu", weights=weights)(PIXELS), expected), weights
+        assert same(load_detector(tmp_path / "both.pth", device="cpu", weights=weights)(PIXELS), expected), (
+            weights
+        )
     assert not same(wanted, plain)
     with pytest.raises(UserError, match="no averaged weights"):
         load_detector(checkpoint, weights="ema")
@@ -343,14 +428,27 @@ def test_a_missing_checkpoint_is_named():
 
 
 def test_the_folder_of_a_run_is_told_which_checkpoint(tmp_path):
-    for name in ("checkpoint.pth", "checkpoint0004.pth", "checkpoint_best.pth", "eval.pth", "resume_0001_000000000.pth"):
+    for name in (
+        "checkpoint.pth",
+        "checkpoint0004.pth",
+        "checkpoint_best.pth",
+        "eval.pth",
+        "resume_0001_000000000.pth",
+    ):
         (tmp_path / name).touch()
-    with pytest.raises(UserError, match=r"is a folder; name a checkpoint in it, such as \S+/checkpoint_best\.pth$"):
+    with pytest.raises(
+        UserError, match=r"is a folder; name a checkpoint in it, such as \S+/checkpoint_best\.pth$"
+    ):
         load_detector(tmp_path)
 
 
 def test_importing_the_package_loads_nothing():
     """So models.ops works with torch alone, whatever load_detector needs."""
-    code = "import sys; sys.modules['torch'] = sys.modules['numpy'] = None; import models; assert 'load_model' in dir(models)"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['numpy'] = None; import models; assert "
+        "'load_model' in dir(models)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr

@@ -1,4 +1,6 @@
-"""load_model, build_model and README's Python: from a checkpoint or data to what trains and evaluates."""
+"""load_model, build_model and README's Python: from a checkpoint or data to what trains and
+evaluates.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +32,24 @@ def trained(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     write_coco(folder / "data", num_train=4, num_val=2)
     result = run_main_forked(
-        "--coco_path", str(folder / "data"), *SMALL_MODEL[:-2], *SMALL_IMAGES, *BATCHFORMER, "--epochs", "1", "--dropout", "0",
-        "--output_dir", str(folder / "out"), "--lr", "0.003", "--cls_loss_coef", "3", "--ema_decay", "0.5",
-    )  # fmt: skip
+        "--coco_path",
+        str(folder / "data"),
+        *SMALL_MODEL[:-2],
+        *SMALL_IMAGES,
+        *BATCHFORMER,
+        "--epochs",
+        "1",
+        "--dropout",
+        "0",
+        "--output_dir",
+        str(folder / "out"),
+        "--lr",
+        "0.003",
+        "--cls_loss_coef",
+        "3",
+        "--ema_decay",
+        "0.5",
+    )
     assert result.returncode == 0, result.stderr
     return folder
 
@@ -50,7 +67,9 @@ def test_one_call_gives_all_that_a_training_step_needs(trained):
     assert outputs["num_streams"] == 2
     losses = criterion(outputs, targets)
     total = criterion.total(losses)
-    assert total.item() == pytest.approx(sum(losses[name].item() * factor for name, factor in criterion.weight_dict.items()))
+    assert total.item() == pytest.approx(
+        sum(losses[name].item() * factor for name, factor in criterion.weight_dict.items())
+    )
     total.backward()
     assert model.transformer.bf[0].self_attn.in_proj_weight.grad.abs().sum() > 0
     found = postprocessors["bbox"](model.eval()(images[:1]), targets[0]["orig_size"][None])
@@ -94,7 +113,9 @@ def test_labels_are_the_checkpoints_however_the_data_counts(trained, tmp_path):
     """Data with a part of the classes: its own labels would begin at 0."""
     write_coco(tmp_path, 1, annotations={0: [{"bbox": [1, 2, 30, 20], "category_id": 3}]})
     annotations = tmp_path / "annotations/instances_val2017.json"
-    annotations.write_text(annotations.read_text().replace('{"id": 1, "name": "one"}, {"id": 2, "name": "two"}, ', ""))
+    annotations.write_text(
+        annotations.read_text().replace('{"id": 1, "name": "one"}, {"id": 2, "name": "two"}, ', "")
+    )
     config = load_model(trained / "out/checkpoint.pth", coco_path=tmp_path).config
     assert build_dataset("val", config)[0][1]["labels"].tolist() == [2]
 
@@ -106,11 +127,16 @@ def test_a_new_detector_has_the_classes_of_the_data_or_cocos_with_a_warning(trai
     assert not caplog.records
     assert build_model(config)[0].state_dict()["class_embed.0.bias"].shape == (91,)
     (told,) = caplog.messages
-    assert "91 logits of COCO" in told and "build_model(config, build_dataset('train', config).classes)" in told
+    assert (
+        "91 logits of COCO" in told and "build_model(config, build_dataset('train', config).classes)" in told
+    )
 
 
 def test_help_lists_what_the_functions_take():
-    for function, options in ((load_detector, "score_threshold weights architecture"), (load_model, "classes flags")):
+    for function, options in (
+        (load_detector, "score_threshold weights architecture"),
+        (load_model, "classes flags"),
+    ):
         shown = pydoc.plain(pydoc.render_doc(function))
         assert all(re.search(rf"^ +{option}: ", shown, re.MULTILINE) for option in options.split()), shown
     assert {"build_model", "load_model", "load_detector"} <= set(dir(models))
@@ -130,10 +156,14 @@ class Stages(nn.Module):
 
 
 def test_a_backbone_that_would_be_frozen_unseen_is_refused():
-    with pytest.raises(ValueError, match="Stages has no parameter whose name begins with layer2, layer3 or layer4"):
+    with pytest.raises(
+        ValueError, match="Stages has no parameter whose name begins with layer2, layer3 or layer4"
+    ):
         Backbone(Stages(), train_layers=True, freeze_stem=True)
     assert all(p.requires_grad for p in Backbone(Stages(), train_layers=True, freeze_stem=False).parameters())
-    assert not any(p.requires_grad for p in Backbone(Stages(), train_layers=False, freeze_stem=True).parameters())
+    assert not any(
+        p.requires_grad for p in Backbone(Stages(), train_layers=False, freeze_stem=True).parameters()
+    )
     body = ResNetBody(build_resnet("resnet18", "bn", "none", dilation=False), multi_scale=True)
     trains = {name for name, p in Backbone(body, True, True).named_parameters() if p.requires_grad}
     assert trains
@@ -150,14 +180,32 @@ def checkout(tmp_path_factory, trained) -> Path:
     for name in ("models", "datasets", "util"):
         (root / name).symlink_to(ROOT / name)
     made = run(
-        "python", "-m", "datasets.synthetic", "--output_dir", str(root / "data/synthetic"), "--train_images", "4", "--val_images",
-        "2", "--num_classes", "3", "--image_size", "64",
-    )  # fmt: skip
+        "python",
+        "-m",
+        "datasets.synthetic",
+        "--output_dir",
+        str(root / "data/synthetic"),
+        "--train_images",
+        "4",
+        "--val_images",
+        "2",
+        "--num_classes",
+        "3",
+        "--image_size",
+        "64",
+    )
     assert made.returncode == 0, made.stderr
     result = run_main_forked(
-        "--coco_path", str(root / "data/synthetic"), *SMALL_MODEL[:-2], *SMALL_IMAGES, *BATCHFORMER, "--epochs", "1",
-        "--output_dir", str(root / "exps/synthetic"),
-    )  # fmt: skip
+        "--coco_path",
+        str(root / "data/synthetic"),
+        *SMALL_MODEL[:-2],
+        *SMALL_IMAGES,
+        *BATCHFORMER,
+        "--epochs",
+        "1",
+        "--output_dir",
+        str(root / "exps/synthetic"),
+    )
     assert result.returncode == 0, result.stderr
     return root
 
@@ -165,6 +213,8 @@ def checkout(tmp_path_factory, trained) -> Path:
 @pytest.mark.parametrize("block", blocks(ROOT / "README.md", "python"), ids=["detector", "model"])
 def test_the_readmes_python_runs_as_printed_from_any_folder(checkout, tmp_path, block):
     (tmp_path / "script.py").write_text(block)
-    result = run("python", "script.py", cwd=tmp_path, env={"PYTHONPATH": str(checkout), "CUDA_VISIBLE_DEVICES": ""})
+    result = run(
+        "python", "script.py", cwd=tmp_path, env={"PYTHONPATH": str(checkout), "CUDA_VISIBLE_DEVICES": ""}
+    )
     assert result.returncode == 0, result.stderr
     assert re.search(r"\d+ detections? on \d+ x \d+ pixels|'scores': tensor", result.stdout)

@@ -74,7 +74,9 @@ def test_not_even_at_their_very_start(monkeypatch):
     held = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     monkeypatch.setattr(sys.modules[__name__], "_hit_at_birth", True)
     assert ids(build_loader(Numbers(), singly(), 2, CPU)) == list(range(12))
-    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == held, "the training process hears the signals as before"
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == held, (
+        "the training process hears the signals as before"
+    )
 
 
 def die(number: int):
@@ -93,7 +95,9 @@ def test_a_killed_loader_process_is_told_in_one_line(number):
 
 
 def test_it_is_told_at_the_next_batch_and_not_in_the_midst_of_other_work():
-    """PyTorch's own handler would raise wherever the training process happens to be, in a checkpoint's writing, say."""
+    """PyTorch's own handler would raise wherever the training process happens to be, in a
+    checkpoint's writing, say.
+    """
     batches = iter(build_loader(Numbers(400), singly(400), 2, CPU))
     next(batches)
     for process in multiprocessing.active_children():
@@ -200,9 +204,14 @@ run_as_command(lambda: list(build_loader(Large(), [[i, i + 1] for i in range(39)
 
 
 def test_a_really_small_shared_memory_does_so_too():
-    """What PyTorch does about it has changed between versions: a bus error, or a batch that never comes."""
+    """What PyTorch does about it has changed between versions: a bus error, or a batch that never
+    comes.
+    """
     mount = ("unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=10m tmpfs /dev/shm && exec "$@"', "sh")
-    if not shutil.which("unshare") or subprocess.run([*mount, "true"], capture_output=True, check=False).returncode:
+    if (
+        not shutil.which("unshare")
+        or subprocess.run([*mount, "true"], capture_output=True, check=False).returncode
+    ):
         pytest.skip("no right to mount a small /dev/shm")
     result = run(*mount, sys.executable, "-c", SMALL_SHARED_MEMORY)
     assert result.returncode == 2
@@ -213,7 +222,9 @@ def test_a_really_small_shared_memory_does_so_too():
 
 def test_what_was_skipped_passes_the_pinning_of_memory(monkeypatch):
     """PyTorch rebuilds what a loader gives when it moves it to pinned memory, which takes a GPU."""
-    pin_memory = pytest.importorskip("torch.utils.data._utils.pin_memory", reason="a part of PyTorch that may move").pin_memory
+    pin_memory = pytest.importorskip(
+        "torch.utils.data._utils.pin_memory", reason="a part of PyTorch that may move"
+    ).pin_memory
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self + 1)
     skipped = [BadImageError("path", "reason", "remedy")]
     images, targets = loader.collate([(torch.zeros(3, 2, 2), {"labels": torch.zeros(1)})])
@@ -277,7 +288,9 @@ def test_the_end_of_the_program_does_not_wait_for_hanging_loader_processes():
 
 
 def test_a_killed_program_leaves_no_hanging_loader_processes():
-    with subprocess.Popen([sys.executable, "-c", HANGING, "stay"], cwd=ROOT, stdout=subprocess.PIPE, text=True) as program:
+    with subprocess.Popen(
+        [sys.executable, "-c", HANGING, "stay"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as program:
         pids = [int(program.stdout.readline()) for _ in range(2)]
         program.kill()
     wait_for_the_end_of(pids)

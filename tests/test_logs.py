@@ -19,14 +19,24 @@ from tests.helpers import BATCHFORMER, ROOT, SMALL_IMAGES, SMALL_MODEL, run_main
 from util.metrics import MeanOnDevice
 
 LINE = re.compile(
-    r"epoch 0 \[ *\d+/3\]  loss [\d.]+  lr [\de.+-]+  grad norm [\d.e+]+  [\d.]+ images/s  mem [\d.]+ GiB  left \d:\d\d:\d\d"
+    r"epoch 0 \[ *\d+/3\]  loss [\d.]+  lr [\de.+-]+  grad norm [\d.e+]+  [\d.]+ images/s  mem "
+    r"[\d.]+ GiB  left \d:\d\d:\d\d"
 )
 
 
 @pytest.fixture
 def flags(tmp_path):
     write_coco(tmp_path / "data", num_train=6, num_val=2)
-    return ("--coco_path", str(tmp_path / "data"), *SMALL_IMAGES, *SMALL_MODEL, "--epochs", "1", "--log_every", "2")
+    return (
+        "--coco_path",
+        str(tmp_path / "data"),
+        *SMALL_IMAGES,
+        *SMALL_MODEL,
+        "--epochs",
+        "1",
+        "--log_every",
+        "2",
+    )
 
 
 def test_plain_lines_every_so_many_steps(flags, tmp_path):
@@ -40,16 +50,26 @@ def test_plain_lines_every_so_many_steps(flags, tmp_path):
     assert result.stderr == "", "no warnings"
     entry = json.loads((tmp_path / "out" / "log.txt").read_text())
     assert entry["n_parameters"] > 1e6
-    assert {"train_loss_ce", "train_loss_bbox_0", "train_loss_giou_unscaled", "train_class_error", "test_loss"} <= set(entry)
+    assert {
+        "train_loss_ce",
+        "train_loss_bbox_0",
+        "train_loss_giou_unscaled",
+        "train_class_error",
+        "test_loss",
+    } <= set(entry)
 
 
 def test_a_bar_on_a_terminal(flags):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
     process = subprocess.Popen(
-        [sys.executable, "main.py", *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=theirs, text=True,
+        [sys.executable, "main.py", *flags],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     os.close(theirs)
     output, shown = process.stdout.read(), b""
     assert process.wait() == 0
@@ -62,7 +82,10 @@ def test_a_bar_on_a_terminal(flags):
             break
         shown += part
     assert "epoch 0 [" not in output, "no lines beside the bar"
-    bar = r"epoch 0:? 3/3 \|█+\| left 00:00.*loss [\d.]+  lr [\d.e-]+  grad norm [\d.e+]+  [\d.]+ images/s  mem [\d.]+ GiB"
+    bar = (
+        r"epoch 0:? 3/3 \|█+\| left 00:00.*loss [\d.]+  lr [\d.e-]+  grad norm [\d.e+]+  [\d.]+ "
+        r"images/s  mem [\d.]+ GiB"
+    )
     assert re.search(bar, shown.decode()), shown.decode()
 
 

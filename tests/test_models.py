@@ -45,7 +45,12 @@ def copy_weights(source, target):
 
 
 @pytest.mark.parametrize(
-    "bf", [BATCHFORMER, ("--bf", "1", "--insert_idx", "0", "1", "--bt_num_layers", "2"), ("--bf", "7", "--insert_idx", "1")]
+    "bf",
+    [
+        BATCHFORMER,
+        ("--bf", "1", "--insert_idx", "0", "1", "--bt_num_layers", "2"),
+        ("--bf", "7", "--insert_idx", "1"),
+    ],
 )
 @torch.no_grad()
 def test_evaluation_with_batchformer_is_bit_identical_to_without(bf, batch):
@@ -83,11 +88,17 @@ def test_mixed_stream_relates_images_and_the_plain_one_does_not(batch):
 
 
 def test_two_streams_share_targets_and_count_twice(batch):
-    """With outputs repeated by hand, two streams cost what one does: every loss is divided by twice the boxes."""
+    """With outputs repeated by hand, two streams cost what one does: every loss is divided by twice
+    the boxes.
+    """
     model, criterion, _ = build()
     outputs = model.eval()(batch[0])
-    doubled = {k: torch.cat([v, v]) for k, v in outputs.items() if isinstance(v, torch.Tensor)} | {"num_streams": 2}
-    doubled["aux_outputs"] = [{k: torch.cat([v, v]) for k, v in aux.items()} for aux in outputs["aux_outputs"]]
+    doubled = {k: torch.cat([v, v]) for k, v in outputs.items() if isinstance(v, torch.Tensor)} | {
+        "num_streams": 2
+    }
+    doubled["aux_outputs"] = [
+        {k: torch.cat([v, v]) for k, v in aux.items()} for aux in outputs["aux_outputs"]
+    ]
     once, twice = criterion(outputs, batch[1]), criterion(doubled, batch[1])
     for name in once:
         torch.testing.assert_close(once[name], twice[name], rtol=1e-5, atol=1e-6)
@@ -139,7 +150,9 @@ def test_images_of_one_size_do_not_depend_on_their_batch():
         torch.testing.assert_close(model([image])["pred_boxes"][0], together[i], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("flags", [(), ("--with_box_refine",), ("--with_box_refine", "--two_stage"), BATCHFORMER])
+@pytest.mark.parametrize(
+    "flags", [(), ("--with_box_refine",), ("--with_box_refine", "--two_stage"), BATCHFORMER]
+)
 def test_no_targets_and_more_targets_than_queries(flags):
     model, criterion, _ = build(*flags, "--num_queries", "4")
     model.train()
@@ -163,7 +176,9 @@ def test_no_targets_and_more_targets_than_queries(flags):
 def test_channels_are_read_off_the_network(name, channels):
     with torch.device("meta"):
         model, _, _ = build_model(parse_config([*SMALL_MODEL, "--backbone", name]))
-        features = model.backbone[0](NestedTensor(torch.empty(1, 3, 64, 64), torch.empty(1, 64, 64, dtype=torch.bool)))
+        features = model.backbone[0](
+            NestedTensor(torch.empty(1, 3, 64, 64), torch.empty(1, 64, 64, dtype=torch.bool))
+        )
     assert model.backbone[0].channels == channels
     assert [f.tensors.shape[1] for f in features] == channels
     assert [64 // f.tensors.shape[2] for f in features] == [8, 16, 32]
@@ -174,14 +189,18 @@ def test_dilation_keeps_the_stride():
     for levels, strides in (("1", [16]), ("4", [8, 16, 16])):
         with torch.device("meta"):
             model, _, _ = build_model(parse_config([*flags, "--num_feature_levels", levels]))
-            features = model.backbone[0](NestedTensor(torch.empty(1, 3, 64, 64), torch.empty(1, 64, 64, dtype=torch.bool)))
+            features = model.backbone[0](
+                NestedTensor(torch.empty(1, 3, 64, 64), torch.empty(1, 64, 64, dtype=torch.bool))
+            )
         assert [64 // f.tensors.shape[2] for f in features] == strides
 
 
 def test_what_trains_in_the_backbone():
     def trains(*flags):
         model, _, _ = build_model(parse_config([*SMALL_MODEL, *flags]))
-        return {name.split(".")[0] for name, p in model.backbone[0].body.named_parameters() if p.requires_grad}
+        return {
+            name.split(".")[0] for name, p in model.backbone[0].body.named_parameters() if p.requires_grad
+        }
 
     deep = {"layer2", "layer3", "layer4"}
     assert trains("--backbone_norm", "frozen_bn") == deep
@@ -217,12 +236,16 @@ def test_drop_path_thins_training_only(batch):
     with torch.no_grad():
         assert torch.equal(with_drop.eval()(images)["pred_logits"], without.eval()(images)["pred_logits"])
         torch.manual_seed(1)
-        assert not torch.allclose(with_drop.train()(images)["pred_logits"], without.train()(images)["pred_logits"], atol=1e-3)
+        assert not torch.allclose(
+            with_drop.train()(images)["pred_logits"], without.train()(images)["pred_logits"], atol=1e-3
+        )
     assert [layer.drop_path.p for layer in with_drop.transformer.encoder.layers] == [0.0, 0.9]
 
 
 def test_first_values():
-    """A fresh model says every class with probability 0.01, and boxes of sigmoid(-2) around its reference points."""
+    """A fresh model says every class with probability 0.01, and boxes of sigmoid(-2) around its
+    reference points.
+    """
     model, _, _ = build_model(parse_config([*SMALL_MODEL]))
     assert model.class_embed[0].bias.sigmoid().mean().item() == pytest.approx(0.01, rel=1e-3)
     assert model.class_embed[0] is model.class_embed[1]
@@ -255,7 +278,9 @@ def test_position_encodings():
 
 
 def test_positions_are_counted_in_integers():
-    """Sums of floats depend on the order of the additions, and --deterministic may refuse them on a GPU."""
+    """Sums of floats depend on the order of the additions, and --deterministic may refuse them on a
+    GPU.
+    """
     counted = []
 
     class Cumsum(TorchDispatchMode):
@@ -273,7 +298,8 @@ def test_reference_points_are_pixel_centres():
     ratios = torch.tensor([[[0.5, 1.0], [1.0, 1.0]]])
     points = encoder_reference_points(((2, 4), (1, 2)), ratios)
     assert points.shape == (1, 10, 2, 2)
-    # second pixel of the first row: x = 1.5 of 2 valid columns, which is 0.75 of the image and 0.375 of the padded level
+    # second pixel of the first row: x = 1.5 of 2 valid columns, which is 0.75 of the image and
+    # 0.375 of the padded level
     torch.testing.assert_close(points[0, 1, 0], torch.tensor([0.375, 0.25]))
     torch.testing.assert_close(points[0, 1, 1], torch.tensor([0.75, 0.25]))
 
@@ -289,7 +315,9 @@ def test_postprocess():
     logits = torch.full((1, 3, 4), -5.0)
     logits[0, 1, 2], logits[0, 2, 0] = 3.0, 1.0
     boxes = torch.tensor([[[0.5, 0.5, 0.2, 0.2], [0.5, 0.25, 0.5, 0.5], [0.1, 0.1, 0.2, 0.2]]])
-    (found,) = postprocessors["bbox"]({"pred_logits": logits, "pred_boxes": boxes}, torch.tensor([[200, 100]]))
+    (found,) = postprocessors["bbox"](
+        {"pred_logits": logits, "pred_boxes": boxes}, torch.tensor([[200, 100]])
+    )
     assert len(found["scores"]) == 12, "no more than there are pairs"
     assert found["labels"][:2].tolist() == [2, 0]
     torch.testing.assert_close(found["boxes"][0], torch.tensor([25.0, 0, 75, 100]))

@@ -1,4 +1,6 @@
-"""Losses and gradients that are not finite: stopped or skipped on all processes alike, saved, and replayed."""
+"""Losses and gradients that are not finite: stopped or skipped on all processes alike, saved, and
+replayed.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,16 @@ EXPLODING = ("--lr", "1e30", "--clip_max_norm", "0", "--sgd")
 @pytest.fixture
 def flags(tmp_path):
     write_coco(tmp_path / "data", num_train=8, num_val=2)
-    common = ("--coco_path", str(tmp_path / "data"), *SMALL_IMAGES, *SMALL_MODEL, "--epochs", "1", "--batch_size", "1")
+    common = (
+        "--coco_path",
+        str(tmp_path / "data"),
+        *SMALL_IMAGES,
+        *SMALL_MODEL,
+        "--epochs",
+        "1",
+        "--batch_size",
+        "1",
+    )
     return (*common, "--output_dir", str(tmp_path / "out"))
 
 
@@ -41,7 +52,9 @@ def test_a_bad_step_is_skipped_counted_bounded_and_replayed(tmp_path, flags):
 
 
 def test_a_gradient_that_overflows_is_replayed_to_the_bit(tmp_path, flags):
-    """Without exploding weights: dropout's choices, the scale and the precision are those of the run."""
+    """Without exploding weights: dropout's choices, the scale and the precision are those of the
+    run.
+    """
     result = run_main_forked(*flags, *EXPLODING)
     assert result.returncode == 2
     (path,) = (tmp_path / "out").glob("nonfinite_*.pth")
@@ -65,7 +78,9 @@ def test_processes_skip_the_same_steps(tmp_path, flags):
     assert counts[0] == counts[1] >= 2
     line = json.loads((tmp_path / "out" / "log.txt").read_text())
     assert line["train_skipped_steps"] == counts[0]
-    assert line["train_loss"] == pytest.approx(line["train_loss"]), "a mean over the steps that count is no nan"
+    assert line["train_loss"] == pytest.approx(line["train_loss"]), (
+        "a mean over the steps that count is no nan"
+    )
 
 
 def test_a_file_that_is_no_saved_step_is_refused(tmp_path):

@@ -8,7 +8,12 @@ import pytest
 import torch
 
 from models.ops import reference
-from models.ops.functions import MSDeformAttnFunction, ms_deform_attn, ms_deform_attn_core_pytorch, ms_deform_attn_fused
+from models.ops.functions import (
+    MSDeformAttnFunction,
+    ms_deform_attn,
+    ms_deform_attn_core_pytorch,
+    ms_deform_attn_fused,
+)
 from models.ops.modules import MSDeformAttn
 
 SHAPES = [(6, 4), (3, 2)]
@@ -19,7 +24,10 @@ def inputs(batch=2, heads=3, channels=4, queries=5, points=2, shapes=SHAPES, dty
     tokens = sum(h * w for h, w in shapes)
     value = torch.randn(batch, tokens, heads, channels, generator=generator, dtype=dtype)
     # a good part of the points lies outside
-    locations = torch.rand(batch, queries, heads, len(shapes), points, 2, generator=generator, dtype=dtype) * 1.6 - 0.3
+    locations = (
+        torch.rand(batch, queries, heads, len(shapes), points, 2, generator=generator, dtype=dtype) * 1.6
+        - 0.3
+    )
     weights = torch.rand(batch, queries, heads, len(shapes), points, generator=generator, dtype=dtype)
     return value, shapes, locations, weights
 
@@ -39,7 +47,11 @@ def by_hand(value, shapes, locations, weights):
                         for row in (math.floor(y), math.floor(y) + 1):
                             for column in (math.floor(x), math.floor(x) + 1):
                                 if 0 <= row < height and 0 <= column < width:
-                                    part = (1 - abs(y - row)) * (1 - abs(x - column)) * weights[b, q, m, level, p]
+                                    part = (
+                                        (1 - abs(y - row))
+                                        * (1 - abs(x - column))
+                                        * weights[b, q, m, level, p]
+                                    )
                                     out[b, q, m] += part * value[b, start + row * width + column, m]
                     start += height * width
     return out.flatten(2)
@@ -54,7 +66,9 @@ def test_gradients_are_those_of_the_definition():
     value, shapes, locations, weights = inputs(batch=1, heads=2, channels=3, queries=3)
     for tensor in (value, locations, weights):
         tensor.requires_grad_()
-    assert torch.autograd.gradcheck(lambda v, x, w: ms_deform_attn(v, shapes, x, w), (value, locations, weights))
+    assert torch.autograd.gradcheck(
+        lambda v, x, w: ms_deform_attn(v, shapes, x, w), (value, locations, weights)
+    )
 
 
 def test_backward_equals_autograd_through_the_reference():
@@ -70,7 +84,9 @@ def test_backward_equals_autograd_through_the_reference():
 @pytest.mark.parametrize("coordinates", [2, 4])
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_fused_gradients_equal_autograd_through_its_parts(backend, coordinates):
-    """Of the whole way from reference points, offsets and logits, boxes and points outside among them."""
+    """Of the whole way from reference points, offsets and logits, boxes and points outside among
+    them.
+    """
     value, shapes, locations, weights = inputs(seed=4)
     around = torch.rand(2, 5, 2, coordinates, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     leaves = [x.requires_grad_() for x in (value, around, 8 * locations - 4, 4 * weights)]
@@ -96,7 +112,9 @@ def test_published_calls_fit():
     tensor_shapes = torch.tensor(shapes)
     starts = torch.tensor([0, 24])
     wanted = ms_deform_attn(value, shapes, locations, weights)
-    assert torch.equal(MSDeformAttnFunction.apply(value, tensor_shapes, starts, locations, weights, 64), wanted)
+    assert torch.equal(
+        MSDeformAttnFunction.apply(value, tensor_shapes, starts, locations, weights, 64), wanted
+    )
     plain = ms_deform_attn_core_pytorch(value, tensor_shapes, locations, weights)
     torch.testing.assert_close(plain, wanted, atol=1e-12, rtol=0)
 
@@ -132,11 +150,15 @@ def test_layer_starts_as_published():
     directions = torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1]])
     for head in range(4):
         for point in range(3):
-            torch.testing.assert_close(offsets[head, :, point], directions[head].expand(2, -1) * (point + 1), atol=1e-6, rtol=0)
+            torch.testing.assert_close(
+                offsets[head, :, point], directions[head].expand(2, -1) * (point + 1), atol=1e-6, rtol=0
+            )
 
 
 def test_layer_with_boxes_stays_inside_them():
-    """Offsets of one point at the outermost start in a box reach its border: centre + offset / P * size / 2."""
+    """Offsets of one point at the outermost start in a box reach its border: centre + offset / P *
+    size / 2.
+    """
     layer = MSDeformAttn(32, n_levels=2, n_heads=4, n_points=2)
     boxes = torch.tensor([0.5, 0.4, 0.2, 0.1]).expand(1, 1, 2, 4)
     offsets = layer.sampling_offsets(torch.zeros(1, 1, 32)).unflatten(-1, (4, 2, 2, 2))
@@ -160,8 +182,12 @@ def test_padding_does_not_matter():
 
 
 def test_compiles_without_a_break():
-    layer = torch.compile(MSDeformAttn(32, n_levels=2, n_heads=4, n_points=2), fullgraph=True, backend="aot_eager")
-    out = layer(torch.randn(1, 7, 32), torch.rand(1, 7, 2, 2), torch.randn(1, 30, 32, requires_grad=True), SHAPES)
+    layer = torch.compile(
+        MSDeformAttn(32, n_levels=2, n_heads=4, n_points=2), fullgraph=True, backend="aot_eager"
+    )
+    out = layer(
+        torch.randn(1, 7, 32), torch.rand(1, 7, 2, 2), torch.randn(1, 30, 32, requires_grad=True), SHAPES
+    )
     out.sum().backward()
 
 
@@ -170,4 +196,6 @@ def test_compiles_without_a_break():
 def test_gpu_equals_cpu(dtype):
     value, shapes, locations, weights = inputs(dtype=dtype)
     on_gpu = ms_deform_attn(value.cuda(), shapes, locations.cuda(), weights.cuda())
-    torch.testing.assert_close(on_gpu.cpu(), ms_deform_attn(value, shapes, locations, weights, backend="reference"))
+    torch.testing.assert_close(
+        on_gpu.cpu(), ms_deform_attn(value, shapes, locations, weights, backend="reference")
+    )

@@ -1,4 +1,6 @@
-"""The choice among the operator's implementations, what is said of it, and the modes of PyTorch that they must serve."""
+"""The choice among the operator's implementations, what is said of it, and the modes of PyTorch
+that they must serve.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,10 @@ def test_a_missing_build_is_said_with_its_remedy(caplog, monkeypatch):
     monkeypatch.setattr(compiled, "missing", lambda device: "the kernels are not built (how to build)")
     ms_deform_attn(*ready())
     (record,) = caplog.records
-    said = "multi-scale deformable attention on cpu: reference; not compiled: the kernels are not built (how to build)"
+    said = (
+        "multi-scale deformable attention on cpu: reference; not compiled: the kernels are not "
+        "built (how to build)"
+    )
     assert record.message == said
     with pytest.raises(RuntimeError, match=r"can't use compiled: the kernels are not built \(how to build\)"):
         ms_deform_attn(*ready(), backend="compiled")
@@ -79,7 +84,9 @@ def test_libraries_that_are_not_there_or_stale_are_not_loaded(tmp_path, monkeypa
 def test_argument_beats_variable_beats_choice(monkeypatch):
     used = []
     for name, module in (("reference", reference), ("compiled", compiled)):
-        monkeypatch.setattr(module, "forward", lambda *args, name=name, run=module.forward: used.append(name) or run(*args))
+        monkeypatch.setattr(
+            module, "forward", lambda *args, name=name, run=module.forward: used.append(name) or run(*args)
+        )
     ms_deform_attn(*ready(), backend="compiled")  # compares itself with the reference first
     used.clear()
     ms_deform_attn(*ready())
@@ -106,19 +113,31 @@ def test_unknown_and_unusable_backends_are_refused(by_variable, monkeypatch):
 @pytest.mark.parametrize("name", ["forward", "backward", "fused_forward", "fused_backward"])
 @pytest.mark.parametrize("how", ["does nothing", "fails"])
 def test_a_broken_kernel_is_not_used(name, how, monkeypatch):
-    """Today's users train for days on kernels that silently did nothing: here the first call ends the run, every time."""
+    """Today's users train for days on kernels that silently did nothing: here the first call ends
+    the run, every time.
+    """
     run = getattr(compiled, name)
 
     def broken(*args):
         if how == "fails":
             raise RuntimeError("no kernel image is available")
         results = run(*args)
-        return torch.zeros_like(results) if isinstance(results, torch.Tensor) else tuple(map(torch.zeros_like, results))
+        return (
+            torch.zeros_like(results)
+            if isinstance(results, torch.Tensor)
+            else tuple(map(torch.zeros_like, results))
+        )
 
     monkeypatch.setattr(compiled, name, broken)
-    wanted = "computes wrong numbers there" if how == "does nothing" else "fails there: no kernel image is available"
+    wanted = (
+        "computes wrong numbers there"
+        if how == "does nothing"
+        else "fails there: no kernel image is available"
+    )
     for _ in range(2):
-        with pytest.raises(RuntimeError, match=f"on cpu: compiled {wanted}; it was built for .*{backends.VARIABLE}=reference"):
+        with pytest.raises(
+            RuntimeError, match=f"on cpu: compiled {wanted}; it was built for .*{backends.VARIABLE}=reference"
+        ):
             ms_deform_attn(*ready())
     ms_deform_attn(*ready(), backend="reference")
 
@@ -126,7 +145,10 @@ def test_a_broken_kernel_is_not_used(name, how, monkeypatch):
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("needs_grad", [True, False])
 def test_registration(backend, needs_grad):
-    for operator, inputs in ((torch.ops.deformable.ms_deform_attn, ready()), (torch.ops.deformable.ms_deform_attn_fused, raw())):
+    for operator, inputs in (
+        (torch.ops.deformable.ms_deform_attn, ready()),
+        (torch.ops.deformable.ms_deform_attn_fused, raw()),
+    ):
         tensors = [x.requires_grad_(needs_grad) for x in inputs if isinstance(x, torch.Tensor)]
         torch.library.opcheck(operator, (tensors[0], FLAT, *tensors[1:], backend))
 
@@ -140,7 +162,10 @@ def test_registration(backend, needs_grad):
         (lambda v, s, r, o, g: (v, [(6, 4), (3, 3)], r, o, g), "spatial_shapes .* 33 tokens, value has 30"),
         (lambda v, s, r, o, g: (v, s, r[..., :1], o, g), "reference_points must be .*2 or 4"),
         (lambda v, s, r, o, g: (v, s, r[:, :3], o, g), "reference_points must be .*Q=5"),
-        (lambda v, s, r, o, g: (v, s, r.long(), o, g), "reference_points must be .*floating point; got .*int64"),
+        (
+            lambda v, s, r, o, g: (v, s, r.long(), o, g),
+            "reference_points must be .*floating point; got .*int64",
+        ),
         (lambda v, s, r, o, g: (v, s, r, o[:, :, :1], g), "offsets must be .*M=3"),
         (lambda v, s, r, o, g: (v, s, r, o, g[..., :1]), "logits must be"),
         (lambda v, s, r, o, g: (v, s, r, o, g.to("meta")), "logits must be on cpu"),
@@ -170,7 +195,9 @@ def test_the_compiled_operators_check_for_themselves():
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_casts_values_and_spares_locations(dtype, backend):
-    value, shapes, locations, weights = (x.requires_grad_() if isinstance(x, torch.Tensor) else x for x in ready())
+    value, shapes, locations, weights = (
+        x.requires_grad_() if isinstance(x, torch.Tensor) else x for x in ready()
+    )
     with torch.autocast("cpu", dtype=dtype):
         out = ms_deform_attn(value, shapes, locations, weights, backend=backend)
     assert out.dtype == dtype
@@ -178,7 +205,9 @@ def test_autocast_casts_values_and_spares_locations(dtype, backend):
     grads = torch.autograd.grad(out.float().sum(), (value, locations, weights))
     assert all(grad.dtype == torch.float32 for grad in grads)
     with torch.autocast("cpu", dtype=dtype):
-        assert ms_deform_attn(value.double(), shapes, locations, weights, backend=backend).dtype == torch.float64
+        assert (
+            ms_deform_attn(value.double(), shapes, locations, weights, backend=backend).dtype == torch.float64
+        )
 
 
 def test_the_layer_in_mixed_precision_keeps_its_reference_points():
@@ -216,14 +245,17 @@ def test_the_layer_compiles_without_a_break(compiler):
 
 def test_a_fork_needs_torch_alone(tmp_path):
     """The folder works under another name and place, with no other package of the project."""
-    shutil.copytree(compiled.FOLDER, tmp_path / "theirs" / "ops", ignore=shutil.ignore_patterns("build", "csrc"))
+    shutil.copytree(
+        compiled.FOLDER, tmp_path / "theirs" / "ops", ignore=shutil.ignore_patterns("build", "csrc")
+    )
     code = """if True:
         import sys, torch
         from theirs.ops.modules import MSDeformAttn
         from theirs.ops.functions import MSDeformAttnFunction, ms_deform_attn_core_pytorch
         layer = MSDeformAttn(32, 2, 4, 2)
         shapes, starts = torch.tensor([[6, 4], [3, 2]]), torch.tensor([0, 24])
-        print(layer(torch.randn(1, 5, 32), torch.rand(1, 5, 2, 2), torch.randn(1, 30, 32), shapes, starts).shape)
+        query, value = torch.randn(1, 5, 32), torch.randn(1, 30, 32)
+        print(layer(query, torch.rand(1, 5, 2, 2), value, shapes, starts).shape)
         foreign = {"torchvision", "pycocotools", "scipy", "PIL", "matplotlib"} & set(sys.modules)
         assert not foreign, foreign
     """
@@ -256,7 +288,9 @@ def test_gpu_serves_its_modes(backend):
     value, kept = inputs[0], inputs[0].clone()
     value.zero_()
     torch.cuda.synchronize()
-    with torch.cuda.stream(torch.cuda.Stream()):  # on another one the values would be read before they are there
+    with torch.cuda.stream(
+        torch.cuda.Stream()
+    ):  # on another one the values would be read before they are there
         torch.cuda._sleep(100_000_000)
         value.copy_(kept)
         late = step()

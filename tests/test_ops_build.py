@@ -1,4 +1,6 @@
-"""Building the kernels: what make.sh says, what a wheel holds, sanitizers, and the CUDA compiler's warnings."""
+"""Building the kernels: what make.sh says, what a wheel holds, sanitizers, and the CUDA compiler's
+warnings.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +36,11 @@ def copy(tmp_path):
 def sanitizer():
     """The environment in which Python can load a library that was built with the address sanitizer."""
     found = [
-        subprocess.run([COMPILER, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
-        for name in ("libasan.so", "libstdc++.so.6")  # the second for the exceptions that PyTorch throws
+        subprocess.run(
+            [COMPILER, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        # the second for the exceptions that PyTorch throws
+        for name in ("libasan.so", "libstdc++.so.6")
     ]
     if not all(os.path.isabs(path) for path in found):
         pytest.skip("this compiler has no address sanitizer")
@@ -92,7 +97,9 @@ def test_without_a_toolkit_it_says_what_is_missing(copy, tmp_path):
     env = {name: value for name, value in env.items() if name not in ("CUDA_HOME", "CUDA_PATH")}
     # a symbolic link leaves the virtual environment behind
     env["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path.endswith("-packages"))
-    done = subprocess.run(["sh", "./make.sh"], cwd=copy, env=env, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        ["sh", "./make.sh"], cwd=copy, env=env, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 1
     assert "missing: nvcc on PATH, or CUDA_HOME set to a CUDA toolkit" in done.stderr
     assert "Everything works without them, slower." in done.stderr
@@ -113,13 +120,25 @@ def test_a_broken_build_shows_the_errors(copy):
 def test_a_wheel_can_be_made_and_used(copy, tmp_path):
     env = {"MS_DEFORM_ATTN_DEVICES": "cpu", "MS_DEFORM_ATTN_CFLAGS": "-O0"}
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    wheel = [*pip, "wheel", "-q", "--no-build-isolation", "--no-deps", "--no-index", "-w", str(tmp_path / "dist"), str(copy)]
+    wheel = [
+        *pip,
+        "wheel",
+        "-q",
+        "--no-build-isolation",
+        "--no-deps",
+        "--no-index",
+        "-w",
+        str(tmp_path / "dist"),
+        str(copy),
+    ]
     done = run(*wheel, env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     (made,) = (tmp_path / "dist").iterdir()
     assert re.fullmatch(r"ms_deform_attn-[\d.]+-py3-none-\w+\.whl", made.name)
     target = tmp_path / "site"
-    done = run(*pip, "install", "-q", "--no-deps", "--no-index", "--target", str(target), str(made), cwd=tmp_path)
+    done = run(
+        *pip, "install", "-q", "--no-deps", "--no-index", "--target", str(target), str(made), cwd=tmp_path
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     code = """if True:
         import torch
@@ -149,9 +168,13 @@ def assert_only_stable_symbols(library: Path) -> None:
 def test_sanitizers_find_nothing_in_the_cpu_kernels(copy, tmp_path, sanitizer):
     """The property test again, with every access to memory and every conversion checked.
 
-    -O1, as the sanitizers' manual has it: they see every access before it is optimised, and -O3 takes four times as long.
+    -O1, as the sanitizers' manual has it: they see every access before it is optimised, and -O3
+    takes four times as long.
     """
-    flags = "-O1 -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -fno-omit-frame-pointer"
+    flags = (
+        "-O1 -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all "
+        "-fno-omit-frame-pointer"
+    )
     done = make(copy, MS_DEFORM_ATTN_CFLAGS=flags, MS_DEFORM_ATTN_DEVICES="cpu")
     assert done.returncode == 0, done.stderr
     (tmp_path / "tests").mkdir()
@@ -192,7 +215,9 @@ def test_sanitizers_would_find_something(copy, tmp_path, sanitizer):
 @pytest.mark.slow
 @pytest.mark.skipif(CUDA is None, reason="needs a CUDA toolkit")
 def test_the_cuda_source_compiles_without_warnings(copy):
-    """Of our files, a planted one aside: it shows that warnings arrive here. PyTorch's headers have their own."""
+    """Of our files, a planted one aside: it shows that warnings arrive here. PyTorch's headers have
+    their own.
+    """
     planted = copy / "csrc" / "cuda" / "planted.cu"
     planted.write_text("void planted() { int unused; }\n")
     warnings = "-Wall -Wextra"
@@ -206,7 +231,9 @@ def test_the_cuda_source_compiles_without_warnings(copy):
     log = (copy / "build" / "cuda.log").read_text()
     assert done.returncode == 0, log[-4000:]
     warned = {(copy / name).resolve() for name in re.findall(r"^(\S+?)[:(]\d+.*warning", log, re.MULTILINE)}
-    assert {path for path in warned if path.is_relative_to(copy.resolve())} == {planted.resolve()}, log[-4000:]
+    assert {path for path in warned if path.is_relative_to(copy.resolve())} == {planted.resolve()}, log[
+        -4000:
+    ]
     record = json.loads((copy / "_cuda.json").read_text())
     assert record["architectures"] == "8.0;9.0+PTX"
     assert_only_stable_symbols(copy / "_cuda.so")

@@ -45,7 +45,9 @@ def test_locations_that_are_no_numbers_give_nothing(bad):
     far[0, 2, 1, 0, 1, 0] = bad
     none[0, 2, 1, 0, 1] = 0
     got = deterministic.value_gradient(grad, value, shapes, far, weights)
-    torch.testing.assert_close(got, deterministic.value_gradient(grad, value, shapes, locations, none), rtol=0, atol=1e-14)
+    torch.testing.assert_close(
+        got, deterministic.value_gradient(grad, value, shapes, locations, none), rtol=0, atol=1e-14
+    )
     weights[0, 2, 1, 0, 1] = math.nan
     assert torch.equal(deterministic.value_gradient(grad, value, shapes, far, weights), got)
 
@@ -66,7 +68,10 @@ def test_corners_outside_the_map_touch_no_pixel():
 def test_it_is_the_same_every_time(device):
     """Many samples in few pixels, so that another order would show."""
     generator = torch.Generator().manual_seed(2)
-    locations, weights = torch.rand(1, 5000, 1, 1, 2, 2, generator=generator), torch.rand(1, 5000, 1, 1, 2, generator=generator)
+    locations, weights = (
+        torch.rand(1, 5000, 1, 1, 2, 2, generator=generator),
+        torch.rand(1, 5000, 1, 1, 2, generator=generator),
+    )
     value, grad = torch.zeros(1, 6, 1, 8), torch.randn(1, 5000, 8, generator=generator)
     args = [x.to(device) for x in (grad, value, locations, weights)]
     torch.use_deterministic_algorithms(True)

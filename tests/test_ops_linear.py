@@ -9,7 +9,9 @@ from torch import nn
 from models.ops.linear import MANY, TokenLinear
 
 
-@pytest.mark.parametrize("size", [(2, MANY, 24), (MANY + 3, 24), (3, 5, 24), (1, 2, MANY, 24), (0, 7, 24), (24,)])
+@pytest.mark.parametrize(
+    "size", [(2, MANY, 24), (MANY + 3, 24), (3, 5, 24), (1, 2, MANY, 24), (0, 7, 24), (24,)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
 def test_it_is_a_linear_layer(size, dtype, bias):

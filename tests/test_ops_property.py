@@ -1,7 +1,9 @@
-"""Every backend and type of the attention operators against the reference in float64, over random shapes and locations.
+"""Every backend and type of the attention operators against the reference in float64, over random
+shapes and locations.
 
-The locations include those far outside, exactly on borders and pixel centres, infinite and NaN. Expected values are computed
-from the inputs as rounded to the type under test, by the reference in float64.
+The locations include those far outside, exactly on borders and pixel centres, infinite and NaN.
+Expected values are computed from the inputs as rounded to the type under test, by the reference in
+float64.
 """
 
 from __future__ import annotations
@@ -76,11 +78,15 @@ def draw_locations(case: Case, generator: torch.Generator) -> torch.Tensor:
 
 
 def make_inputs(case: Case, dtype: torch.dtype) -> list[torch.Tensor]:
-    """value, then locations and weights or reference points, offsets and logits; in the types a layer gives them."""
+    """value, then locations and weights or reference points, offsets and logits; in the types a
+    layer gives them.
+    """
     generator = torch.Generator().manual_seed(case.seed)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     tokens = sum(h * w for h, w in case.shapes)
-    value = torch.randn(case.batch, tokens, case.heads, case.channels, generator=generator, dtype=torch.float64)
+    value = torch.randn(
+        case.batch, tokens, case.heads, case.channels, generator=generator, dtype=torch.float64
+    )
     locations = draw_locations(case, generator)
     weights = torch.randn(locations.shape[:-1], generator=generator, dtype=torch.float64)
     if case.form == "ready":
@@ -106,7 +112,9 @@ def check(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu") -> 
     tensors = make_inputs(case, dtype)
     exact = [tensor.double().requires_grad_() for tensor in tensors]
     wanted = run(case, exact, "reference")
-    grad = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(case.seed), dtype=torch.float64).to(dtype)
+    grad = torch.randn(
+        wanted.shape, generator=torch.Generator().manual_seed(case.seed), dtype=torch.float64
+    ).to(dtype)
     wanted_grads = torch.autograd.grad(wanted, exact, grad.double())
 
     given = [tensor.to(device).requires_grad_() for tensor in tensors]
@@ -115,17 +123,25 @@ def check(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu") -> 
 
     assert out.dtype == dtype
     compare("output", out, wanted, BOUNDS[dtype])
-    names = ["value", "locations", "weights"] if case.form == "ready" else ["value", "reference", "offsets", "logits"]
+    names = (
+        ["value", "locations", "weights"]
+        if case.form == "ready"
+        else ["value", "reference", "offsets", "logits"]
+    )
     for name, tensor, seen, expected in zip(names, given, grads, wanted_grads, strict=True):
         assert seen.dtype == tensor.dtype
         assert seen.shape == tensor.shape
-        if name in ("locations", "offsets", "reference") and (case.locations == "borders" or dtype != torch.float64):
+        if name in ("locations", "offsets", "reference") and (
+            case.locations == "borders" or dtype != torch.float64
+        ):
             # on a pixel's centre the slope depends on the side, and rounding chooses one
             seen, expected = away_from_centres(case, exact, name, seen, expected)
         compare(f"gradient of {name}", seen, expected, 20 * BOUNDS[dtype])
 
 
-def away_from_centres(case: Case, exact: list[torch.Tensor], name: str, *grads: torch.Tensor) -> list[torch.Tensor]:
+def away_from_centres(
+    case: Case, exact: list[torch.Tensor], name: str, *grads: torch.Tensor
+) -> list[torch.Tensor]:
     locations = exact[1] if case.form == "ready" else reference.locate(case.shapes, *exact[1:3])
     pixels = locations * torch.tensor([[w, h] for h, w in case.shapes], dtype=torch.float64)[:, None] - 0.5
     near = ((pixels - pixels.round()).abs() < 0.02).any(-1, keepdim=True)  # [B, Q, M, L, P, 1]
@@ -137,7 +153,9 @@ def away_from_centres(case: Case, exact: list[torch.Tensor], name: str, *grads: 
 def compare(what: str, seen: torch.Tensor, wanted: torch.Tensor, bound: float) -> None:
     seen, wanted = seen.detach().cpu().double(), wanted.detach()
     scale = 1 + (wanted.nan_to_num(0, 0, 0).abs().max().item() if wanted.numel() else 0)
-    torch.testing.assert_close(seen, wanted, atol=bound * scale, rtol=0, equal_nan=True, msg=lambda text: f"{what}: {text}")
+    torch.testing.assert_close(
+        seen, wanted, atol=bound * scale, rtol=0, equal_nan=True, msg=lambda text: f"{what}: {text}"
+    )
 
 
 needs_build = pytest.mark.skipif(missing("compiled", "cpu") is not None, reason=str(compiled.missing("cpu")))
@@ -179,7 +197,9 @@ LARGE = (
 )
 
 
-@pytest.mark.parametrize("device", [pytest.param("cpu", marks=needs_build), pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=needs_build), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
 @pytest.mark.parametrize("case", LARGE, ids=["queries", "channels"])
 def test_compiled_on_large_shapes(case, device):
     check(case, torch.float32, "compiled", device)
@@ -188,7 +208,9 @@ def test_compiled_on_large_shapes(case, device):
 @needs_build
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_values_that_are_not_finite_stay_where_they_are(dtype):
-    """A pixel of NaN shows in the samples that touch it and in no other; a weight of NaN shows wherever its sample lies."""
+    """A pixel of NaN shows in the samples that touch it and in no other; a weight of NaN shows
+    wherever its sample lies.
+    """
     shapes = [(4, 5), (2, 3)]
     generator = torch.Generator().manual_seed(1)
     value = torch.randn(2, 26, 2, 33, generator=generator).to(dtype)
@@ -225,7 +247,9 @@ def test_threads_change_no_bit(dtype):
 
 @needs_build
 def test_conversions_are_exact():
-    """Every float16 and bfloat16 passes through a kernel unchanged, and float32 sums round as PyTorch rounds."""
+    """Every float16 and bfloat16 passes through a kernel unchanged, and float32 sums round as
+    PyTorch rounds.
+    """
     for dtype in (torch.float16, torch.bfloat16):
         every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
         value = torch.zeros(1, 9, 64, 1024, dtype=dtype)
@@ -233,4 +257,6 @@ def test_conversions_are_exact():
         locations, weights = torch.full((1, 1, 64, 1, 1, 2), 0.5), torch.ones(1, 1, 64, 1, 1)
         for factor in (1.0, 1 / 3):
             out = ms_deform_attn(value, [(3, 3)], locations, weights * factor, backend="compiled").view(-1)
-            torch.testing.assert_close(out, (every.float() * factor).to(dtype), rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(
+                out, (every.float() * factor).to(dtype), rtol=0, atol=0, equal_nan=True
+            )

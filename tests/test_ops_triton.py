@@ -1,12 +1,14 @@
 """The Triton kernels against the reference in float64.
 
-Triton decides when it is imported whether kernels are compiled or interpreted. So `test_the_kernels_on_the_cpu` runs this
-file again in a process of its own with TRITON_INTERPRET=1, where the tests marked `on_device` take CPU tensors; in the
-ordinary process they need a GPU.
+Triton decides when it is imported whether kernels are compiled or interpreted. So
+`test_the_kernels_on_the_cpu` runs this file again in a process of its own with TRITON_INTERPRET=1,
+where the tests marked `on_device` take CPU tensors; in the ordinary process they need a GPU.
 
 What the interpreter does otherwise than a GPU, with NumPy underneath:
-- float32 to bfloat16 cuts off instead of rounding to nearest: an error of one unit in the last place, not half a one.
-- tl.max is np.nanmax, which warns of NaN; a GPU passes over NaN as well. Sums and masked loads treat NaN as a GPU does.
+- float32 to bfloat16 cuts off instead of rounding to nearest: an error of one unit in the last
+  place, not half a one.
+- tl.max is np.nanmax, which warns of NaN; a GPU passes over NaN as well. Sums and masked loads
+  treat NaN as a GPU does.
 - Programs run one after the other, so that it can't show a race.
 """
 
@@ -48,7 +50,17 @@ def accumulator(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def inputs(batch=2, heads=2, channels=4, queries=3, points=2, shapes=SHAPES, dtype=torch.float64, seed=0, device=DEVICE):
+def inputs(
+    batch=2,
+    heads=2,
+    channels=4,
+    queries=3,
+    points=2,
+    shapes=SHAPES,
+    dtype=torch.float64,
+    seed=0,
+    device=DEVICE,
+):
     """grad, value, shapes, locations, weights, in the types of the contract."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -65,7 +77,9 @@ def inputs(batch=2, heads=2, channels=4, queries=3, points=2, shapes=SHAPES, dty
 
 
 def fused_inputs(coordinates=2, raw=None, points=2, seed=0, **options):
-    """grad, value, shapes, reference, offsets, logits; `raw` is the type of the last two, value's if None."""
+    """grad, value, shapes, reference, offsets, logits; `raw` is the type of the last two, value's
+    if None.
+    """
     grad, value, shapes, locations, weights = inputs(points=points, seed=seed, **options)
     generator = torch.Generator().manual_seed(seed + 1)
     batch, queries, _, levels = weights.shape[:4]
@@ -73,11 +87,20 @@ def fused_inputs(coordinates=2, raw=None, points=2, seed=0, **options):
     box = torch.rand(batch, queries, levels, coordinates, generator=generator, dtype=torch.float64)
     offsets = torch.randn(locations.shape, generator=generator, dtype=torch.float64) * 2
     logits = torch.randn(weights.shape, generator=generator, dtype=torch.float64)
-    return grad, value, shapes, box.to(value.device, kind), offsets.to(value.device, raw), logits.to(value.device, raw)
+    return (
+        grad,
+        value,
+        shapes,
+        box.to(value.device, kind),
+        offsets.to(value.device, raw),
+        logits.to(value.device, raw),
+    )
 
 
 def expected(grad, value, shapes, locations, weights):
-    """Output and gradients by autograd through the reference, in float64 on the CPU; empty levels give nothing."""
+    """Output and gradients by autograd through the reference, in float64 on the CPU; empty levels
+    give nothing.
+    """
     leaves = [x.detach().cpu().double().requires_grad_() for x in (value, locations, weights)]
     kept = [i for i, (h, w) in enumerate(shapes) if h * w]
     parts = leaves[1][:, :, :, kept], leaves[2][:, :, :, kept]
@@ -102,24 +125,34 @@ def expected_fused(grad, value, shapes, reference, offsets, logits):
 
 def everything(args, deterministic=False):
     """Output and gradients of the kernels, fused if that many arguments are given."""
-    forward, backward = (ours.fused_forward, ours.fused_backward) if len(args) == 6 else (ours.forward, ours.backward)
+    forward, backward = (
+        (ours.fused_forward, ours.fused_backward) if len(args) == 6 else (ours.forward, ours.backward)
+    )
     return forward(*args[1:]), *backward(*args, deterministic)
 
 
 def agree(got, wanted, args):
-    """Types and shapes of the inputs; values within one unit in the last place of each type and the sums' rounding."""
+    """Types and shapes of the inputs; values within one unit in the last place of each type and the
+    sums' rounding.
+    """
     tensors = [x for x in args if isinstance(x, torch.Tensor)]
     rounding = 200 * torch.finfo(accumulator(args[1].dtype)).eps
-    for name, ours_, theirs, like in zip(("out", "value", "points", "more", "most"), got, wanted, tensors, strict=False):
+    for name, ours_, theirs, like in zip(
+        ("out", "value", "points", "more", "most"), got, wanted, tensors, strict=False
+    ):
         assert (ours_.dtype, ours_.shape, ours_.is_contiguous()) == (like.dtype, like.shape, True), name
         scale = max(theirs.abs().max().item(), 1) if theirs.numel() else 1
         tolerance = {"rtol": torch.finfo(like.dtype).eps, "atol": rounding * scale}
-        torch.testing.assert_close(ours_.cpu().double(), theirs, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            ours_.cpu().double(), theirs, **tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.skipif(INTERPRETED, reason="is this run")
 def test_the_kernels_on_the_cpu():
-    done = run("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, env={"TRITON_INTERPRET": "1"})
+    done = run(
+        "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, env={"TRITON_INTERPRET": "1"}
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -208,10 +241,14 @@ def test_more_rows_than_a_program_takes(deterministic):
 @on_device
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_borders(deterministic):
-    """Samples on pixels, between them, on the edge of the map and beyond, in numbers that are exact."""
+    """Samples on pixels, between them, on the edge of the map and beyond, in numbers that are
+    exact.
+    """
     shapes = [(4, 8), (2, 2)]
     steps = torch.arange(-8, 25, dtype=torch.float64, device=DEVICE) / 16
-    locations = torch.cartesian_prod(steps, steps)[None, :, None, None, None].expand(1, -1, 1, 2, 1, 2).contiguous()
+    locations = (
+        torch.cartesian_prod(steps, steps)[None, :, None, None, None].expand(1, -1, 1, 2, 1, 2).contiguous()
+    )
     grad, value, shapes, _, weights = inputs(1, 1, 3, len(steps) ** 2, 1, shapes)
     args = grad, value, shapes, locations, weights
     wanted = list(expected(*args))
@@ -245,7 +282,9 @@ def test_locations_that_are_no_numbers_are_outside(bad, deterministic):
 @pytest.mark.parametrize("coordinates", [2, 4])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_offsets_and_references_that_are_no_numbers(bad, coordinates, deterministic):
-    """As if the point lay far outside: it takes part in the softmax, and gets no gradient but that of its logit."""
+    """As if the point lay far outside: it takes part in the softmax, and gets no gradient but that
+    of its logit.
+    """
     args = fused_inputs(coordinates, dtype=torch.float32)
     far, spoiled = list(args), list(args)
     for changed, offset, box in ((far, 1e4, 1e4), (spoiled, bad, bad)):
@@ -291,9 +330,16 @@ def test_logits_that_are_no_numbers(bad):
 @on_device
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_spoiled_pixel_stays_where_it_is(bad):
-    """Pixel (0, 3) of 6 x 4 is seen by its neighbours' samples, by no other, though those at x < 0 are next to it in memory."""
+    """Pixel (0, 3) of 6 x 4 is seen by its neighbours' samples, by no other, though those at x < 0
+    are next to it in memory.
+    """
     args = inputs(batch=1, heads=1, queries=4, points=1, shapes=[(6, 4)])
-    spots = [[-0.05, 0.3], [0.9, 0.05], [1.3, 0.05], [0.1, 0.26]]  # left edge, at the pixel, outside, left edge of the next row
+    spots = [
+        [-0.05, 0.3],
+        [0.9, 0.05],
+        [1.3, 0.05],
+        [0.1, 0.26],
+    ]  # left edge, at the pixel, outside, left edge of the next row
     args[3][0, :, 0, 0, 0] = torch.tensor(spots, dtype=torch.float64)
     wanted = expected(*args)
     args[1][0, 3] = bad
@@ -319,7 +365,10 @@ def test_infinite_gradients_stay_where_they_are():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_deterministic(dtype):
     """The same bits twice, and the gradients that the atomics sum up."""
-    for args, by_reference in ((inputs(dtype=dtype), expected), (fused_inputs(4, dtype=dtype), expected_fused)):
+    for args, by_reference in (
+        (inputs(dtype=dtype), expected),
+        (fused_inputs(4, dtype=dtype), expected_fused),
+    ):
         first, second = everything(args, deterministic=True), everything(args, deterministic=True)
         assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
         agree(first, by_reference(*args), args)
@@ -341,10 +390,18 @@ def test_deterministic_if_torch_is(monkeypatch):
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter has no compiler")
 def test_image_sizes_are_no_reason_to_compile_again(compile_alone):
-    """Nor are the numbers of images and queries: 1 and multiples of 16 are what Triton would take for special."""
+    """Nor are the numbers of images and queries: 1 and multiples of 16 are what Triton would take
+    for special.
+    """
     counts = []
-    for shapes, batch, queries in (([(6, 4), (3, 2)], 2, 16), ([(1, 1), (0, 0)], 1, 1), ([(8, 8), (4, 4)], 1, 17)):
-        args = fused_inputs(4, shapes=shapes, batch=batch, queries=queries, heads=1, dtype=torch.float32, device="cpu")
+    for shapes, batch, queries in (
+        ([(6, 4), (3, 2)], 2, 16),
+        ([(1, 1), (0, 0)], 1, 1),
+        ([(8, 8), (4, 4)], 1, 17),
+    ):
+        args = fused_inputs(
+            4, shapes=shapes, batch=batch, queries=queries, heads=1, dtype=torch.float32, device="cpu"
+        )
         everything(args)
         counts.append([len(kernel.device_caches[compile_alone][0]) for kernel in KERNELS])
     assert counts == [[1, 1]] * 3
@@ -352,14 +409,21 @@ def test_image_sizes_are_no_reason_to_compile_again(compile_alone):
 
 @pytest.fixture
 def compile_alone(tmp_path, monkeypatch):
-    """Launches take CPU tensors, compile for a device that is not there, whose name this gives, and stop."""
+    """Launches take CPU tensors, compile for a device that is not there, whose name this gives, and
+    stop.
+    """
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     device = "nowhere"
     driver = SimpleNamespace(
-        get_current_device=lambda: device, get_current_stream=lambda _: 0, get_current_target=lambda: GPUTarget("cuda", 90, 32)
-    )  # fmt: skip
+        get_current_device=lambda: device,
+        get_current_stream=lambda _: 0,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    )
     monkeypatch.setattr(type(triton.runtime.driver), "active", driver)
-    launch = lambda kernel, grid: lambda *args, **options: kernel.run(*args, grid=grid, warmup=True, **options)  # noqa: E731
+
+    def launch(kernel, grid):
+        return lambda *args, **options: kernel.run(*args, grid=grid, warmup=True, **options)
+
     monkeypatch.setattr(triton.JITFunction, "__getitem__", launch)
     yield device
     for kernel in KERNELS:
@@ -376,10 +440,14 @@ def test_more_elements_than_32_bits_count():
     value[0, -1] = 1
     locations = torch.full((1, 1, 1, 1, 1, 2), 1 - 0.5 / width, device=DEVICE)
     grad = torch.ones(1, 1, channels, device=DEVICE, dtype=torch.float16)
-    out, grad_value, _, grad_weights = everything((grad, value, [(height, width)], locations, torch.ones_like(locations[..., 0])))
+    out, grad_value, _, grad_weights = everything(
+        (grad, value, [(height, width)], locations, torch.ones_like(locations[..., 0]))
+    )
     torch.testing.assert_close(out, torch.ones_like(out), rtol=0, atol=0.01)
     torch.testing.assert_close(grad_value[0, -1], value[0, -1], rtol=0, atol=0.01)
-    torch.testing.assert_close(grad_weights.flatten().cpu(), torch.tensor([float(channels)]), rtol=0, atol=0.1)
+    torch.testing.assert_close(
+        grad_weights.flatten().cpu(), torch.tensor([float(channels)]), rtol=0, atol=0.1
+    )
 
 
 @pytest.mark.gpu
@@ -415,15 +483,35 @@ def compile_kernel(kernel, dtype, coordinates, capability):
     kind = "fp64" if dtype == "fp64" else "fp32"
     raw = dtype if coordinates else kind
     constants = {
-        "M": 8, "D": 32, "L": 4, "P": 4, "COORDS": coordinates, "A": getattr(tl, f"float{kind[2:]}"), "R": 16, "K": 32,
-        "LP": 16, "SCATTER": True, **({} if coordinates else {"reference": None, "grad_reference": None}),
-    }  # fmt: skip
+        "M": 8,
+        "D": 32,
+        "L": 4,
+        "P": 4,
+        "COORDS": coordinates,
+        "A": getattr(tl, f"float{kind[2:]}"),
+        "R": 16,
+        "K": 32,
+        "LP": 16,
+        "SCATTER": True,
+        **({} if coordinates else {"reference": None, "grad_reference": None}),
+    }
     pointers = {
-        "out": dtype, "value": dtype, "grad": dtype, "levels": "i64", "points": raw, "scores": raw, "reference": kind,
-        "grad_value": kind, "grad_points": raw, "grad_weights": kind, "grad_reference": kind,
-    }  # fmt: skip
+        "out": dtype,
+        "value": dtype,
+        "grad": dtype,
+        "levels": "i64",
+        "points": raw,
+        "scores": raw,
+        "reference": kind,
+        "grad_value": kind,
+        "grad_points": raw,
+        "grad_weights": kind,
+        "grad_reference": kind,
+    }
     constants = {name: constants[name] for name in kernel.arg_names if name in constants}
     kinds = {name: f"*{pointers[name]}" if name in pointers else "i32" for name in kernel.arg_names}
     signature = kinds | dict.fromkeys(constants, "constexpr")
     source = ASTSource(kernel, signature, constants)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": True})
+    return triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": True}
+    )

@@ -1,4 +1,6 @@
-"""Checkpoints as other programs and other people leave them: loaded, or refused with a line that says what the file is."""
+"""Checkpoints as other programs and other people leave them: loaded, or refused with a line that
+says what the file is.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ UNTOLD = {"nheads": 4}  # weights do not tell it
 
 @cache
 def trained(*flags: str):
-    config = with_classes(parse_config([*SMALL_MODEL, "--num_classes", "auto", *SMALL_IMAGES, *flags]), CLASSES)
+    config = with_classes(
+        parse_config([*SMALL_MODEL, "--num_classes", "auto", *SMALL_IMAGES, *flags]), CLASSES
+    )
     model = build_model(config)[0].eval()
     recipe.fill(model)
     return model, config
@@ -52,15 +56,20 @@ LAYOUTS = {
     "DistributedDataParallel": lambda s: {"model": under("module.", s)},
     "torch.compile, in DistributedDataParallel": lambda s: under("module._orig_mod.", s),
     "Lightning": lambda s: {
-        "epoch": 3, "pytorch-lightning_version": "2.4.0", "state_dict": {**under("model.", s), "criterion.w": torch.ones(3)},
-        "hyper_parameters": {"lr": 1e-4}, "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(2)}}}],
+        "epoch": 3,
+        "pytorch-lightning_version": "2.4.0",
+        "state_dict": {**under("model.", s), "criterion.w": torch.ones(3)},
+        "hyper_parameters": {"lr": 1e-4},
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(2)}}}],
     },
     "Lightning, a detector in a module": lambda s: {"state_dict": under("net.detector.", s), "callbacks": {}},
     "mmcv": lambda s: {"meta": {"epoch": 12, "CLASSES": ["a"]}, "state_dict": s, "optimizer": {}},
-    "a segmentation model of DETR's code": lambda s: {"model": {**under("detr.", s), "mask_head.lay1.weight": torch.ones(2)}},
+    "a segmentation model of DETR's code": lambda s: {
+        "model": {**under("detr.", s), "mask_head.lay1.weight": torch.ones(2)}
+    },
     "DeepSpeed": lambda s: {"module": s, "ds_version": "0.14"},
     "other entries": lambda s: {"epoch": 1, "checkpoint": {"model_state_dict": under("module.", s)}},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
@@ -89,7 +98,9 @@ def test_averaged_weights_are_told_from_the_others(tmp_path, layout):
     assert torch.equal(weights_of(content, "a")[name], state()[name])
     assert torch.equal(weights_of(content["ema"], "a")[name], averaged()[name])
     for weights, wanted in (("auto", averaged()), ("model", state())):
-        assert torch.equal(load_model(tmp_path / "a.pth", weights=weights, **UNTOLD).model.state_dict()[name], wanted[name])
+        assert torch.equal(
+            load_model(tmp_path / "a.pth", weights=weights, **UNTOLD).model.state_dict()[name], wanted[name]
+        )
 
 
 def test_averaged_weights_alone_are_the_weights(tmp_path):
@@ -114,12 +125,27 @@ def test_our_own_layout_stays_as_it_is():
 
 OTHERS = {
     "MMDetection": (
-        {"meta": {}, "state_dict": {"backbone.conv1.weight": torch.ones(1), "bbox_head.cls_branches.0.weight": torch.ones(1)}},
+        {
+            "meta": {},
+            "state_dict": {
+                "backbone.conv1.weight": torch.ones(1),
+                "bbox_head.cls_branches.0.weight": torch.ones(1),
+            },
+        },
         "it holds a detector of MMDetection",
     ),
-    "a ResNet": (torchvision.models.resnet18().state_dict(), "it holds a ResNet; --backbone_weights takes it"),
-    "DETR": ({"model": {"transformer.encoder.layers.0.self_attn.in_proj_weight": torch.ones(1)}}, "attention is not deformable"),
-    "transformers, without its folder": ({"model.backbone.conv_encoder.model.conv1.weight": torch.ones(1)}, "its config.json"),
+    "a ResNet": (
+        torchvision.models.resnet18().state_dict(),
+        "it holds a ResNet; --backbone_weights takes it",
+    ),
+    "DETR": (
+        {"model": {"transformer.encoder.layers.0.self_attn.in_proj_weight": torch.ones(1)}},
+        "attention is not deformable",
+    ),
+    "transformers, without its folder": (
+        {"model.backbone.conv_encoder.model.conv1.weight": torch.ones(1)},
+        "its config.json",
+    ),
     "Faster R-CNN": ({"model": {"roi_heads.box_head.fc6.weight": torch.ones(1)}}, "a two-stage detector"),
     "anything else": ({"model": {"layer.weight": torch.ones(1)}}, "it lacks 'transformer.level_embed'"),
 }
@@ -130,7 +156,9 @@ def test_other_files_are_refused_with_what_they_are(tmp_path, content, told):
     torch.save(content, tmp_path / "a.pth")
     with pytest.raises(UserError) as error:
         load_detector(tmp_path / "a.pth", device="cpu")
-    assert str(error.value).startswith(f"--resume {tmp_path / 'a.pth'} holds no Deformable DETR under the published names: ")
+    assert str(error.value).startswith(
+        f"--resume {tmp_path / 'a.pth'} holds no Deformable DETR under the published names: "
+    )
     assert told in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -158,9 +186,24 @@ def test_a_training_starts_from_a_checkpoint_without_heads(tmp_path, parts, told
     args = {"args": trained()[1].flags()} if with_flags else {}
     torch.save({"model": kept, **args}, tmp_path / "a.pth")
     result = run_main_forked(
-        "--coco_path", str(tmp_path / "data"), *SMALL_IMAGES, "--finetune", str(tmp_path / "a.pth"), "--epochs", "1", "--lr", "0",
-        "--lr_backbone", "0", "--nheads", "4", "--output_dir", str(tmp_path / "out"), "--num_workers", "0",
-    )  # fmt: skip
+        "--coco_path",
+        str(tmp_path / "data"),
+        *SMALL_IMAGES,
+        "--finetune",
+        str(tmp_path / "a.pth"),
+        "--epochs",
+        "1",
+        "--lr",
+        "0",
+        "--lr_backbone",
+        "0",
+        "--nheads",
+        "4",
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--num_workers",
+        "0",
+    )
     assert result.returncode == 0, result.stderr
     assert told in result.stdout
     saved = read_checkpoint(tmp_path / "out/checkpoint.pth")["model"]
@@ -180,7 +223,10 @@ def test_a_checkpoint_without_heads_detects_nothing(tmp_path):
 
 def test_a_part_of_the_heads_is_another_architecture(tmp_path):
     flags = ("--with_box_refine",)
-    torch.save({"model": without("class_embed.1", flags=flags), "args": trained(*flags)[1].flags()}, tmp_path / "a.pth")
+    torch.save(
+        {"model": without("class_embed.1", flags=flags), "args": trained(*flags)[1].flags()},
+        tmp_path / "a.pth",
+    )
     with pytest.raises(UserError, match=r"lacks class_embed\.1\.weight"):
         load_model(tmp_path / "a.pth", classes=CLASSES)
 
@@ -209,17 +255,23 @@ def in_parts(folder, suffix: str, save) -> list[str]:
     for file in files:
         save({name: weights[name] for name in weights if places[name] == file}, folder / file)
     index = {"metadata": {"total_size": 1}, "weight_map": places}
-    (folder / f"{stem}{'.safetensors' if suffix == 'safetensors' else '.bin'}.index.json").write_text(json.dumps(index))
+    (folder / f"{stem}{'.safetensors' if suffix == 'safetensors' else '.bin'}.index.json").write_text(
+        json.dumps(index)
+    )
     return files
 
 
-@pytest.mark.parametrize(("suffix", "save"), [("safetensors", save_file), ("bin", torch.save)], ids=["safetensors", "bin"])
+@pytest.mark.parametrize(
+    ("suffix", "save"), [("safetensors", save_file), ("bin", torch.save)], ids=["safetensors", "bin"]
+)
 def test_weights_in_several_files_are_put_together(folder, suffix, save):
     files = in_parts(folder, suffix, save)
     index = next(folder.glob("*.index.json"))
     for source in (folder, index, folder / files[1], folder / "config.json"):
         model, _, _, config = load_model(source)
-        assert all(torch.equal(tensor, state(*FROZEN)[name]) for name, tensor in model.state_dict().items()), source
+        assert all(
+            torch.equal(tensor, state(*FROZEN)[name]) for name, tensor in model.state_dict().items()
+        ), source
         assert config.classes == CLASSES
 
 
@@ -246,7 +298,9 @@ def test_a_single_older_file_is_as_good_as_its_folder(folder):
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     for source in (folder, folder / "pytorch_model.bin"):
-        assert torch.equal(load_model(source).model.state_dict()["query_embed.weight"], state(*FROZEN)["query_embed.weight"])
+        assert torch.equal(
+            load_model(source).model.state_dict()["query_embed.weight"], state(*FROZEN)["query_embed.weight"]
+        )
 
 
 def test_safetensors_of_another_trainer_need_no_config(tmp_path):
@@ -257,7 +311,9 @@ def test_safetensors_of_another_trainer_need_no_config(tmp_path):
         model = load_model(source, **UNTOLD).model
         assert all(torch.equal(tensor, state()[name]) for name, tensor in model.state_dict().items())
     convert(str(source), tmp_path / "a.pth", **UNTOLD)
-    assert torch.equal(read_checkpoint(tmp_path / "a.pth")["model"]["query_embed.weight"], state()["query_embed.weight"])
+    assert torch.equal(
+        read_checkpoint(tmp_path / "a.pth")["model"]["query_embed.weight"], state()["query_embed.weight"]
+    )
 
 
 def test_a_model_of_transformers_without_heads_starts_a_training(folder):
@@ -265,12 +321,18 @@ def test_a_model_of_transformers_without_heads_starts_a_training(folder):
     from safetensors.torch import load_file
 
     weights = load_file(folder / "model.safetensors")
-    base = {name.removeprefix("model."): tensor for name, tensor in weights.items() if name.startswith("model.")}
+    base = {
+        name.removeprefix("model."): tensor for name, tensor in weights.items() if name.startswith("model.")
+    }
     save_file(base, folder / "model.safetensors")
     content = read_hugging_face(str(folder), "--finetune")
     assert "class_embed.0.bias" not in content["model"]
     model = load_model(folder, classes=CLASSES).model
-    kept = {name: tensor for name, tensor in state(*FROZEN).items() if "class_embed" not in name and "bbox_embed" not in name}
+    kept = {
+        name: tensor
+        for name, tensor in state(*FROZEN).items()
+        if "class_embed" not in name and "bbox_embed" not in name
+    }
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in kept.items())
     with pytest.raises(UserError, match=r"has no class_embed\.\* and no bbox_embed\.\*"):
         load_detector(folder)

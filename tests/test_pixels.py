@@ -1,4 +1,6 @@
-"""Pixels of more than 8 bits: scaled by one rule in files, PIL images, arrays and tensors, or refused with the remedy."""
+"""Pixels of more than 8 bits: scaled by one rule in files, PIL images, arrays and tensors, or
+refused with the remedy.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +34,11 @@ GREYS = {
     "int32 of 12 bits": ((RAMP * 4095).astype(np.int32), (RAMP * 4095).astype(np.int32) // 16),
 }
 FILES = [
-    (name, suffix) for name in GREYS for suffix in ("tif", "png", "pgm")
+    (name, suffix)
+    for name in GREYS
+    for suffix in ("tif", "png", "pgm")
     if suffix == "tif" or GREYS[name][0].dtype == np.uint16
-]  # fmt: skip
+]
 
 
 def seen(image: object) -> np.ndarray:
@@ -98,7 +102,9 @@ def test_training_sees_what_prediction_sees(tmp_path):
     path.write_text(json.dumps(content))
     numbers = (np.tile(np.linspace(0, 1, 64), (48, 1)) * 4095).astype(np.uint16)
     Image.fromarray(numbers).save(tmp_path / "val2017/deep.tif")
-    config = parse_config(["--coco_path", str(tmp_path), *SMALL_IMAGES, "--eval_size", "48", "--max_size", "64"])
+    config = parse_config(
+        ["--coco_path", str(tmp_path), *SMALL_IMAGES, "--eval_size", "48", "--max_size", "64"]
+    )
     pixels, _ = build_dataset("val", config)[0]
     predicted = normalize()(read_picture(tmp_path / "val2017/deep.tif", 100, "")).as_subclass(torch.Tensor)
     torch.testing.assert_close(pixels, predicted)
@@ -113,18 +119,41 @@ def write_png(path: Path, pixels: np.ndarray) -> None:
 
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
     header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 16, 2, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
 
 
 def write_tiff(path: Path, pixels: np.ndarray) -> None:
-    """Uncompressed, little-endian, in one strip. The widths of the channels and the pixels follow the tags."""
+    """Uncompressed, little-endian, in one strip. The widths of the channels and the pixels follow
+    the tags.
+    """
     height, width, channels = pixels.shape
     data = pixels.astype("<u2").tobytes()
     after = 8 + 2 + 12 * 9 + 4
-    tags = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, channels, after), (259, 3, 1, 1), (262, 3, 1, 2),
-            (273, 4, 1, after + 2 * channels), (277, 3, 1, channels), (278, 4, 1, height), (279, 4, 1, len(data))]  # fmt: skip
+    tags = [
+        (256, 4, 1, width),
+        (257, 4, 1, height),
+        (258, 3, channels, after),
+        (259, 3, 1, 1),
+        (262, 3, 1, 2),
+        (273, 4, 1, after + 2 * channels),
+        (277, 3, 1, channels),
+        (278, 4, 1, height),
+        (279, 4, 1, len(data)),
+    ]
     entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
-    path.write_bytes(b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + struct.pack("<H", 16) * channels + data)
+    path.write_bytes(
+        b"II*\0"
+        + struct.pack("<IH", 8, len(tags))
+        + entries
+        + bytes(4)
+        + struct.pack("<H", 16) * channels
+        + data
+    )
 
 
 COLOURS = np.stack([RAMP, RAMP[:, ::-1], RAMP / 2], 2)
@@ -179,7 +208,9 @@ def test_channels_that_pillow_lacks_are_refused_with_the_remedy(tmp_path):
     Image.fromarray(RAMP.astype(np.float32)).save(path)
     bits = struct.Struct("<HHIHH")  # the TIFF entry of bits a sample
     path.write_bytes(path.read_bytes().replace(bits.pack(258, 3, 1, 32, 0), bits.pack(258, 3, 1, 64, 0)))
-    with pytest.raises(BadImageError, match=r"grey\.tif can't be decoded .*channels.*store it with 8 bits a channel"):
+    with pytest.raises(
+        BadImageError, match=r"grey\.tif can't be decoded .*channels.*store it with 8 bits a channel"
+    ):
         seen(path)
 
 

@@ -64,7 +64,9 @@ def plain_step(*flags, device=CPU):
 
 
 def step(amp, *flags, device=CPU):
-    """Outputs without their graph, losses by name and the gradient of all parameters, of a training step."""
+    """Outputs without their graph, losses by name and the gradient of all parameters, of a training
+    step.
+    """
     model, criterion, _ = build(*flags, device=device)
     images, targets = batch(device)
     with autocast(amp, device):
@@ -72,11 +74,19 @@ def step(amp, *flags, device=CPU):
     losses = criterion(outputs, targets)
     criterion.total(losses).backward()
     gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-    return apply(torch.Tensor.detach, outputs), {name: losses[name].detach() for name in criterion.weight_dict}, gradient
+    return (
+        apply(torch.Tensor.detach, outputs),
+        {name: losses[name].detach() for name in criterion.weight_dict},
+        gradient,
+    )
 
 
 def all_outputs(outputs):
-    layers = [outputs, *outputs.get("aux_outputs", []), *([outputs["enc_outputs"]] if "enc_outputs" in outputs else [])]
+    layers = [
+        outputs,
+        *outputs.get("aux_outputs", []),
+        *([outputs["enc_outputs"]] if "enc_outputs" in outputs else []),
+    ]
     return [layer[key] for layer in layers for key in ("pred_logits", "pred_boxes")]
 
 
@@ -97,13 +107,17 @@ class OperatorCalls(TorchDispatchMode):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("flags", MODELS, ids=" ".join)
 def test_a_step_is_that_of_float32_up_to_rounding(flags, device, amp):
-    """About thirty products in a row round by up to eps / 2 each in any direction, sqrt(30) / 2 eps in all: 4 eps are allowed.
+    """About thirty products in a row round by up to eps / 2 each in any direction, sqrt(30) / 2 eps
+    in all: 4 eps are allowed.
 
-    A gradient jumps where a ReLU or a maximum changes sides, which a share of eps of them does in each of ten layers: that is
-    sqrt(10 eps) of its norm.
+    A gradient jumps where a ReLU or a maximum changes sides, which a share of eps of them does in
+    each of ten layers: that is sqrt(10 eps) of its norm.
     """
     device = torch.device(device)
-    (_, wanted, gradient), (outputs, losses, low_gradient) = plain_step(*flags, device=device), step(amp, *flags, device=device)
+    (_, wanted, gradient), (outputs, losses, low_gradient) = (
+        plain_step(*flags, device=device),
+        step(amp, *flags, device=device),
+    )
     eps = torch.finfo(LOW_TYPES[amp]).eps
     assert {tensor.dtype for tensor in (*all_outputs(outputs), *losses.values())} == {torch.float32}
     for name in wanted:
@@ -126,7 +140,9 @@ def test_places_are_float32_and_values_are_not(flags, device, amp):
     assert len(low.values) == len(low.references) == 4, "two layers of the encoder and two of the decoder"
     assert {value.dtype for value in low.values} == {LOW_TYPES[amp]}
     assert {reference.dtype for reference in low.references} == {torch.float32}
-    exact = 2 if "--two_stage" in flags else 3  # the encoder's, and the decoder's first that come from learned queries
+    exact = (
+        2 if "--two_stage" in flags else 3
+    )  # the encoder's, and the decoder's first that come from learned queries
     for reference, wanted in list(zip(low.references, plain.references, strict=True))[:exact]:
         assert torch.equal(reference, wanted)
 
@@ -134,7 +150,9 @@ def test_places_are_float32_and_values_are_not(flags, device, amp):
 @pytest.mark.parametrize("flags", [(), TWO_STAGE, BATCHFORMER], ids=" ".join)
 @torch.no_grad()
 def test_heads_and_boxes_are_computed_in_float32_not_cast_to_it(flags, amp):
-    """Hardly a number is one of the low type's. The proposals' logits, by which the queries are chosen, hardly tie."""
+    """Hardly a number is one of the low type's. The proposals' logits, by which the queries are
+    chosen, hardly tie.
+    """
     model, images = build(*flags)[0], batch()[0]
     of_heads = []
     for head in {*model.class_embed, *model.bbox_embed}:
@@ -165,7 +183,9 @@ def test_the_backbone_keeps_its_maps_low_and_the_tokens_are_float32(norm, levels
 
 @pytest.mark.parametrize("flags", [(*BATCHFORMER, *TWO_STAGE), ONE_STREAM], ids=" ".join)
 def test_the_sums_along_the_residual_branches_are_float32(flags, amp):
-    """Every LayerNorm takes such a sum, or what the sums begin with: on a CPU, unlike a GPU, it would give what it gets."""
+    """Every LayerNorm takes such a sum, or what the sums begin with: on a CPU, unlike a GPU, it
+    would give what it gets.
+    """
     model, images = build(*flags)[0].train(), batch()[0]
     types = []
     for module in model.modules():
@@ -188,7 +208,9 @@ def test_frozen_statistics_in_low_precision():
         out = ours(x.to(low))
         assert out.dtype == low
         # one rounding, of the result
-        torch.testing.assert_close(out.float(), published(x.to(low).float()), rtol=torch.finfo(low).eps / 2, atol=1e-6)
+        torch.testing.assert_close(
+            out.float(), published(x.to(low).float()), rtol=torch.finfo(low).eps / 2, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("flags", [(), TWO_STAGE, BATCHFORMER], ids=" ".join)
@@ -209,7 +231,9 @@ def test_losses_and_matching_are_float32_whatever_comes_in(flags, amp):
 
 
 def test_the_matching_tells_neighbours_of_the_low_type_apart(amp):
-    """Of two queries whose logits differ by one step of the type the better is taken; costs in that type would tie."""
+    """Of two queries whose logits differ by one step of the type the better is taken; costs in that
+    type would tie.
+    """
     low = LOW_TYPES[amp]
     worse = torch.linspace(-6, 6, 100).to(low)
     better = (worse.float() + worse.float().abs() * torch.finfo(low).eps).to(low)
@@ -243,7 +267,9 @@ def test_evaluation_with_batchformer_is_bit_identical_to_without(extra, amp):
     assert all(torch.equal(a, b) for a, b in zip(all_outputs(ours), all_outputs(plain), strict=True))
 
 
-@pytest.mark.parametrize("flags", [(*BATCHFORMER, "--eval_bf"), (*ONE_STREAM, "--eval_bf", "--bt_num_layers", "2"), TWO_STAGE])
+@pytest.mark.parametrize(
+    "flags", [(*BATCHFORMER, "--eval_bf"), (*ONE_STREAM, "--eval_bf", "--bt_num_layers", "2"), TWO_STAGE]
+)
 @torch.no_grad()
 def test_evaluation_in_low_precision(flags, amp):
     model, _, postprocessors = build(*flags)
@@ -256,7 +282,9 @@ def test_evaluation_in_low_precision(flags, amp):
     for a, b in zip(postprocessors["bbox"](low, sizes), postprocessors["bbox"](plain, sizes), strict=True):
         assert a["boxes"].dtype == torch.float32
         # the best score is that of the same query or, in a near tie, of its equal
-        torch.testing.assert_close(a["scores"][0], b["scores"][0], rtol=16 * torch.finfo(LOW_TYPES[amp]).eps, atol=0)
+        torch.testing.assert_close(
+            a["scores"][0], b["scores"][0], rtol=16 * torch.finfo(LOW_TYPES[amp]).eps, atol=0
+        )
 
 
 def test_full_precision_ends_where_it_says():

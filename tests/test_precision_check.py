@@ -1,4 +1,6 @@
-"""What is tried before a run in mixed precision; the same run gives the same bits whatever lies in freed memory."""
+"""What is tried before a run in mixed precision; the same run gives the same bits whatever lies in
+freed memory.
+"""
 
 from __future__ import annotations
 
@@ -35,14 +37,15 @@ FAULTS = {
     "conv2d's gradients": ({"convolution_backward": 1}, lambda n: [(2, 8, n, 12), (16, 8, 3, 3)]),
     "linear": ({"addmm": 1}, lambda n: [(1, n, 16), (24, 16), (24,)]),
     "scaled_dot_product_attention": ({".*attention.*": 0}, lambda n: [(2, 2, n, 16)] * 3),
-}  # fmt: skip
+}
 
 
 class Fault(TorchDispatchMode):
     """A processor on which operators give old memory for small inputs, as some do.
 
     Args:
-        inputs: patterns of the names of PyTorch's operators, and which argument of theirs is the input.
+        inputs: patterns of the names of PyTorch's operators, and which argument of theirs is the
+            input.
         types: in which they do so.
     """
 
@@ -54,7 +57,11 @@ class Fault(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         for fault, index in self.inputs.items():
-            if re.fullmatch(fault, name) and args[index].dtype in self.types and min(args[index].shape[-2:]) <= 2:
+            if (
+                re.fullmatch(fault, name)
+                and args[index].dtype in self.types
+                and min(args[index].shape[-2:]) <= 2
+            ):
                 return apply(torch.empty_like, out)
         return out
 
@@ -72,7 +79,9 @@ def amp(request):
 
 @pytest.fixture(autouse=True)
 def replaced():
-    """What is mended in this process: nothing before a test, whatever ran earlier, and nothing after it."""
+    """What is mended in this process: nothing before a test, whatever ran earlier, and nothing
+    after it.
+    """
     precision_check._replaced.clear()
     yield precision_check._replaced
     precision_check._replaced.clear()
@@ -80,7 +89,9 @@ def replaced():
 
 @pytest.fixture
 def layers():
-    return nn.Sequential(nn.Conv2d(8, 16, 3, padding=1, bias=False), nn.Linear(16, 24), nn.MultiheadAttention(32, 2))
+    return nn.Sequential(
+        nn.Conv2d(8, 16, 3, padding=1, bias=False), nn.Linear(16, 24), nn.MultiheadAttention(32, 2)
+    )
 
 
 def test_a_device_is_tried_before_the_run(amp, layers):
@@ -116,11 +127,18 @@ def test_what_is_wrong_is_computed_in_float32_where_it_is_small(name, amp, layer
     with Fault(fault):
         check_precision(layers, amp)
         check_precision(layers, amp)
-    told = [record.getMessage() for record in caplog.records if f"wrong numbers for {operator} of" in record.getMessage()]
+    told = [
+        record.getMessage()
+        for record in caplog.records
+        if f"wrong numbers for {operator} of" in record.getMessage()
+    ]
     assert operator in replaced
     assert len(told) == 1, "it is said once"
 
-    small, large = ([torch.rand(shape, generator=torch.Generator().manual_seed(0)) for shape in shapes(n)] for n in (2, 12))
+    small, large = (
+        [torch.rand(shape, generator=torch.Generator().manual_seed(0)) for shape in shapes(n)]
+        for n in (2, 12)
+    )
     with Fault(fault), autocast(amp, CPU):
         mended, other = function(*small, **options), function(*large, **options)
     assert torch.equal(mended, function(*small, **options).to(LOW_TYPES[amp])), "float32, rounded at the end"
@@ -133,7 +151,9 @@ def test_what_can_t_be_mended_ends_the_run(amp, layers):
     with Fault(CONVOLUTION, (*LOW, torch.float32)), pytest.raises(UserError) as error:
         check_precision(layers, amp)
     assert f"--amp {amp} can't be used on cpu: PyTorch" in str(error.value)
-    assert "gives wrong numbers for conv2d of [2, 8, 2, 1] and [16, 8, 3, 3], in float32 too" in str(error.value)
+    assert "gives wrong numbers for conv2d of [2, 8, 2, 1] and [16, 8, 3, 3], in float32 too" in str(
+        error.value
+    )
     assert "\n" not in str(error.value)
 
 
@@ -144,12 +164,17 @@ def test_every_kind_of_convolution_and_product_of_a_model_is_tried():
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     assert {tuple(weight.shape) for weight in weights} <= tried
     extra = model.input_proj[3][0]  # of the level beyond the backbone's
-    assert any(call.shapes[1:] == (extra.weight.shape, extra.bias.shape) and ("stride", (2, 2)) in call.options for call in calls)
+    assert any(
+        call.shapes[1:] == (extra.weight.shape, extra.bias.shape) and ("stride", (2, 2)) in call.options
+        for call in calls
+    )
 
 
 @contextlib.contextmanager
 def garbage(byte: int):
-    """A block in which the C library fills what is freed with a byte, and what is newly taken with its complement."""
+    """A block in which the C library fills what is freed with a byte, and what is newly taken with
+    its complement.
+    """
     if platform.libc_ver()[0] != "glibc":
         pytest.skip("only glibc can fill memory")
     perturb = -6  # M_PERTURB of malloc.h
@@ -161,18 +186,26 @@ def garbage(byte: int):
         libc.mallopt(perturb, 0)
 
 
-GARBAGE = (0x3C, 0x41)  # 0.01 and 12 in bfloat16; their complements -196 and -3.8e-1: a fault shows as other numbers, not as NaN
+GARBAGE = (
+    0x3C,
+    0x41,
+)  # 0.01 and 12 in bfloat16; their complements -196 and -3.8e-1: a fault shows as other numbers, not as NaN
 
 
 def sizes(count, smallest, largest):
     """Heights and widths of the two images of each of `count` steps."""
     rng = random.Random(0)
-    return [[(rng.randint(smallest, largest), rng.randint(smallest, largest)) for _ in range(2)] for _ in range(count)]
+    return [
+        [(rng.randint(smallest, largest), rng.randint(smallest, largest)) for _ in range(2)]
+        for _ in range(count)
+    ]
 
 
 def small_model(*flags):
     torch.manual_seed(0)
-    config = parse_config([*SMALL_MODEL, *BATCHFORMER, "--ema_decay", "0.9", "--accumulate_steps", "2", *flags])
+    config = parse_config(
+        [*SMALL_MODEL, *BATCHFORMER, "--ema_decay", "0.9", "--accumulate_steps", "2", *flags]
+    )
     model, criterion, _ = build_model(config)
     recipe.fill(model)
     return model.train(), criterion, build_updater(model, config)
@@ -192,7 +225,11 @@ def train(amp, sizes, byte):
             loss = criterion.total(criterion(outputs, recipe.targets(pair, [3, 1], num_classes=4)))
             updater.backward(loss, 2)
             seen += [loss.detach(), *([updater.step()] if step % 2 else [])]
-    return [*map(torch.as_tensor, seen), *model.state_dict().values(), *updater.averaged.model.state_dict().values()]
+    return [
+        *map(torch.as_tensor, seen),
+        *model.state_dict().values(),
+        *updater.averaged.model.state_dict().values(),
+    ]
 
 
 def same_bits(one, other):
@@ -200,7 +237,9 @@ def same_bits(one, other):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("amp", "count"), [("bf16", 30), ("fp16", 2)])  # many processors take seconds for a step in float16
+@pytest.mark.parametrize(
+    ("amp", "count"), [("bf16", 30), ("fp16", 2)]
+)  # many processors take seconds for a step in float16
 def test_training_gives_the_same_bits_whatever_was_in_freed_memory(amp, count):
     """On images of 64 to 96 pixels, and on smaller ones, whose maps are two and one pixels wide."""
     pairs = sizes(count, 64, 96) + sizes(2, 33, 64) + sizes(2, 20, 32)

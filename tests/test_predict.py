@@ -34,7 +34,9 @@ CLASSES = ClassMap(4, tuple(Category(label, *entry) for label, entry in enumerat
 
 
 def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +55,15 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(checkpoint, tmp_path, monkeypatch):
-    """The command in this process, in the folder tmp_path; gives the detections and the entries of images.json."""
+    """The command in this process, in the folder tmp_path; gives the detections and the entries of
+    images.json.
+    """
     monkeypatch.chdir(tmp_path)
 
     def command(*flags: object) -> tuple[list[dict], list[dict]]:
-        predict.main(["--resume", str(checkpoint), "--output_dir", "out", "--device", "cpu", *map(str, flags)])
+        predict.main(
+            ["--resume", str(checkpoint), "--output_dir", "out", "--device", "cpu", *map(str, flags)]
+        )
         images = json.loads(Path("out/images.json").read_text())
         assert images["categories"] == [{"id": c.id, "name": c.name} for c in CLASSES.categories]
         return json.loads(Path("out/predictions.json").read_text()), images["images"]
@@ -67,9 +73,14 @@ def run(checkpoint, tmp_path, monkeypatch):
 
 def results_of(found, image_id: int) -> list[dict]:
     return [
-        {"image_id": image_id, "category_id": d.category_id, "bbox": pytest.approx([d.box[0], d.box[1], d.box[2] - d.box[0],
-         d.box[3] - d.box[1]], abs=1e-4), "score": d.score} for d in found
-    ]  # fmt: skip
+        {
+            "image_id": image_id,
+            "category_id": d.category_id,
+            "bbox": pytest.approx([d.box[0], d.box[1], d.box[2] - d.box[0], d.box[3] - d.box[1]], abs=1e-4),
+            "score": d.score,
+        }
+        for d in found
+    ]
 
 
 def files_in(folder: str | Path) -> set[str]:
@@ -91,8 +102,9 @@ def test_the_detections_are_those_of_the_detector(run, checkpoint, tmp_path):
     picture((40, 60), 1).save("b.jpg")
     results, images = run("a.png", "b.jpg", "--score_threshold", "0.02")
     assert images == [
-        {"id": 1, "file_name": "a.png", "width": 80, "height": 60}, {"id": 2, "file_name": "b.jpg", "width": 40, "height": 60},
-    ]  # fmt: skip
+        {"id": 1, "file_name": "a.png", "width": 80, "height": 60},
+        {"id": 2, "file_name": "b.jpg", "width": 40, "height": 60},
+    ]
     detector = load_detector(checkpoint, device="cpu")
     found = [detector(name).above(0.02) for name in ("a.png", "b.jpg")]
     assert all(0 < len(one) < 48 for one in found)
@@ -110,7 +122,9 @@ def test_pictures_are_drawn_under_their_names(run):
     picture((80, 60)).save("in/.1.png")
     Path("in/notes.txt").write_text("no picture")
     _, images = run("in", "--score_threshold", "0.02")
-    assert [entry["file_name"] for entry in images] == ["2.jpg", "10.png", "deep/2.jpg", "deep/er/x.GIF"], "natural order"
+    assert [entry["file_name"] for entry in images] == ["2.jpg", "10.png", "deep/2.jpg", "deep/er/x.GIF"], (
+        "natural order"
+    )
     written = {"2.jpg", "10.png", "deep/2.jpg", "deep/er/x.GIF.png"}
     assert files_in("out") == written | {"predictions.json", "images.json"}
     drawn = Image.open("out/10.png")
@@ -171,8 +185,18 @@ def test_images_json_serves_other_programs(run, tmp_path):
     picture((80, 60)).save("in/a.png")
     results, _ = run("in", "--score_threshold", "0.02")
     assert len(COCO("out/images.json").loadRes("out/predictions.json").anns) == len(results) > 0
-    draw_detections.main(["--annotations", "out/images.json", "--images", "in", "--predictions", "out/predictions.json",
-                          "--output_dir", "drawn"])  # fmt: skip
+    draw_detections.main(
+        [
+            "--annotations",
+            "out/images.json",
+            "--images",
+            "in",
+            "--predictions",
+            "out/predictions.json",
+            "--output_dir",
+            "drawn",
+        ]
+    )
     assert "a.png" in files_in("drawn")
 
 
@@ -181,8 +205,19 @@ def test_images_json_serves_other_programs(run, tmp_path):
 
 def write_annotations(path: Path, names: dict[int, str], categories: dict[int, str]) -> None:
     content = {
-        "images": [{"id": number, "file_name": name, "width": 80, "height": 60} for number, name in names.items()],
-        "annotations": [{"id": 1, "image_id": min(names), "category_id": 17, "bbox": [1, 2, 30, 40], "area": 1200, "iscrowd": 0}],
+        "images": [
+            {"id": number, "file_name": name, "width": 80, "height": 60} for number, name in names.items()
+        ],
+        "annotations": [
+            {
+                "id": 1,
+                "image_id": min(names),
+                "category_id": 17,
+                "bbox": [1, 2, 30, 40],
+                "area": 1200,
+                "iscrowd": 0,
+            }
+        ],
         "categories": [{"id": number, "name": name} for number, name in categories.items()],
     }
     path.write_text(json.dumps(content))
@@ -200,15 +235,30 @@ def test_annotations_give_the_ids_and_the_figures_are_those_of_evaluation(run, c
         picture((80, 60), number).save(images / name, exif=exif)
     annotations = tmp_path / "data/annotations/instances_val2017.json"
     write_annotations(annotations, names, NAMES)
-    results, entries = run("data/val2017", "--annotations", annotations, "--score_threshold", "0", "--no_pictures")
+    results, entries = run(
+        "data/val2017", "--annotations", annotations, "--score_threshold", "0", "--no_pictures"
+    )
     assert {entry["id"]: entry["file_name"] for entry in entries} == names
     assert {entry["width"] for entry in entries} == {80}
     assert {row["category_id"] for row in results} == {3, 17, 1000, 1001}
     evaluated = run_main_forked(
-        *SMALL_MODEL[:-2], *SMALL_IMAGES, "--eval", "--resume", str(checkpoint), "--batch_size", "1",
-        "--output_dir", str(tmp_path / "eval"), "--save_predictions", "--device", "cpu", "--val_images", str(images),
-        "--val_annotations", str(annotations),
-    )  # fmt: skip
+        *SMALL_MODEL[:-2],
+        *SMALL_IMAGES,
+        "--eval",
+        "--resume",
+        str(checkpoint),
+        "--batch_size",
+        "1",
+        "--output_dir",
+        str(tmp_path / "eval"),
+        "--save_predictions",
+        "--device",
+        "cpu",
+        "--val_images",
+        str(images),
+        "--val_annotations",
+        str(annotations),
+    )
     assert evaluated.returncode == 0, evaluated.stderr
     wanted = json.loads((tmp_path / "eval/predictions.json").read_text())
     assert len(wanted) == len(results) == 3 * 48
@@ -219,7 +269,9 @@ def test_annotations_give_the_ids_and_the_figures_are_those_of_evaluation(run, c
 
 
 def test_images_and_categories_are_enough_to_give_ids(run, capsys):
-    """As COCO's image_info_test-dev2017.json, even without sizes: no annotations, and a part only of the images in test2017."""
+    """As COCO's image_info_test-dev2017.json, even without sizes: no annotations, and a part only
+    of the images in test2017.
+    """
     Path("test2017").mkdir()
     for name in ("a", "b", "c", "d"):
         picture((80, 60)).save(f"test2017/{name}.png")
@@ -227,7 +279,9 @@ def test_images_and_categories_are_enough_to_give_ids(run, capsys):
     content = json.loads(Path("info.json").read_text())
     del content["annotations"], content["images"][0]["width"], content["images"][0]["height"]
     Path("info.json").write_text(json.dumps(content))
-    results, entries = run("test2017", "--annotations", "info.json", "--score_threshold", "0", "--no_pictures")
+    results, entries = run(
+        "test2017", "--annotations", "info.json", "--score_threshold", "0", "--no_pictures"
+    )
     assert {entry["id"]: entry["file_name"] for entry in entries} == {1000: "b.png", 3: "d.png"}
     assert {row["image_id"] for row in results} == {1000, 3}
     told = capsys.readouterr().out
@@ -243,7 +297,10 @@ def test_no_detection_is_told_with_the_best_score(run, checkpoint, capsys):
     best = load_detector(checkpoint, device="cpu")("a.png").scores[0].item()
     run("a.png")
     assert 0 < best < 0.3
-    line = f"detections that score 0.3 and more: 0 (the best scores {best:.2g}; lower --score_threshold to see it)"
+    line = (
+        f"detections that score 0.3 and more: 0 (the best scores {best:.2g}; lower "
+        "--score_threshold to see it)"
+    )
     assert line in capsys.readouterr().out
     run("a.png", "--score_threshold", best / 2)
     assert "the best scores" not in capsys.readouterr().out
@@ -256,19 +313,37 @@ def test_annotated_names_may_be_those_of_another_system(run, capsys):
     written = {7: "U\u0308ber\\a%201.jpg", 3: "b.jpg", 5: "c.jpg", 9: "d.jpg", 11: "other/e.jpg"}
     write_annotations(Path("names.json"), written, NAMES)
     _, images = run("photos", "--annotations", "names.json", "--no_pictures")
-    assert {entry["id"]: entry["file_name"] for entry in images} == {number: written[number] for number in (7, 3, 5)}
+    assert {entry["id"]: entry["file_name"] for entry in images} == {
+        number: written[number] for number in (7, 3, 5)
+    }
     assert f"{SPELLING}: 2" in capsys.readouterr().out
 
 
 def test_annotated_names_may_be_paths_on_another_machine(run, capsys):
     """The end counts, where it is of one picture only and the size is the annotated one."""
-    for name, size in {"a.png": (80, 60), "b.png": (80, 60), "c.png": (60, 60), "d/e.png": (80, 60), "f/e.png": (80, 60)}.items():
+    for name, size in {
+        "a.png": (80, 60),
+        "b.png": (80, 60),
+        "c.png": (60, 60),
+        "d/e.png": (80, 60),
+        "f/e.png": (80, 60),
+    }.items():
         Path("photos", name).parent.mkdir(parents=True, exist_ok=True)
         picture(size).save(f"photos/{name}")
-    written = {7: "C:\\pics\\a.png", 3: "/home/me/pics/b.png", 5: "../pics/c.png", 9: "/home/me/e.png", 11: "/home/d/e.png"}
+    written = {
+        7: "C:\\pics\\a.png",
+        3: "/home/me/pics/b.png",
+        5: "../pics/c.png",
+        9: "/home/me/e.png",
+        11: "/home/d/e.png",
+    }
     write_annotations(Path("names.json"), written, NAMES)
     _, images = run("photos", "--annotations", "names.json", "--no_pictures")
-    assert {entry["id"]: entry["file_name"] for entry in images} == {7: "pics/a.png", 3: "home/me/pics/b.png", 11: "home/d/e.png"}
+    assert {entry["id"]: entry["file_name"] for entry in images} == {
+        7: "pics/a.png",
+        3: "home/me/pics/b.png",
+        11: "home/d/e.png",
+    }
     told = capsys.readouterr().out
     assert f"{BARE}: 2" in told and f"{END}: 1" in told
 
@@ -304,9 +379,15 @@ def test_bad_files_stop_the_command_or_are_left_out(run, capsys):
     assert "--on_bad_image skip" in message
     json.loads(Path("out/predictions.json").read_text())  # whole, with what there was before
     _, images = run("in", "--on_bad_image", "skip", "--batch_size", "2")
-    assert [(entry["id"], entry["file_name"]) for entry in images] == [(1, "0.png"), (3, "2.png"), (5, "4.png")]
+    assert [(entry["id"], entry["file_name"]) for entry in images] == [
+        (1, "0.png"),
+        (3, "2.png"),
+        (5, "4.png"),
+    ]
     told = capsys.readouterr()
-    assert [line.split()[:2] for line in told.err.splitlines() if "left out:" in line] == [["left", "out:"]] * 2
+    assert [line.split()[:2] for line in told.err.splitlines() if "left out:" in line] == [
+        ["left", "out:"]
+    ] * 2
     assert "pictures: 3;" in told.out
     assert "; files left out: 2" in told.out
     assert "none of the 2 files" in refusal(run, "in/1.png", "in/3.png", "--on_bad_image", "skip")
@@ -319,7 +400,9 @@ def test_inputs_that_can_not_be_are_told_before_anything_is_loaded(run, tmp_path
     assert "in/empty holds no pictures" in refusal(run, "in/empty", "--resume", "none.pth")
     assert "gone.jpg does not exist" in refusal(run, "in", "gone.jpg", "--resume", "none.pth")
     for folder in ("in", "in/out", "in/../in/out"):
-        assert "lies in the input folder" in refusal(run, "in", "--output_dir", folder, "--resume", "none.pth")
+        assert "lies in the input folder" in refusal(
+            run, "in", "--output_dir", folder, "--resume", "none.pth"
+        )
     assert "would replace the input" in refusal(run, "in/a.png", "--output_dir", "in", "--resume", "none.pth")
     assert "is a file" in refusal(run, "in", "--output_dir", "in/a.png", "--resume", "none.pth")
     picture((80, 60)).save("in/a.bmp")
@@ -387,10 +470,14 @@ def test_what_is_made_ahead_comes_in_order_with_its_errors():
 # ---- videos
 
 
-def write_video(path: str, size: tuple[int, int], times: list[Fraction], *, codec: str = "libx264", turn: int = 0) -> None:
+def write_video(
+    path: str, size: tuple[int, int], times: list[Fraction], *, codec: str = "libx264", turn: int = 0
+) -> None:
     """Frames of one colour each, 10 brighter from frame to frame, with the upper tenth white."""
     with av.open(path, "w") as container:
-        stream = container.add_stream(codec, rate=Fraction(30000, 1001), options={"crf": "10"} if codec == "libx264" else {})
+        stream = container.add_stream(
+            codec, rate=Fraction(30000, 1001), options={"crf": "10"} if codec == "libx264" else {}
+        )
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         stream.codec_context.time_base = Fraction(1, 30000)
         if turn:
@@ -410,7 +497,11 @@ def read_video(path: str) -> tuple[list[np.ndarray], list[float], Fraction]:
     with av.open(path) as container:
         stream = container.streams.video[0]
         frames = list(container.decode(stream))
-        return [frame.to_ndarray(format="rgb24") for frame in frames], [frame.time for frame in frames], stream.average_rate
+        return (
+            [frame.to_ndarray(format="rgb24") for frame in frames],
+            [frame.time for frame in frames],
+            stream.average_rate,
+        )
 
 
 RATE = Fraction(30000, 1001)
@@ -422,7 +513,9 @@ UNEVEN = [Fraction(t, 30) for t in (0, 1, 2, 5, 6, 12, 13, 20, 21, 22, 30, 45)]
 @pytest.mark.parametrize("size", [(320, 240), (322, 180), (161, 91)], ids=str)
 def test_a_video_keeps_its_frames_times_and_size(run, size, times):
     even = size[0] + size[0] % 2, size[1] + size[1] % 2
-    write_video("clip.mkv", even if size == even else size, times, codec="libx264" if size == even else "libvpx-vp9")
+    write_video(
+        "clip.mkv", even if size == even else size, times, codec="libx264" if size == even else "libvpx-vp9"
+    )
     results, images = run("clip.mkv", "--score_threshold", "0.02", "--batch_size", "5")
     assert [entry["frame"] for entry in images] == list(range(12))
     assert [entry["id"] for entry in images] == list(range(1, 13))
@@ -448,7 +541,10 @@ def test_a_frame_without_detections_keeps_its_colours(run):
         assert abs(before.astype(int) - after).mean() < 3
 
 
-@pytest.mark.skipif(not hasattr(av.video.stream.VideoStream, "set_display_rotation"), reason="an older PyAV can't write rotation")
+@pytest.mark.skipif(
+    not hasattr(av.video.stream.VideoStream, "set_display_rotation"),
+    reason="an older PyAV can't write rotation",
+)
 @pytest.mark.parametrize(("turn", "white"), [(-90, np.s_[:, -10:]), (90, np.s_[:, :10]), (180, np.s_[-10:])])
 def test_a_video_of_a_telephone_is_upright(run, turn, white):
     write_video("clip.mp4", (320, 240), EVEN[:2], turn=turn)
@@ -466,8 +562,12 @@ def test_pictures_and_videos_are_numbered_on(run):
     picture((80, 60)).save("b.png")
     _, images = run("a.png", "clip.mp4", "b.png", "--no_pictures")
     assert [(entry["id"], entry["file_name"]) for entry in images] == [
-        (1, "a.png"), (2, "clip.mp4"), (3, "clip.mp4"), (4, "clip.mp4"), (5, "b.png"),
-    ]  # fmt: skip
+        (1, "a.png"),
+        (2, "clip.mp4"),
+        (3, "clip.mp4"),
+        (4, "clip.mp4"),
+        (5, "b.png"),
+    ]
 
 
 def test_a_video_that_can_not_be_read(run, capsys):
@@ -574,19 +674,43 @@ def test_the_commands_and_lines_of_the_documentation_run(run, checkpoint, tmp_pa
 def test_help_is_complete_and_needs_no_torch():
     code = "import sys, runpy; sys.modules['torch'] = None; sys.argv = ['predict.py', '--help']; "
     code += "runpy.run_path('tools/predict.py', run_name='__main__')"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr
     assert "example:\n  python tools/predict.py --resume" in result.stdout
     assert "(default: 0.3)" in result.stdout
     assert "SUPPRESS" not in result.stdout
-    for flag in ("--annotations", "--amp", "--weights", "--on_bad_image", "--eval_size", "--dilation", "--device"):
+    for flag in (
+        "--annotations",
+        "--amp",
+        "--weights",
+        "--on_bad_image",
+        "--eval_size",
+        "--dilation",
+        "--device",
+    ):
         assert flag in result.stdout
 
 
 def test_a_mistake_ends_the_command_with_one_line(checkpoint, tmp_path):
     result = subprocess.run(
-        [sys.executable, ROOT / "tools/predict.py", "--resume", checkpoint, "gone.jpg", "--output_dir", "out"],
-        cwd=tmp_path, capture_output=True, text=True, check=False, env=environment(PYTHONPATH=""),
-    )  # fmt: skip
+        [
+            sys.executable,
+            ROOT / "tools/predict.py",
+            "--resume",
+            checkpoint,
+            "gone.jpg",
+            "--output_dir",
+            "out",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment(PYTHONPATH=""),
+    )
     assert result.returncode == 2
-    assert result.stderr.splitlines() == ["error: gone.jpg does not exist; give pictures, videos, or folders of pictures"]
+    assert result.stderr.splitlines() == [
+        "error: gone.jpg does not exist; give pictures, videos, or folders of pictures"
+    ]

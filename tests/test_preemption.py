@@ -1,4 +1,6 @@
-"""Leaving on a signal and being killed: the run that goes on ends as the run that was never disturbed."""
+"""Leaving on a signal and being killed: the run that goes on ends as the run that was never
+disturbed.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,19 @@ from util.checkpoint import read_checkpoint
 from util.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, Preempted
 from util.preemption import SIGNALS, StopRequest, StopVote
 
-# two epochs of 9 steps; mid-epoch states have dropout, augmentation, loader workers, unfinished accumulation, averages, a scaler
-EVERYTHING = (*BATCHFORMER, "--accumulate_steps", "3", "--ema_decay", "0.9", "--amp", "bf16", "--num_workers", "2")
+# two epochs of 9 steps; mid-epoch states have dropout, augmentation, loader workers, unfinished
+# accumulation, averages, a scaler
+EVERYTHING = (
+    *BATCHFORMER,
+    "--accumulate_steps",
+    "3",
+    "--ema_decay",
+    "0.9",
+    "--amp",
+    "bf16",
+    "--num_workers",
+    "2",
+)
 OTHER = ("--amp", "fp16", "--backbone_norm", "bn", "--sgd", "--num_workers", "0", "--save_every", "4")
 
 
@@ -31,15 +44,27 @@ def flags(tmp_path):
 
 
 def start(*flags: str, processes: int = 1) -> subprocess.Popen:
-    command = [sys.executable, "-u", "main.py"] if processes == 1 else ["./tools/run_dist_launch.sh", str(processes), "main.py"]
+    command = (
+        [sys.executable, "-u", "main.py"]
+        if processes == 1
+        else ["./tools/run_dist_launch.sh", str(processes), "main.py"]
+    )
     return subprocess.Popen(
-        [*command, *flags], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests that run in the background ignore it
-    )  # fmt: skip
+        [*command, *flags],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # tests that run in the background ignore it
+    )
 
 
 def interrupt(process: subprocess.Popen, line: str, number: int, rank: int | None = None) -> tuple[int, str]:
-    """Send signal `number` when `line` (a pattern) is printed, to the launcher's process of a rank or to the process itself.
+    """Send signal `number` when `line` (a pattern) is printed, to the launcher's process of a rank
+    or to the process itself.
 
     Gives the exit code and the output.
     """
@@ -78,7 +103,10 @@ def test_leaving_in_the_middle_of_an_epoch_and_going_on_is_never_having_stopped(
     assert saved, "it left in the middle"
     code, output = interrupt(start(*run), r"^evaluate \[", signal.SIGTERM)
     assert code == EXIT_PREEMPTED, output
-    assert "asked to leave by SIGTERM; epoch 0 is saved, its evaluation is next; go on with --resume auto\n" in output
+    assert (
+        "asked to leave by SIGTERM; epoch 0 is saved, its evaluation is next; go on with --resume "
+        "auto\n" in output
+    )
     assert read_checkpoint(parts / "checkpoint.pth")["history"]["unfinished"] is not None
     code, output = interrupt(start(*run), r"epoch 1 \[ *5/", signal.SIGKILL)
     assert code == -signal.SIGKILL
@@ -93,7 +121,9 @@ def test_leaving_in_the_middle_of_an_epoch_and_going_on_is_never_having_stopped(
 
 def test_one_of_two_processes_is_signalled_and_both_leave_together(tmp_path, flags):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run_main_together(*flags, "--ema_decay", "0.9", "--output_dir", str(whole), processes=2, output=tmp_path / "printed")
+    run_main_together(
+        *flags, "--ema_decay", "0.9", "--output_dir", str(whole), processes=2, output=tmp_path / "printed"
+    )
     run = (*flags, "--ema_decay", "0.9", "--output_dir", str(parts), "--resume", "auto")
     code, output = interrupt(start(*run, processes=2), r"epoch 0 \[ *2/", signal.SIGUSR1, rank=1)
     assert code == EXIT_PREEMPTED, output
@@ -110,12 +140,18 @@ def test_ctrl_c_saves_says_so_in_one_line_and_nobody_has_failed(tmp_path, flags,
     code, output = interrupt(start(*run, processes=2), r"epoch 0 \[ *2/", signal.SIGINT, rank=rank)
     assert code == EXIT_INTERRUPTED, output
     (last,) = re.findall(r"^interrupted; .*\n", output, re.MULTILINE)
-    images = re.fullmatch(r"interrupted; saved in epoch 0, after ([4-8]) of 8 images; go on with --resume auto\n", last)[1]
+    images = re.fullmatch(
+        r"interrupted; saved in epoch 0, after ([4-8]) of 8 images; go on with --resume "
+        r"auto\n",
+        last,
+    )[1]
     assert [path.name for path in parts.glob("resume_*.pth")] == [f"resume_0000_{int(images):09}.pth"]
     assert output.endswith(last), "the launcher has nothing to add"
     code, output = interrupt(start(*run, processes=2), r"^(\[0\] )?evaluate \[", signal.SIGINT, rank=rank)
     assert code == EXIT_INTERRUPTED, output
-    assert output.endswith("interrupted; epoch 0 is saved, its evaluation is next; go on with --resume auto\n")
+    assert output.endswith(
+        "interrupted; epoch 0 is saved, its evaluation is next; go on with --resume auto\n"
+    )
     assert output.count("interrupted") == 1
     assert "failed" not in output
     run_main_together(*run, processes=2, output=tmp_path / "printed")
@@ -127,7 +163,9 @@ def test_ctrl_c_in_one_process_and_without_a_folder(flags, tmp_path):
     assert code == EXIT_INTERRUPTED, output
     assert "warning: nothing is saved without --output_dir" in output
     assert output.endswith("interrupted; nothing is saved without --output_dir\n")
-    code, output = interrupt(start(*flags, "--output_dir", str(tmp_path / "out")), "trainable parameters", signal.SIGINT)
+    code, output = interrupt(
+        start(*flags, "--output_dir", str(tmp_path / "out")), "trainable parameters", signal.SIGINT
+    )
     assert code == EXIT_INTERRUPTED, output
     assert "warning: nothing is saved" not in output
     assert re.search(r"^interrupted; .*; go on with --resume auto$", output, re.MULTILINE)
@@ -136,10 +174,16 @@ def test_ctrl_c_in_one_process_and_without_a_folder(flags, tmp_path):
 @pytest.mark.usefixtures("_handlers_put_back")
 def test_a_second_ctrl_c_waits_for_nothing():
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    with pytest.raises(Preempted, match="interrupted; saved") as end, StopRequest("").installed() as stop, stop.deferred():
+    with (
+        pytest.raises(Preempted, match="interrupted; saved") as end,
+        StopRequest("").installed() as stop,
+        stop.deferred(),
+    ):
         os.kill(os.getpid(), signal.SIGINT)
         assert (stop.signal, stop.interrupted) == ("SIGINT", True)
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL, "the next one ends the process, even in an exchange that hangs"
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL, (
+            "the next one ends the process, even in an exchange that hangs"
+        )
         assert callable(signal.getsignal(signal.SIGTERM)), "others change nothing"
         stop.leave("saved")
     assert end.value.exit_code == EXIT_INTERRUPTED
@@ -156,7 +200,17 @@ def test_in_the_background_of_a_shell_ctrl_c_is_for_others():
 
 
 def test_another_number_of_processes_goes_on_and_says_what_changes(tmp_path, flags):
-    run = (*flags, "--epochs", "1", "--output_dir", str(tmp_path), "--resume", "auto", "--accumulate_steps", "2")
+    run = (
+        *flags,
+        "--epochs",
+        "1",
+        "--output_dir",
+        str(tmp_path),
+        "--resume",
+        "auto",
+        "--accumulate_steps",
+        "2",
+    )
     code, output = interrupt(start(*run), r"epoch 0 \[ *3/", signal.SIGUSR1)
     assert code == EXIT_PREEMPTED, output
     seen = read_checkpoint(tmp_path / "checkpoint.pth")["position"]["images"]
@@ -174,11 +228,17 @@ def test_a_signal_outside_of_training_leaves_at_once_and_within_only_when_it_is_
         try:
             os.kill(os.getpid(), signal.SIGTERM)
         finally:
-            os.kill(os.getpid(), signal.SIGTERM)  # a scheduler and a launcher may both ask; this one must not raise again
+            os.kill(
+                os.getpid(), signal.SIGTERM
+            )  # a scheduler and a launcher may both ask; this one must not raise again
             left = True
     assert left
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    with pytest.raises(Preempted, match="all is on the disk"), StopRequest("all was saved").installed() as stop, stop.deferred():
+    with (
+        pytest.raises(Preempted, match="all is on the disk"),
+        StopRequest("all was saved").installed() as stop,
+        stop.deferred(),
+    ):
         os.kill(os.getpid(), signal.SIGUSR2)
         assert stop.signal == "SIGUSR2"
         stop.leave("all is on the disk")
@@ -188,7 +248,10 @@ def test_a_signal_outside_of_training_leaves_at_once_and_within_only_when_it_is_
 @pytest.mark.usefixtures("_handlers_put_back")
 def test_a_signal_between_the_last_vote_and_the_end_of_an_epoch_is_not_forgotten():
     later = []
-    with pytest.raises(Preempted, match="SIGUSR1; all was saved"), StopRequest("all was saved").installed() as stop:
+    with (
+        pytest.raises(Preempted, match="SIGUSR1; all was saved"),
+        StopRequest("all was saved").installed() as stop,
+    ):
         with stop.deferred():
             with stop.deferred():
                 assert not StopVote(stop).agreed_now()
@@ -196,6 +259,10 @@ def test_a_signal_between_the_last_vote_and_the_end_of_an_epoch_is_not_forgotten
             later.append("in the outer block")
         later.append("in the evaluation")
     assert later == ["in the outer block"]
-    with pytest.raises(OSError, match="full"), StopRequest("all was saved").installed() as stop, stop.deferred():
+    with (
+        pytest.raises(OSError, match="full"),
+        StopRequest("all was saved").installed() as stop,
+        stop.deferred(),
+    ):
         os.kill(os.getpid(), signal.SIGUSR1)
         raise OSError("full: an error is told rather than that it was asked to leave")

@@ -1,4 +1,6 @@
-"""tools/report.py: the numbers behind the page are COCO's own, mistakes are sorted as in TIDE, and what lacks is said."""
+"""tools/report.py: the numbers behind the page are COCO's own, mistakes are sorted as in TIDE, and
+what lacks is said.
+"""
 
 from __future__ import annotations
 
@@ -37,13 +39,22 @@ def coco_of(objects: list[tuple], images: int = 1) -> COCO:
     """objects: image, category, box and, if it is one, "crowd"."""
     coco = COCO()
     coco.dataset = {
-        "images": [{"id": i + 1, "file_name": f"{i}.jpg", "width": 200, "height": 200} for i in range(images)],
+        "images": [
+            {"id": i + 1, "file_name": f"{i}.jpg", "width": 200, "height": 200} for i in range(images)
+        ],
         "categories": [{"id": i, "name": name} for i, name in CATEGORIES.items()],
         "annotations": [
-            {"id": i, "image_id": image, "category_id": category, "bbox": box, "area": box[2] * box[3], "iscrowd": len(crowd)}
+            {
+                "id": i,
+                "image_id": image,
+                "category_id": category,
+                "bbox": box,
+                "area": box[2] * box[3],
+                "iscrowd": len(crowd),
+            }
             for i, (image, category, box, *crowd) in enumerate(objects)
         ],
-    }  # fmt: skip
+    }
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     return coco
@@ -56,7 +67,10 @@ def found(*detections: tuple) -> list[dict]:
 def coco_eval(coco: COCO, results: list[dict], category: int | None = None) -> COCOeval:
     """pycocotools by itself, on annotations numbered from 1, for one category alone if wanted."""
     numbered = COCO()
-    numbered.dataset = {**coco.dataset, "annotations": [{**a, "id": i} for i, a in enumerate(coco.dataset["annotations"], 1)]}
+    numbered.dataset = {
+        **coco.dataset,
+        "annotations": [{**a, "id": i} for i, a in enumerate(coco.dataset["annotations"], 1)],
+    }
     with contextlib.redirect_stdout(io.StringIO()):
         numbered.createIndex()
         evaluation = COCOeval(numbered, numbered.loadRes([dict(r) for r in results]), "bbox")
@@ -77,7 +91,9 @@ def made(data, tmp_path_factory):
     """Two runs on the same data, the second with averaged weights."""
     folder, coco = tmp_path_factory.mktemp("runs"), read_annotations(data)
     plain = write_run(folder / "plain", data, detections_of(coco, 1))
-    other = write_run(folder / "batchformer", data, detections_of(coco, 2, noise=3), 6, "--bf", "1", "--insert_idx", "0")
+    other = write_run(
+        folder / "batchformer", data, detections_of(coco, 2, noise=3), 6, "--bf", "1", "--insert_idx", "0"
+    )
     write_run(other, data, detections_of(coco, 3), prefix="ema_")
     return plain, other
 
@@ -86,13 +102,17 @@ def page_data(*folders, annotations=None, images=None, num_pictures=3, threshold
     notes: list[str] = []
     runs = read_runs(folders)
     notes += [f"{run.name}: {note}." for run in runs for note in run.notes]
-    return page_content(runs, GroundTruth.find(runs, annotations, images, notes), notes, num_pictures, threshold)
+    return page_content(
+        runs, GroundTruth.find(runs, annotations, images, notes), notes, num_pictures, threshold
+    )
 
 
 def curve(told: dict, title: str, name: str) -> dict[float, float]:
     """Values by epoch of the first run's line `name` in the panel `title`."""
     axis = f"x{1 + panels(told).index(title)}".removesuffix("1")
-    lines = [line for line in told["curves"]["data"] if line["meta"] == 0 and line["name"].endswith(f" · {name}")]
+    lines = [
+        line for line in told["curves"]["data"] if line["meta"] == 0 and line["name"].endswith(f" · {name}")
+    ]
     line = next(line for line in lines if line["xaxis"] == axis)
     return dict(zip(line["x"], line["y"], strict=True))
 
@@ -107,18 +127,21 @@ def panels(told: dict) -> list[str]:
 BOX, FAR = [10, 10, 40, 40], [100, 100, 50, 50]
 
 
-@pytest.mark.parametrize(("kind", "objects", "detections"), [
-    ("correct", [(1, 3, BOX)], [(1, 3, [10, 10, 40, 30], 0.9)]),
-    ("class", [(1, 3, BOX)], [(1, 17, [10, 10, 40, 30], 0.9)]),
-    ("localisation", [(1, 3, BOX)], [(1, 3, [30, 10, 40, 40], 0.9)]),
-    ("both", [(1, 3, BOX)], [(1, 17, [30, 10, 40, 40], 0.9)]),
-    ("duplicate", [(1, 3, BOX)], [(1, 3, [11, 10, 40, 40], 0.8), (1, 3, BOX, 0.9)]),
-    ("background", [(1, 3, BOX)], [(1, 3, [120, 120, 40, 40], 0.9)]),
-    ("background", [(1, 3, BOX)], [(1, 17, [48, 48, 40, 40], 0.9)]),
-    ("background", [], [(1, 3, BOX, 0.9)]),
-    ("ignored", [(1, 3, BOX, "crowd")], [(1, 3, [12, 12, 20, 20], 0.9)]),
-    ("background", [(1, 3, BOX, "crowd")], [(1, 17, [12, 12, 20, 20], 0.9)]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "objects", "detections"),
+    [
+        ("correct", [(1, 3, BOX)], [(1, 3, [10, 10, 40, 30], 0.9)]),
+        ("class", [(1, 3, BOX)], [(1, 17, [10, 10, 40, 30], 0.9)]),
+        ("localisation", [(1, 3, BOX)], [(1, 3, [30, 10, 40, 40], 0.9)]),
+        ("both", [(1, 3, BOX)], [(1, 17, [30, 10, 40, 40], 0.9)]),
+        ("duplicate", [(1, 3, BOX)], [(1, 3, [11, 10, 40, 40], 0.8), (1, 3, BOX, 0.9)]),
+        ("background", [(1, 3, BOX)], [(1, 3, [120, 120, 40, 40], 0.9)]),
+        ("background", [(1, 3, BOX)], [(1, 17, [48, 48, 40, 40], 0.9)]),
+        ("background", [], [(1, 3, BOX, 0.9)]),
+        ("ignored", [(1, 3, BOX, "crowd")], [(1, 3, [12, 12, 20, 20], 0.9)]),
+        ("background", [(1, 3, BOX, "crowd")], [(1, 17, [12, 12, 20, 20], 0.9)]),
+    ],
+)
 def test_a_mistake_has_its_kind(kind, objects, detections):
     errors = find_errors(coco_of(objects), found(*detections))
     wanted = detections[0][3]
@@ -127,15 +150,30 @@ def test_a_mistake_has_its_kind(kind, objects, detections):
     assert (errors.detections.object[place] >= 0) == (kind not in ("background", "ignored"))
 
 
-@pytest.mark.parametrize(("objects", "detections", "costs"), [
-    ([(1, 3, BOX)], [(1, 17, BOX, 0.9)], {"class": 1.0}),
-    ([(1, 3, BOX)], [(1, 3, [30, 10, 40, 40], 0.9)], {"localisation": 1.0}),
-    ([(1, 3, BOX)], [(1, 3, [100, 100, 20, 20], 0.9), (1, 3, BOX, 0.8)], {"background": 0.5}),
-    ([(1, 3, BOX), (1, 3, FAR)], [(1, 3, BOX, 0.9), (1, 3, [11, 9, 40, 40], 0.8), (1, 3, FAR, 0.7)], {"duplicate": 50 / 303}),
-    ([(1, 3, BOX), (1, 3, FAR)], [(1, 3, BOX, 0.9)], {"missed": 1 - 51 / 101}),
-    ([(1, 3, BOX)], [(1, 17, [30, 10, 40, 40], 0.9), (1, 3, BOX, 0.8)], {}),  # of a class without objects: costs nothing
-    ([(1, 3, BOX)], [(1, 17, BOX, 0.9), (1, 3, BOX, 0.8)], {}),  # the object is found: the wrong class has nothing to put right
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("objects", "detections", "costs"),
+    [
+        ([(1, 3, BOX)], [(1, 17, BOX, 0.9)], {"class": 1.0}),
+        ([(1, 3, BOX)], [(1, 3, [30, 10, 40, 40], 0.9)], {"localisation": 1.0}),
+        ([(1, 3, BOX)], [(1, 3, [100, 100, 20, 20], 0.9), (1, 3, BOX, 0.8)], {"background": 0.5}),
+        (
+            [(1, 3, BOX), (1, 3, FAR)],
+            [(1, 3, BOX, 0.9), (1, 3, [11, 9, 40, 40], 0.8), (1, 3, FAR, 0.7)],
+            {"duplicate": 50 / 303},
+        ),
+        ([(1, 3, BOX), (1, 3, FAR)], [(1, 3, BOX, 0.9)], {"missed": 1 - 51 / 101}),
+        (
+            [(1, 3, BOX)],
+            [(1, 17, [30, 10, 40, 40], 0.9), (1, 3, BOX, 0.8)],
+            {},
+        ),  # of a class without objects: costs nothing
+        (
+            [(1, 3, BOX)],
+            [(1, 17, BOX, 0.9), (1, 3, BOX, 0.8)],
+            {},
+        ),  # the object is found: the wrong class has nothing to put right
+    ],
+)
 def test_a_kind_costs_what_putting_it_right_gives(objects, detections, costs):
     told = find_errors(coco_of(objects), found(*detections)).costs()
     assert {kind: cost for kind, cost in told.items() if cost} == pytest.approx(costs)
@@ -143,7 +181,9 @@ def test_a_kind_costs_what_putting_it_right_gives(objects, detections, costs):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_matching_is_coco_s(data, seed):
-    """With ties of scores, crowds and missing classes; the AP50 that the costs start from is pycocotools'."""
+    """With ties of scores, crowds and missing classes; the AP50 that the costs start from is
+    pycocotools'.
+    """
     coco = read_annotations(data)
     results = detections_of(coco, seed)
     errors, evaluation = find_errors(coco, results), coco_eval(coco, results)
@@ -178,7 +218,10 @@ def test_figures_of_a_class_are_pycocotools_own(data):
         stats = coco_eval(coco, results, category).stats
         for name, values in figures.items():
             expected = stats[place[name]]
-            assert values[i] == (None if expected < 0 else pytest.approx(expected, abs=1e-6)), (category, name)
+            assert values[i] == (None if expected < 0 else pytest.approx(expected, abs=1e-6)), (
+                category,
+                name,
+            )
 
 
 def test_precision_by_recall_is_the_table_s(made):
@@ -188,17 +231,27 @@ def test_precision_by_recall_is_the_table_s(made):
     tables, recall = one.results[0].tables, np.linspace(0, 100, 101)
     for panel, (ious, stat) in enumerate([(slice(0, 1), 1), (slice(5, 6), 2), (slice(None), 0)]):
         place = panel * 3  # of the first of three results
-        assert told["data"][place]["x"] == recall.tolist() and told["data"][place]["y"] == told["choices"][0][1][place]
+        assert (
+            told["data"][place]["x"] == recall.tolist()
+            and told["data"][place]["y"] == told["choices"][0][1][place]
+        )
         assert np.mean(told["data"][place]["y"]) == pytest.approx(100 * tables.stats[stat], abs=0.05)
         for name, values in told["choices"][1:]:
             k = [CATEGORIES[i] for i in tables.category_ids].index(name)
-            assert values[place] == pytest.approx(100 * tables.precision[ious, :, k, 0, -1].mean(0), abs=0.051)
+            assert values[place] == pytest.approx(
+                100 * tables.precision[ious, :, k, 0, -1].mean(0), abs=0.051
+            )
 
 
 def test_curves_of_a_resumed_run_with_gaps(made, tmp_path):
     folder = shutil.copytree(made[0], tmp_path / "run")
-    rows = [log_row(0), log_row(1, [0.25, *[-1.0] * 11]), log_row(1, [0.5, *[-1.0] * 11]), log_row(2, train_loss=float("nan")),
-            log_row(3, test_ema_coco_eval_bbox=[0.125] * 12)]  # fmt: skip
+    rows = [
+        log_row(0),
+        log_row(1, [0.25, *[-1.0] * 11]),
+        log_row(1, [0.5, *[-1.0] * 11]),
+        log_row(2, train_loss=float("nan")),
+        log_row(3, test_ema_coco_eval_bbox=[0.125] * 12),
+    ]
     (folder / "log.txt").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"epoch": 4, "trai')
     told = page_data(folder)
     assert curve(told, "Average precision", "AP") == {1: 50}
@@ -212,10 +265,15 @@ def test_the_chart_has_the_lines_of_every_run(made):
     chart = page_data(*made)["curves"]
     lines = [line for line in chart["data"] if line.get("xaxis") == "x"]
     assert [(line["meta"], line["name"], line["line"]["dash"], len(line["x"])) for line in lines] == [
-        (0, "plain · AP", "solid", 6), (0, "plain · AP50", "dash", 6),
-        (1, "batchformer · AP", "solid", 6), (1, "batchformer · AP50", "dash", 6),
-    ]  # fmt: skip
-    assert [line["name"] for line in chart["data"] if line.get("showlegend") is None] == ["plain", "batchformer"]
+        (0, "plain · AP", "solid", 6),
+        (0, "plain · AP50", "dash", 6),
+        (1, "batchformer · AP", "solid", 6),
+        (1, "batchformer · AP50", "dash", 6),
+    ]
+    assert [line["name"] for line in chart["data"] if line.get("showlegend") is None] == [
+        "plain",
+        "batchformer",
+    ]
     assert len({(line["legendgroup"], line["line"]["color"]) for line in chart["data"]}) == 2
     assert chart["layout"]["yaxis9"]["type"] == "log" and "type" not in chart["layout"]["yaxis"]
 
@@ -227,7 +285,9 @@ def test_everything_is_there_of_two_runs(made):
     told = page_data(*made)
     assert told["notes"] == []
     assert [r["name"] for r in told["results"]] == ["plain", "batchformer", "batchformer (averaged)"]
-    for result, folder, prefix in zip(told["results"], (made[0], made[1], made[1]), ("", "", "ema_"), strict=True):
+    for result, folder, prefix in zip(
+        told["results"], (made[0], made[1], made[1]), ("", "", "ema_"), strict=True
+    ):
         assert result["stats"] == read_checkpoint(folder / "eval" / f"{prefix}latest.pth")["stats"]
     assert told["runs"][1]["batch"] == 16 and told["runs"][1]["environment"]["device_name"] == "Some GPU"
     differ = {flag["name"] for flag in told["flags"] if len(set(flag["values"])) > 1}
@@ -253,7 +313,9 @@ def test_the_worst_come_first_and_are_what_they_say(made, data):
     assert all(entry["found_with"] is None or entry["found_with"] < 0.3 for entry in misses)
     assert all(entry["picture"] is not None for entry in entries)
     crowd = next(a for a in coco.anns.values() if a["iscrowd"])
-    assert not any(entry["image"] == crowd["image_id"] and entry["object"]["box"] == crowd["bbox"] for entry in misses)
+    assert not any(
+        entry["image"] == crowd["image_id"] and entry["object"]["box"] == crowd["bbox"] for entry in misses
+    )
 
 
 def test_objects_found_below_the_threshold_are_missed():
@@ -274,9 +336,17 @@ def test_other_runs_are_asked_about_the_same_mistake(tmp_path):
     assert [other["text"] for other in miss["others"]] == ["missed it too", "found it (0.80)"]
 
 
-@pytest.mark.parametrize("box", [
-    [0, 0, 200, 200], [0, 0, 1, 1], [199, 199, 1, 1], [90, 10, 4, 180], [5, 5, 190, 2], [-5, -5, 20, 20],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "box",
+    [
+        [0, 0, 200, 200],
+        [0, 0, 1, 1],
+        [199, 199, 1, 1],
+        [90, 10, 4, 180],
+        [5, 5, 190, 2],
+        [-5, -5, 20, 20],
+    ],
+)
 @pytest.mark.parametrize("size", [IMAGE, (200.0, 210.0), (2000.0, 300.0)])
 def test_a_view_has_the_box_and_lies_in_the_image(box, size):
     left, top, width, height = view_of(np.array([box], dtype=float), size)
@@ -292,14 +362,18 @@ def test_a_real_run_and_an_evaluation_by_itself(trained_run, tmp_path):
     result = run_main_forked(*flags, "--resume", str(trained_run / "checkpoint.pth"))
     assert result.returncode == 0, result.stderr
     told = page_data(trained_run, alone, threshold=0.0)
-    assert told["notes"] == ["alone: has no log.txt yet, so it has no curves; they appear after its first epoch."]
+    assert told["notes"] == [
+        "alone: has no log.txt yet, so it has no curves; they appear after its first epoch."
+    ]
     last = json.loads((trained_run / "log.txt").read_text().splitlines()[-1])
     ours, averaged, evaluated, _ = (result["stats"] for result in told["results"])
     assert ours == evaluated == last["test_coco_eval_bbox"] and averaged == last["test_ema_coco_eval_bbox"]
     assert curve(told, "Total loss", "training")[last["epoch"]] == pytest.approx(last["train_loss"], rel=1e-5)
     assert [one["name"] for one in told["classes"]["classes"]] == ["one", "two", "three"]
     assert told["runs"][0]["continued"] == 1 and told["runs"][0]["of"] == 3 == told["runs"][0]["epochs"]
-    assert told["mistakes"]["entries"] and all(entry["picture"] is not None for entry in told["mistakes"]["entries"])
+    assert told["mistakes"]["entries"] and all(
+        entry["picture"] is not None for entry in told["mistakes"]["entries"]
+    )
 
 
 # ---- what lacks
@@ -345,7 +419,9 @@ def test_missing_images_and_annotations_are_said(made, tmp_path, data):
     assert told["mistakes"]["entries"] == [] and told["classes"]["values"][0] is not None
     told = page_data(folder, annotations=data)
     assert any("--images" in note for note in told["notes"])
-    assert told["mistakes"]["entries"] and all(entry["picture"] is None for entry in told["mistakes"]["entries"])
+    assert told["mistakes"]["entries"] and all(
+        entry["picture"] is None for entry in told["mistakes"]["entries"]
+    )
     told = page_data(folder, annotations=data, images=data.parent.parent / "val2017")
     assert told["notes"] == [] and told["mistakes"]["entries"][0]["picture"] is not None
 
@@ -369,16 +445,31 @@ def test_broken_files_of_an_evaluation_are_said(made, tmp_path):
     assert told["results"][0]["stats"] is not None, "the log still has the figures"
 
 
-@pytest.mark.parametrize("record", [
-    {"flags": 3, "data": [], "environment": "x", "starts": [1, {"at": 2}], "classes": []},
-    {"flags": {"epochs": "many", "batch_size": None}, "data": {"val": 7}, "environment": {"processes": "two"},
-     "classes": {"a": 1}, "starts": {}},
-])  # fmt: skip
-@pytest.mark.parametrize("row", [
-    {"epoch": "one"}, {"train_loss": 1}, {"epoch": 7, "train_loss": "low", "n_parameters": "all"},
-    {"epoch": 7, "test_coco_eval_bbox": [None] * 12}, {"epoch": 7, "test_coco_eval_bbox": [0.5]},
-    {"epoch": float("nan")}, {"epoch": True},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"flags": 3, "data": [], "environment": "x", "starts": [1, {"at": 2}], "classes": []},
+        {
+            "flags": {"epochs": "many", "batch_size": None},
+            "data": {"val": 7},
+            "environment": {"processes": "two"},
+            "classes": {"a": 1},
+            "starts": {},
+        },
+    ],
+)
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"epoch": "one"},
+        {"train_loss": 1},
+        {"epoch": 7, "train_loss": "low", "n_parameters": "all"},
+        {"epoch": 7, "test_coco_eval_bbox": [None] * 12},
+        {"epoch": 7, "test_coco_eval_bbox": [0.5]},
+        {"epoch": float("nan")},
+        {"epoch": True},
+    ],
+)
 def test_edited_files_cost_what_they_say_at_most(made, tmp_path, record, row):
     folder = shutil.copytree(made[0], tmp_path / "edited")
     (folder / "run.json").write_text(json.dumps(record))
@@ -389,15 +480,25 @@ def test_edited_files_cost_what_they_say_at_most(made, tmp_path, record, row):
     json.dumps(told, allow_nan=False)
 
 
-@pytest.mark.parametrize("change", [
-    {"bbox": [1, 2, 3]}, {"bbox": None}, {"score": "high"}, {"image_id": [1]}, {"category_id": 1.5},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bbox": [1, 2, 3]},
+        {"bbox": None},
+        {"score": "high"},
+        {"image_id": [1]},
+        {"category_id": 1.5},
+    ],
+)
 def test_detections_in_another_format_are_said(made, tmp_path, change):
     folder = shutil.copytree(made[0], tmp_path / "odd")
     results = json.loads((folder / "eval" / "latest.json").read_text())
     (folder / "eval" / "latest.json").write_text(json.dumps([{**results[0], **change}]))
     told = page_data(folder)
-    assert any("not in COCO's results format" in note for note in told["notes"]) and told["mistakes"]["entries"] == []
+    assert (
+        any("not in COCO's results format" in note for note in told["notes"])
+        and told["mistakes"]["entries"] == []
+    )
 
 
 def test_detections_alone_give_the_tables_too(made, tmp_path):
@@ -453,14 +554,17 @@ def test_the_command_makes_the_page(made, tmp_path, capsys):
     assert output.stat().st_size < 3e6 and str(output) in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("more", "told"), [
-    (["--num_pictures", "-1"], "--num_pictures -1"),
-    (["--score_threshold", "2"], "--score_threshold: 2 must be"),
-    (["--score_threshold", "half"], "--score_threshold: half must be"),
-    (["--annotations", "/no/such.json"], "/no/such.json"),
-    (["--images", "/no/such"], "--images /no/such"),
-    (["--output", "/proc/no/report.html"], "--output /proc/no/report.html"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--num_pictures", "-1"], "--num_pictures -1"),
+        (["--score_threshold", "2"], "--score_threshold: 2 must be"),
+        (["--score_threshold", "half"], "--score_threshold: half must be"),
+        (["--annotations", "/no/such.json"], "/no/such.json"),
+        (["--images", "/no/such"], "--images /no/such"),
+        (["--output", "/proc/no/report.html"], "--output /proc/no/report.html"),
+    ],
+)
 def test_a_wrong_flag_is_named(made, tmp_path, more, told):
     with pytest.raises(UserError, match=told) as caught:
         report.main([str(made[0]), "--output", str(tmp_path / "page.html"), *more])
@@ -469,7 +573,11 @@ def test_a_wrong_flag_is_named(made, tmp_path, more, told):
 
 def test_what_is_no_run_is_named(made, tmp_path):
     (tmp_path / "empty").mkdir()
-    cases = ([tmp_path / "absent"], "absent"), ([tmp_path / "empty"], "holds nothing of a run"), ([made[0], made[0]], "twice")
+    cases = (
+        ([tmp_path / "absent"], "absent"),
+        ([tmp_path / "empty"], "holds nothing of a run"),
+        ([made[0], made[0]], "twice"),
+    )
     for folders, told in cases:
         with pytest.raises(UserError, match=told):
             read_runs(folders)
@@ -496,7 +604,9 @@ def test_a_resumed_run_keeps_its_first_start(tmp_path):
     record = read_record(tmp_path)
     assert record["flags"]["epochs"] == 4 and record["environment"] == {"torch": "2"}
     assert [start["epoch"] for start in record["starts"]] == [0, 2]
-    assert record["starts"][1]["changed_flags"] == {"epochs": 2} and "changed_flags" not in record["starts"][0]
+    assert (
+        record["starts"][1]["changed_flags"] == {"epochs": 2} and "changed_flags" not in record["starts"][0]
+    )
 
 
 def test_the_record_stays_small(tmp_path):

@@ -1,7 +1,7 @@
 """The page of tools/report.py in a real browser: what it shows, and that it can be worked with.
 
-No page that a test opens may write to its console or request anything. Without playwright or Chromium they
-are skipped.
+No page that a test opens may write to its console or request anything. Without playwright or
+Chromium they are skipped.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ def data(tmp_path_factory):
 def runs(data, tmp_path_factory):
     folder, coco = tmp_path_factory.mktemp("runs"), read_annotations(data)
     plain = write_run(folder / "plain", data, detections_of(coco, 1))
-    other = write_run(folder / "batchformer", data, detections_of(coco, 2, noise=3), 6, "--bf", "1", "--insert_idx", "0")
+    other = write_run(
+        folder / "batchformer", data, detections_of(coco, 2, noise=3), 6, "--bf", "1", "--insert_idx", "0"
+    )
     return plain, write_run(other, data, detections_of(coco, 3), prefix="ema_")
 
 
@@ -93,14 +95,18 @@ def texts(page, selector: str) -> set[str]:
 
 def lines(page, section: str) -> list[dict]:
     """The lines that a chart shows, with the values that plotly drew."""
-    script = """plot => plot._fullData.filter((line) => line.visible === true && line.xaxis && line.x[0] !== null)
+    script = """plot => plot._fullData.filter(
+        (line) => line.visible === true && line.xaxis && line.x[0] !== null)
       .map(({ meta, name, xaxis, x, y }) => ({ meta, name, xaxis, x: [...x], y: [...y] }))"""
     return page.locator(f"{section} .js-plotly-plot").evaluate(script)
 
 
 def ranges(page) -> list[list[float]]:
     """First and last epoch of each panel."""
-    script = "plot => Object.entries(plot._fullLayout).filter(([key]) => /^xaxis/.test(key)).map(([, axis]) => axis.range)"
+    script = (
+        "plot => Object.entries(plot._fullLayout).filter(([key]) => /^xaxis/.test(key)).map(([, "
+        "axis]) => axis.range)"
+    )
     return page.locator("#curves .js-plotly-plot").evaluate(script)
 
 
@@ -123,7 +129,11 @@ def test_every_section_is_drawn_at_any_width(show, report, scheme, width):
     ground = {"light": "rgb(252, 252, 251)", "dark": "rgb(20, 23, 26)"}[scheme]
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == ground
     boxes = [area.bounding_box() for area in page.locator("#curves .nsewdrag").all()]
-    assert len(boxes) == 9 and min(box["width"] for box in boxes) > 200 and min(box["height"] for box in boxes) > 100
+    assert (
+        len(boxes) == 9
+        and min(box["width"] for box in boxes) > 200
+        and min(box["height"] for box in boxes) > 100
+    )
 
 
 def test_the_figures_are_those_that_were_put_in(show, report, runs):
@@ -214,7 +224,9 @@ def test_precision_recall_is_chosen_by_class(show, report, runs):
     page = show(report)
     table = read_checkpoint(runs[0] / "eval" / "latest.pth")["precision"][0, :, :, 0, -1]
     assert len(lines(page, "#precision-recall")) == 9
-    assert lines(page, "#precision-recall")[0]["y"] == pytest.approx((100 * table.mean(1)).tolist(), abs=0.051)
+    assert lines(page, "#precision-recall")[0]["y"] == pytest.approx(
+        (100 * table.mean(1)).tolist(), abs=0.051
+    )
     page.select_option("#pr-class", label=CATEGORIES[17])
     assert lines(page, "#precision-recall")[0]["y"] == pytest.approx((100 * table[:, 1]).tolist(), abs=0.051)
     assert {line["name"] for line in lines(page, "#precision-recall")} >= {"batchformer · averaged"}
@@ -235,10 +247,14 @@ def test_mistakes_are_filtered_and_enlarged_by_clicks(show, report):
     page.select_option("#mistake-kind", "")
     page.select_option("#mistake-class", "17")
     words = shots.all_inner_texts()
-    assert words and all(CATEGORIES[17] in word for word in words if "near" in word or "is " in word or "missed" in word)
+    assert words and all(
+        CATEGORIES[17] in word for word in words if "near" in word or "is " in word or "missed" in word
+    )
     href = "images => images.map((image) => image.getAttribute('href'))"
     sources = page.locator(".shot image").evaluate_all(href)
-    assert len(sources) == len(words) and all(source.startswith("data:image/jpeg;base64,") for source in sources)
+    assert len(sources) == len(words) and all(
+        source.startswith("data:image/jpeg;base64,") for source in sources
+    )
     shots.first.click()
     assert page.locator("#zoom").is_visible()
     first = page.inner_text("#zoom .words")
@@ -311,7 +327,9 @@ def test_runs_that_have_only_begun(show, runs, tmp_path):
         (tmp_path / name).mkdir()
         for file in kept:
             shutil.copy(runs[0] / file, tmp_path / name)
-    (tmp_path / "young" / "log.txt").write_text(json.dumps({k: v for k, v in log_row(0).items() if "test" not in k}) + '\n{"epo')
+    (tmp_path / "young" / "log.txt").write_text(
+        json.dumps({k: v for k, v in log_row(0).items() if "test" not in k}) + '\n{"epo'
+    )
     make_page([tmp_path / "begun", tmp_path / "young"], tmp_path / "report.html")
     page = show(tmp_path / "report.html")
     assert any(note.startswith("begun: has no log.txt yet") for note in texts(page, ".notes li"))
@@ -321,7 +339,9 @@ def test_runs_that_have_only_begun(show, runs, tmp_path):
 
 
 def test_eighty_classes_and_twenty_runs(show, tmp_path):
-    annotations = write_data(tmp_path / "coco", images=60, categories={i: f"class number {i}" for i in range(1, 81)})
+    annotations = write_data(
+        tmp_path / "coco", images=60, categories={i: f"class number {i}" for i in range(1, 81)}
+    )
     coco = read_annotations(annotations)
     folders = [write_run(tmp_path / "exps" / "one", annotations, detections_of(coco, 0), 50)]
     for i in range(1, 20):  # links would do for the page; copies are what people have

@@ -1,4 +1,6 @@
-"""Checkpoints: what is in them, what is refused, and that a resumed run is the run that never stopped."""
+"""Checkpoints: what is in them, what is refused, and that a resumed run is the run that never
+stopped.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ def data(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "extra", [BATCHFORMER, ("--backbone_norm", "bn", "--sgd", "--accumulate_steps", "2", "--num_workers", "0")]
+    "extra",
+    [BATCHFORMER, ("--backbone_norm", "bn", "--sgd", "--accumulate_steps", "2", "--num_workers", "0")],
 )
 def test_stop_and_resume_is_bit_identical_to_never_stopping(tmp_path, data, extra):
     """Three epochs in one go, and one epoch followed by two more; with dropout and augmentation."""
@@ -41,7 +44,9 @@ def test_stop_and_resume_is_bit_identical_to_never_stopping(tmp_path, data, extr
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run_main_forked(*common, "--epochs", "3", "--output_dir", str(whole)).returncode == 0
     assert run_main_forked(*common, "--epochs", "1", "--output_dir", str(parts)).returncode == 0
-    resumed = run_main_forked(*common, "--epochs", "3", "--output_dir", str(parts), "--resume", str(parts / "checkpoint.pth"))
+    resumed = run_main_forked(
+        *common, "--epochs", "3", "--output_dir", str(parts), "--resume", str(parts / "checkpoint.pth")
+    )
     assert resumed.returncode == 0, resumed.stderr
     assert "WARNING" not in resumed.stdout
     assert differences(whole, parts) == []
@@ -55,18 +60,35 @@ def test_resume_says_what_changed_and_ends_clearly(tmp_path, data):
     out = tmp_path / "out"
     assert run_main_forked(*data, "--epochs", "1", "--output_dir", str(out)).returncode == 0
     before = (out / "checkpoint.pth").read_bytes()
-    done = run_main_forked(*data, "--epochs", "1", "--output_dir", str(out), "--resume", str(out / "checkpoint.pth"))
+    done = run_main_forked(
+        *data, "--epochs", "1", "--output_dir", str(out), "--resume", str(out / "checkpoint.pth")
+    )
     assert done.returncode == 2
     assert "raise --epochs" in done.stderr
     other = run_main_forked(
-        *data, *BATCHFORMER, "--epochs", "2", "--output_dir", str(out), "--resume", str(out / "checkpoint.pth")
-    )  # fmt: skip
+        *data,
+        *BATCHFORMER,
+        "--epochs",
+        "2",
+        "--output_dir",
+        str(out),
+        "--resume",
+        str(out / "checkpoint.pth"),
+    )
     assert other.returncode == 2
     assert "--bf" in other.stderr
     assert (out / "checkpoint.pth").read_bytes() == before
     changed = run_main_forked(
-        *data, "--lr", "1e-5", "--epochs", "2", "--output_dir", str(out), "--resume", str(out / "checkpoint.pth")
-    )  # fmt: skip
+        *data,
+        "--lr",
+        "1e-5",
+        "--epochs",
+        "2",
+        "--output_dir",
+        str(out),
+        "--resume",
+        str(out / "checkpoint.pth"),
+    )
     assert changed.returncode == 0, changed.stderr
     assert "--lr was 0.0002 in the checkpoint and is 1e-05" in changed.stdout
     lines = [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
@@ -87,15 +109,23 @@ def test_a_second_run_does_not_overwrite_the_first(tmp_path, data):
 
 def test_checkpoints_come_with_the_published_names_and_times(tmp_path, data):
     out = tmp_path / "out"
-    result = run_main_forked(*data, "--epochs", "6", "--lr_drop", "3", "--eval_every", "4", "--output_dir", str(out))
+    result = run_main_forked(
+        *data, "--epochs", "6", "--lr_drop", "3", "--eval_every", "4", "--output_dir", str(out)
+    )
     assert result.returncode == 0, result.stderr
     names = {p.name for p in out.glob("*.pth")}
     published = {"checkpoint.pth", "checkpoint0002.pth", "checkpoint0004.pth", "checkpoint0005.pth"}
-    assert names == published | {"checkpoint_best.pth", "resume_0005_000000000.pth", "resume_0006_000000000.pth"}
+    assert names == published | {
+        "checkpoint_best.pth",
+        "resume_0005_000000000.pth",
+        "resume_0006_000000000.pth",
+    }
     assert (out / "eval" / "latest.pth").exists()
     lines = [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
     assert ["test_coco_eval_bbox" in line for line in lines] == [False, False, False, True, False, True]
-    assert all({"train_loss", "train_lr", "train_grad_norm", "epoch", "n_parameters"} <= set(line) for line in lines)
+    assert all(
+        {"train_loss", "train_lr", "train_grad_norm", "epoch", "n_parameters"} <= set(line) for line in lines
+    )
     checkpoint = read_checkpoint(out / "checkpoint.pth")
     assert {"model", "optimizer", "lr_scheduler", "epoch", "args"} <= set(checkpoint)
     assert checkpoint["args"]["lr_drop"] == 3
@@ -114,7 +144,9 @@ def published(model, path, **entries):
             state[name.replace("transformer.bf.", "transformer.encoder.bf.")] = state[name]
     state["transformer.total_params"] = torch.zeros(1)
     state["backbone.0.body.layer1.total_ops"] = torch.zeros(1)
-    torch.save({"model": state, "epoch": 49, "args": argparse.Namespace(lr=2e-4, device="cuda"), **entries}, path)
+    torch.save(
+        {"model": state, "epoch": 49, "args": argparse.Namespace(lr=2e-4, device="cuda"), **entries}, path
+    )
 
 
 def test_published_checkpoints_load_and_evaluate_like_ours(tmp_path, data):
@@ -128,11 +160,17 @@ def test_published_checkpoints_load_and_evaluate_like_ours(tmp_path, data):
     assert set(report.loaded) == set(model.state_dict())
     for name, value in model.state_dict().items():
         assert torch.equal(fresh.state_dict()[name], value)
-    # the documented evaluation names no BatchFormer flags: its weights are then the only ones left over
+    # the documented evaluation names no BatchFormer flags: its weights are then the only ones left
+    # over
     result = run_main_forked(
-        *data, "--resume", str(tmp_path / "published.pth"), "--eval", "--output_dir", str(tmp_path / "out"),
+        *data,
+        "--resume",
+        str(tmp_path / "published.pth"),
+        "--eval",
+        "--output_dir",
+        str(tmp_path / "out"),
         "--save_predictions",
-    )  # fmt: skip
+    )
     assert result.returncode == 0, result.stderr
     assert "BatchFormerV2: 12 tensors skipped, which this run does not use\n" in result.stdout
     assert "unexpected" not in result.stdout
@@ -143,10 +181,21 @@ def test_published_checkpoints_load_and_evaluate_like_ours(tmp_path, data):
 
 
 def test_training_goes_on_from_published_weights(tmp_path, data):
-    published(small_model(), tmp_path / "published.pth", optimizer={"state": {}, "param_groups": []}, lr_scheduler={})
+    published(
+        small_model(),
+        tmp_path / "published.pth",
+        optimizer={"state": {}, "param_groups": []},
+        lr_scheduler={},
+    )
     result = run_main_forked(
-        *data, "--resume", str(tmp_path / "published.pth"), "--epochs", "1", "--output_dir", str(tmp_path / "out")
-    )  # fmt: skip
+        *data,
+        "--resume",
+        str(tmp_path / "published.pth"),
+        "--epochs",
+        "1",
+        "--output_dir",
+        str(tmp_path / "out"),
+    )
     assert result.returncode == 0, result.stderr
     assert "the optimiser starts afresh" in result.stdout
 
@@ -243,10 +292,16 @@ def test_damaged_files_are_named(tmp_path, content):
         load_weights(small_model(), str(path))
 
 
-@pytest.mark.parametrize(("content", "told"), [
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 10\n", "is a pointer of Git LFS; .* git lfs pull"),
-    (b"\n<!DOCTYPE html><html>", "is a web page.*; download it anew"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 10\n",
+            "is a pointer of Git LFS; .* git lfs pull",
+        ),
+        (b"\n<!DOCTYPE html><html>", "is a web page.*; download it anew"),
+    ],
+)
 def test_what_came_in_place_of_a_checkpoint_is_told(tmp_path, content, told):
     (tmp_path / "a.pth").write_bytes(content)
     with pytest.raises(UserError, match=rf"a\.pth {told}"):
@@ -303,17 +358,31 @@ def test_a_new_run_that_failed_at_its_start_does_not_go_on_with_the_one_before(t
     """A launcher starts it again; what lies in the folder is still the earlier run's."""
     write_coco(tmp_path / "data", 4, 2)
     out = tmp_path / "out"
-    flags = ("--coco_path", str(tmp_path / "data"), *SMALL_IMAGES, *SMALL_MODEL, "--num_workers", "0", "--epochs", "1",
-             "--output_dir", str(out))  # fmt: skip
+    flags = (
+        "--coco_path",
+        str(tmp_path / "data"),
+        *SMALL_IMAGES,
+        *SMALL_MODEL,
+        "--num_workers",
+        "0",
+        "--epochs",
+        "1",
+        "--output_dir",
+        str(out),
+    )
     assert run_main_forked(*flags).returncode == 0
     earlier = (out / "log.txt").read_text()
-    assert run_main_forked(*flags, "--lr", "1e-5", "--batch_size", "9").returncode == 2  # too few images for that
+    assert (
+        run_main_forked(*flags, "--lr", "1e-5", "--batch_size", "9").returncode == 2
+    )  # too few images for that
 
     result = run_main_forked(*flags, "--lr", "1e-5", env={"TORCHELASTIC_RESTART_COUNT": "1"})
     assert result.returncode == 0, result.stderr
     assert (out / "earlier-1" / "log.txt").read_text() == earlier
     assert read_checkpoint(out / "checkpoint.pth")["args"]["lr"] == 1e-5
 
-    result = run_main_forked(*flags, "--lr", "1e-5", env={"TORCHELASTIC_RESTART_COUNT": "1"})  # this one had begun
+    result = run_main_forked(
+        *flags, "--lr", "1e-5", env={"TORCHELASTIC_RESTART_COUNT": "1"}
+    )  # this one had begun
     assert "nothing is left to do" in result.stdout
     assert not (out / "earlier-2").exists()

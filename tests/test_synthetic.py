@@ -20,7 +20,11 @@ SMALL = {"train_images": 12, "val_images": 4, "image_size": 48, "num_classes": 3
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def iou(first: np.ndarray, second: np.ndarray) -> float:
@@ -44,7 +48,9 @@ def small_set(tmp_path_factory):
 def big_set(tmp_path_factory):
     """Big enough for every rare thing to occur."""
     folder = tmp_path_factory.mktemp("big") / "set"
-    synthetic.generate(folder, workers=2, train_images=150, val_images=5, image_size=96, num_classes=8, max_objects=4)
+    synthetic.generate(
+        folder, workers=2, train_images=150, val_images=5, image_size=96, num_classes=8, max_objects=4
+    )
     return folder
 
 
@@ -53,7 +59,7 @@ def big_coco(big_set):
     return COCO(str(big_set / "annotations" / "instances_train2017.json"))
 
 
-# ------------------------------------------------------------------------------------------------------ determinism
+# --- determinism ---
 
 
 def test_the_files_do_not_depend_on_the_number_of_workers(small_set, tmp_path):
@@ -83,7 +89,7 @@ def test_train_and_val_share_neither_images_nor_ids(big_set, big_coco):
     assert not train_images & val_images
 
 
-# ---------------------------------------------------------------------------------------------------------- content
+# --- content ---
 
 
 def test_every_image_is_there_in_the_size_that_the_annotations_say(big_set, big_coco):
@@ -150,7 +156,9 @@ def test_a_few_images_are_empty(big_coco):
 
 
 def test_annotations_match_what_is_drawn(monkeypatch):
-    """On black ground and in white paint, the bright pixels of a picture are those of its annotations."""
+    """On black ground and in white paint, the bright pixels of a picture are those of its
+    annotations.
+    """
 
     def white(rng, ground, textures):
         return synthetic.Paint("solid", np.full((2, 3), 255.0), angle=0.0, period=1.0, shading=0.0)
@@ -194,14 +202,18 @@ def test_a_shape_fills_its_box_to_a_share_of_its_own(name):
         assert measured == pytest.approx(share[name], rel=0.03)
     else:
         assert 0.25 < measured < 0.8
-    assert 0.85 < np.hypot(patch.u, patch.v)[patch.inside].max() <= 1, "shapes fill the unit disc and lie in it"
+    assert 0.85 < np.hypot(patch.u, patch.v)[patch.inside].max() <= 1, (
+        "shapes fill the unit disc and lie in it"
+    )
 
 
 @pytest.mark.parametrize(("x", "y"), [(0.3, 20.0), (39.2, 20.0), (20.0, 0.3), (20.0, 39.2), (1.0, 38.0)])
 def test_the_frame_cuts_a_shape_and_does_not_move_it(x, y):
     def object_at(shift, side):
         pose = synthetic.Pose(x + shift, y + shift, radius=12.0, angle=0.4, stretch=0.9)
-        return synthetic._make_object(1 + synthetic.CLASS_NAMES.index("heart"), [pose], side, side, is_crowd=False)
+        return synthetic._make_object(
+            1 + synthetic.CLASS_NAMES.index("heart"), [pose], side, side, is_crowd=False
+        )
 
     cut, whole = object_at(0, 40), object_at(20, 80)
     np.testing.assert_array_equal(cut.mask, whole.mask[20:60, 20:60])
@@ -231,11 +243,13 @@ def test_a_placement_that_hides_an_object_is_refused():
     assert not synthetic._fits(candidate(most + 1), [earlier])
 
 
-# ----------------------------------------------------------------------------------------------------------- folders
+# --- folders ---
 
 
 def run_main(folder: Path, *extra: str) -> None:
-    synthetic.main(["--output_dir", str(folder), *(f"--{name}={value}" for name, value in SMALL.items()), *extra])
+    synthetic.main(
+        ["--output_dir", str(folder), *(f"--{name}={value}" for name, value in SMALL.items()), *extra]
+    )
 
 
 def error_of(capsys, folder: Path, *extra: str) -> str:
@@ -300,7 +314,7 @@ def test_a_failed_exchange_puts_the_old_set_back(tmp_path):
     assert files_of(tmp_path) == {"set/old": b"old"}
 
 
-# ------------------------------------------------------------------------------------------------------ command line
+# --- command line ---
 
 
 @pytest.mark.parametrize(

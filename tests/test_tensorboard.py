@@ -1,4 +1,6 @@
-"""--tensorboard: what is written, that going on writes no point twice, and that nothing of it ends a run."""
+"""--tensorboard: what is written, that going on writes no point twice, and that nothing of it ends
+a run.
+"""
 
 from __future__ import annotations
 
@@ -52,12 +54,20 @@ def test_rates_are_those_of_the_groups(trained_run):
 def test_epochs_are_those_of_the_log_each_once(trained_run):
     lines = [json.loads(line) for line in (trained_run / "log.txt").read_text().splitlines()]
     folder = trained_run / "tensorboard" / "epochs"
-    for tag, key in {"train/loss": "train_loss", "val/loss_bbox": "test_loss_bbox", "train/grad_norm": "train_grad_norm"}.items():
+    for tag, key in {
+        "train/loss": "train_loss",
+        "val/loss_bbox": "test_loss_bbox",
+        "train/grad_norm": "train_grad_norm",
+    }.items():
         told = points(folder, tag)
         assert [step for step, _ in told] == [0, 1, 2]
         assert [value for _, value in told] == pytest.approx([line[key] for line in lines])
     for place, figure in enumerate(FIGURES):
-        known = [(line["epoch"], line["test_coco_eval_bbox"][place]) for line in lines if line["test_coco_eval_bbox"][place] >= 0]
+        known = [
+            (line["epoch"], line["test_coco_eval_bbox"][place])
+            for line in lines
+            if line["test_coco_eval_bbox"][place] >= 0
+        ]
         tag = f"val/{figure}"
         told = points(folder, tag) if tag in read(folder).Tags()["scalars"] else []
         assert [step for step, _ in told] == [epoch for epoch, _ in known]
@@ -71,7 +81,9 @@ def test_pictures_are_there_once_an_epoch(trained_run):
     for tag in tags:
         pictures = events.Images(tag)
         assert [picture.step for picture in pictures] == [0, 1, 2]
-        assert pictures[0].width > 2 * 480 and pictures[0].height > 300, "ground truth beside detections, enlarged"
+        assert pictures[0].width > 2 * 480 and pictures[0].height > 300, (
+            "ground truth beside detections, enlarged"
+        )
 
 
 def test_the_record_tells_of_both_starts(trained_run):
@@ -87,13 +99,25 @@ def test_the_record_tells_of_both_starts(trained_run):
 
 
 def test_a_line_of_the_log_has_its_names():
-    row = {"train_loss": 1.0, "train_loss_ce_unscaled": 2.0, "test_loss": 3.0, "test_ema_loss": 4.0, "epoch": 5,
-           "n_parameters": 6, "train_lr": 1e-4, "test_coco_eval_bbox": [0.5, *[-1.0] * 11],
-           "test_ema_coco_eval_bbox": [0.25] * 12}  # fmt: skip
+    row = {
+        "train_loss": 1.0,
+        "train_loss_ce_unscaled": 2.0,
+        "test_loss": 3.0,
+        "test_ema_loss": 4.0,
+        "epoch": 5,
+        "n_parameters": 6,
+        "train_lr": 1e-4,
+        "test_coco_eval_bbox": [0.5, *[-1.0] * 11],
+        "test_ema_coco_eval_bbox": [0.25] * 12,
+    }
     assert epoch_scalars(row) == {
-        "train/loss": 1.0, "val/loss": 3.0, "val averaged/loss": 4.0, "val/AP": 0.5, "train/lr": 1e-4,
+        "train/loss": 1.0,
+        "val/loss": 3.0,
+        "val averaged/loss": 4.0,
+        "val/AP": 0.5,
+        "train/lr": 1e-4,
         **{f"val averaged/{figure}": 0.25 for figure in FIGURES},
-    }  # fmt: skip
+    }
 
 
 def test_detections_are_drawn_beside_the_ground_truth(tmp_path):
@@ -104,13 +128,19 @@ def test_detections_are_drawn_beside_the_ground_truth(tmp_path):
     box = {"bbox": [100, 100, 300, 300], "category_id": 17}
     sure, unsure = ({**box, "image_id": 0, "score": score} for score in (0.9, 0.1))
     plain = detection_pictures(files, {}, [], {17: "cat"})
-    assert [*plain] == [f"detections/{i}.jpg" for i in (0, 3, 5)], "spread evenly; the broken one costs its picture"
+    assert [*plain] == [f"detections/{i}.jpg" for i in (0, 3, 5)], (
+        "spread evenly; the broken one costs its picture"
+    )
     assert plain["detections/0.jpg"].width < 1400
-    drawn = detection_pictures(files, {0: [{**box, "iscrowd": 0}]}, [sure, unsure], {17: "cat"})["detections/0.jpg"]
+    drawn = detection_pictures(files, {0: [{**box, "iscrowd": 0}]}, [sure, unsure], {17: "cat"})[
+        "detections/0.jpg"
+    ]
     before, after = np.asarray(plain["detections/0.jpg"]), np.asarray(drawn)
     changed = (before != after).any(axis=(0, 2))
     assert changed[: len(changed) // 2].any() and changed[len(changed) // 2 :].any()
-    assert np.array_equal(np.asarray(detection_pictures(files, {}, [unsure], {17: "cat"})["detections/0.jpg"]), before)
+    assert np.array_equal(
+        np.asarray(detection_pictures(files, {}, [unsure], {17: "cat"})["detections/0.jpg"]), before
+    )
 
 
 # ---- what goes wrong

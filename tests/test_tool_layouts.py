@@ -1,4 +1,6 @@
-"""Exports as labelling tools write them: the images, boxes and ids that come of them, and what is said."""
+"""Exports as labelling tools write them: the images, boxes and ids that come of them, and what is
+said.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ from util.errors import UserError
 # ---- COCO's format
 
 
-def coco_export(root: Path, file: str, name: Callable[[int], str], place: Callable[[int], str]) -> dict[int, str]:
+def coco_export(
+    root: Path, file: str, name: Callable[[int], str], place: Callable[[int], str]
+) -> dict[int, str]:
     numbers = range(1, 7)
     for number in numbers:
         write_image(root / place(number), number)
@@ -48,13 +52,28 @@ def coco_export(root: Path, file: str, name: Callable[[int], str], place: Callab
 COCO_EXPORTS = {
     "CVAT": ("annotations/instances_default.json", "{}.jpg", "images/{}.jpg", None),
     "CVAT with subsets": ("annotations/instances_default.json", "{}.jpg", "images/default/{}.jpg", None),
-    "CVAT with subfolders": ("annotations/instances_default.json", "cam{0}/a.jpg", "images/default/cam{0}/a.jpg", None),
+    "CVAT with subfolders": (
+        "annotations/instances_default.json",
+        "cam{0}/a.jpg",
+        "images/default/cam{0}/a.jpg",
+        None,
+    ),
     "Label Studio": ("result.json", "images/{}.jpg", "images/{}.jpg", None),
     "Label Studio on Windows": ("result.json", "images\\{}.jpg", "images/{}.jpg", SPELLING),
     "Label Studio, older": ("result.json", "../../upload/4/0123abcd-{}.jpg", "images/0123abcd-{}.jpg", BARE),
     "Label Studio, uploads": ("result.json", "/data/upload/4/0123abcd-{}.jpg", "images/{}.jpg", BARE),
-    "Label Studio, local files": ("result.json", "/data/local-files/?d=photos%2F{}.jpg", "photos/{}.jpg", SPELLING),
-    "Label Studio, addresses": ("result.json", "http://localhost:8080/data/upload/4/a%20{}.jpg", "images/a {}.jpg", BARE),
+    "Label Studio, local files": (
+        "result.json",
+        "/data/local-files/?d=photos%2F{}.jpg",
+        "photos/{}.jpg",
+        SPELLING,
+    ),
+    "Label Studio, addresses": (
+        "result.json",
+        "http://localhost:8080/data/upload/4/a%20{}.jpg",
+        "images/a {}.jpg",
+        BARE,
+    ),
     "labelme2coco": ("annotations.json", "JPEGImages/{}.jpg", "JPEGImages/{}.jpg", None),
     "labelme2coco on Windows": ("annotations.json", "JPEGImages\\{}.jpg", "JPEGImages/{}.jpg", SPELLING),
     "labelme2coco, absolute": ("dataset.json", "/home/me/labelme/{}.jpg", "labelme/{}.jpg", END),
@@ -67,7 +86,8 @@ def test_coco_exports_of_labelling_tools(tmp_path, tool):
     file, name, place, how = COCO_EXPORTS[tool]
     root = tmp_path / "given/export"
     places = coco_export(root, file, name.format, place.format)
-    for number in places:  # a picture of the right name where the file says, outside of what was given
+    # a picture of the right name where the file says, outside of what was given
+    for number in places:
         write_image(tmp_path / f"upload/4/0123abcd-{number}.jpg", number)
     faults = Faults()
     assert format_of(root) == "coco"
@@ -91,7 +111,9 @@ def test_images_that_are_named_without_an_ending_get_one(tmp_path):
 
 
 def test_an_instances_file_may_be_given_without_its_folder(tmp_path):
-    places = coco_export(tmp_path, "annotations/instances_default.json", "{}.jpg".format, "images/{}.jpg".format)
+    places = coco_export(
+        tmp_path, "annotations/instances_default.json", "{}.jpg".format, "images/{}.jpg".format
+    )
     parts = read_coco(tmp_path / "annotations/instances_default.json", None, 1, Faults())
     assert merged(coco_boxes(parts, tmp_path)) == wanted(places)
 
@@ -100,14 +122,19 @@ def test_roboflow_coco(tmp_path):
     for number, part in enumerate(("train", "train", "valid", "test"), 1):
         write_image(tmp_path / f"{part}/{number}_jpg.rf.0f.jpg", number)
     for part, numbers in (("train", (1, 2)), ("valid", (3,)), ("test", (4,))):
-        write(tmp_path / f"{part}/_annotations.coco.json", coco_text({number: f"{number}_jpg.rf.0f.jpg" for number in numbers}))
+        write(
+            tmp_path / f"{part}/_annotations.coco.json",
+            coco_text({number: f"{number}_jpg.rf.0f.jpg" for number in numbers}),
+        )
     write(tmp_path / "README.roboflow.txt", "text")
     faults = Faults()
     found = coco_boxes(read_coco(tmp_path, None, 1, faults), tmp_path)
     assert found["train"] == wanted({1: "train/1_jpg.rf.0f.jpg", 2: "train/2_jpg.rf.0f.jpg"})
     assert found["val"] == wanted({3: "valid/3_jpg.rf.0f.jpg"})
     assert sum(faults.notes.values()) == 1
-    assert any("_annotations.coco.json" in note for note in +faults.notes), "the test part is said to be left out"
+    assert any("_annotations.coco.json" in note for note in +faults.notes), (
+        "the test part is said to be left out"
+    )
 
 
 def test_of_cocos_own_folder_the_instances_are_taken(tmp_path):
@@ -126,7 +153,9 @@ def test_of_cocos_own_folder_the_instances_are_taken(tmp_path):
 
 
 def test_key_points_alone_serve_for_their_boxes(tmp_path):
-    places = coco_export(tmp_path, "annotations/person_keypoints_default.json", "{}.jpg".format, "images/{}.jpg".format)
+    places = coco_export(
+        tmp_path, "annotations/person_keypoints_default.json", "{}.jpg".format, "images/{}.jpg".format
+    )
     assert merged(coco_boxes(read_coco(tmp_path, None, 1, Faults()), tmp_path)) == wanted(places)
 
 
@@ -134,7 +163,10 @@ def test_an_image_of_another_part_is_not_taken_for_one_that_is_missing(tmp_path)
     for part, numbers in (("train", (1, 2, 3)), ("val", (1, 2, 3, 4))):
         for number in numbers:
             write_image(tmp_path / f"images/{part}/{number}.jpg", number)
-        write(tmp_path / f"annotations/instances_{part}.json", coco_text({number: f"{number}.jpg" for number in (1, 2, 3, 4)}))
+        write(
+            tmp_path / f"annotations/instances_{part}.json",
+            coco_text({number: f"{number}.jpg" for number in (1, 2, 3, 4)}),
+        )
     with pytest.raises(UserError, match="names the image '4.jpg', and below .* it is not there; "):
         read_coco(tmp_path, None, 1, Faults())
     faults = Faults("skip")
@@ -171,9 +203,20 @@ def test_subsets_may_have_the_names_of_tools(tmp_path, names):
 
 
 LIST_ENTRIES = (
-    "{}", "{}.jpg", "JPEGImages/{}.jpg", "./JPEGImages/{}.jpg", "JPEGImages\\{}.jpg", '"{}"', "'{}.jpg'", "{}  1", '"{}" -1',
-    "{}\r", "Annotations/{}.xml", "C:\\VOC\\JPEGImages\\{}.jpg", "/data/VOC2012/JPEGImages/{}.jpg",
-)  # fmt: skip
+    "{}",
+    "{}.jpg",
+    "JPEGImages/{}.jpg",
+    "./JPEGImages/{}.jpg",
+    "JPEGImages\\{}.jpg",
+    '"{}"',
+    "'{}.jpg'",
+    "{}  1",
+    '"{}" -1',
+    "{}\r",
+    "Annotations/{}.xml",
+    "C:\\VOC\\JPEGImages\\{}.jpg",
+    "/data/VOC2012/JPEGImages/{}.jpg",
+)
 
 
 @pytest.mark.parametrize("entry", LIST_ENTRIES)
@@ -182,7 +225,9 @@ def test_lists_of_voc_in_every_form(tmp_path, entry):
         write_image(tmp_path / f"JPEGImages/a {number}.jpg", number)
         write(tmp_path / f"Annotations/a {number}.xml", voc_text(number))
     write(tmp_path / "ImageSets/Main/train.txt", "\ufeff# chosen\n" + entry.format("a 2") + "\n")
-    assert boxes(read_voc(tmp_path, VocRules(), Faults()), tmp_path) == {"train": wanted({2: "JPEGImages/a 2.jpg"})}
+    assert boxes(read_voc(tmp_path, VocRules(), Faults()), tmp_path) == {
+        "train": wanted({2: "JPEGImages/a 2.jpg"})
+    }
 
 
 def test_xml_files_of_other_names_are_of_the_image_that_they_name(tmp_path):
@@ -264,11 +309,17 @@ def test_darknet_is_started_above_its_files(tmp_path):
 @pytest.mark.parametrize(
     "entry",
     [
-        "images/train/{n}.jpg", "./images/train/{n}.jpg", "data/images/train/{n}.jpg", '"images/train/{n}.jpg"',
-        "images/train/{n}", "/content/set/images/train/{n}.jpg", "..\\set\\images\\train\\{n}.jpg", "IMAGES/Train/{n}.JPG",
+        "images/train/{n}.jpg",
+        "./images/train/{n}.jpg",
+        "data/images/train/{n}.jpg",
+        '"images/train/{n}.jpg"',
+        "images/train/{n}",
+        "/content/set/images/train/{n}.jpg",
+        "..\\set\\images\\train\\{n}.jpg",
+        "IMAGES/Train/{n}.JPG",
         "../../upload/images/train/{n}.jpg",
     ],
-)  # fmt: skip
+)
 def test_lists_of_ultralytics_in_every_form(tmp_path, entry):
     root = tmp_path / "given/in"
     places = yolo_export(root, "images/{part}/{n}.jpg", "labels/{part}/{n}.txt")
@@ -318,10 +369,11 @@ def test_a_part_that_is_missing_is_not_another(tmp_path):
     [
         "path: C:\\set\ntrain: images\\train\nval: images\\val\n",
         "train: /home/me/set/images/train/\nval: /home/me/set/images/val/\n",
-        "path: /home/me/set\ntrain: Images/Train\nval: ./images//val\n", "train: [images/train]\nvalid: images/val\n",
+        "path: /home/me/set\ntrain: Images/Train\nval: ./images//val\n",
+        "train: [images/train]\nvalid: images/val\n",
     ],
     ids=["Windows", "labelme2yolo", "case", "valid"],
-)  # fmt: skip
+)
 def test_folders_of_data_yaml_in_every_form(tmp_path, text):
     places = yolo_export(tmp_path, "images/{part}/{n}.jpg", "labels/{part}/{n}.txt")
     write(tmp_path / "dataset.yaml", text + "names: [thing]\n")
@@ -331,7 +383,10 @@ def test_folders_of_data_yaml_in_every_form(tmp_path, text):
 def test_label_studio_yolo(tmp_path):
     places = yolo_export(tmp_path, "images/0123abcd-{n}.jpg", "labels/0123abcd-{n}.txt")
     write(tmp_path / "classes.txt", "thing\nother\n")
-    write(tmp_path / "notes.json", '{"categories": [{"id": 0, "name": "thing"}], "info": {"contributor": "Label Studio"}}')
+    write(
+        tmp_path / "notes.json",
+        '{"categories": [{"id": 0, "name": "thing"}], "info": {"contributor": "Label Studio"}}',
+    )
     assert format_of(tmp_path) == "yolo"
     data = read_yolo(tmp_path, Faults())
     assert data.names == ["thing", "other"]
@@ -349,9 +404,28 @@ def test_an_archive_may_have_put_all_into_one_folder(tmp_path):
 
 def test_text_of_a_yaml_stays_text(tmp_path):
     yolo_export(tmp_path, "images/{part}/{n}.jpg", "labels/{part}/{n}.txt")
-    names = ["yes", "no", "on", "007", "1e3", "2024-01-31", "null", "~", "1_000", "0x1f", "12:30:45", ".inf", "true", "é"]
+    names = [
+        "yes",
+        "no",
+        "on",
+        "007",
+        "1e3",
+        "2024-01-31",
+        "null",
+        "~",
+        "1_000",
+        "0x1f",
+        "12:30:45",
+        ".inf",
+        "true",
+        "é",
+    ]
     listed = "".join(f"  {i}: {name}\n" for i, name in enumerate(names))
-    for text in (f"names: [{', '.join(names)}]\n", f"names:\n{listed}", "names:\n" + "".join(f"- {name}\n" for name in names)):
+    for text in (
+        f"names: [{', '.join(names)}]\n",
+        f"names:\n{listed}",
+        "names:\n" + "".join(f"- {name}\n" for name in names),
+    ):
         for encoding in ("utf-8", "utf-8-sig", "utf-16"):
             content = f"train: images/train\nval: images/val\ntest: # none\n{text}"
             (tmp_path / "data.yaml").write_bytes(content.replace("\n", "\r\n").encode(encoding))

@@ -19,7 +19,9 @@ def test_operator_self_test_fails_when_the_operator_is_wrong(monkeypatch, capsys
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     right = module.ms_deform_attn
-    monkeypatch.setattr(module, "ms_deform_attn", lambda *args, **options: right(*args, **options) * (1 + 1e-3))
+    monkeypatch.setattr(
+        module, "ms_deform_attn", lambda *args, **options: right(*args, **options) * (1 + 1e-3)
+    )
     assert module.main() == 1
     assert "False" in capsys.readouterr().out
 
@@ -27,9 +29,22 @@ def test_operator_self_test_fails_when_the_operator_is_wrong(monkeypatch, capsys
 @pytest.mark.parametrize("flags", [("inference",), ("train", *BATCHFORMER), ()])
 def test_benchmark_with_a_size(flags):
     result = run(
-        sys.executable, "benchmark.py", *flags, *SMALL_MODEL, "--num_iters", "2", "--warm_iters", "1", "--batch_size", "2",
-        "--size", "64", "80", "--device", "cpu",
-    )  # fmt: skip
+        sys.executable,
+        "benchmark.py",
+        *flags,
+        *SMALL_MODEL,
+        "--num_iters",
+        "2",
+        "--warm_iters",
+        "1",
+        "--batch_size",
+        "2",
+        "--size",
+        "64",
+        "80",
+        "--device",
+        "cpu",
+    )
     assert result.returncode == 0, result.stderr
     assert "batch 2 of 64 x 80" in result.stdout
     assert "images/s" in result.stdout
@@ -40,7 +55,11 @@ def test_benchmark_of_the_operator():
     flags = ("--num_iters", "1", "--size", "64", "80", "--batch", "2", "--device", "cpu")
     result = run(sys.executable, "benchmark.py", "op", *flags)
     assert result.returncode == 0, result.stderr
-    for load in ("encoder 64 x 80, batch 2, around", "decoder 64 x 80, batch 2, from offsets", "batch 2, scattered"):
+    for load in (
+        "encoder 64 x 80, batch 2, around",
+        "decoder 64 x 80, batch 2, from offsets",
+        "batch 2, scattered",
+    ):
         assert load in result.stdout
     rows = [line.split() for line in result.stdout.splitlines() if line.startswith("    reference")]
     assert rows
@@ -48,9 +67,23 @@ def test_benchmark_of_the_operator():
 
 
 def test_benchmark_against_the_plain_operator():
-    flags = ("--num_iters", "1", "--warm_iters", "0", "--size", "64", "80", "--device", "cpu", "--against_reference", "--profile")
+    flags = (
+        "--num_iters",
+        "1",
+        "--warm_iters",
+        "0",
+        "--size",
+        "64",
+        "80",
+        "--device",
+        "cpu",
+        "--against_reference",
+        "--profile",
+    )
     for what in ("inference", "train"):
-        result = run(sys.executable, "benchmark.py", what, *SMALL_MODEL, *flags, env={"MS_DEFORM_ATTN_BACKEND": ""})
+        result = run(
+            sys.executable, "benchmark.py", what, *SMALL_MODEL, *flags, env={"MS_DEFORM_ATTN_BACKEND": ""}
+        )
         assert result.returncode == 0, result.stderr
         assert "of the time that it takes with the operator in plain PyTorch" in result.stdout
         assert "aten::" in result.stdout, "the profile"
@@ -62,7 +95,17 @@ def test_benchmark_on_a_data_set_with_a_checkpoint(tmp_path):
 
     write_coco(tmp_path / "data", num_train=1)
     torch.save({"model": build_model(parse_config([*SMALL_MODEL]))[0].state_dict()}, tmp_path / "w.pth")
-    flags = ("--num_iters", "1", "--warm_iters", "0", "--batch_size", "1", "--resume", str(tmp_path / "w.pth"), *SMALL_MODEL)
+    flags = (
+        "--num_iters",
+        "1",
+        "--warm_iters",
+        "0",
+        "--batch_size",
+        "1",
+        "--resume",
+        str(tmp_path / "w.pth"),
+        *SMALL_MODEL,
+    )
     result = run(sys.executable, "benchmark.py", *flags, *SMALL_IMAGES, "--coco_path", str(tmp_path / "data"))
     assert result.returncode == 0, result.stderr
     assert "batch 1 of 64 x 85" in result.stdout
@@ -89,12 +132,27 @@ def test_subset_holds_the_first_fitting_images(tmp_path):
 
 
 def test_a_subset_of_classes_keeps_ids_and_both_parts(tmp_path):
-    boxes = {0: [{"bbox": [1, 1, 9, 9], "category_id": c} for c in (1, 3)], 1: [{"bbox": [1, 1, 9, 9], "category_id": 2}]}
+    boxes = {
+        0: [{"bbox": [1, 1, 9, 9], "category_id": c} for c in (1, 3)],
+        1: [{"bbox": [1, 1, 9, 9], "category_id": 2}],
+    }
     write_coco(tmp_path / "data", num_train=3, num_val=1, annotations=boxes)
-    command = (sys.executable, "tools/subset_coco.py", "--coco_path", str(tmp_path / "data"), "--split", "both")
-    for flags, images in (((), {"train": [10, 11, 12], "val": [10]}), (("--drop_empty",), {"train": [10], "val": [10]})):
+    command = (
+        sys.executable,
+        "tools/subset_coco.py",
+        "--coco_path",
+        str(tmp_path / "data"),
+        "--split",
+        "both",
+    )
+    for flags, images in (
+        ((), {"train": [10, 11, 12], "val": [10]}),
+        (("--drop_empty",), {"train": [10], "val": [10]}),
+    ):
         out = tmp_path / f"out{len(flags)}"
-        result = run(*command, "--classes", "three", "one", "--images", "link", "--output_dir", str(out), *flags)
+        result = run(
+            *command, "--classes", "three", "one", "--images", "link", "--output_dir", str(out), *flags
+        )
         assert result.returncode == 0, result.stderr
         for split in ("train", "val"):
             content = json.loads((out / "annotations" / f"instances_{split}2017.json").read_text())
@@ -117,7 +175,9 @@ def test_checks_say_how_they_are_used(tool):
 def test_overfit_command_on_real_images(tiny_coco, tmp_path):
     """The documented command, two epochs of it."""
     out = str(tmp_path / "out")
-    result = run("./tools/overfit.sh", str(tiny_coco), "--epochs", "2", "--lr_drop_epochs", "1", "--output_dir", out)
+    result = run(
+        "./tools/overfit.sh", str(tiny_coco), "--epochs", "2", "--lr_drop_epochs", "1", "--output_dir", out
+    )
     assert result.returncode == 0, result.stderr
     assert "8 images with" in result.stdout
     assert "AP50" in result.stdout
@@ -126,11 +186,42 @@ def test_overfit_command_on_real_images(tiny_coco, tmp_path):
 def test_main_trains_on_real_images_with_published_transforms(tiny_coco, tmp_path):
     """COCO's 91 ids, crops, two streams; small sizes and few layers."""
     result = run(
-        sys.executable, "main.py", "--coco_path", str(tiny_coco), "--backbone", "resnet18", "--backbone_weights", "none",
-        "--backbone_norm", "gn", "--hidden_dim", "64", "--enc_layers", "1", "--dec_layers", "1", "--num_queries", "20",
-        "--train_sizes", "64", "96", "--eval_size", "64", "--max_size", "128", "--crop_resize_sizes", "96", "--crop_sizes", "48",
-        "96", *BATCHFORMER, "--epochs", "1", "--output_dir", str(tmp_path / "out"),
-    )  # fmt: skip
+        sys.executable,
+        "main.py",
+        "--coco_path",
+        str(tiny_coco),
+        "--backbone",
+        "resnet18",
+        "--backbone_weights",
+        "none",
+        "--backbone_norm",
+        "gn",
+        "--hidden_dim",
+        "64",
+        "--enc_layers",
+        "1",
+        "--dec_layers",
+        "1",
+        "--num_queries",
+        "20",
+        "--train_sizes",
+        "64",
+        "96",
+        "--eval_size",
+        "64",
+        "--max_size",
+        "128",
+        "--crop_resize_sizes",
+        "96",
+        "--crop_sizes",
+        "48",
+        "96",
+        *BATCHFORMER,
+        "--epochs",
+        "1",
+        "--output_dir",
+        str(tmp_path / "out"),
+    )
     assert result.returncode == 0, result.stderr
     line = json.loads((tmp_path / "out/log.txt").read_text())
     assert len(line["test_coco_eval_bbox"]) == 12

@@ -20,7 +20,9 @@ GREY = 90
 
 
 def noise(size: tuple[int, int], seed: int = 0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    )
 
 
 def grey(size: tuple[int, int] = (640, 427)) -> Image.Image:
@@ -88,7 +90,9 @@ def test_without_the_list_of_classes_a_name_has_one_colour():
 def test_any_size_and_number_of_boxes(size, count):
     image = noise(size)
     before = image.tobytes()
-    drawn = draw_boxes(image, random_boxes(count, size), [f"class {i % 9}" for i in range(count)], [0.5] * count)
+    drawn = draw_boxes(
+        image, random_boxes(count, size), [f"class {i % 9}" for i in range(count)], [0.5] * count
+    )
     assert image.tobytes() == before
     assert drawn.mode == "RGB"
     assert drawn.size == enlarged(image).shape[1::-1]
@@ -116,7 +120,10 @@ def test_classes_have_their_colours_on_any_ground(mode, ground):
     grounds = {"I;16": ground * 257, "F": ground / 255}
     image = Image.new(mode, image.size, grounds[mode]) if mode in grounds else image.convert(mode)
     names = [f"thing {i}" for i in range(12)]
-    boxes = [[20 + 150 * (i % 4), 40 + 140 * (i // 4), 120 + 150 * (i % 4), 120 + 140 * (i // 4)] for i in range(12)]
+    boxes = [
+        [20 + 150 * (i % 4), 40 + 140 * (i // 4), 120 + 150 * (i % 4), 120 + 140 * (i // 4)]
+        for i in range(12)
+    ]
     assert set(PALETTE[:12]) | {(0, 0, 0)} <= colors_in(draw_boxes(image, boxes, names, classes=names))
 
 
@@ -174,13 +181,16 @@ def test_crowd_regions_are_tinted_and_say_so():
     assert label_width(crowd) > label_width(plain) + 30
 
 
-@pytest.mark.parametrize("kwargs", [
-    {"boxes": [[0, 0, 1]], "labels": ["a"]},
-    {"boxes": [[0, 0, 1, 1]], "labels": []},
-    {"boxes": [], "labels": ["a"]},
-    {"boxes": [[0, 0, 1, 1]], "labels": ["a"], "scores": [0.1, 0.2]},
-    {"boxes": [[0, 0, 1, 1]], "labels": ["a"], "crowd": [True, False]},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"boxes": [[0, 0, 1]], "labels": ["a"]},
+        {"boxes": [[0, 0, 1, 1]], "labels": []},
+        {"boxes": [], "labels": ["a"]},
+        {"boxes": [[0, 0, 1, 1]], "labels": ["a"], "scores": [0.1, 0.2]},
+        {"boxes": [[0, 0, 1, 1]], "labels": ["a"], "crowd": [True, False]},
+    ],
+)
 def test_wrong_arguments(kwargs):
     with pytest.raises(ValueError, match="shape|Shape"):
         draw_boxes(Image.new("RGB", (64, 64)), **kwargs)
@@ -201,7 +211,7 @@ def label(name: str, score: float | None = 0.5, **kwargs) -> np.ndarray:
 def label_width(picture: Image.Image) -> int:
     """Of the highest label of a picture."""
     ours = (np.asarray(picture) == PALETTE[0]).all(axis=-1)
-    x0, _, x1, _ = extent(ours[:extent(ours)[1] + 3])
+    x0, _, x1, _ = extent(ours[: extent(ours)[1] + 3])
     return x1 - x0
 
 
@@ -300,14 +310,24 @@ def coco(tmp_path):
     images = [{"id": i, "file_name": f"val/{i}.png", "width": 80, "height": 60} for i in range(7, 13)]
     for info in images:
         noise((80, 60), info["id"]).save(tmp_path / "images" / info["file_name"])
-    annotations = [{"id": i, "image_id": i, "category_id": 3, "bbox": [10, 10, 30, 20], "area": 600, "iscrowd": i == 7}
-                   for i in range(7, 13) if i != 8]  # fmt: skip
-    results = [{"image_id": i, "category_id": c, "bbox": [12.5, 9, 28, 22], "score": s}
-               for i, c, s in ((7, 3, 0.9), (7, 3, 0.1), (9, 55, 0.6))]  # fmt: skip
+    annotations = [
+        {"id": i, "image_id": i, "category_id": 3, "bbox": [10, 10, 30, 20], "area": 600, "iscrowd": i == 7}
+        for i in range(7, 13)
+        if i != 8
+    ]
+    results = [
+        {"image_id": i, "category_id": c, "bbox": [12.5, 9, 28, 22], "score": s}
+        for i, c, s in ((7, 3, 0.9), (7, 3, 0.1), (9, 55, 0.6))
+    ]
     data = {"images": images, "annotations": annotations, "categories": [{"id": 3, "name": "cow"}]}
     (tmp_path / "instances.json").write_text(json.dumps(data))
     (tmp_path / "results.json").write_text(json.dumps(results))
-    flags = {"annotations": "instances.json", "images": "images", "predictions": "results.json", "output_dir": "out"}
+    flags = {
+        "annotations": "instances.json",
+        "images": "images",
+        "predictions": "results.json",
+        "output_dir": "out",
+    }
     return {f"--{name}": str(tmp_path / value) for name, value in flags.items()}
 
 
@@ -365,10 +385,17 @@ def test_broken_files_are_named(coco, tmp_path, flag, content):
     assert str(path) in refusal({**coco, flag: str(path)})
 
 
-@pytest.mark.parametrize("change", [
-    {"bbox": None}, {"bbox": [1, 2, 3]}, {"bbox": ["1", 2, 3, 4]}, {"score": "high"}, {"image_id": [7]},
-    {"category_id": None},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bbox": None},
+        {"bbox": [1, 2, 3]},
+        {"bbox": ["1", 2, 3, 4]},
+        {"score": "high"},
+        {"image_id": [7]},
+        {"category_id": None},
+    ],
+)
 def test_a_broken_detection_is_named(coco, change):
     path = Path(coco["--predictions"])
     results = json.loads(path.read_text())
@@ -419,7 +446,11 @@ def test_importing_warns_of_nothing():
 @pytest.mark.parametrize("script", ["draw_detections.py", "plot_logs.py"])
 def test_a_mistake_ends_the_command_with_one_line(coco, tmp_path, script):
     flags = [word for pair in coco.items() for word in pair] + ["--image_ids", "99"]
-    done = run(sys.executable, f"tools/{script}", *(flags if script == "draw_detections.py" else [str(tmp_path / "run 99")]))
+    done = run(
+        sys.executable,
+        f"tools/{script}",
+        *(flags if script == "draw_detections.py" else [str(tmp_path / "run 99")]),
+    )
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.splitlines()) == 1 and "99" in done.stderr
 

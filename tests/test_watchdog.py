@@ -1,4 +1,6 @@
-"""After an exchange that failed, every process that is left names the process at fault, its host and what it did."""
+"""After an exchange that failed, every process that is left names the process at fault, its host
+and what it did.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,14 @@ from torch.distributed import HashStore
 from tests.processes import free_port
 from tests.test_launch import environment, executable, finish, run, start
 from util import watchdog
-from util.errors import EXIT_INTERRUPTED, EXIT_LOST_PROCESS, EXIT_NOT_SAVED, EXIT_PREEMPTED, EXIT_USER_ERROR, Preempted
+from util.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_LOST_PROCESS,
+    EXIT_NOT_SAVED,
+    EXIT_PREEMPTED,
+    EXIT_USER_ERROR,
+    Preempted,
+)
 from util.watchdog import State, Watchdog
 
 # who is at fault
@@ -28,8 +37,9 @@ def working(rank: int, exchanges: int = 0, notes: int = 0, **more) -> State:
 
 @pytest.fixture
 def explained(monkeypatch):
-    """What rank 0 of three says, given all states, for how many seconds each rank was silent and the store, and how long
-    each rank has made no progress."""
+    """What rank 0 of three says, given all states, for how many seconds each rank was silent and
+    the store, and how long each rank has made no progress.
+    """
     monkeypatch.setattr(watchdog.time, "sleep", lambda seconds: None)
 
     def explain(*states: State, silent=(0, 0, 0), store=0, still=(0, 0, 0)) -> BaseException:
@@ -37,7 +47,10 @@ def explained(monkeypatch):
         watch.stop()
         now = time.monotonic()
         watch._states, watch._answered = list(states), now - store
-        watch._written, watch._moved = [now - seconds for seconds in silent], [now - seconds for seconds in still]
+        watch._written, watch._moved = (
+            [now - seconds for seconds in silent],
+            [now - seconds for seconds in still],
+        )
         return watch.explain("Connection closed")
 
     return explain
@@ -47,8 +60,8 @@ def test_a_silent_process_is_at_fault_and_not_those_that_wait_for_it(explained):
     end = explained(working(0, 7, waits=True), working(1, 7, waits=True), working(2, 7), silent=(0, 0, 51))
     assert end.exit_code == EXIT_LOST_PROCESS
     assert str(end) == (
-        "no sign of life for 51 s from rank 2 on b (process 102); last known operation: 'step 7'; start again with "
-        "--resume auto (Connection closed)"
+        "no sign of life for 51 s from rank 2 on b (process 102); last known operation: 'step 7'; "
+        "start again with --resume auto (Connection closed)"
     )
 
 
@@ -59,7 +72,9 @@ def test_a_process_that_left_for_the_loss_of_another_is_not_at_fault(explained):
     assert "rank 1" not in line
 
 
-@pytest.mark.parametrize(("left", "code"), [(EXIT_USER_ERROR, EXIT_USER_ERROR), (EXIT_NOT_SAVED, EXIT_NOT_SAVED), (1, 76)])
+@pytest.mark.parametrize(
+    ("left", "code"), [(EXIT_USER_ERROR, EXIT_USER_ERROR), (EXIT_NOT_SAVED, EXIT_NOT_SAVED), (1, 76)]
+)
 def test_a_process_that_failed_is_quoted_and_its_final_exit_codes_are_the_others_too(explained, left, code):
     """Also where it made a third one leave on request, as launchers do."""
     failed, asked = working(1, left=left, doing="x.jpg is bad"), working(2, left=EXIT_PREEMPTED)
@@ -74,14 +89,18 @@ def test_a_killed_process_is_no_request_to_leave(explained):
 
 @pytest.mark.parametrize("code", [EXIT_PREEMPTED, EXIT_INTERRUPTED])
 def test_where_another_process_was_asked_to_leave_this_one_leaves_alike(explained, code):
-    end = explained(working(0), working(1, left=code, doing="asked to leave by SIGTERM; saved"), silent=(0, 6))
+    end = explained(
+        working(0), working(1, left=code, doing="asked to leave by SIGTERM; saved"), silent=(0, 6)
+    )
     assert isinstance(end, Preempted)
     assert (end.exit_code, str(end)) == (code, "asked to leave by SIGTERM; saved")
 
 
 def test_of_those_that_make_no_progress_the_one_furthest_behind_is_at_fault(explained):
     line = str(explained(working(0, 8), working(1, 8), working(2, 7, 1), still=(20, 20, 17)))
-    assert line.startswith("no progress for 17 s of rank 2 on b (process 102); last known operation: 'step 7'; ")
+    assert line.startswith(
+        "no progress for 17 s of rank 2 on b (process 102); last known operation: 'step 7'; "
+    )
 
 
 def test_a_process_that_waits_for_others_is_not_at_fault_even_if_it_had_less_to_do(explained):
@@ -98,7 +117,9 @@ def test_where_all_are_equally_far_all_are_named(explained):
 def test_a_store_that_does_not_answer_explains_all_silence_after_its_last_answer(explained):
     states = working(0, 3), working(1, 3), working(2, 3)
     line = str(explained(*states, silent=(21, 21, 22), store=21))
-    assert line.startswith("no answer for 21 s from the job's store at a:29500 and rank 0 on a (process 100); last known ")
+    assert line.startswith(
+        "no answer for 21 s from the job's store at a:29500 and rank 0 on a (process 100); last known "
+    )
     line = str(explained(*states, silent=(21, 21, 30), store=21))
     assert line.startswith("no sign of life for 30 s from rank 2 on b")
 
@@ -112,18 +133,27 @@ def test_states_travel_through_the_store_and_notes_count_from_the_last_exchange(
     watchdog.note("epoch %d, step %d", 3, 13)
     watch.stop(2, "x.jpg is bad")
     state = State(*json.loads(store.get("watchdog 0")))
-    assert (state.exchanges, state.notes, state.waits, state.left, state.doing) == (1, 1, False, 2, "x.jpg is bad")
+    assert (state.exchanges, state.notes, state.waits, state.left, state.doing) == (
+        1,
+        1,
+        False,
+        2,
+        "x.jpg is bad",
+    )
     assert Watchdog.current is None
 
 
 def test_a_warning_is_written_where_no_exception_comes(capfd, monkeypatch):
     """As on NCCL, whose time-out ends the process."""
     monkeypatch.setenv("TORCH_FR_DUMP_TEMP_FILE", "/tmp/recorder_")
-    watch = Watchdog(HashStore(), 0, 1, "a:29500", warn_after=2.5)  # so that the note has been read back
+    # so that the note has been read back
+    watch = Watchdog(HashStore(), 0, 1, "a:29500", warn_after=2.5)
     watchdog.note("stuck")
     watch._threads[1].join()
     watch.stop()
-    assert capfd.readouterr().err.endswith("'stuck'; NCCL's flight recorder will be in /tmp/recorder_<rank> of each host\n")
+    assert capfd.readouterr().err.endswith(
+        "'stuck'; NCCL's flight recorder will be in /tmp/recorder_<rank> of each host\n"
+    )
 
 
 def test_without_a_job_nothing_is_written():
@@ -135,7 +165,8 @@ def test_without_a_job_nothing_is_written():
 
 # processes
 
-# Trains a little: notes, and exchanges. At step 30 rank 1 does what $FAULT says, at its first start.
+# Trains a little: notes, and exchanges. At step 30 rank 1 does what $FAULT says, at its first
+# start.
 WORKER = f"""#!{sys.executable}
 import os, pathlib, signal, sys, time
 sys.path.insert(0, {str(Path(watchdog.__file__).parents[1])!r})
@@ -159,8 +190,8 @@ def train():
             distributed.sum_over_processes(torch.ones(3))
     print(f"rank {{rank}} is done", flush=True)  # in one piece: others write too
 """
-# Forks all processes of several jobs: importing torch takes longer than all else. Nothing ends one job's processes for the
-# failure of another of them, and rank 0 serves the store, as under Slurm.
+# Forks all processes of several jobs: importing torch takes longer than all else. Nothing ends one
+# job's processes for the failure of another of them, and rank 0 serves the store, as under Slurm.
 FLEET = f"""{WORKER}
 import json
 torch.set_num_threads(1)
@@ -225,7 +256,12 @@ def jobs(tmp_path_factory) -> dict[tuple[str, int], Ended]:
         processes[f"alone {rank}"] = {"NAME": "alone", "RANK": rank, "MASTER_PORT": free_port()}
     (folder / "fleet.py").write_text(FLEET)
     env = environment(
-        folder, MASTER_ADDR="127.0.0.1", WORLD_SIZE="2", TIMEOUT=str(TIMEOUT), TORCH_CPP_LOG_LEVEL="ERROR", OMP_NUM_THREADS="1"
+        folder,
+        MASTER_ADDR="127.0.0.1",
+        WORLD_SIZE="2",
+        TIMEOUT=str(TIMEOUT),
+        TORCH_CPP_LOG_LEVEL="ERROR",
+        OMP_NUM_THREADS="1",
     )
     status, output = run([sys.executable, str(folder / "fleet.py"), json.dumps(processes)], env)
     assert status == 0, output
@@ -267,7 +303,9 @@ def test_a_process_that_leaves_alone_on_request_takes_the_other_along(jobs):
 def test_at_the_start_a_process_that_does_not_come_is_missed_in_time(jobs, rank):
     ended = jobs["alone", rank]
     assert ended.status == EXIT_LOST_PROCESS
-    assert f"not all processes met at 127.0.0.1:{ended.port} within {TIMEOUT} s (--dist_timeout)" in ended.said()
+    assert (
+        f"not all processes met at 127.0.0.1:{ended.port} within {TIMEOUT} s (--dist_timeout)" in ended.said()
+    )
 
 
 @pytest.mark.parametrize("nodes", ["one", "c10d", "static"])
@@ -277,8 +315,12 @@ def test_processes_that_torchrun_starts_again_meet_none_of_the_keys_of_those_bef
     port = free_port()
     flags = {
         "one": [["--standalone", "--nproc_per_node=2"]],
-        "c10d": [["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=x"]] * 2,
-        "static": [["--nnodes=2", f"--node_rank={n}", "--master_addr=127.0.0.1", f"--master_port={port}"] for n in (0, 1)],
+        "c10d": [["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=x"]]
+        * 2,
+        "static": [
+            ["--nnodes=2", f"--node_rank={n}", "--master_addr=127.0.0.1", f"--master_port={port}"]
+            for n in (0, 1)
+        ],
     }[nodes]
     env = environment(tmp_path, FAULT=FAULTS["killed"], TIMEOUT="60", OMP_NUM_THREADS="1")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--no_python", "--max_restarts=1"]

@@ -1,7 +1,9 @@
-"""Find every fault of a data set before a run does: annotations, image files, and images in both parts.
+"""Find every fault of a data set before a run does: annotations, image files, and images in both
+parts.
 
-All flags of main.py are understood, so the command of a run serves with this tool's name in place of main.py; those of the data
-are used. Prints what the data set holds and what is wrong with it, each with its file and id.
+All flags of main.py are understood, so the command of a run serves with this tool's name in place
+of main.py; those of the data are used. Prints what the data set holds and what is wrong with it,
+each with its file and id.
 
 Exit code: 0 without faults (warnings are none), 1 with faults, 2 for a mistake in the flags.
 """
@@ -18,7 +20,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder would be searched instead
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # run as a script, this folder would be searched instead
 
 from datasets.preflight import (
     BOX_TOLERANCE,
@@ -63,7 +67,9 @@ def check(config: Config, args: argparse.Namespace) -> list[Part]:
     parts = []
     for split in ("train", "val"):
         print(f"reading {data.annotations_file(split)}", flush=True)
-        parts.append(check_part(split, data.images_folder(split), data.annotations_file(split), args.box_tolerance))
+        parts.append(
+            check_part(split, data.images_folder(split), data.annotations_file(split), args.box_tolerance)
+        )
     check_classes(parts, data.num_classes)
     for part in parts:
         check_objects(part, config.transformer.num_queries)
@@ -78,7 +84,15 @@ def check(config: Config, args: argparse.Namespace) -> list[Part]:
 def print_tables(summaries: dict[str, Summary]) -> None:
     header = ("part", "images", "without object", "boxes", "crowds", "width", "height")
     rows = [
-        [split, s.images, s.empty_images, s.boxes, s.crowds, "{}..{}..{}".format(*s.width), "{}..{}..{}".format(*s.height)]
+        [
+            split,
+            s.images,
+            s.empty_images,
+            s.boxes,
+            s.crowds,
+            "{}..{}..{}".format(*s.width),
+            "{}..{}..{}".format(*s.height),
+        ]
         for split, s in summaries.items()
     ]
     _print_table([header, *rows], texts=1)
@@ -86,11 +100,21 @@ def print_tables(summaries: dict[str, Summary]) -> None:
 
     of_split = [s.classes for s in summaries.values()]
     columns = ("boxes", *SIZE_LIMITS, "images")
-    header = ("id", "class", *(f"{split} boxes" if name == "boxes" else name for split in summaries for name in columns))
+    header = (
+        "id",
+        "class",
+        *(f"{split} boxes" if name == "boxes" else name for split in summaries for name in columns),
+    )
     rows = []
     for number in sorted({number for classes in of_split for number in classes}):
         name = next(classes[number]["name"] for classes in of_split if number in classes)
-        rows.append([str(number), name[:30], *(classes.get(number, {}).get(c, "-") for classes in of_split for c in columns)])
+        rows.append(
+            [
+                str(number),
+                name[:30],
+                *(classes.get(number, {}).get(c, "-") for classes in of_split for c in columns),
+            ]
+        )
     _print_table([header, *rows], texts=2)
     print("(boxes aside from crowds; small: less than 32 x 32 pixels of area, medium: less than 96 x 96)\n")
 
@@ -100,7 +124,10 @@ def _print_table(rows: Sequence[Sequence[Any]], texts: int) -> None:
     cells = [[f"{cell:,}" if isinstance(cell, int) else cell for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
-        aligned = (cell.ljust(w) if i < texts else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        aligned = (
+            cell.ljust(w) if i < texts else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
         print("  ".join(aligned))
 
 
@@ -135,12 +162,22 @@ def _parser() -> argparse.ArgumentParser:
     parser = make_parser("tools/check_data.py", __doc__, EXAMPLE)
     own = parser.add_argument_group("this tool's own")
     aside = own.add_mutually_exclusive_group()
-    aside.add_argument("--no_images", action="store_true", help="check the annotations alone, and open no image")
-    aside.add_argument("--headers_only", action="store_true", help="read the sizes of the images, and do not decode them")
-    own.add_argument("--workers", type=int, default=0, help="processes that read images; 0: one for each core")
-    own.add_argument("--box_tolerance", type=float, default=BOX_TOLERANCE, help="pixels by which a box may leave its image")
+    aside.add_argument(
+        "--no_images", action="store_true", help="check the annotations alone, and open no image"
+    )
+    aside.add_argument(
+        "--headers_only", action="store_true", help="read the sizes of the images, and do not decode them"
+    )
+    own.add_argument(
+        "--workers", type=int, default=0, help="processes that read images; 0: one for each core"
+    )
+    own.add_argument(
+        "--box_tolerance", type=float, default=BOX_TOLERANCE, help="pixels by which a box may leave its image"
+    )
     own.add_argument("--show", type=int, default=20, help="lines to print of each kind of fault; 0: all")
-    own.add_argument("--report", default="", help="JSON file to write: counts, and every fault with kind, file and ids")
+    own.add_argument(
+        "--report", default="", help="JSON file to write: counts, and every fault with kind, file and ids"
+    )
     return parser
 
 

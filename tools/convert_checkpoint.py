@@ -1,7 +1,8 @@
 """Convert a detector between this program's checkpoints and the layout of Hugging Face.
 
-A .pth file, published or of a run, becomes a folder that transformers loads. Such a folder, its safetensors file, or the https
-address of a model on the hub becomes a .pth file. Outputs are equal, and there and back gives the same tensors.
+A .pth file, published or of a run, becomes a folder that transformers loads. Such a folder, its
+safetensors file, or the https address of a model on the hub becomes a .pth file. Outputs are equal,
+and there and back gives the same tensors.
 """
 
 import argparse
@@ -12,7 +13,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees only its own folder, not the project
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # a script sees only its own folder, not the project
 from util.config import (
     BatchFormerConfig,
     Config,
@@ -32,7 +35,10 @@ EXAMPLE = """python tools/convert_checkpoint.py exps/run/checkpoint.pth converte
 def main(argv: Sequence[str]) -> None:
     parser = make_parser("tools/convert_checkpoint.py", __doc__, EXAMPLE)
     add = parser.add_argument
-    add("source", help="a .pth file; or Hugging Face's layout: a folder, a safetensors file or an https address")
+    add(
+        "source",
+        help="a .pth file; or Hugging Face's layout: a folder, a safetensors file or an https address",
+    )
     add("target", help="the folder or .pth file to write; nothing may have that name yet")
     add_weights_flag(parser)
     add_untold_flags(parser)
@@ -60,7 +66,9 @@ def convert(source: str, target: Path, which: str = "auto", **architecture: Any)
     if target.exists():
         raise UserError(f"target {target} exists already; remove it or give another name")
     if to_file != (target.suffix == ".pth"):
-        raise UserError(f"target {target}: from {source} {'a .pth file' if to_file else 'a folder'} is made; name one")
+        raise UserError(
+            f"target {target}: from {source} {'a .pth file' if to_file else 'a folder'} is made; name one"
+        )
     checkpoint = read_trained(source, "source")
     state, which = choose_weights(checkpoint, source, "source", which)
     checkpoint = {**checkpoint, "model": state}
@@ -74,10 +82,16 @@ def convert(source: str, target: Path, which: str = "auto", **architecture: Any)
 
 
 def with_batchformer(config: Config, checkpoint: Mapping[str, Any]) -> Config:
-    """The Config with the checkpoint's flags of BatchFormerV2, which a detector to predict with does without."""
+    """The Config with the checkpoint's flags of BatchFormerV2, which a detector to predict with
+    does without.
+    """
     args = checkpoint.get("args", {})
     said = vars(args) if isinstance(args, argparse.Namespace) else args
-    flags = {item.name: said[item.name] for item in fields(BatchFormerConfig) if said.get("bf") and item.name in said}
+    flags = {
+        item.name: said[item.name]
+        for item in fields(BatchFormerConfig)
+        if said.get("bf") and item.name in said
+    }
     return config.with_flags(flags)
 
 
@@ -97,10 +111,17 @@ def write_file(checkpoint: Mapping[str, Any], target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(dict(checkpoint), target)
     named = len(checkpoint["classes"]["categories"]) if "classes" in checkpoint else 0
-    log.info("%s: %d tensors; %s", target, len(checkpoint["model"]), f"{named} classes" if named else "classes without names")
+    log.info(
+        "%s: %d tensors; %s",
+        target,
+        len(checkpoint["model"]),
+        f"{named} classes" if named else "classes without names",
+    )
 
 
-def write_folder(checkpoint: Mapping[str, Any], which: str, config: Config, source: str, target: Path) -> None:
+def write_folder(
+    checkpoint: Mapping[str, Any], which: str, config: Config, source: str, target: Path
+) -> None:
     from util.class_map import classes_of
     from util.hugging_face import write_hugging_face
 
@@ -110,12 +131,15 @@ def write_folder(checkpoint: Mapping[str, Any], which: str, config: Config, sour
     log.info("%s: %s, %d tensors", target, kind, len(written.weights))
     if written.batchformer:
         log.info(
-            "%d tensors of BatchFormerV2 are beside them in batchformer.safetensors: transformers has no place for them, and "
-            "evaluation does without",
+            "%d tensors of BatchFormerV2 are beside them in batchformer.safetensors: transformers "
+            "has no place for them, and evaluation does without",
             len(written.batchformer),
         )
     if written.left_out:
-        log.info("%d counts of batch normalisation are left out: transformers freezes its statistics", len(written.left_out))
+        log.info(
+            "%d counts of batch normalisation are left out: transformers freezes its statistics",
+            len(written.left_out),
+        )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ import numpy as np
 from PIL import Image
 from pycocotools.coco import COCO
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees only its own folder, not the project
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # a script sees only its own folder, not the project
 from datasets.files import respell
 from util.config import DataConfig, add_score_threshold_flag, make_parser
 from util.errors import UserError, run_as_command
@@ -21,7 +23,8 @@ from util.images import decode, read_image_file
 from util.visualizer import contact_sheet, draw_coco, side_by_side
 
 EXAMPLE = """\
-  python tools/draw_detections.py --annotations coco/annotations/instances_val2017.json --images coco/val2017 \\
+  python tools/draw_detections.py --images coco/val2017 \\
+      --annotations coco/annotations/instances_val2017.json \\
       --predictions exps/run/results.json --output_dir exps/run/pictures --score_threshold 0.4
 """
 PAIRS_IN_A_ROW = 2
@@ -33,12 +36,21 @@ def get_parser() -> argparse.ArgumentParser:
     add = required.add_argument
     add("--annotations", type=Path, required=True, default=argparse.SUPPRESS, help="COCO instances JSON")
     add("--images", type=Path, required=True, default=argparse.SUPPRESS, help="folder of the images")
-    add("--predictions", type=Path, required=True, default=argparse.SUPPRESS,
-        help="COCO results JSON: a list of {image_id, category_id, bbox [x, y, w, h], score}")
+    add(
+        "--predictions",
+        type=Path,
+        required=True,
+        default=argparse.SUPPRESS,
+        help="COCO results JSON: a list of {image_id, category_id, bbox [x, y, w, h], score}",
+    )
     add("--output_dir", type=Path, required=True, default=argparse.SUPPRESS, help="folder for the PNG files")
     choice = parser.add_mutually_exclusive_group()
-    choice.add_argument("--num_images", type=int, default=8, help="how many images, taken evenly over the set")
-    choice.add_argument("--image_ids", type=int, nargs="+", default=argparse.SUPPRESS, help="draw these images instead")
+    choice.add_argument(
+        "--num_images", type=int, default=8, help="how many images, taken evenly over the set"
+    )
+    choice.add_argument(
+        "--image_ids", type=int, nargs="+", default=argparse.SUPPRESS, help="draw these images instead"
+    )
     add_score_threshold_flag(parser, "leave out detections that score less")
     return parser
 
@@ -58,19 +70,26 @@ def read_annotations(path: Path) -> COCO:
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
             coco.createIndex()
-        complete = (all("file_name" in image for image in coco.dataset["images"])
-                    and all("name" in category for category in coco.dataset["categories"])
-                    and all(_has_box(annotation) for annotation in coco.dataset["annotations"]))
+        complete = (
+            all("file_name" in image for image in coco.dataset["images"])
+            and all("name" in category for category in coco.dataset["categories"])
+            and all(_has_box(annotation) for annotation in coco.dataset["annotations"])
+        )
     except (KeyError, TypeError):
         complete = False
     if not complete:
-        raise UserError(f"{path} is not a COCO instances file: it needs images with file_name, categories with name "
-                         "and annotations with image_id, category_id and bbox [x, y, w, h]")
+        raise UserError(
+            f"{path} is not a COCO instances file: it needs images with file_name, categories with "
+            f"name "
+            "and annotations with image_id, category_id and bbox [x, y, w, h]"
+        )
     return coco
 
 
 def read_predictions(path: Path, coco: COCO) -> dict[int, list[dict]]:
-    """Detections by image id. Raises OSError, or UserError where the file is not COCO results for these images."""
+    """Detections by image id. Raises OSError, or UserError where the file is not COCO results for
+    these images.
+    """
     results = read_json(path)
     if not isinstance(results, list):
         raise UserError(f"{path} is not a COCO results file: it must be a list of detections")
@@ -80,7 +99,9 @@ def read_predictions(path: Path, coco: COCO) -> dict[int, list[dict]]:
             raise UserError(f"{path}: entry {i} needs image_id, category_id, bbox [x, y, w, h] and score")
         by_image.setdefault(result["image_id"], []).append(result)
     if unknown := by_image.keys() - coco.imgs.keys():
-        raise UserError(f"{path} has {_listed(unknown)}, which the annotations do not have: another data set?")
+        raise UserError(
+            f"{path} has {_listed(unknown)}, which the annotations do not have: another data set?"
+        )
     return by_image
 
 
@@ -123,8 +144,10 @@ def open_image(folder: Path, info: dict) -> Image.Image:
     image = decode(read_image_file(path, megapixels, otherwise), path, megapixels, otherwise)
     expected = (info.get("width", image.width), info.get("height", image.height))
     if image.size != expected:  # the boxes would all be in the wrong place
-        raise UserError(f"{path} is {image.width} x {image.height}, but its annotations are for "
-                         f"{expected[0]} x {expected[1]}")
+        raise UserError(
+            f"{path} is {image.width} x {image.height}, but its annotations are for "
+            f"{expected[0]} x {expected[1]}"
+        )
     return image
 
 
@@ -133,7 +156,10 @@ def draw_pair(
 ) -> Image.Image:
     names = {i: category["name"] for i, category in coco.cats.items()}
     left, right = draw_coco(image, truth, names), draw_coco(image, found, names)
-    titles = f"Ground truth: {len(truth)}  ({info['file_name']})", f"Detections: {len(found)}  (score >= {threshold:g})"
+    titles = (
+        f"Ground truth: {len(truth)}  ({info['file_name']})",
+        f"Detections: {len(found)}  (score >= {threshold:g})",
+    )
     return side_by_side(left, right, titles)
 
 
@@ -149,7 +175,9 @@ def run(args: argparse.Namespace) -> None:
         found = [p for p in predictions.get(image_id, []) if p["score"] >= args.score_threshold]
         image = open_image(args.images, info)
         pairs.append(draw_pair(image, info, coco.imgToAnns[image_id], found, coco, args.score_threshold))
-        stem = Path(info["file_name"]).with_suffix("").as_posix().replace("/", "_")  # val/1.jpg, train/1.jpg stay two
+        stem = (
+            Path(info["file_name"]).with_suffix("").as_posix().replace("/", "_")
+        )  # val/1.jpg, train/1.jpg stay two
         pairs[-1].save(args.output_dir / f"{stem}.png")
     contact_sheet(pairs, PAIRS_IN_A_ROW).save(args.output_dir / "contact_sheet.png")
     print(f"{len(pairs)} pictures and contact_sheet.png are in {args.output_dir}")

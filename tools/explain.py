@@ -1,11 +1,11 @@
 """Show what a detector looks at.
 
-attention: the sampling points and weights of a detection or query (decoder), or of a pixel (encoder), over the image. Written
-are pictures <image>_<what>_<part><layer>.
+attention: the sampling points and weights of a detection or query (decoder), or of a pixel
+(encoder), over the image. Written are pictures <image>_<what>_<part><layer>.
 
-batchformer: how BatchFormerV2 relates the images of a batch in training: which attend to which at chosen positions
-(positions_layer<i>), how much every position looks at other images (others_layer<i>), and what the plain and the mixed
-stream detect (streams).
+batchformer: how BatchFormerV2 relates the images of a batch in training: which attend to which at
+chosen positions (positions_layer<i>), how much every position looks at other images
+(others_layer<i>), and what the plain and the mixed stream detect (streams).
 """
 
 from __future__ import annotations
@@ -18,9 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder would be searched instead
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # run as a script, this folder would be searched instead
 
-from util.config import DataConfig, add_score_threshold_flag, add_untold_flags, add_weights_flag, make_parser, untold_flags
+from util.config import (
+    DataConfig,
+    add_score_threshold_flag,
+    add_untold_flags,
+    add_weights_flag,
+    make_parser,
+    untold_flags,
+)
 from util.errors import UserError, run_as_command
 
 if TYPE_CHECKING:  # imported where they are used: --help needs no torch
@@ -39,10 +48,12 @@ QUALITY = 80  # of JPEG
 EXAMPLES = {
     "attention": """\
   python tools/explain.py attention --resume exps/run/checkpoint.pth street.jpg --output_dir out
-  python tools/explain.py attention --resume exps/run/checkpoint.pth street.jpg --output_dir out --pixel 320 180 --level 0 1
+  python tools/explain.py attention --resume exps/run/checkpoint.pth street.jpg --output_dir out \\
+      --pixel 320 180 --level 0 1
 """,
     "batchformer": """\
-  python tools/explain.py batchformer --resume exps/run/checkpoint.pth a.jpg b.jpg c.jpg --output_dir out --position 0.5 0.5
+  python tools/explain.py batchformer --resume exps/run/checkpoint.pth a.jpg b.jpg c.jpg --output_dir out \\
+      --position 0.5 0.5
 """,
 }
 EXAMPLE = """\
@@ -58,7 +69,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         written = args.command(args)
     except OSError as error:
-        raise UserError(f"{error.filename or args.output_dir} can't be written ({error.strerror or error})") from None
+        raise UserError(
+            f"{error.filename or args.output_dir} can't be written ({error.strerror or error})"
+        ) from None
     print(f"{', '.join(path.name for path in written)} in {args.output_dir}")
 
 
@@ -69,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 class Target:
     """What is to be explained: a query of the decoder or a token of the encoder.
 
-    name: of the file; index: among the queries or the tokens; outcome: its box, or its cell, in pixels of the picture.
+    name: of the file; index: among the queries or the tokens; outcome: its box, or its cell, in
+    pixels of the picture.
     """
 
     name: str
@@ -94,7 +108,12 @@ def explain_attention(args: argparse.Namespace) -> list[Path]:
         targets = _tokens(args, picture.size, record.spatial_shapes)
     else:
         part, attentions = "decoder", record.decoder
-        targets = _queries(args, picture.size, detector.detections(outputs, prepared)[0], outputs["pred_boxes"][0].float().cpu())
+        targets = _queries(
+            args,
+            picture.size,
+            detector.detections(outputs, prepared)[0],
+            outputs["pred_boxes"][0].float().cpu(),
+        )
     layers = _chosen("--layer", args.layer or [len(attentions) - 1], len(attentions))
     num_heads = attentions[0].weights.shape[2]
     heads = _chosen("--head", args.head or list(range(num_heads)), num_heads)
@@ -108,7 +127,9 @@ def explain_attention(args: argparse.Namespace) -> list[Path]:
     return written
 
 
-def _queries(args: argparse.Namespace, size: tuple[int, int], found: Detections, boxes: Tensor) -> list[Target]:
+def _queries(
+    args: argparse.Namespace, size: tuple[int, int], found: Detections, boxes: Tensor
+) -> list[Target]:
     """The queries of --query or --detection; `boxes` [Q, 4] cxcywh in [0, 1]."""
     from torchvision.ops import box_convert
 
@@ -120,12 +141,16 @@ def _queries(args: argparse.Namespace, size: tuple[int, int], found: Detections,
         chosen = [(f"query{q}", f"query {q}: {best.get(q, 'not among the detections')}", q) for q in numbers]
     else:
         ranks = _chosen("--detection", args.detection or list(range(min(BEST, len(queries)))), len(queries))
-        chosen = [(f"detection{i}", f"detection {i}: {said[i]} (query {queries[i]})", queries[i]) for i in ranks]
+        chosen = [
+            (f"detection{i}", f"detection {i}: {said[i]} (query {queries[i]})", queries[i]) for i in ranks
+        ]
     corners = box_convert(boxes, "cxcywh", "xyxy") * boxes.new_tensor([*size, *size])
     return [Target(*what, tuple(corners[what[2]].tolist()), "box of the query at the end") for what in chosen]
 
 
-def _tokens(args: argparse.Namespace, size: tuple[int, int], shapes: Sequence[tuple[int, int]]) -> list[Target]:
+def _tokens(
+    args: argparse.Namespace, size: tuple[int, int], shapes: Sequence[tuple[int, int]]
+) -> list[Target]:
     """The tokens of --level at --pixel."""
     (x, y), (width, height) = args.pixel, size
     if not (0 <= x < width and 0 <= y < height):
@@ -134,13 +159,20 @@ def _tokens(args: argparse.Namespace, size: tuple[int, int], shapes: Sequence[tu
     for level in _chosen("--level", args.level, len(shapes)):
         rows, columns = shapes[level]
         row, column = int(y / height * rows), int(x / width * columns)
-        targets.append(Target(
-            name=f"pixel{x:g}_{y:g}_level{level}",
-            title=f"pixel {x:g}, {y:g} in level {level}",
-            index=_first(shapes, level) + row * columns + column,
-            outcome=(column * width / columns, row * height / rows, (column + 1) * width / columns, (row + 1) * height / rows),
-            outcome_name="cell of the token",
-        ))  # fmt: skip
+        targets.append(
+            Target(
+                name=f"pixel{x:g}_{y:g}_level{level}",
+                title=f"pixel {x:g}, {y:g} in level {level}",
+                index=_first(shapes, level) + row * columns + column,
+                outcome=(
+                    column * width / columns,
+                    row * height / rows,
+                    (column + 1) * width / columns,
+                    (row + 1) * height / rows,
+                ),
+                outcome_name="cell of the token",
+            )
+        )
     return targets
 
 
@@ -183,10 +215,14 @@ def explain_batchformer(args: argparse.Namespace) -> list[Path]:
     from util.attention_plots import on_padding
 
     if len(args.images) < 2:
-        raise UserError("one image has no other to attend to; give several, as many as a batch in training has")
+        raise UserError(
+            "one image has no other to attend to; give several, as many as a batch in training has"
+        )
     wrong = next((place for place in args.position or () if not all(0 <= x <= 1 for x in place)), None)
     if wrong is not None:
-        raise UserError(f"--position {wrong[0]:g} {wrong[1]:g} must lie in [0, 1] of the batch's width and height")
+        raise UserError(
+            f"--position {wrong[0]:g} {wrong[1]:g} must lie in [0, 1] of the batch's width and height"
+        )
     detector = _detector(args, batchformer=True)
     pictures = [_read(path) for path in args.images]
     batch = [detector.prepare(picture) for picture in pictures]
@@ -199,18 +235,24 @@ def explain_batchformer(args: argparse.Namespace) -> list[Path]:
     return [*written, _streams(detector, pictures, batch, mixed, args)]
 
 
-def _batch_pages(detector: Detector, record: Record, sheets: list[Image.Image], args: argparse.Namespace) -> list[Path]:
+def _batch_pages(
+    detector: Detector, record: Record, sheets: list[Image.Image], args: argparse.Namespace
+) -> list[Path]:
     """The pages of every layer of BatchFormerV2, and a line about each."""
     from util.attention_plots import plot_batch_attention, plot_other_shares
 
     flags, count = detector.config.batchformer, len(sheets)
-    layers = [(layer, depth) for layer in sorted(set(flags.insert_idx)) for depth in range(flags.bt_num_layers)]
+    layers = [
+        (layer, depth) for layer in sorted(set(flags.insert_idx)) for depth in range(flags.bt_num_layers)
+    ]
     shapes = record.spatial_shapes
     padded = _maps(record.padding_mask.T, shapes)
     written = []
     for (layer, depth), weights in zip(layers, record.batch, strict=True):
         name = f"layer{layer}" if flags.bt_num_layers == 1 else f"layer{layer}_{depth}"
-        after = f"after encoder layer {layer}" + (f", BatchFormerV2's own layer {depth}" if flags.bt_num_layers > 1 else "")
+        after = f"after encoder layer {layer}" + (
+            f", BatchFormerV2's own layer {depth}" if flags.bt_num_layers > 1 else ""
+        )
         others = 1 - weights.mean(1).diagonal(dim1=1, dim2=2)  # [S, N]
         share = others[~record.padding_mask.T].mean()
         print(f"{after}: {share:.1%} of the attention goes to other images (even: {1 - 1 / count:.1%})")
@@ -229,7 +271,9 @@ def _maps(tokens: Tensor, shapes: Sequence[tuple[int, int]]) -> list:
     return [part.T.unflatten(1, shape).numpy() for part, shape in zip(parts, shapes, strict=True)]
 
 
-def _positions(weights: Tensor, shapes: Sequence[tuple[int, int]], padded: list, args: argparse.Namespace) -> list[Position]:
+def _positions(
+    weights: Tensor, shapes: Sequence[tuple[int, int]], padded: list, args: argparse.Namespace
+) -> list[Position]:
     """The tokens of --level at --position, with their attention."""
     from util.attention_plots import Position
 
@@ -251,25 +295,35 @@ def _positions(weights: Tensor, shapes: Sequence[tuple[int, int]], padded: list,
 
 
 def _streams(
-    detector: Detector, pictures: list[Image.Image], batch: list[Prepared], mixed: dict, args: argparse.Namespace
+    detector: Detector,
+    pictures: list[Image.Image],
+    batch: list[Prepared],
+    mixed: dict,
+    args: argparse.Namespace,
 ) -> Path:
     """Detections of both streams side by side."""
     from util.visualizer import contact_sheet, draw_boxes, side_by_side
 
     if mixed["num_streams"] == 2:
-        outputs = [{name: mixed[name].chunk(2)[i] for name in ("pred_logits", "pred_boxes")} for i in range(2)]
+        outputs = [
+            {name: mixed[name].chunk(2)[i] for name in ("pred_logits", "pred_boxes")} for i in range(2)
+        ]
     else:
         outputs = [detector.outputs(batch), mixed]
     print(_difference(*(stream["pred_logits"] for stream in outputs), args.score_threshold))
     classes = list(detector.classes.names.values())
     pairs = []
-    for picture, *both in zip(pictures, *(detector.detections(stream, batch) for stream in outputs), strict=True):
+    for picture, *both in zip(
+        pictures, *(detector.detections(stream, batch) for stream in outputs), strict=True
+    ):
         left, right = (
             draw_boxes(picture, found.boxes.numpy(), found.names, found.scores.tolist(), classes=classes)
             for found in (found.above(args.score_threshold) for found in both)
         )
         above = f"(score >= {args.score_threshold:g})"
-        pairs.append(side_by_side(left, right, (f"plain stream, as in evaluation {above}", f"mixed stream {above}")))
+        pairs.append(
+            side_by_side(left, right, (f"plain stream, as in evaluation {above}", f"mixed stream {above}"))
+        )
     path = _path(args, "streams")
     contact_sheet(pairs, PAIRS_IN_A_ROW).save(path, quality=QUALITY)
     return path
@@ -292,7 +346,9 @@ def _difference(plain: Tensor, mixed: Tensor, threshold: float) -> str:
 def _detector(args: argparse.Namespace, batchformer: bool = False) -> Detector:
     from models import load_detector
 
-    return load_detector(args.resume, device=args.device, weights=args.weights, batchformer=batchformer, **untold_flags(args))
+    return load_detector(
+        args.resume, device=args.device, weights=args.weights, batchformer=batchformer, **untold_flags(args)
+    )
 
 
 def _read(path: Path) -> Image.Image:
@@ -318,20 +374,31 @@ def _path(args: argparse.Namespace, name: str) -> Path:
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser("tools/explain.py", __doc__, EXAMPLE)
     commands = parser.add_subparsers(required=True, metavar="{attention,batchformer}")
-    _add_attention(_command(commands, "attention", explain_attention, "sampling points and weights over an image"))
-    _add_batchformer(_command(commands, "batchformer", explain_batchformer, "attention across a batch, and both streams"))
+    _add_attention(
+        _command(commands, "attention", explain_attention, "sampling points and weights over an image")
+    )
+    _add_batchformer(
+        _command(commands, "batchformer", explain_batchformer, "attention across a batch, and both streams")
+    )
     return parser
 
 
 def _command(commands, name: str, function, title: str) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=title, description=title.capitalize() + ".", example=EXAMPLES[name])
+    command = commands.add_parser(
+        name, help=title, description=title.capitalize() + ".", example=EXAMPLES[name]
+    )
     command.set_defaults(command=function)
     return command
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     add, unset = parser.add_argument, argparse.SUPPRESS
-    add("--resume", required=True, default=unset, help="the checkpoint, published or ours: a path or an https address")
+    add(
+        "--resume",
+        required=True,
+        default=unset,
+        help="the checkpoint, published or ours: a path or an https address",
+    )
     add("--output_dir", type=Path, required=True, default=unset, help="folder to write")
     add("--format", default="png", choices=("png", "jpg"), help="of the pictures; jpg is smaller")
     add("--device", default="", help="cuda, cpu, cuda:1, mps; default: cuda where there is one, else cpu")
@@ -343,12 +410,34 @@ def _add_attention(parser: argparse.ArgumentParser) -> None:
     _add_common(parser)
     choice = parser.add_mutually_exclusive_group()
     add = choice.add_argument
-    add("--detection", type=int, nargs="+", help=f"detections by rank, 0 is the best; default: the best {BEST}")
+    add(
+        "--detection",
+        type=int,
+        nargs="+",
+        help=f"detections by rank, 0 is the best; default: the best {BEST}",
+    )
     add("--query", type=int, nargs="+", help="decoder queries by number, from 0")
-    add("--pixel", type=float, nargs=2, metavar=("X", "Y"), help="the encoder's tokens at this pixel of the picture")
+    add(
+        "--pixel",
+        type=float,
+        nargs=2,
+        metavar=("X", "Y"),
+        help="the encoder's tokens at this pixel of the picture",
+    )
     add = parser.add_argument
-    add("--level", type=int, nargs="+", default=[0], help="with --pixel: the levels whose tokens are shown; 0 is the finest")
-    add("--layer", type=int, nargs="+", help="decoder layers (with --pixel encoder layers), from 0; default: the last")
+    add(
+        "--level",
+        type=int,
+        nargs="+",
+        default=[0],
+        help="with --pixel: the levels whose tokens are shown; 0 is the finest",
+    )
+    add(
+        "--layer",
+        type=int,
+        nargs="+",
+        help="decoder layers (with --pixel encoder layers), from 0; default: the last",
+    )
     add("--head", type=int, nargs="+", help="draw the points of these heads alone, from 0; default: all")
     add_untold_flags(parser)
 
@@ -357,9 +446,22 @@ def _add_batchformer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", type=Path, nargs="+", help="the pictures of one batch, in its order")
     _add_common(parser)
     add = parser.add_argument
-    add("--position", type=float, nargs=2, action="append", metavar=("X", "Y"),
-        help="a position in [0, 1] of the padded batch's width and height; repeatable; default: 0.25 0.25, 0.5 0.5 and 0.75 0.75")
-    add("--level", type=int, nargs="+", default=[0], help="levels whose tokens at the positions are shown; 0 is the finest")
+    add(
+        "--position",
+        type=float,
+        nargs=2,
+        action="append",
+        metavar=("X", "Y"),
+        help="a position in [0, 1] of the padded batch's width and height; repeatable; "
+        "default: 0.25 0.25, 0.5 0.5 and 0.75 0.75",
+    )
+    add(
+        "--level",
+        type=int,
+        nargs="+",
+        default=[0],
+        help="levels whose tokens at the positions are shown; 0 is the finest",
+    )
     add_score_threshold_flag(parser, "leave out detections that score less")
     add_untold_flags(parser)
 

@@ -1,4 +1,6 @@
-"""Run a node's processes under PyTorch's elastic launcher: variables to its options, its exceptions to one line and a code."""
+"""Run a node's processes under PyTorch's elastic launcher: variables to its options, its exceptions
+to one line and a code.
+"""
 
 import contextlib
 import json
@@ -19,18 +21,24 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from util.errors import EXIT_INTERRUPTED, EXIT_LOST_PROCESS, EXIT_PREEMPTED, EXIT_USER_ERROR
 
-SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")  # unless ignored, as by nohup
+# unless ignored, as by nohup
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 SAVED = ({EXIT_PREEMPTED}, {EXIT_INTERRUPTED})
 ANSWER_SECONDS = 30  # in which node 0 must answer the launcher of another node
 
 
 def main(nodes: int, node: int, processes: int, command: list[str]) -> int:
-    address, port = os.environ["MASTER_ADDR"], int(os.environ.get("MASTER_PORT", 0))  # 0: any port of one node
+    address, port = (
+        os.environ["MASTER_ADDR"],
+        int(os.environ.get("MASTER_PORT", 0)),
+    )  # 0: any port of one node
     join_seconds, restarts = int(os.environ.get("JOIN_SECONDS", 1800)), int(os.environ.get("MAX_RESTARTS", 0))
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = os.environ.get("PREEMPT_SECONDS", "120")
-    # A store in the launcher would keep the keys of the processes before a restart (PyTorch issue 135712).
+    # A store in the launcher would keep the keys of the processes before a restart (PyTorch issue
+    # 135712).
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    logging.disable(logging.WARNING if restarts else logging.CRITICAL)  # what ends the job is said below
+    # what ends the job is said below
+    logging.disable(logging.WARNING if restarts else logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="run_dist_launch") as notes:
         try:
             config = LaunchConfig(
@@ -38,18 +46,26 @@ def main(nodes: int, node: int, processes: int, command: list[str]) -> int:
                 run_id="run_dist_launch",
                 rdzv_backend="c10d",
                 rdzv_endpoint=f"{address}:{port}",
-                rdzv_configs={"is_host": node == 0, "join_timeout": join_seconds, "read_timeout": ANSWER_SECONDS},
+                rdzv_configs={
+                    "is_host": node == 0,
+                    "join_timeout": join_seconds,
+                    "read_timeout": ANSWER_SECONDS,
+                },
                 max_restarts=restarts,
                 local_addr=reach_node_0(address, port, join_seconds) if node else address,
                 logs_specs=DefaultLogsSpecs(log_dir=notes),
-                signals_to_handle=",".join(s for s in SIGNALS if signal.getsignal(getattr(signal, s)) != signal.SIG_IGN),
+                signals_to_handle=",".join(
+                    s for s in SIGNALS if signal.getsignal(getattr(signal, s)) != signal.SIG_IGN
+                ),
             )
             elastic_launch(config, command[0])(*command[1:])
         except SignalException as error:
             ends = max(Path(notes).glob("*/attempt_*"), key=os.path.getmtime).glob("*/error.json")
             codes = [json.loads(path.read_text())["message"].get("errorCode") for path in ends]
             what = f"ended by {error.sigval.name}; not every process reported that it had saved"
-            return codes[0] if len(codes) == processes and set(codes) in SAVED else say(what, 128 + error.sigval)
+            return (
+                codes[0] if len(codes) == processes and set(codes) in SAVED else say(what, 128 + error.sigval)
+            )
         except KeyboardInterrupt:  # before the processes start
             return EXIT_INTERRUPTED
         except ChildFailedError as error:
@@ -62,7 +78,10 @@ def main(nodes: int, node: int, processes: int, command: list[str]) -> int:
         except OSError as error:
             return say(f"{command[0]} can't be started: {error}", EXIT_USER_ERROR)
         except (RendezvousError, RuntimeError) as error:
-            what = f"{nodes} nodes did not meet at {address}:{port} in JOIN_SECONDS={join_seconds}, or lost each other"
+            what = (
+                f"{nodes} nodes did not meet at {address}:{port} in JOIN_SECONDS={join_seconds}, or lost "
+                "each other"
+            )
             remedy = f"run the command on all, with a free port in MASTER_PORT ({type(error).__name__})"
             return say(f"{what}: {remedy}", EXIT_LOST_PROCESS)
     return 0
@@ -83,7 +102,9 @@ def reach_node_0(address: str, port: int, seconds: float) -> str:
 
 
 def limit_silence(port: int) -> None:
-    """Let the system end connections to node 0 that have no answer; the launcher would wait for a quarter of an hour."""
+    """Let the system end connections to node 0 that have no answer; the launcher would wait for a
+    quarter of an hour.
+    """
     time.sleep(ANSWER_SECONDS / 3)  # until the launcher has opened them
     for path in Path("/proc/self/fd").glob("*"):
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(path.name))) as connection:

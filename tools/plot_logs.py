@@ -1,11 +1,15 @@
-"""Plot the curves of one or several runs over the epochs: average precision, losses and learning rate."""
+"""Plot the curves of one or several runs over the epochs: average precision, losses and learning
+rate.
+"""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees only its own folder, not the project
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # a script sees only its own folder, not the project
 from util.config import make_parser
 from util.curves import Row, read_log
 from util.errors import UserError, run_as_command
@@ -18,20 +22,27 @@ EXAMPLE = """\
 
 def get_parser() -> argparse.ArgumentParser:
     parser = make_parser("tools/plot_logs.py", __doc__, EXAMPLE)
-    parser.add_argument("runs", type=Path, nargs="+", help="a run's output folder, which has log.txt, or such a file")
-    parser.add_argument("--output", type=Path, default=Path("curve.png"), help="picture to write: .png, .pdf or .svg")
+    parser.add_argument(
+        "runs", type=Path, nargs="+", help="a run's output folder, which has log.txt, or such a file"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("curve.png"), help="picture to write: .png, .pdf or .svg"
+    )
     return parser
 
 
 def read_runs(paths: Sequence[Path]) -> dict[str, list[Row]]:
-    """Rows by the name of the run. Raises OSError, or UserError for a log that is broken or has no row."""
+    """Rows by the name of the run. Raises OSError, or UserError for a log that is broken or has no
+    row.
+    """
     names = [_run_name(path) for path in paths]
     logs = {}
     for path, name in zip(paths, names, strict=True):
         rows = read_log(path / "log.txt" if path.is_dir() else path)
         if not any("epoch" in row for row in rows):
             raise UserError(f"{path} has no complete row with an epoch")
-        logs[name if names.count(name) == 1 else str(path)] = rows  # exps/a/run and exps/b/run stay two
+        # exps/a/run and exps/b/run stay two
+        logs[name if names.count(name) == 1 else str(path)] = rows
     return logs
 
 

@@ -1,6 +1,8 @@
-"""Run a step again whose loss or gradient was not finite, and name the first module that went wrong.
+"""Run a step again whose loss or gradient was not finite, and name the first module that went
+wrong.
 
-A run saves such a step as nonfinite_<epoch>_<step>_process<n>.pth in its --output_dir: batch, weights, random state and flags.
+A run saves such a step as nonfinite_<epoch>_<step>_process<n>.pth in its --output_dir: batch,
+weights, random state and flags.
 """
 
 import math
@@ -11,7 +13,9 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees only its own folder, not the project
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # a script sees only its own folder, not the project
 from engine import training_loss
 from models import build_model
 from util.checkpoint import load_state, read_checkpoint
@@ -30,16 +34,26 @@ def main(argv: Sequence[str]) -> int:
     """Exit status 0 if the step went wrong again, 1 if it was finite this time."""
     parser = make_parser("tools/replay.py", __doc__, EXAMPLE)
     parser.add_argument("dump", help="the file that the run saved")
-    where = "cuda, cpu, ...; default: cuda where there is one. The same bits as in the run only on the device of the run"
+    where = (
+        "cuda, cpu, ...; default: cuda where there is one. The same bits as in the run only on "
+        "the device of the run"
+    )
     parser.add_argument("--device", default="", help=where)
     args = parser.parse_args(argv)
     step = read_step(args.dump)
     device = choose_device(args.device)
     print("\n".join(describe(step)))
     rerun = replay(step, device, args.dump)
-    print(f"again:    loss {rerun.total}, gradient norm {'not computed' if math.isnan(rerun.norm) else rerun.norm}")
+    print(
+        f"again:    loss {rerun.total}, gradient norm "
+        f"{'not computed' if math.isnan(rerun.norm) else rerun.norm}"
+    )
     reproduced = not math.isfinite(rerun.total) or not math.isfinite(rerun.norm)
-    print(f"first wrong: {rerun.module}" if reproduced else f"not reproduced on {device}: this time the step is finite")
+    print(
+        f"first wrong: {rerun.module}"
+        if reproduced
+        else f"not reproduced on {device}: this time the step is finite"
+    )
     return 0 if reproduced else 1
 
 
@@ -48,7 +62,10 @@ def read_step(path: str) -> dict[str, Any]:
     step = read_checkpoint(path, flag="dump")
     lacking = {"images", "mask", "targets", "random", "model", "args", "scale", "losses"} - set(step)
     if lacking:
-        raise UserError(f"dump {path} is no step that a run saved: it lacks {', '.join(sorted(lacking))}; name a nonfinite_*.pth")
+        raise UserError(
+            f"dump {path} is no step that a run saved: it lacks {', '.join(sorted(lacking))}; name "
+            f"a nonfinite_*.pth"
+        )
     return step
 
 
@@ -59,7 +76,9 @@ def describe(step: Mapping[str, Any]) -> list[str]:
         f"epoch {step['epoch']}, step {step['step']}, process {step['process']} of {step['processes']}",
         f"recorded: loss {step['loss']}, gradient norm {step['grad_norm']}; terms {wrong or 'all finite'}",
     ]
-    for image_id, image, mask, target in zip(step["image_ids"], step["images"], step["mask"], step["targets"], strict=True):
+    for image_id, image, mask, target in zip(
+        step["image_ids"], step["images"], step["mask"], step["targets"], strict=True
+    ):
         height, width = (~mask[:, 0]).sum().item(), (~mask[0]).sum().item()
         finite = "" if torch.isfinite(image).all() else ", NOT FINITE"
         boxes = target["boxes"]
@@ -70,7 +89,9 @@ def describe(step: Mapping[str, Any]) -> list[str]:
 
 def replay(step: Mapping[str, Any], device: torch.device, source: str) -> Rerun:
     """The step once more: same weights, batch, random state, precision and scale of the gradient."""
-    config: Config = Config().with_flags({**step["args"], "backbone_weights": "none", "resume": "", "eval": False})
+    config: Config = Config().with_flags(
+        {**step["args"], "backbone_weights": "none", "resume": "", "eval": False}
+    )
     model, criterion, _ = build_model(config)
     load_state(model, {"model": step["model"]}, source)
     check_precision(model.to(device).train(), config.run.amp)

@@ -1,4 +1,6 @@
-"""Submits main.py to Slurm through submitit, and goes on from its own checkpoint when Slurm requeues the job."""
+"""Submits main.py to Slurm through submitit, and goes on from its own checkpoint when Slurm
+requeues the job.
+"""
 
 import argparse
 import os
@@ -13,12 +15,14 @@ from submitit import AutoExecutor, Job, JobEnvironment
 from submitit.core.utils import FailedJobError, UncompletedJobError
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees only its own folder, not the project
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # a script sees only its own folder, not the project
 from util.config import make_parser, parse_config
 from util.errors import Preempted, UserError, run_as_command
 
-EXAMPLE = """python tools/run_with_submitit.py --nodes 2 --gpus_per_node 8 --partition gpu --job_dir exps/batchformer -- \\
-      --batch_size 3 --bf 1 --share_bf 0 --insert_idx 0"""
+EXAMPLE = """python tools/run_with_submitit.py --nodes 2 --gpus_per_node 8 --partition gpu \\
+      --job_dir exps/batchformer -- --batch_size 3 --bf 1 --share_bf 0 --insert_idx 0"""
 ROOT = Path(__file__).resolve().parents[1]
 SIGNAL_SECONDS = 120  # from submitit's signal to the time limit
 MAX_TIMEOUTS = 1000  # a run of weeks in jobs of an hour
@@ -26,7 +30,9 @@ MAX_TIMEOUTS = 1000  # a run of weeks in jobs of an hour
 
 @dataclass(frozen=True)
 class Training:
-    """main.py with `flags` as one task of a job; `restarts` counts how often submitit has started it again."""
+    """main.py with `flags` as one task of a job; `restarts` counts how often submitit has started
+    it again.
+    """
 
     flags: tuple[str, ...]
     threads: int
@@ -50,11 +56,14 @@ class Training:
             try:
                 main.main(parse_config(self.flags))
             except Preempted as reason:
-                if reason.signal != number.name or not callable(requeue):  # --cluster debug has no handler
+                # --cluster debug has no handler
+                if reason.signal != number.name or not callable(requeue):
                     raise
                 print(reason, file=sys.stderr, flush=True)
-                requeue(number, None)  # requeues the job and exits in rank 0, only logs in the others
-                sys.exit(0)  # with another status Slurm would end rank 0 before it has requeued the job
+                # requeues the job and exits in rank 0, only logs in the others
+                requeue(number, None)
+                # with another status Slurm would end rank 0 before it has requeued the job
+                sys.exit(0)
 
         run_as_command(train)
 
@@ -65,14 +74,23 @@ class Training:
 
 def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The arguments of this script, and main.py's flags, which stand behind `--`. Raises UserError."""
-    parser = make_parser("tools/run_with_submitit.py", "Submit main.py to Slurm, and resume it when Slurm requeues it.", EXAMPLE)
+    parser = make_parser(
+        "tools/run_with_submitit.py",
+        "Submit main.py to Slurm, and resume it when Slurm requeues it.",
+        EXAMPLE,
+    )
     parser.usage = "python tools/run_with_submitit.py --job_dir DIR [options] -- <main.py's flags>"
     parser.description += " Further options of sbatch: by its variables, such as SBATCH_ACCOUNT."
 
     def add(name: str, **options: Any) -> None:
         parser.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), **options)
 
-    add("job_dir", type=Path, required=True, help="main.py's --output_dir; the job's logs go to its folder submitit")
+    add(
+        "job_dir",
+        type=Path,
+        required=True,
+        help="main.py's --output_dir; the job's logs go to its folder submitit",
+    )
     add("nodes", type=int, default=1, help="machines")
     add("gpus_per_node", type=int, default=8, help="0 for none")
     add("tasks_per_node", type=int, help="processes on each node; one for each GPU if not given")
@@ -80,8 +98,13 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add("timeout", type=int, default=4320, help="minutes, after which the job is requeued")
     add("partition", help="of Slurm")
     add("constraint", help="features that the nodes must have, as in sbatch")
-    add("cluster", choices=("slurm", "local", "debug"), default="slurm", help="local: several processes on this "
-        "machine; debug: in this process, with pdb after an error; both wait for the end")  # fmt: skip
+    add(
+        "cluster",
+        choices=("slurm", "local", "debug"),
+        default="slurm",
+        help="local: several processes on this "
+        "machine; debug: in this process, with pdb after an error; both wait for the end",
+    )
 
     split = argv.index("--") if "--" in argv else len(argv)
     args, flags = parser.parse_args(argv[:split]), list(argv[split + 1 :])
@@ -97,13 +120,16 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def submit(args: argparse.Namespace, training: Training) -> Job[None]:
     """Raises UserError with the reason if submitit or Slurm refuses the job."""
     try:
-        executor = AutoExecutor(args.job_dir / "submitit", cluster=args.cluster, slurm_max_num_timeout=MAX_TIMEOUTS)
+        executor = AutoExecutor(
+            args.job_dir / "submitit", cluster=args.cluster, slurm_max_num_timeout=MAX_TIMEOUTS
+        )
         executor.update_parameters(
             name=args.job_dir.name,
             nodes=args.nodes,
             tasks_per_node=args.tasks_per_node,
             cpus_per_task=args.cpus_per_task,
-            gpus_per_node=args.gpus_per_node or None,  # 0 would be refused where Slurm knows of no GPUs
+            # 0 would be refused where Slurm knows of no GPUs
+            gpus_per_node=args.gpus_per_node or None,
             timeout_min=args.timeout,
             slurm_partition=args.partition,
             slurm_constraint=args.constraint,
@@ -132,13 +158,17 @@ def main(argv: Sequence[str]) -> None:
 
 
 def wait_for_end(job: Job[None]) -> None:
-    """Raises UserError if main.py ended with a line of its own, submitit's FailedJobError if it ended with a traceback."""
+    """Raises UserError if main.py ended with a line of its own, submitit's FailedJobError if it
+    ended with a traceback.
+    """
     try:
         job.results()
     except FailedJobError:
         raise
     except UncompletedJobError:
-        raise UserError(f"job {job.job_id} has ended early, see the last line of {job.paths.stderr}") from None
+        raise UserError(
+            f"job {job.job_id} has ended early, see the last line of {job.paths.stderr}"
+        ) from None
 
 
 if __name__ == "__main__":

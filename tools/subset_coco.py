@@ -1,7 +1,9 @@
-"""Cut a smaller data set out of a COCO-format one: some classes, or some images to see whether a model can learn them by heart.
+"""Cut a smaller data set out of a COCO-format one: some classes, or some images to see whether a
+model can learn them by heart.
 
-With --split both each part is cut out of its own; with train or val the images of that part become training and validation set
-alike, since then what is asked is whether they were learnt. Ids of images, objects and categories stay as they are.
+With --split both each part is cut out of its own; with train or val the images of that part become
+training and validation set alike, since then what is asked is whether they were learnt. Ids of
+images, objects and categories stay as they are.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this folder would be searched instead
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # run as a script, this folder would be searched instead
 
 from datasets.coco_format import read_annotations
 from datasets.coco_layout import WAYS, write_part
@@ -33,13 +37,17 @@ def main() -> None:
         content = read_annotations(source / "annotations" / f"instances_{part}2017.json").dataset
         respell(content["images"], source / f"{part}2017")
         subset = cut(content, args)
-        files = {image["file_name"]: source / f"{part}2017" / image["file_name"] for image in subset["images"]}
+        files = {
+            image["file_name"]: source / f"{part}2017" / image["file_name"] for image in subset["images"]
+        }
         written = (part,) if args.split == "both" else ("train", "val")
         for name in written:
             write_part(folder, name, subset, files, args.images)
         objects = len(subset["annotations"])
-        print(f"{folder}: {len(files)} images with {objects} objects of {len(subset['categories'])} classes "
-              f"as {' and '.join(written)}")  # fmt: skip
+        print(
+            f"{folder}: {len(files)} images with {objects} objects of {len(subset['categories'])} "
+            f"classes as {' and '.join(written)}"
+        )
 
 
 def cut(content: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
@@ -55,24 +63,33 @@ def cut(content: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
 
 
 def with_classes(content: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """The same images with the categories of these names alone. Raises UserError for a name that is none."""
+    """The same images with the categories of these names alone. Raises UserError for a name that is
+    none.
+    """
     known = {category["name"]: category["id"] for category in content["categories"]}
     for name in names:
         if name not in known:
             raise UserError(f"--classes {name!r} is no category; there are {', '.join(list(known)[:100])}")
     ids = {known[name] for name in names}
     return content | {
-        "annotations": [annotation for annotation in content["annotations"] if annotation["category_id"] in ids],
+        "annotations": [
+            annotation for annotation in content["annotations"] if annotation["category_id"] in ids
+        ],
         "categories": [category for category in content["categories"] if category["id"] in ids],
     }
 
 
 def choose_images(content: dict[str, Any], count: int, max_objects: int) -> list[dict[str, Any]]:
-    """The first `count` images by id that have between 1 and `max_objects` objects. Raises UserError if there are fewer."""
+    """The first `count` images by id that have between 1 and `max_objects` objects. Raises
+    UserError if there are fewer.
+    """
     objects = Counter(annotation["image_id"] for annotation in content["annotations"])
     fitting = [image for image in content["images"] if 1 <= objects[image["id"]] <= max_objects]
     if len(fitting) < count:
-        raise UserError(f"only {len(fitting)} images have 1 to {max_objects} objects; lower --num_images or raise --max_objects")
+        raise UserError(
+            f"only {len(fitting)} images have 1 to {max_objects} objects; lower --num_images or "
+            f"raise --max_objects"
+        )
     return sorted(fitting, key=lambda image: image["id"])[:count]
 
 
@@ -80,19 +97,36 @@ def restrict(content: dict[str, Any], image_ids: set[int]) -> dict[str, Any]:
     """The same annotations for some images only."""
     return content | {
         "images": [image for image in content["images"] if image["id"] in image_ids],
-        "annotations": [annotation for annotation in content["annotations"] if annotation["image_id"] in image_ids],
+        "annotations": [
+            annotation for annotation in content["annotations"] if annotation["image_id"] in image_ids
+        ],
     }
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser("tools/subset_coco.py", __doc__, EXAMPLE)
     parser.add_argument("--coco_path", default="data/coco", help="folder in COCO's layout")
-    parser.add_argument("--split", default="train", choices=("train", "val", "both"), help="part to take the images from")
-    parser.add_argument("--classes", nargs="+", default=[], metavar="NAME", help="keep objects of these classes only")
-    parser.add_argument("--drop_empty", action="store_true", help="leave out images in which no object is left")
-    parser.add_argument("--num_images", type=int, default=0, help="so many images with objects, the first by id; 0: all images")
-    parser.add_argument("--max_objects", type=int, default=12, help="with --num_images: pass over images with more objects")
-    parser.add_argument("--images", choices=WAYS, default="copy", help="copies of the images, hard links or symbolic links")
+    parser.add_argument(
+        "--split", default="train", choices=("train", "val", "both"), help="part to take the images from"
+    )
+    parser.add_argument(
+        "--classes", nargs="+", default=[], metavar="NAME", help="keep objects of these classes only"
+    )
+    parser.add_argument(
+        "--drop_empty", action="store_true", help="leave out images in which no object is left"
+    )
+    parser.add_argument(
+        "--num_images",
+        type=int,
+        default=0,
+        help="so many images with objects, the first by id; 0: all images",
+    )
+    parser.add_argument(
+        "--max_objects", type=int, default=12, help="with --num_images: pass over images with more objects"
+    )
+    parser.add_argument(
+        "--images", choices=WAYS, default="copy", help="copies of the images, hard links or symbolic links"
+    )
     parser.add_argument("--output_dir", required=True, help="folder to write")
     return parser
 

@@ -7,4 +7,5 @@ source tools/env.sh
 # shellcheck source=tools/setup.sh
 source tools/setup.sh
 ruff check .
+ruff format --check --quiet . || { echo "run: ruff format ." >&2; exit 1; }
 python -m pytest "$@"

@@ -1,4 +1,5 @@
-"""Pictures of attention: where deformable attention samples an image, and which images of a batch attend to which. No torch.
+"""Pictures of attention: where deformable attention samples an image, and which images of a batch
+attend to which. No torch.
 
 Shape letters: N images of a batch, M heads, L levels, P sampling points, T marked positions.
 """
@@ -28,7 +29,13 @@ from util.visualizer import font_file
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1
 
-STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.titlelocation": "left", "legend.frameon": False, "savefig.dpi": 110}
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "savefig.dpi": 110,
+}
 WEIGHTS = mpl.colormaps["plasma"]
 SHARES = mpl.colormaps["viridis"]
 AROUND_EVEN = mpl.colormaps["PuOr"]
@@ -45,9 +52,9 @@ ZOOM_BELOW = 0.6  # a region smaller than this part of the image is shown enlarg
 class Samples:
     """What one query, or one token, looks at in one layer; places are in pixels of the picture.
 
-    points: [M, L, P, 2] x, y; weights: [M, L, P], the sum over levels and points is 1 for every head; reference: a point [2] x, y
-    or a box [4] centre and size; outcome: the box that the query gave in the end, or the cell of the token; shapes: (height,
-    width) of the levels.
+    points: [M, L, P, 2] x, y; weights: [M, L, P], the sum over levels and points is 1 for every
+    head; reference: a point [2] x, y or a box [4] centre and size; outcome: the box that the query
+    gave in the end, or the cell of the token; shapes: (height, width) of the levels.
     """
 
     points: NDArray[np.float64]
@@ -62,7 +69,8 @@ class Samples:
 
 
 def plot_samples(picture: Image.Image, samples: Samples, title: str, heads: Sequence[int]) -> Figure:
-    """The samples over the picture: on all of it, enlarged for every level, and each level's share of the weight in bars.
+    """The samples over the picture: on all of it, enlarged for every level, and each level's share
+    of the weight in bars.
 
     Args:
         picture: RGB.
@@ -93,7 +101,9 @@ def plot_samples(picture: Image.Image, samples: Samples, title: str, heads: Sequ
 
 
 def _region(samples: Samples, heads: Sequence[int], size: tuple[int, int]) -> Box | None:
-    """The part of the picture with the query and its points, in the picture's proportions; None if it is most of it."""
+    """The part of the picture with the query and its points, in the picture's proportions; None if
+    it is most of it.
+    """
     points, weights = samples.points[heads].reshape(-1, 2), samples.weights[heads].flatten()
     counted = points[weights > 0.1 * weights.max()]
     corners = np.concatenate([counted, np.reshape(samples.outcome, (2, 2)), samples.reference[None, :2]])
@@ -120,15 +130,23 @@ def _grid(cells: int, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _panel_size(size: tuple[int, int]) -> tuple[float, float]:
-    """Width and height in inches for a picture of `size`; a panorama gets a panel that is not too flat for a title."""
+    """Width and height in inches for a picture of `size`; a panorama gets a panel that is not too
+    flat for a title.
+    """
     width, height = size
     return max(PANEL * min(1, width / height), 2.2), max(PANEL * min(1, height / width), 1.2)
 
 
 def _draw_samples(
-    axes: Axes, picture: Image.Image, samples: Samples, heads: Sequence[int], levels: Sequence[int], scale: Normalize,
-    region: Box | None, shrink: float = 1.0,
-) -> None:  # fmt: skip
+    axes: Axes,
+    picture: Image.Image,
+    samples: Samples,
+    heads: Sequence[int],
+    levels: Sequence[int],
+    scale: Normalize,
+    region: Box | None,
+    shrink: float = 1.0,
+) -> None:
     _show(axes, picture, region)
     boxes = [(samples.outcome, QUERY_COLOR, "-")]
     if len(samples.reference) == 4:
@@ -145,17 +163,22 @@ def _draw_samples(
 
 def _scatter(
     axes: Axes, points: NDArray[np.float64], weights: NDArray[np.float64], scale: Normalize, shrink: float
-) -> None:  # fmt: skip
-    """Area and colour by weight; a white ring in a black one is seen on any ground. Point after point, rings too, so that
-    one that lies on another hides it as a whole."""
+) -> None:
+    """Area and colour by weight; a white ring in a black one is seen on any ground. Point after
+    point, rings too, so that one that lies on another hides it as a whole.
+    """
     radii = np.sqrt(8 + 62 * weights / scale.vmax)[:, None] * shrink + np.array([2.4, 1.2, 0]) * shrink**0.5
     black, white = (np.broadcast_to(to_rgba(color), (len(points), 4)) for color in ("black", "white"))
     colors = np.stack([black, white, WEIGHTS(scale(weights))], 1)
-    axes.scatter(*np.repeat(points, 3, 0).T, s=radii.flatten() ** 2, c=colors.reshape(-1, 4), linewidths=0, zorder=3)
+    axes.scatter(
+        *np.repeat(points, 3, 0).T, s=radii.flatten() ** 2, c=colors.reshape(-1, 4), linewidths=0, zorder=3
+    )
 
 
 def _draw_boxes(axes: Axes, boxes: Sequence[tuple[Box, str, object]]) -> None:
-    """Boxes in colour and line style, each on black. The black goes first: of two boxes in one place both are seen."""
+    """Boxes in colour and line style, each on black. The black goes first: of two boxes in one
+    place both are seen.
+    """
     for colored in (False, True):
         for (x0, y0, x1, y1), color, line in boxes:
             ink, width, style = (color, 1.6, line) if colored else ("black", 3.2, "-")
@@ -170,14 +193,24 @@ def _show(axes: Axes, picture: Image.Image, region: Box | None) -> None:
     left, top = max(math.floor(x0 - rim), 0), max(math.floor(y0 - rim), 0)
     right, bottom = min(math.ceil(x1 + rim), picture.width), min(math.ceil(y1 + rim), picture.height)
     part = picture.crop((left, top, right, bottom))
-    part.thumbnail((SHOWN, SHOWN))  # a photograph is shown in more panels than it should take memory for
+    # a photograph is shown in more panels than it should take memory for
+    part.thumbnail((SHOWN, SHOWN))
     axes.imshow(part, extent=(left, right, bottom, top), interpolation="bicubic")
-    axes.set(xlim=(x0 - rim, x1 + rim), ylim=(y1 + rim, y0 - rim), xticks=[], yticks=[], aspect="equal", anchor="NW")
+    axes.set(
+        xlim=(x0 - rim, x1 + rim),
+        ylim=(y1 + rim, y0 - rim),
+        xticks=[],
+        yticks=[],
+        aspect="equal",
+        anchor="NW",
+    )
     axes.set_facecolor("0.9")
     axes.spines[:].set_visible(False)
 
 
-def _level_title(samples: Samples, level: int, heads: Sequence[int], size: tuple[int, int], region: Box | None) -> str:
+def _level_title(
+    samples: Samples, level: int, heads: Sequence[int], size: tuple[int, int], region: Box | None
+) -> str:
     height, width = samples.shapes[level]
     share = samples.weights[heads, level].sum() / len(heads)
     points = samples.points[heads, level].reshape(-1, 2)
@@ -198,7 +231,14 @@ def _draw_shares(axes: Axes, samples: Samples, heads: Sequence[int]) -> None:
         part = np.array([row[level] for row in rows])
         faded = [1.0 if row == 0 or row - 1 in heads else 0.3 for row in range(len(rows))]
         color = LEVEL_COLORS[level % len(LEVEL_COLORS)]
-        axes.barh(places, part, left=left, height=0.8, color=[to_rgba(color, a) for a in faded], label=f"level {level}")
+        axes.barh(
+            places,
+            part,
+            left=left,
+            height=0.8,
+            color=[to_rgba(color, a) for a in faded],
+            label=f"level {level}",
+        )
         for place, start, width in zip(places, left, part, strict=True):
             if width >= 0.12:
                 axes.text(start + width / 2, place, f"{width:.0%}", ha="center", va="center", fontsize=7)
@@ -210,20 +250,50 @@ def _draw_shares(axes: Axes, samples: Samples, heads: Sequence[int]) -> None:
     axes.spines[:].set_visible(False)
     axes.set_title("share of the weight\nby level")
     handles = [Patch(color=LEVEL_COLORS[i % len(LEVEL_COLORS)], label=str(i)) for i in range(shares.shape[1])]
-    axes.legend(handles=handles, title="level", title_fontsize=8, fontsize=8, loc="upper left", bbox_to_anchor=(0.2, -0.01),
-                ncols=min(shares.shape[1], 4), handlelength=1, columnspacing=1, alignment="left", borderpad=0)  # fmt: skip
+    axes.legend(
+        handles=handles,
+        title="level",
+        title_fontsize=8,
+        fontsize=8,
+        loc="upper left",
+        bbox_to_anchor=(0.2, -0.01),
+        ncols=min(shares.shape[1], 4),
+        handlelength=1,
+        columnspacing=1,
+        alignment="left",
+        borderpad=0,
+    )
 
 
 def _sample_legend(samples: Samples, region: Box | None) -> list[Line2D]:
     handles = [
-        Line2D([], [], marker="o", linestyle="", color=WEIGHTS(0.6), markeredgecolor="black", label="sampling point"),
-        Line2D([], [], marker="+", linestyle="", color="black", markersize=9, markeredgewidth=2, label="reference point"),
+        Line2D(
+            [],
+            [],
+            marker="o",
+            linestyle="",
+            color=WEIGHTS(0.6),
+            markeredgecolor="black",
+            label="sampling point",
+        ),
+        Line2D(
+            [],
+            [],
+            marker="+",
+            linestyle="",
+            color="black",
+            markersize=9,
+            markeredgewidth=2,
+            label="reference point",
+        ),
         Line2D([], [], color=QUERY_COLOR, linewidth=2, label=samples.outcome_name),
     ]
     if len(samples.reference) == 4:
         handles.append(Line2D([], [], color="0.5", linestyle="--", linewidth=2, label="reference box"))
     if region:
-        handles.append(Line2D([], [], color=REGION_COLOR, linestyle=":", linewidth=2, label="part shown enlarged"))
+        handles.append(
+            Line2D([], [], color=REGION_COLOR, linestyle=":", linewidth=2, label="part shown enlarged")
+        )
     return handles
 
 
@@ -234,8 +304,9 @@ def _sample_legend(samples: Samples, region: Box | None) -> list[Line2D]:
 class Position:
     """A token position that all images of a batch share.
 
-    x, y: in [0, 1] of the padded batch; name: for the picture; weights: [M, N, N], how much the image of a row attends to that of
-    a column; padded: [N], whether the position is padding in an image.
+    x, y: in [0, 1] of the padded batch; name: for the picture; weights: [M, N, N], how much the
+    image of a row attends to that of a column; padded: [N], whether the position is padding in an
+    image.
     """
 
     x: float
@@ -246,7 +317,9 @@ class Position:
 
 
 def on_padding(picture: Image.Image, own: tuple[int, int], batch: tuple[int, int]) -> Image.Image:
-    """The picture as it lies in a batch: at its own (height, width) there, in the upper left corner of a striped sheet."""
+    """The picture as it lies in a batch: at its own (height, width) there, in the upper left corner
+    of a striped sheet.
+    """
     y, x = np.mgrid[: batch[0], : batch[1]]
     stripe = max(max(batch) // 40, 2)
     sheet = Image.fromarray(np.where((x + y) // stripe % 2, 222, 184).astype(np.uint8)).convert("RGB")
@@ -255,7 +328,8 @@ def on_padding(picture: Image.Image, own: tuple[int, int], batch: tuple[int, int
 
 
 def plot_batch_attention(sheets: Sequence[Image.Image], positions: Sequence[Position], title: str) -> Figure:
-    """A row for every position: the mean of the heads between thumbnails of the images, then every head by itself.
+    """A row for every position: the mean of the heads between thumbnails of the images, then every
+    head by itself.
 
     Args:
         sheets: N pictures of one size, `on_padding`.
@@ -267,7 +341,9 @@ def plot_batch_attention(sheets: Sequence[Image.Image], positions: Sequence[Posi
     scale = Normalize(0, max(float(position.weights.max()) for position in positions))
     with mpl.rc_context(STYLE):
         figure = _page((side + heads * (small + 0.2) + 1.6, len(positions) * (side + 0.75) + 0.9), title)
-        cells = figure.subplots(len(positions), 1 + heads, squeeze=False, width_ratios=[side, *[small] * heads])
+        cells = figure.subplots(
+            len(positions), 1 + heads, squeeze=False, width_ratios=[side, *[small] * heads]
+        )
         for row, position in zip(cells, positions, strict=True):
             _draw_matrix(row[0], position, position.weights.mean(0), scale)
             _draw_thumbnails(row[0], sheets, position)
@@ -283,9 +359,13 @@ def plot_batch_attention(sheets: Sequence[Image.Image], positions: Sequence[Posi
 
 
 def plot_other_shares(
-    sheets: Sequence[Image.Image], shares: Sequence[NDArray[np.float64]], padded: Sequence[NDArray[np.bool_]], title: str
+    sheets: Sequence[Image.Image],
+    shares: Sequence[NDArray[np.float64]],
+    padded: Sequence[NDArray[np.bool_]],
+    title: str,
 ) -> Figure:
-    """For every image (rows) and level (columns): how much of its attention a position gives to the other images.
+    """For every image (rows) and level (columns): how much of its attention a position gives to the
+    other images.
 
     Args:
         sheets: N pictures of one size, `on_padding`.
@@ -299,7 +379,9 @@ def plot_other_shares(
     reach = max(float(np.abs(part - even).max()) for part in inside)
     scale = Normalize(even - reach, even + reach)
     with mpl.rc_context(STYLE):
-        figure = _page((max((1 + len(shares)) * (width + 0.12) + 1.3, 6), count * (height + 0.08) + 1.2), title)
+        figure = _page(
+            (max((1 + len(shares)) * (width + 0.12) + 1.3, 6), count * (height + 0.08) + 1.2), title
+        )
         cells = figure.subplots(count, 1 + len(shares), squeeze=False)
         for axes in cells.flat:
             axes.set(xticks=[], yticks=[], anchor="N")
@@ -311,7 +393,9 @@ def plot_other_shares(
         for level, (share, part) in enumerate(zip(shares, inside, strict=True)):
             size = f"{share.shape[2]} x {share.shape[1]}"
             cells[0, 1 + level].set_title(f"level {level}, {size}\nmean {part.mean():.0%}", fontsize=8)
-        bar = _color_bar(figure, cells, scale, AROUND_EVEN, "share of the attention that goes to the other images")
+        bar = _color_bar(
+            figure, cells, scale, AROUND_EVEN, "share of the attention that goes to the other images"
+        )
         bar.yaxis.set_major_formatter(PercentFormatter(1, 0))
         bar.set_ylim(max(scale.vmin, 0), min(scale.vmax, 1))
         _mark(bar, even, f"even: {count - 1}/{count}")
@@ -321,7 +405,8 @@ def plot_other_shares(
 
 def _page(size: tuple[float, float], title: str) -> Figure:
     figure = Figure(figsize=size, layout="constrained")
-    font = FontProperties(fname=font_file(title), weight="bold", size=11)  # class names come in any alphabet
+    # class names come in any alphabet
+    font = FontProperties(fname=font_file(title), weight="bold", size=11)
     figure.suptitle(title, x=0.01, ha="left", fontproperties=font, parse_math=False)
     return figure
 
@@ -329,17 +414,26 @@ def _page(size: tuple[float, float], title: str) -> Figure:
 def _draw_matrix(axes: Axes, position: Position, weights: NDArray[np.float64], scale: Normalize) -> None:
     count = len(weights)
     axes.imshow(weights, cmap=SHARES, norm=scale, extent=(0, count, count, 0))
-    axes.set(xticks=np.arange(count) + 0.5, yticks=np.arange(count) + 0.5, xticklabels=range(count), yticklabels=range(count))
+    axes.set(
+        xticks=np.arange(count) + 0.5,
+        yticks=np.arange(count) + 0.5,
+        xticklabels=range(count),
+        yticklabels=range(count),
+    )
     axes.tick_params(length=0, labelsize=8)
     axes.spines[:].set_visible(False)
     axes.set_anchor("N")
     for row, column in np.ndindex(weights.shape):
         if position.padded[row] or position.padded[column]:
-            axes.add_patch(Rectangle((column, row), 1, 1, fill=False, hatch="////", edgecolor="0.75", linewidth=0))
+            axes.add_patch(
+                Rectangle((column, row), 1, 1, fill=False, hatch="////", edgecolor="0.75", linewidth=0)
+            )
 
 
 def _draw_thumbnails(axes: Axes, sheets: Sequence[Image.Image], position: Position) -> None:
-    """The images above their columns and before their rows, with the position on them, and the numbers in the cells."""
+    """The images above their columns and before their rows, with the position on them, and the
+    numbers in the cells.
+    """
     count = len(sheets)
     width, height = (0.92 * part / max(sheets[0].size) for part in sheets[0].size)
     weights = position.weights.mean(0)
@@ -351,7 +445,16 @@ def _draw_thumbnails(axes: Axes, sheets: Sequence[Image.Image], position: Positi
             axes.plot(*place, "o", markersize=4, color=REGION_COLOR, clip_on=False)
         for other in range(count) if count <= 8 else ():
             text = f"{weights[number, other]:.2f}"
-            axes.text(other + 0.5, number + 0.5, text, ha="center", va="center", fontsize=7, color="white", path_effects=CASING)
+            axes.text(
+                other + 0.5,
+                number + 0.5,
+                text,
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white",
+                path_effects=CASING,
+            )
     axes.set(xlim=(-0.1 - width, count), ylim=(count, -0.1 - height), xticks=[], yticks=[])
     axes.set(xlabel="image that is looked at", ylabel="image that looks")
     axes.xaxis.set_label_position("top")
@@ -378,7 +481,9 @@ def _hatched(label: str) -> Patch:
 
 def _color_bar(figure: Figure, cells: Any, scale: Normalize, colors: Colormap, label: str) -> Axes:
     """At the right of `cells`, which keep their anchors."""
-    bar = figure.colorbar(ScalarMappable(scale, colors), ax=cells, shrink=0.8, aspect=30, pad=0.01, panchor=False)
+    bar = figure.colorbar(
+        ScalarMappable(scale, colors), ax=cells, shrink=0.8, aspect=30, pad=0.01, panchor=False
+    )
     bar.set_label(label)
     return bar.ax
 

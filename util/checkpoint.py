@@ -1,10 +1,10 @@
 """Files of checkpoints, and the weights in them.
 
-Written aside, flushed and renamed, so that a crash never leaves a broken file. A file ends with the SHA-256 of all before
-it, as the comment that the zip format allows there; a damaged file is told by it. The zip format's own
-checksums miss some damage (docs/reliability.md). Read without executing anything that is pickled in them:
-tensors, numbers, strings and containers are data, an argparse.Namespace is a bag of such data, and
-everything else is refused by name.
+Written aside, flushed and renamed, so that a crash never leaves a broken file. A file ends with the
+SHA-256 of all before it, as the comment that the zip format allows there; a damaged file is told by
+it. The zip format's own checksums miss some damage (docs/reliability.md). Read without executing
+anything that is pickled in them: tensors, numbers, strings and containers are data, an
+argparse.Namespace is a bag of such data, and everything else is refused by name.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ _ALIASES = (
     ("transformer.encoder.bf.", BATCHFORMER),
 )
 _MEANINGLESS = ("total_params", "total_ops")  # a profiler's leftovers
-# a count of batch normalisation, which frozen statistics don't have and which changes nothing where it is lacking
+# a count of batch normalisation, which frozen statistics don't have and which changes nothing where
+# it is lacking
 _OPTIONAL = "num_batches_tracked"
 # part of a name -> the flags that decide its existence or shape, the likeliest first
 _FLAGS = (
@@ -64,12 +65,14 @@ _FLAGS = (
     ("running_", "--backbone_norm"),
     ("backbone.1", "--position_embedding"),
     ("backbone", "--backbone or --backbone_norm"),
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """Names of tensors: loaded; missing in the file; unexpected, in the file only. flag: which named the file."""
+    """Names of tensors: loaded; missing in the file; unexpected, in the file only. flag: which
+    named the file.
+    """
 
     source: str
     loaded: tuple[str, ...]
@@ -78,21 +81,30 @@ class LoadReport:
     flag: str = "--resume"
 
     def require_same_architecture(self, may_lack: tuple[str, ...] = (BATCHFORMER,)) -> None:
-        """Raise UserError for missing names, other than those that begin as `may_lack` says, and for unexpected ones, other than
-        BatchFormerV2's."""
-        for kind, names, fine in (("lacks", self.missing, may_lack), ("has the unknown", self.unexpected, (BATCHFORMER,))):
+        """Raise UserError for missing names, other than those that begin as `may_lack` says, and
+        for unexpected ones, other than BatchFormerV2's.
+        """
+        for kind, names, fine in (
+            ("lacks", self.missing, may_lack),
+            ("has the unknown", self.unexpected, (BATCHFORMER,)),
+        ):
             names = [name for name in names if not name.startswith(fine)]
             if names:
                 raise UserError(
-                    f"{self.flag} {self.source} is of another architecture: it {kind} {names[0]}"
-                    f"{f' and {len(names) - 1} more' if names[1:] else ''}; probably {_flags_for_layer(names[0])} differ"
+                    f"{self.flag} {self.source} is of another architecture: it {kind} "
+                    f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}; probably "
+                    f"{_flags_for_layer(names[0])} differ"
                 )
 
     def batchformer(self) -> list[str]:
         """What became of BatchFormerV2's weights, where not all of them were loaded."""
-        new, unused = (sum(name.startswith(BATCHFORMER) for name in names) for names in (self.missing, self.unexpected))
+        new, unused = (
+            sum(name.startswith(BATCHFORMER) for name in names) for names in (self.missing, self.unexpected)
+        )
         lines = [f"BatchFormerV2: {new} tensors made anew, which the checkpoint lacks"] if new else []
-        return lines + ([f"BatchFormerV2: {unused} tensors skipped, which this run does not use"] if unused else [])
+        return lines + (
+            [f"BatchFormerV2: {unused} tensors skipped, which this run does not use"] if unused else []
+        )
 
     def __str__(self) -> str:
         lines = [f"{self.source}: {len(self.loaded)} tensors loaded"]
@@ -106,13 +118,16 @@ def load_weights(model: nn.Module, path_or_url: str) -> LoadReport:
     """Load the weights of a checkpoint, published or ours, into `model`.
 
     Raises:
-        UserError: the file can't be read or holds more than data; a tensor has another shape, or the file has different
-            values for names that are one tensor in the model (the message names the flag that probably differs).
+        UserError: the file can't be read or holds more than data; a tensor has another shape, or
+        the file has different values for names that are one tensor in the model (the message names
+        the flag that probably differs).
     """
     return load_state(model, read_checkpoint(path_or_url), str(path_or_url))
 
 
-def load_state(model: nn.Module, checkpoint: Mapping[str, Any], source: str, flag: str = "--resume") -> LoadReport:
+def load_state(
+    model: nn.Module, checkpoint: Mapping[str, Any], source: str, flag: str = "--resume"
+) -> LoadReport:
     """As `load_weights`, from a checkpoint that has been read; errors name `flag`."""
     state = weights_of(checkpoint, source, flag)
     own = model.state_dict(keep_vars=True)
@@ -120,8 +135,8 @@ def load_state(model: nn.Module, checkpoint: Mapping[str, Any], source: str, fla
     for name, tensor in known.items():
         if tensor.shape != own[name].shape:
             raise UserError(
-                f"{flag} {source} does not fit: {name} is {list(tensor.shape)} there and {list(own[name].shape)} here; "
-                f"probably {_flags_for(name)} differ"
+                f"{flag} {source} does not fit: {name} is {list(tensor.shape)} there and "
+                f"{list(own[name].shape)} here; probably {_flags_for(name)} differ"
             )
     _check_tied(own, known, source, flag)
     model.load_state_dict(known, strict=False)
@@ -135,7 +150,8 @@ def load_state(model: nn.Module, checkpoint: Mapping[str, Any], source: str, fla
 
 
 def weights_of(checkpoint: Mapping[str, Any], source: str, flag: str = "--resume") -> dict[str, Tensor]:
-    """A checkpoint's weights under one name each: published aliases folded, bookkeeping entries left out.
+    """A checkpoint's weights under one name each: published aliases folded, bookkeeping entries
+    left out.
 
     Raises UserError if they are something else than plain tensors.
     """
@@ -147,8 +163,15 @@ def weights_of(checkpoint: Mapping[str, Any], source: str, flag: str = "--resume
     for name, tensor in state.items():
         if not isinstance(name, str) or name.endswith(_MEANINGLESS):
             continue
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-            raise UserError(f"{flag} {source} is no checkpoint of a detector: its entry {name!a} is no plain tensor")
+        if (
+            not isinstance(tensor, Tensor)
+            or tensor.layout != torch.strided
+            or tensor.is_quantized
+            or tensor.is_meta
+        ):
+            raise UserError(
+                f"{flag} {source} is no checkpoint of a detector: its entry {name!a} is no plain tensor"
+            )
         for alias, real in _ALIASES:
             if name.startswith(alias):
                 aliased[real + name.removeprefix(alias)] = tensor
@@ -159,14 +182,17 @@ def weights_of(checkpoint: Mapping[str, Any], source: str, flag: str = "--resume
 
 
 def read_checkpoint(path_or_url: str | os.PathLike, flag: str = "--resume") -> dict[str, Any]:
-    """The dict in a checkpoint file, on the CPU, nothing executed; weights that other programs keep elsewhere are in `model`.
+    """The dict in a checkpoint file, on the CPU, nothing executed; weights that other programs keep
+    elsewhere are in `model`.
 
     Raises UserError, naming `flag`.
     """
     given = str(path_or_url)
     if given.endswith(".safetensors") or not is_address(given) and (Path(given) / "config.json").is_file():
         convert = f"python tools/convert_checkpoint.py {given} <file>.pth"
-        raise UserError(f"{flag} {given} is in Hugging Face's layout; use {convert}, or train from it with --finetune")
+        raise UserError(
+            f"{flag} {given} is in Hugging Face's layout; use {convert}, or train from it with --finetune"
+        )
     path = local_file(given, flag)
     check_intact(path, flag)
     try:
@@ -177,21 +203,25 @@ def read_checkpoint(path_or_url: str | os.PathLike, flag: str = "--resume") -> d
         if name:
             told = ascii(name[1]).strip("'")  # whatever characters a hostile file has put there
             raise UserError(
-                f"{flag} {path} was refused: it asks to run or build {told}, and a checkpoint may hold data only; "
-                "nothing was executed. If you trust it, load it where it was made and save {'model': its state_dict()}"
+                f"{flag} {path} was refused: it asks to run or build {told}, and a checkpoint may "
+                f"hold data only; "
+                "nothing was executed. If you trust it, load it where it was made and save "
+                "{'model': its state_dict()}"
             ) from None
         raise unreadable(flag, path) from None
     except Exception as error:  # a damaged file can fail anywhere in the reader
         log.debug("reading %s", path, exc_info=error)
         raise unreadable(flag, path) from None
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model", checkpoint), dict):
-        raise UserError(f"{flag} {path} is no checkpoint: it must hold a dict of tensors, or one with the entry 'model'")
+        raise UserError(
+            f"{flag} {path} is no checkpoint: it must hold a dict of tensors, or one with the entry 'model'"
+        )
     return in_our_layout(checkpoint, str(path))
 
 
 def write_atomically(content: Any, path: Path) -> None:
-    """torch.save under a temporary name, sealed with its checksum, flushed to the disk, then renamed: `path` is the old file or
-    the new one.
+    """torch.save under a temporary name, sealed with its checksum, flushed to the disk, then
+    renamed: `path` is the old file or the new one.
 
     Raises:
         NotSavedError: the file system would not have it; nothing of the attempt is left.
@@ -207,8 +237,14 @@ def write_atomically(content: Any, path: Path) -> None:
         flush_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save wraps a full disk in a RuntimeError
         _remove(temporary)
-        reason = error.strerror if isinstance(error, OSError) else _full_disk(path.parent) or str(error).splitlines()[0]
-        raise NotSavedError(f"{path} could not be written ({reason}); earlier checkpoints are untouched") from None
+        reason = (
+            error.strerror
+            if isinstance(error, OSError)
+            else _full_disk(path.parent) or str(error).splitlines()[0]
+        )
+        raise NotSavedError(
+            f"{path} could not be written ({reason}); earlier checkpoints are untouched"
+        ) from None
     except BaseException:
         _remove(temporary)
         raise
@@ -266,7 +302,8 @@ def check_intact(path: Path, flag: str = "--resume") -> None:
     """Compare a file with its checksum: our own over all of it, or a zip file's over each record.
 
     Raises:
-        UserError: it is damaged, can't be read, or is no zip file (which torch.save writes since version 1.6) nor a plain pickle.
+        UserError: it is damaged, can't be read, or is no zip file (which torch.save writes since
+        version 1.6) nor a plain pickle.
     """
     try:
         with open(path, "rb") as file:
@@ -293,7 +330,9 @@ def _intact(file: BinaryIO) -> bool:
 
 
 def _is_marked_as_folder(entry: zipfile.ZipInfo) -> bool:
-    """Whether a record is marked as a folder: PyTorch does not read it, and the tensor is arbitrary."""
+    """Whether a record is marked as a folder: PyTorch does not read it, and the tensor is
+    arbitrary.
+    """
     return bool(entry.external_attr & _FOLDER) and not entry.is_dir()
 
 
@@ -312,8 +351,8 @@ def _check_tied(own: Mapping[str, Tensor], known: Mapping[str, Tensor], source: 
         twin = first.setdefault(id(own[name]), name)
         if twin != name and not torch.equal(known[twin], known[name]):
             raise UserError(
-                f"{flag} {source} does not fit: {twin} and {name} differ there and are one tensor here; "
-                f"probably {_flags_for(name)} differ"
+                f"{flag} {source} does not fit: {twin} and {name} differ there and are one tensor "
+                f"here; probably {_flags_for(name)} differ"
             )
 
 
@@ -325,7 +364,9 @@ def _flags_for_layer(name: str) -> str:
 
 def _flags_for(name: str) -> str:
     generic = re.sub(r"layers\.\d+", "layers.{i}", name)
-    return next((flags for part, flags in _FLAGS if part in generic or part in name), "the architecture's flags")
+    return next(
+        (flags for part, flags in _FLAGS if part in generic or part in name), "the architecture's flags"
+    )
 
 
 def is_address(path_or_url: str) -> bool:
@@ -342,7 +383,9 @@ def local_file(path_or_url: str, flag: str) -> Path:
         if path.is_dir():
             raise folder_given(flag, path)
         if not path.is_file():
-            raise UserError(f"{flag} {path} does not exist; give the path of a checkpoint file or an https address")
+            raise UserError(
+                f"{flag} {path} does not exist; give the path of a checkpoint file or an https address"
+            )
         return path
     name = Path(urlparse(path_or_url).path).name
     # a folder for every address: many have a file of the same name
@@ -352,14 +395,20 @@ def local_file(path_or_url: str, flag: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         digest = re.search(r"-([0-9a-f]{8,})\.", name)
         try:
-            torch.hub.download_url_to_file(path_or_url, str(cached), digest[1] if digest else None, progress=False)
+            torch.hub.download_url_to_file(
+                path_or_url, str(cached), digest[1] if digest else None, progress=False
+            )
         except (OSError, RuntimeError) as error:
-            raise UserError(f"{flag} {path_or_url} could not be downloaded ({error}); download it and give its path") from None
+            raise UserError(
+                f"{flag} {path_or_url} could not be downloaded ({error}); download it and give its path"
+            ) from None
     return cached
 
 
 def folder_given(flag: str, folder: Path) -> UserError:
-    """The error for a folder where a file is asked for; it names the best checkpoint, or the newest, if it is a run's."""
+    """The error for a folder where a file is asked for; it names the best checkpoint, or the
+    newest, if it is a run's.
+    """
     checkpoints = sorted(folder.glob("checkpoint*.pth"))  # checkpoint_best.pth comes last
     example = f", such as {checkpoints[-1]}" if checkpoints else ""
     return UserError(f"{flag} {folder} is a folder; name a checkpoint in it{example}")
@@ -368,7 +417,11 @@ def folder_given(flag: str, folder: Path) -> UserError:
 # how files begin that are often taken for the checkpoint whose name they have
 _OTHER_FILES = (
     (b"version https://git-lfs", "is a pointer of Git LFS; fetch the file itself with git lfs pull"),
-    (b"<", "is a web page, as a server sends instead of a file that asks for a login or a confirmation; download it anew"),
+    (
+        b"<",
+        "is a web page, as a server sends instead of a file that asks for a login or a "
+        "confirmation; download it anew",
+    ),
 )
 
 

@@ -1,4 +1,5 @@
-"""The checkpoints of a run's folder: their names, which are kept, which is the newest good one, and what a full disk means.
+"""The checkpoints of a run's folder: their names, which are kept, which is the newest good one, and
+what a full disk means.
 
     resume_0003_000000960.pth   the last few (--keep): goes on in epoch 3 after 960 images
     checkpoint.pth              the newest of them
@@ -45,7 +46,8 @@ class CheckpointFolder:
     """Writes and finds the checkpoints in `folder`; of one process only.
 
     Args:
-        keep: how many `resume_*` files are kept; as many saves in a row may fail before the run ends.
+        keep: how many `resume_*` files are kept; as many saves in a row may fail before the run
+            ends.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -53,14 +55,17 @@ class CheckpointFolder:
         self._failed = 0
         self._damaged: set[Path] = set()
 
-    def save(self, content: dict[str, Any], position: Position, also: Sequence[str] = (), *, must: bool = False) -> Path | None:
+    def save(
+        self, content: dict[str, Any], position: Position, also: Sequence[str] = (), *, must: bool = False
+    ) -> Path | None:
         """Write a checkpoint, also under the names `also`, and remove those that are too many.
 
-        A write that fails is tried again after a moment, and then given up for this time: None, and a warning. The earlier
-        ones are as they were.
+        A write that fails is tried again after a moment, and then given up for this time: None, and
+        a warning. The earlier ones are as they were.
 
         Raises:
-            NotSavedError: as many saves in a row as are kept have failed, or, with `must`, this one.
+            NotSavedError: as many saves in a row as are kept have failed, or, with `must`, this
+            one.
         """
         path = self.folder / rolling_name(position)
         try:
@@ -69,7 +74,9 @@ class CheckpointFolder:
             self._failed += 1
             if must or self._failed >= self._keep:
                 raise NotSavedError(f"{error}; {self._remedy()}") from None
-            log.warning("%s; training goes on, and ends if %d more can't be written", error, self._keep - self._failed)
+            log.warning(
+                "%s; training goes on, and ends if %d more can't be written", error, self._keep - self._failed
+            )
             return None
         self._failed = 0
         self._damaged.discard(path)
@@ -92,7 +99,9 @@ class CheckpointFolder:
             os.replace(temporary, target)
             flush_folder(self.folder)
         except OSError as error:
-            log.warning("%s could not be written (%s); %s has the same contents", target, error.strerror, path.name)
+            log.warning(
+                "%s could not be written (%s); %s has the same contents", target, error.strerror, path.name
+            )
 
     def name_newest(self, name: str) -> None:
         """Another name for the newest of the rolling checkpoints."""
@@ -100,7 +109,8 @@ class CheckpointFolder:
             self.name_also(rolling[-1], name)
 
     def newest_good(self) -> Path | None:
-        """The newest intact checkpoint; None if the folder has none. Damaged ones are named in a warning.
+        """The newest intact checkpoint; None if the folder has none. Damaged ones are named in a
+        warning.
 
         Raises:
             UserError: there are checkpoints and all of them are damaged.
@@ -115,13 +125,16 @@ class CheckpointFolder:
                 self._damaged.add(path)
         if candidates:
             raise UserError(
-                f"--resume auto: all {len(candidates)} checkpoints in {self.folder} are damaged, {candidates[0].name} first; "
+                f"--resume auto: all {len(candidates)} checkpoints in {self.folder} are damaged, "
+                f"{candidates[0].name} first; "
                 "move them away to start from the beginning"
             )
         return None
 
     def newer_than(self, position: Position) -> list[Path]:
-        """Checkpoints from which a run would go on later than at `position`, and such as can't be read."""
+        """Checkpoints from which a run would go on later than at `position`, and such as can't be
+        read.
+        """
         newer = []
         for path in self._candidates():
             found = _position_in(path.name) or _position_inside(path)
@@ -143,11 +156,17 @@ class CheckpointFolder:
 
     def _rolling(self) -> list[Path]:
         """The good ones among those of which only a few are kept, oldest first."""
-        rolling = [p for p in self.folder.glob("resume_*.pth") if _ROLLING.fullmatch(p.name) and p not in self._damaged]
+        rolling = [
+            p
+            for p in self.folder.glob("resume_*.pth")
+            if _ROLLING.fullmatch(p.name) and p not in self._damaged
+        ]
         return sorted(rolling, key=lambda path: _position_in(path.name) or Position())
 
     def _remove_old(self, saved: Path) -> None:
-        """Damaged files are not counted: those that are kept are good. Nor is the newest removed, if its epoch began anew."""
+        """Damaged files are not counted: those that are kept are good. Nor is the newest removed,
+        if its epoch began anew.
+        """
         for path in self._rolling()[: -self._keep]:
             if path != saved:
                 with contextlib.suppress(OSError):

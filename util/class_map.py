@@ -1,7 +1,8 @@
 """Category ids of a data set <-> labels of the class head, and their names.
 
-COCO keeps its published head: 91 logits, and a category's id is its label. Every other data set gets as many logits as it has
-categories, in the order of their ids, which may be any. What leaves the program (detections, figures) has the data set's ids.
+COCO keeps its published head: 91 logits, and a category's id is its label. Every other data set
+gets as many logits as it has categories, in the order of their ids, which may be any. What leaves
+the program (detections, figures) has the data set's ids.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ class Category(NamedTuple):
 
 @dataclass(frozen=True)
 class ClassMap:
-    """The categories of a data set, and how many logits the class head has (some may belong to no category)."""
+    """The categories of a data set, and how many logits the class head has (some may belong to no
+    category).
+    """
 
     num_classes: int
     categories: tuple[Category, ...]
@@ -35,10 +38,12 @@ class ClassMap:
     def of(cls, categories: Iterable[Mapping[str, Any]], num_classes: int | str, source: str) -> ClassMap:
         """The map of COCO `categories` (dicts with id and name) for --num_classes `num_classes`.
 
-        AUTO: COCO's own for COCO's categories, else labels 0, 1, ... in the order of the ids. A number: ids are labels.
+        AUTO: COCO's own for COCO's categories, else labels 0, 1, ... in the order of the ids. A
+        number: ids are labels.
 
         Raises:
-            UserError: there are no categories, or one has an id outside [0, num_classes); `source` names the file.
+            UserError: there are no categories, or one has an id outside [0, num_classes); `source`
+            names the file.
         """
         named = sorted((category["id"], category["name"]) for category in categories)
         if not named:
@@ -62,7 +67,9 @@ class ClassMap:
         return self._labels[category_id]
 
     def id_of(self, label: int) -> int:
-        """The category id of a label; a label that belongs to no category (COCO's head has eleven) stays as it is."""
+        """The category id of a label; a label that belongs to no category (COCO's head has eleven)
+        stays as it is.
+        """
         category = self._by_label.get(label)
         return category.id if category else label
 
@@ -77,19 +84,23 @@ class ClassMap:
         return {category.label: category.name for category in self.categories}
 
     def check(self, categories: Iterable[Mapping[str, Any]], source: str) -> None:
-        """Raise UserError unless all `categories` of the file `source` are in this map, by id and name."""
+        """Raise UserError unless all `categories` of the file `source` are in this map, by id and
+        name.
+        """
         known = {category.id: category.name for category in self.categories}
         for category in categories:
             number, name = category["id"], category["name"]
             if known.get(number) != name:
                 instead = f" (there {number} is {known[number]!r})" if number in known else ""
                 raise UserError(
-                    f"{source} has category {number} {name!r}, which is not among the classes that the detector is for{instead}; "
+                    f"{source} has category {number} {name!r}, which is not among the classes that "
+                    f"the detector is for{instead}; "
                     "give its categories the ids and names of the training annotations"
                 )
 
     def require_same(self, other: ClassMap, source: str) -> None:
-        """Raise UserError unless `other`, that of the checkpoint `source`, gives every label the same name.
+        """Raise UserError unless `other`, that of the checkpoint `source`, gives every label the
+        same name.
 
         Ids may differ: they are the data set's own.
         """
@@ -97,27 +108,37 @@ class ClassMap:
             here, there = self.names.get(label), other.names.get(label)
             if here != there:
                 raise UserError(
-                    f"--resume {source} was trained on other classes: its class {label} is {_quoted(there)}, in this data "
-                    f"it is {_quoted(here)}; to start from its weights use --finetune"
+                    f"--resume {source} was trained on other classes: its class {label} is "
+                    f"{_quoted(there)}, in this data it is {_quoted(here)}; to start from its "
+                    f"weights use --finetune"
                 )
 
     def to_plain(self) -> dict[str, Any]:
         """As a checkpoint holds it: numbers, strings and lists."""
-        return {"num_classes": self.num_classes, "categories": [list(category) for category in self.categories]}
+        return {
+            "num_classes": self.num_classes,
+            "categories": [list(category) for category in self.categories],
+        }
 
     @classmethod
     def from_plain(cls, plain: Any) -> ClassMap:
         """The reverse of `to_plain`; raises ValueError for what it never gives."""
         try:
             number = plain["num_classes"]
-            categories = tuple(Category(label, identity, name) for label, identity, name in plain["categories"])
+            categories = tuple(
+                Category(label, identity, name) for label, identity, name in plain["categories"]
+            )
             fits = type(number) is int and all(
                 type(label) is int and 0 <= label < number and type(identity) is int and isinstance(name, str)
                 for label, identity, name in categories
             )
         except (TypeError, KeyError, ValueError):
             fits = False
-        if not fits or len({c.label for c in categories}) < len(categories) or len({c.id for c in categories}) < len(categories):
+        if (
+            not fits
+            or len({c.label for c in categories}) < len(categories)
+            or len({c.id for c in categories}) < len(categories)
+        ):
             raise ValueError("these are no classes of a checkpoint")
         return cls(number, categories)
 
@@ -136,16 +157,21 @@ def unnamed_classes(state: Mapping[str, Any]) -> ClassMap:
 
 
 def classes_of(checkpoint: Mapping[str, Any], source: str) -> ClassMap | None:
-    """The classes that a checkpoint was trained on; COCO's for a published one, whose head has 91 logits; None if nobody knows.
+    """The classes that a checkpoint was trained on; COCO's for a published one, whose head has 91
+    logits; None if nobody knows.
 
     Raises UserError if the entry can't be right; `source` names the file.
     """
     weights = checkpoint.get("model", checkpoint)
-    logits = next((len(tensor) for name, tensor in weights.items() if name.endswith("class_embed.0.bias")), None)
+    logits = next(
+        (len(tensor) for name, tensor in weights.items() if name.endswith("class_embed.0.bias")), None
+    )
     if "classes" not in checkpoint:
         return COCO_CLASSES if logits == COCO_CLASSES.num_classes else None
     plain = checkpoint["classes"]
-    if isinstance(plain, Mapping) and all(isinstance(key, int) for key in plain):  # ids are labels, before there was a map
+    if isinstance(plain, Mapping) and all(
+        isinstance(key, int) for key in plain
+    ):  # ids are labels, before there was a map
         plain = {"num_classes": logits, "categories": [(key, key, name) for key, name in plain.items()]}
     try:
         return ClassMap.from_plain(plain)
@@ -159,15 +185,85 @@ def _quoted(name: str | None) -> str:
 
 # of the 2017 instances annotations (cocodataset.org); the ids have gaps
 _COCO_NAMES = {
-    1: "person", 2: "bicycle", 3: "car", 4: "motorcycle", 5: "airplane", 6: "bus", 7: "train", 8: "truck", 9: "boat",
-    10: "traffic light", 11: "fire hydrant", 13: "stop sign", 14: "parking meter", 15: "bench", 16: "bird", 17: "cat", 18: "dog",
-    19: "horse", 20: "sheep", 21: "cow", 22: "elephant", 23: "bear", 24: "zebra", 25: "giraffe", 27: "backpack", 28: "umbrella",
-    31: "handbag", 32: "tie", 33: "suitcase", 34: "frisbee", 35: "skis", 36: "snowboard", 37: "sports ball", 38: "kite",
-    39: "baseball bat", 40: "baseball glove", 41: "skateboard", 42: "surfboard", 43: "tennis racket", 44: "bottle",
-    46: "wine glass", 47: "cup", 48: "fork", 49: "knife", 50: "spoon", 51: "bowl", 52: "banana", 53: "apple", 54: "sandwich",
-    55: "orange", 56: "broccoli", 57: "carrot", 58: "hot dog", 59: "pizza", 60: "donut", 61: "cake", 62: "chair", 63: "couch",
-    64: "potted plant", 65: "bed", 67: "dining table", 70: "toilet", 72: "tv", 73: "laptop", 74: "mouse", 75: "remote",
-    76: "keyboard", 77: "cell phone", 78: "microwave", 79: "oven", 80: "toaster", 81: "sink", 82: "refrigerator", 84: "book",
-    85: "clock", 86: "vase", 87: "scissors", 88: "teddy bear", 89: "hair drier", 90: "toothbrush",
-}  # fmt: skip
+    1: "person",
+    2: "bicycle",
+    3: "car",
+    4: "motorcycle",
+    5: "airplane",
+    6: "bus",
+    7: "train",
+    8: "truck",
+    9: "boat",
+    10: "traffic light",
+    11: "fire hydrant",
+    13: "stop sign",
+    14: "parking meter",
+    15: "bench",
+    16: "bird",
+    17: "cat",
+    18: "dog",
+    19: "horse",
+    20: "sheep",
+    21: "cow",
+    22: "elephant",
+    23: "bear",
+    24: "zebra",
+    25: "giraffe",
+    27: "backpack",
+    28: "umbrella",
+    31: "handbag",
+    32: "tie",
+    33: "suitcase",
+    34: "frisbee",
+    35: "skis",
+    36: "snowboard",
+    37: "sports ball",
+    38: "kite",
+    39: "baseball bat",
+    40: "baseball glove",
+    41: "skateboard",
+    42: "surfboard",
+    43: "tennis racket",
+    44: "bottle",
+    46: "wine glass",
+    47: "cup",
+    48: "fork",
+    49: "knife",
+    50: "spoon",
+    51: "bowl",
+    52: "banana",
+    53: "apple",
+    54: "sandwich",
+    55: "orange",
+    56: "broccoli",
+    57: "carrot",
+    58: "hot dog",
+    59: "pizza",
+    60: "donut",
+    61: "cake",
+    62: "chair",
+    63: "couch",
+    64: "potted plant",
+    65: "bed",
+    67: "dining table",
+    70: "toilet",
+    72: "tv",
+    73: "laptop",
+    74: "mouse",
+    75: "remote",
+    76: "keyboard",
+    77: "cell phone",
+    78: "microwave",
+    79: "oven",
+    80: "toaster",
+    81: "sink",
+    82: "refrigerator",
+    84: "book",
+    85: "clock",
+    86: "vase",
+    87: "scissors",
+    88: "teddy bear",
+    89: "hair drier",
+    90: "toothbrush",
+}
 COCO_CLASSES = ClassMap(91, tuple(Category(number, number, name) for number, name in _COCO_NAMES.items()))

@@ -20,10 +20,21 @@ Row = dict[str, Any]
 
 # COCO's figures, in the order of COCOeval.stats
 FIGURES = (
-    "AP", "AP50", "AP75", "AP small", "AP medium", "AP large",
-    "AR 1", "AR 10", "AR 100", "AR small", "AR medium", "AR large",
-)  # fmt: skip
-# name of a curve -> key of the log and place in its list; "ema": of the averaged weights (--ema_decay)
+    "AP",
+    "AP50",
+    "AP75",
+    "AP small",
+    "AP medium",
+    "AP large",
+    "AR 1",
+    "AR 10",
+    "AR 100",
+    "AR small",
+    "AR medium",
+    "AR large",
+)
+# name of a curve -> key of the log and place in its list; "ema": of the averaged weights
+# (--ema_decay)
 COCO_CURVES = {
     f"{prefix}{name}": (key, place)
     for prefix, key in (("", "test_coco_eval_bbox"), ("ema ", "test_ema_coco_eval_bbox"))
@@ -35,9 +46,9 @@ COCO_CURVES = {
 class Panel:
     """One chart over the epochs.
 
-    curves: name in the legend -> key of the log or of COCO_CURVES; they are drawn solid, dashed and dotted.
-    unit: of the values, written after them.
-    logarithmic: the scale of the values; what is not positive is left out.
+    curves: name in the legend -> key of the log or of COCO_CURVES; they are drawn solid, dashed and
+    dotted. unit: of the values, written after them. logarithmic: the scale of the values; what is
+    not positive is left out.
     """
 
     title: str
@@ -64,7 +75,9 @@ MAX_MARKERS = 25  # with more epochs, markers would hide the line
 
 @dataclass(frozen=True)
 class Line:
-    """One curve of a run: place of the run, name and place in the panel; epochs [E] ascending, values [E]."""
+    """One curve of a run: place of the run, name and place in the panel; epochs [E] ascending,
+    values [E].
+    """
 
     run: int
     name: str
@@ -87,8 +100,9 @@ def lines(panel: Panel, logs: Sequence[Sequence[Row]]) -> Iterator[Line]:
 def series(rows: Sequence[Row], key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """One curve: epochs [E] ascending and values [E], where they are finite.
 
-    `key` is a key of the log, or one of COCO_CURVES in percent; there COCO writes -1 for what is undefined,
-    which is left out. Of an epoch that was run twice (resumed from an older checkpoint) the later row counts.
+    `key` is a key of the log, or one of COCO_CURVES in percent; there COCO writes -1 for what is
+    undefined, which is left out. Of an epoch that was run twice (resumed from an older checkpoint)
+    the later row counts.
     """
     values = {}
     for row in rows:
@@ -128,7 +142,8 @@ _COLORS = ["#2f7fd0", "#dd6216", "#17906a", "#c25a9f", "#9a7a08", "#7d70e2", "#7
 
 
 def read_log(path: str | Path) -> list[Row]:
-    """The rows of a log.txt, one JSON object a line, in the order of the file; blank lines do not count.
+    """The rows of a log.txt, one JSON object a line, in the order of the file; blank lines do not
+    count.
 
     A last line that is not whole is left out: the run is writing it, or was stopped while it did.
 

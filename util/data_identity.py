@@ -1,4 +1,6 @@
-"""Which data a run trains on, small enough for a checkpoint: a run that goes on says what has changed since."""
+"""Which data a run trains on, small enough for a checkpoint: a run that goes on says what has
+changed since.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ import numpy as np
 class DataIdentity:
     """How many images and annotations a data set has, and checksums of what they are.
 
-    images_sum: of ids and file names in the order of the items, which an interrupted epoch's order refers to.
-    annotations_sum: of every object's image, category, box and crowd flag.
+    images_sum: of ids and file names in the order of the items, which an interrupted epoch's order
+    refers to. annotations_sum: of every object's image, category, box and crowd flag.
     """
 
     images: int
@@ -24,13 +26,19 @@ class DataIdentity:
     annotations_sum: str
 
     @classmethod
-    def of(cls, images: Iterable[Mapping[str, Any]], annotations: Iterable[Mapping[str, Any]]) -> DataIdentity:
+    def of(
+        cls, images: Iterable[Mapping[str, Any]], annotations: Iterable[Mapping[str, Any]]
+    ) -> DataIdentity:
         """Of COCO's `images` and `annotations` in the order of the items."""
         names = [f"{image['id']} {image['file_name']}\n" for image in images]
         objects = list(annotations)
-        fields = np.array([(item["image_id"], item["category_id"], item["iscrowd"]) for item in objects], np.int64)
+        fields = np.array(
+            [(item["image_id"], item["category_id"], item["iscrowd"]) for item in objects], np.int64
+        )
         boxes = np.array([item["bbox"] for item in objects], np.float64)
-        return cls(len(names), len(objects), _sum("".join(names).encode()), _sum(fields.tobytes() + boxes.tobytes()))
+        return cls(
+            len(names), len(objects), _sum("".join(names).encode()), _sum(fields.tobytes() + boxes.tobytes())
+        )
 
     def to_plain(self) -> dict[str, Any]:
         """As a checkpoint holds it."""
@@ -38,7 +46,9 @@ class DataIdentity:
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> DataIdentity:
-        """The reverse of `to_plain`. Raises TypeError, KeyError or ValueError for what it never gives."""
+        """The reverse of `to_plain`. Raises TypeError, KeyError or ValueError for what it never
+        gives.
+        """
         sums = str(plain["images_sum"]), str(plain["annotations_sum"])
         return cls(int(plain["images"]), int(plain["annotations"]), *sums)
 

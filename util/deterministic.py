@@ -1,4 +1,6 @@
-"""--deterministic: the same bits in every run on the same machine, or an error that names the operation that can't."""
+"""--deterministic: the same bits in every run on the same machine, or an error that names the
+operation that can't.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ import torch
 from util.errors import UserError
 
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
-FIXED_WORKSPACE = ":4096:8"  # eight buffers of 4 MiB: cuBLAS then takes its workspace in a fixed order
+# eight buffers of 4 MiB: cuBLAS then takes its workspace in a fixed order
+FIXED_WORKSPACE = ":4096:8"
 # what PyTorch's messages have in common since they exist; they have no type of their own
 _NO_IMPLEMENTATION = " does not have a deterministic implementation"
 _NO_FIXED_WORKSPACE = "not deterministic because it uses CuBLAS"
@@ -20,8 +23,9 @@ _NO_FIXED_WORKSPACE = "not deterministic because it uses CuBLAS"
 def make_deterministic() -> None:
     """Make PyTorch take deterministic algorithms, and refuse what has none; models/ops follows.
 
-    Call it before anything computes on a GPU: cuBLAS reads its environment variable once. One that is set already is
-    kept. Equal bits need the same machine, versions and number of processes and of threads too.
+    Call it before anything computes on a GPU: cuBLAS reads its environment variable once. One that
+    is set already is kept. Equal bits need the same machine, versions and number of processes and
+    of threads too.
     """
     os.environ[CUBLAS] = os.environ.get(CUBLAS) or FIXED_WORKSPACE
     torch.use_deterministic_algorithms(True)
@@ -33,7 +37,8 @@ def make_deterministic() -> None:
 
 @contextmanager
 def explaining_refusals() -> Iterator[None]:
-    """A block in which PyTorch's refusal to go on without a deterministic algorithm is one line for the user.
+    """A block in which PyTorch's refusal to go on without a deterministic algorithm is one line for
+    the user.
 
     Raises:
         UserError: in place of that RuntimeError; every other error passes.
@@ -54,12 +59,14 @@ def _explanation(message: str) -> str | None:
         # in the backward the operation can follow other lines
         name = operation.splitlines()[-1].removeprefix("RuntimeError: ")
         return (
-            f"--deterministic: {name} has no deterministic implementation in PyTorch {torch.__version__}; leave out "
+            f"--deterministic: {name} has no deterministic implementation in PyTorch "
+            f"{torch.__version__}; leave out "
             "--deterministic, or the flag that brought this operation in"
         )
     if _NO_FIXED_WORKSPACE in message:
         return (
-            f"--deterministic: products of matrices are not deterministic with {CUBLAS}={os.environ.get(CUBLAS, '')}; unset it, "
-            f"set it to {FIXED_WORKSPACE}, or leave out --deterministic"
+            f"--deterministic: products of matrices are not deterministic with "
+            f"{CUBLAS}={os.environ.get(CUBLAS, '')}; unset it, set it to {FIXED_WORKSPACE}, or "
+            f"leave out --deterministic"
         )
     return None

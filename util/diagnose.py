@@ -1,4 +1,6 @@
-"""Numbers that are not finite: noticing them without waiting for the device, and finding out where they come from."""
+"""Numbers that are not finite: noticing them without waiting for the device, and finding out where
+they come from.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ from util.transfer import HostCopy
 log = logging.getLogger(__name__)
 
 Targets = Sequence[dict[str, Tensor]]
-# a gradient scaler begins at 2^16 and halves: after so many failures in a row the scale is not what is wrong
+# a gradient scaler begins at 2^16 and halves: after so many failures in a row the scale is not what
+# is wrong
 SCALE_TRIES = 20
 
 
@@ -44,7 +47,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a step gave. norm: of the gradient, None inside an accumulation; scale: of the gradient scaler, 1 without."""
+    """What a step gave. norm: of the gradient, None inside an accumulation; scale: of the gradient
+    scaler, 1 without.
+    """
 
     total: float
     norm: float | None
@@ -68,21 +73,29 @@ class Verdict:
 class FiniteWatch:
     """Looks at loss and gradient norm of every step one step late, when they have arrived anyway.
 
-    The optimiser has left a step that is not finite out, on all processes, so the weights are good. Such a step ends the run with
-    a diagnosis, or is skipped; its batch, weights and random state are saved for tools/replay.py.
+    The optimiser has left a step that is not finite out, on all processes, so the weights are good.
+    Such a step ends the run with a diagnosis, or is skipped; its batch, weights and random state
+    are saved for tools/replay.py.
 
     Args:
         model: not wrapped: the other processes take no part in a diagnosis.
-        loss_of: maps (images, targets) to the total loss of `model`, as in training and without an exchange.
+        loss_of: maps (images, targets) to the total loss of `model`, as in training and without an
+            exchange.
         flags: of the run, for the file.
         folder: where the step is saved; None saves nothing.
         skip: skip such steps, at most `max_steps` of them.
     """
 
     def __init__(
-        self, model: nn.Module, loss_of: Callable[[NestedTensor, Targets], Tensor], flags: Mapping[str, Any],
-        folder: Path | None, *, skip: bool = False, max_steps: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        model: nn.Module,
+        loss_of: Callable[[NestedTensor, Targets], Tensor],
+        flags: Mapping[str, Any],
+        folder: Path | None,
+        *,
+        skip: bool = False,
+        max_steps: int = 0,
+    ) -> None:
         self._model, self._loss_of, self._flags, self._folder = model, loss_of, dict(flags), folder
         self._skip, self._max_steps = skip, max_steps
         self.skipped = 0
@@ -90,11 +103,15 @@ class FiniteWatch:
         self._saved_in_group = False
         self._expected: tuple[Step, list[str], bool, HostCopy] | None = None
 
-    def expect(self, step: Step, losses: dict[str, Tensor], total: Tensor, norm: Tensor | None, scale: Tensor | None) -> None:
+    def expect(
+        self, step: Step, losses: dict[str, Tensor], total: Tensor, norm: Tensor | None, scale: Tensor | None
+    ) -> None:
         """Start fetching a step's verdict, and keep what a diagnosis needs."""
         total = total.detach()
         numbers = [total, total if norm is None else norm, torch.ones_like(total) if scale is None else scale]
-        copied = HostCopy(torch.stack([*(x.float() for x in numbers), *(x.detach().float() for x in losses.values())]))
+        copied = HostCopy(
+            torch.stack([*(x.float() for x in numbers), *(x.detach().float() for x in losses.values())])
+        )
         self._expected = step, list(losses), norm is not None, copied
 
     def check(self) -> None:
@@ -125,7 +142,9 @@ class FiniteWatch:
         self.load_state_dict(states[0])  # all processes skip the same steps
 
     def _is_the_scaler(self, verdict: Verdict) -> bool:
-        """Whether a gradient overflowed because its scale is still being looked for, which is no failure."""
+        """Whether a gradient overflowed because its scale is still being looked for, which is no
+        failure.
+        """
         if verdict.scale == 1 or not verdict.loss_is_finite:
             return False
         self._scale_failures += 1
@@ -137,17 +156,20 @@ class FiniteWatch:
             module = self._run_again(step, verdict).module
             saved = self._save(step, verdict, module)
             raise UserError(
-                f"{where}: {verdict}; images {step.image_ids}; first wrong: {module}; {saved}. Look at these images and "
+                f"{where}: {verdict}; images {step.image_ids}; first wrong: {module}; {saved}. "
+                f"Look at these images and "
                 "their boxes, or lower --lr or --clip_max_norm, and go on with --resume auto"
             )
-        # inside a group the bad loss; at its end the gradient, unless that bad loss has been saved already
+        # inside a group the bad loss; at its end the gradient, unless that bad loss has been saved
+        # already
         saved = "" if self._saved_in_group else f"; {self._save(step, verdict, '')}"
         self._saved_in_group = True
         self.skipped += not verdict.norm_is_finite
         log.warning("%s: %s; images %s; skipped%s", where, verdict, step.image_ids, saved)
         if self.skipped > self._max_steps:
             raise UserError(
-                f"{where}: this is step {self.skipped} that is not finite, more than --max_nan_steps {self._max_steps}; "
+                f"{where}: this is step {self.skipped} that is not finite, more than "
+                f"--max_nan_steps {self._max_steps}; "
                 "run tools/replay.py on what was saved, lower --lr, and go on with --resume auto"
             )
 
@@ -162,11 +184,23 @@ class FiniteWatch:
             return "nothing saved without --output_dir"
         path = self._folder / f"nonfinite_{step.epoch:04}_{step.number:06}_process{rank()}.pth"
         content = {
-            "epoch": step.epoch, "step": step.number, "process": rank(), "processes": world_size(), "image_ids": step.image_ids,
-            "loss": verdict.total, "grad_norm": verdict.norm, "scale": verdict.scale, "losses": verdict.terms, "module": module,
-            "images": step.images.tensors, "mask": step.images.mask, "targets": [dict(t) for t in step.targets],
-            "random": dict(step.random), "model": self._model.state_dict(), "args": self._flags,
-        }  # fmt: skip
+            "epoch": step.epoch,
+            "step": step.number,
+            "process": rank(),
+            "processes": world_size(),
+            "image_ids": step.image_ids,
+            "loss": verdict.total,
+            "grad_norm": verdict.norm,
+            "scale": verdict.scale,
+            "losses": verdict.terms,
+            "module": module,
+            "images": step.images.tensors,
+            "mask": step.images.mask,
+            "targets": [dict(t) for t in step.targets],
+            "random": dict(step.random),
+            "model": self._model.state_dict(),
+            "args": self._flags,
+        }
         try:
             write_atomically(content, path)
         except NotSavedError as error:
@@ -176,7 +210,9 @@ class FiniteWatch:
 
 @dataclass(frozen=True)
 class Rerun:
-    """Total loss, norm of the gradient (nan if the loss was not differentiated), and where it first went wrong."""
+    """Total loss, norm of the gradient (nan if the loss was not differentiated), and where it first
+    went wrong.
+    """
 
     total: float
     norm: float
@@ -184,7 +220,8 @@ class Rerun:
 
 
 def run_again(model: nn.Module, loss_of_model: Callable[[], Tensor], scale: float = 1.0) -> Rerun:
-    """Run a step and name the first module with an output, or gradient of an output, that is not finite.
+    """Run a step and name the first module with an output, or gradient of an output, that is not
+    finite.
 
     Args:
         model: its modules are watched; its gradients are as before afterwards.
@@ -203,7 +240,10 @@ def run_again(model: nn.Module, loss_of_model: Callable[[], Tensor], scale: floa
             loss = loss_of_model()
             if not forward and torch.isfinite(loss):
                 (loss * scale).backward()
-                norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item() / scale
+                norm = (
+                    torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
+                    / scale
+                )
     finally:
         for parameter, gradient in zip(parameters, before, strict=True):
             parameter.grad = gradient
@@ -230,7 +270,9 @@ def _watched(model: nn.Module, forward: list[str], backward: list[str]) -> Itera
                 if not torch.isfinite(tensor).all():
                     forward.append(name)
                 if tensor.requires_grad:
-                    tensor.register_hook(lambda gradient: None if torch.isfinite(gradient).all() else backward.append(name))
+                    tensor.register_hook(
+                        lambda gradient: None if torch.isfinite(gradient).all() else backward.append(name)
+                    )
 
         return watch
 

@@ -1,7 +1,8 @@
-"""Processes: who am I, which device is mine, and the few exchanges that training and evaluation need.
+"""Processes: who am I, which device is mine, and the few exchanges that training and evaluation
+need.
 
-The variables of torchrun (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) say whether there are several;
-without them everything here is the single-process case.
+The variables of torchrun (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) say whether there
+are several; without them everything here is the single-process case.
 """
 
 from __future__ import annotations
@@ -48,10 +49,11 @@ def is_main() -> bool:
 
 @contextmanager
 def process_group(device_flag: str, timeout: float = 1800) -> Iterator[torch.device]:
-    """Join the other processes, if there are any, for the length of the block; gives this process's device.
+    """Join the other processes, if there are any, for the length of the block; gives this process's
+    device.
 
-    An exchange that takes longer than `timeout` seconds fails. After a failed exchange util/watchdog.py names the process
-    at fault.
+    An exchange that takes longer than `timeout` seconds fails. After a failed exchange
+    util/watchdog.py names the process at fault.
 
     Raises:
         UserError: a device that is not there, or a process that knows nothing of the others.
@@ -92,8 +94,9 @@ def _join(device: torch.device, timeout: float) -> Watchdog:
     host = os.environ.get("MASTER_ADDR")
     if not (0 <= own_rank < world and 0 < port < 65536 and host):
         raise UserError(
-            "WORLD_SIZE is set, so RANK (from 0 to WORLD_SIZE - 1), MASTER_ADDR and MASTER_PORT must be too; start with "
-            "tools/run_dist_launch.sh or torchrun, or unset WORLD_SIZE for a single process"
+            "WORLD_SIZE is set, so RANK (from 0 to WORLD_SIZE - 1), MASTER_ADDR and MASTER_PORT "
+            "must be too; start with tools/run_dist_launch.sh or torchrun, or unset WORLD_SIZE for "
+            "a single process"
         )
     limit = timedelta(seconds=timeout)
     backend, warn_after = "gloo", None
@@ -104,24 +107,32 @@ def _join(device: torch.device, timeout: float) -> Watchdog:
     try:
         _choose_interface(host, port)
         store, *_ = next(dist.rendezvous("env://", timeout=limit))
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        if (
+            os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+            and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+        ):
             store = _store_of_this_attempt(store, host, own_rank, world, limit)
         dist.init_process_group(backend, store=store, rank=own_rank, world_size=world, timeout=limit)
     except RuntimeError as error:
         if not _lost_a_process(error):
             raise
         raise LostProcessError(
-            f"not all processes met at {host}:{port} within {timeout:.0f} s (--dist_timeout): see the output of the others, and "
-            f"start again with --resume auto ({_first_sentence(error)})"
+            f"not all processes met at {host}:{port} within {timeout:.0f} s (--dist_timeout): see "
+            f"the output of the others, and start again with --resume auto "
+            f"({_first_sentence(error)})"
         ) from None
     return Watchdog(store.clone(), own_rank, world, f"{host}:{port}", warn_after)
 
 
-def _store_of_this_attempt(launchers: dist.Store, host: str, own_rank: int, world: int, limit: timedelta) -> dist.Store:
-    """A store in the process of rank 0, whose port it tells the others through the launcher's store.
+def _store_of_this_attempt(
+    launchers: dist.Store, host: str, own_rank: int, world: int, limit: timedelta
+) -> dist.Store:
+    """A store in the process of rank 0, whose port it tells the others through the launcher's
+    store.
 
-    With restarts torchrun's own store keeps the keys of the processes before (PyTorch issue 135712), and no number that
-    torchrun gives is the same on all nodes and another after each restart. So rank 0 answers names that are new.
+    With restarts torchrun's own store keeps the keys of the processes before (PyTorch issue
+    135712), and no number that torchrun gives is the same on all nodes and another after each
+    restart. So rank 0 answers names that are new.
     """
     if own_rank > 0:
         name = uuid.uuid4().hex
@@ -145,7 +156,11 @@ def _store_of_this_attempt(launchers: dist.Store, host: str, own_rank: int, worl
 def _start_flight_recorder() -> None:
     """Record NCCL's exchanges, to be written to a file after a time-out."""
     prefix = str(Path(tempfile.gettempdir()) / "flight_recorder_rank_")
-    settings = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1", "TORCH_FR_DUMP_TEMP_FILE": prefix}
+    settings = {
+        "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_DUMP_TEMP_FILE": prefix,
+    }
     for name, value in settings.items():
         os.environ.setdefault(name, value)
 
@@ -158,8 +173,13 @@ def _ignore_requests() -> None:
 
 
 def _lost_a_process(error: RuntimeError) -> bool:
-    """Whether an exchange failed because of another process. The backends have no error type of their own."""
-    return isinstance(error, dist.DistError) or re.search(r"\bgloo\b|caused pair closure|\bNCCL\b", str(error)) is not None
+    """Whether an exchange failed because of another process. The backends have no error type of
+    their own.
+    """
+    return (
+        isinstance(error, dist.DistError)
+        or re.search(r"\bgloo\b|caused pair closure|\bNCCL\b", str(error)) is not None
+    )
 
 
 def _first_sentence(error: BaseException) -> str:
@@ -168,8 +188,9 @@ def _first_sentence(error: BaseException) -> str:
 
 
 def _choose_interface(host: str, port: int) -> None:
-    """Let gloo use the interface that leads to rank 0. It would take the one of this machine's name, which need not reach
-    the others: on many systems the name stands for 127.0.1.1."""
+    """Let gloo use the interface that leads to rank 0. It would take the one of this machine's
+    name, which need not reach the others: on many systems the name stands for 127.0.1.1.
+    """
     if "GLOO_SOCKET_IFNAME" in os.environ:
         return
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -182,7 +203,9 @@ def _choose_interface(host: str, port: int) -> None:
 
 
 def _address_of(interface: str, any_socket: socket.socket) -> bytes:
-    """The four bytes of an interface's IPv4 address; none if it has none, or on a system other than Linux."""
+    """The four bytes of an interface's IPv4 address; none if it has none, or on a system other than
+    Linux.
+    """
     try:
         import fcntl
 
@@ -193,7 +216,9 @@ def _address_of(interface: str, any_socket: socket.socket) -> bytes:
 
 
 def choose_device(flag: str) -> torch.device:
-    """`--device`, by default CUDA where there is one, else the CPU. Raises UserError if it is not there."""
+    """`--device`, by default CUDA where there is one, else the CPU. Raises UserError if it is not
+    there.
+    """
     try:
         device = torch.device(flag or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
@@ -220,7 +245,9 @@ def _cuda_device(device: torch.device) -> torch.device:
 
 
 def average_number(number: float, device: torch.device) -> Tensor:
-    """The mean of a host number over all processes, as a scalar on `device` and without waiting for the device."""
+    """The mean of a host number over all processes, as a scalar on `device` and without waiting for
+    the device.
+    """
     # full() launches a kernel; tensor(number, device=...) would be a copy that waits
     value = torch.full((), float(number), device=device)
     if world_size() > 1:
@@ -238,7 +265,9 @@ def sum_over_processes(values: Tensor) -> Tensor:
 
 
 def gather_on_main(item: Any) -> list[Any]:
-    """The items of all processes in order of rank, on the main process; an empty list on the others."""
+    """The items of all processes in order of rank, on the main process; an empty list on the
+    others.
+    """
     if world_size() == 1:
         return [item]
     items = [None] * world_size() if is_main() else None
@@ -258,7 +287,9 @@ def broadcast_from_main(item: Any) -> Any:
 
 
 def equalise_buffers(model: nn.Module) -> None:
-    """Give every process the main process's buffers: running statistics differ, as each sees its own images."""
+    """Give every process the main process's buffers: running statistics differ, as each sees its
+    own images.
+    """
     if world_size() == 1:
         return
     with waiting("equalise_buffers"):

@@ -1,4 +1,5 @@
-"""How the program ends: mistakes that the user can mend, and the exit codes that launchers and schedulers see.
+"""How the program ends: mistakes that the user can mend, and the exit codes that launchers and
+schedulers see.
 
 | code | meaning |
 |---|---|
@@ -21,7 +22,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-# what schedulers, launchers and a closed terminal send; main.py saves and leaves (util/preemption.py)
+# what schedulers, launchers and a closed terminal send; main.py saves and leaves
+# (util/preemption.py)
 ASK_TO_LEAVE = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 EXIT_USER_ERROR = 2
 EXIT_NOT_SAVED = 74  # EX_IOERR of sysexits.h
@@ -31,7 +33,9 @@ EXIT_INTERRUPTED = 130
 
 
 class UserError(ValueError):
-    """A mistake in flags, files or data. Its message is one line that names the culprit and the remedy."""
+    """A mistake in flags, files or data. Its message is one line that names the culprit and the
+    remedy.
+    """
 
     exit_code = EXIT_USER_ERROR
 
@@ -49,7 +53,8 @@ class LostProcessError(UserError):
 
 
 class Preempted(BaseException):
-    """A signal asked the program to leave, and it is ready to. No Exception, so that nobody takes it for a failure.
+    """A signal asked the program to leave, and it is ready to. No Exception, so that nobody takes
+    it for a failure.
 
     signal: the name of the signal; "" if another process got it, and after Ctrl-C.
     """
@@ -60,13 +65,17 @@ class Preempted(BaseException):
 
 
 def run_as_command(command: Callable[[], object]) -> None:
-    """Run `command`; an end that is no success costs one line on stderr, without a traceback, and its exit code."""
+    """Run `command`; an end that is no success costs one line on stderr, without a traceback, and
+    its exit code.
+    """
     try:
         command()
     except UserError as error:
         _leave(f"error: {error}", error.exit_code)
     except Preempted as reason:
-        _leave(str(reason), reason.exit_code, silent=os.environ.get("RANK", "0") != "0")  # the same for all processes
+        _leave(
+            str(reason), reason.exit_code, silent=os.environ.get("RANK", "0") != "0"
+        )  # the same for all processes
     except KeyboardInterrupt:
         _leave("interrupted", EXIT_INTERRUPTED)
     finally:
@@ -76,13 +85,17 @@ def run_as_command(command: Callable[[], object]) -> None:
 def _leave(message: str, code: int, silent: bool = False) -> None:
     _write_error_file(message, code)
     if not silent:
-        sys.stderr.write(f"{message}\n")  # print() writes the end of the line by itself, between the words of other processes
+        sys.stderr.write(
+            f"{message}\n"
+        )  # print() writes the end of the line by itself, between the words of other processes
         sys.stderr.flush()
     sys.exit(code)
 
 
 def _write_error_file(message: str, code: int) -> None:
-    """Tell PyTorch's elastic launcher (torchrun) how this process ends, in the format of its error files."""
+    """Tell PyTorch's elastic launcher (torchrun) how this process ends, in the format of its error
+    files.
+    """
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         reason = {"message": message, "errorCode": code, "extraInfo": {"timestamp": str(int(time.time()))}}
         with contextlib.suppress(OSError):

@@ -1,7 +1,8 @@
 """--finetune: the weights of a trained detector as the start of another run.
 
-Everything but the class heads must fit. A row of a class head goes where the class of its name is now; classes that the
-checkpoint did not know start as in any new detector, and so do heads and queries that somebody removed from it.
+Everything but the class heads must fit. A row of a class head goes where the class of its name is
+now; classes that the checkpoint did not know start as in any new detector, and so do heads and
+queries that somebody removed from it.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ _OBJECT = 0  # in two-stage the encoder's head is trained on this row alone: is 
 class FineTuned:
     """What a run starts with.
 
-    report: the tensors; weights: "model" or "ema", the averaged ones; classes: the run's; known: the checkpoint's, None if it
-    does not say; rows: rows of the class heads -> those of the checkpoint that were copied.
+    report: the tensors; weights: "model" or "ema", the averaged ones; classes: the run's; known:
+    the checkpoint's, None if it does not say; rows: rows of the class heads -> those of the
+    checkpoint that were copied.
     """
 
     report: LoadReport
@@ -64,19 +66,29 @@ class FineTuned:
 
     def _removed(self) -> list[str]:
         others = {part: what for part, what in _REMOVABLE.items() if part != "class_embed."}
-        lacking = [what for part, what in others.items() if any(name.startswith(part) for name in self.report.missing)]
+        lacking = [
+            what
+            for part, what in others.items()
+            if any(name.startswith(part) for name in self.report.missing)
+        ]
         return [f"{' and '.join(lacking)}: made anew; the checkpoint has none"] if lacking else []
 
 
 def fine_tune(
-    model: nn.Module, config: Config, classes: ClassMap, checkpoint: Mapping[str, Any], source: str, flag: str = FLAG,
+    model: nn.Module,
+    config: Config,
+    classes: ClassMap,
+    checkpoint: Mapping[str, Any],
+    source: str,
+    flag: str = FLAG,
     weights: str = "auto",
-) -> FineTuned:  # fmt: skip
+) -> FineTuned:
     """Load the weights of a checkpoint into `model`, whose class heads are for `classes`.
 
     Args:
         config: the model's, made for this checkpoint (util/architecture.py).
-        checkpoint, source: what `read_trained` gives for the file, and the file, which `flag` named.
+        checkpoint, source: what `read_trained` gives for the file, and the file, which `flag`
+            named.
         weights: see `choose_weights`.
 
     Raises:
@@ -93,20 +105,27 @@ def fine_tune(
 
 
 def matching_rows(known: ClassMap | None, num_known: int, classes: ClassMap) -> dict[int, int]:
-    """Row of a class head now -> row of the checkpoint's `num_known` to copy. Labels without a class go with their like.
+    """Row of a class head now -> row of the checkpoint's `num_known` to copy. Labels without a
+    class go with their like.
 
-    Names are compared without regard to case, spaces, hyphens and underscores. If nobody knows the checkpoint's, heads of as
-    many rows are taken as they are.
+    Names are compared without regard to case, spaces, hyphens and underscores. If nobody knows the
+    checkpoint's, heads of as many rows are taken as they are.
     """
     if known is None:
-        return {label: label for label in range(classes.num_classes)} if num_known == classes.num_classes else {}
+        return (
+            {label: label for label in range(classes.num_classes)} if num_known == classes.num_classes else {}
+        )
     by_name = {_plain(name): label for label, name in reversed(known.names.items())}
-    unused = (set(range(classes.num_classes)) - classes.names.keys()) & (set(range(num_known)) - known.names.keys())
+    unused = (set(range(classes.num_classes)) - classes.names.keys()) & (
+        set(range(num_known)) - known.names.keys()
+    )
     rows = {label: by_name[_plain(name)] for label, name in classes.names.items() if _plain(name) in by_name}
     return rows | {label: label for label in unused}
 
 
-def _class_heads(model: nn.Module, state: Mapping[str, Tensor], rows: Mapping[int, int], config: Config) -> dict[str, Tensor]:
+def _class_heads(
+    model: nn.Module, state: Mapping[str, Tensor], rows: Mapping[int, int], config: Config
+) -> dict[str, Tensor]:
     """The model's class heads with the rows that can be copied."""
     heads = {}
     for name, tensor in model.state_dict().items():
@@ -124,7 +143,9 @@ def _class_heads(model: nn.Module, state: Mapping[str, Tensor], rows: Mapping[in
 
 
 def _proposal_rows(num_rows: int, num_known: int) -> dict[int, int]:
-    """All rows but that of objects are trained as background, whatever their class: they stay in their order."""
+    """All rows but that of objects are trained as background, whatever their class: they stay in
+    their order.
+    """
     return {row: row for row in range(_OBJECT, min(num_rows, num_known))}
 
 

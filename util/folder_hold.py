@@ -1,10 +1,12 @@
 """One writer for a run's folder: the file `.held` in it names the process that writes there.
 
-Who finds the file asks whether that process lives. On the same machine the kernel knows. Of another machine's process only the
-file is seen, which it touches every few seconds: the file is watched for as long as a sign of life may take. No two
-clocks are compared for that, as machines and file servers have their own. A Slurm job that was requeued need not ask.
+Who finds the file asks whether that process lives. On the same machine the kernel knows. Of another
+machine's process only the file is seen, which it touches every few seconds: the file is watched for
+as long as a sign of life may take. No two clocks are compared for that, as machines and file
+servers have their own. A Slurm job that was requeued need not ask.
 
-A process that was taken for dead (suspended, cut off from the file server) finds another name in the file, and writes no more.
+A process that was taken for dead (suspended, cut off from the file server) finds another name in
+the file, and writes no more.
 """
 
 from __future__ import annotations
@@ -31,15 +33,18 @@ log = logging.getLogger(__name__)
 NAME = ".held"
 BEAT = 10.0  # seconds between two touches
 LOOK_EVERY = 5.0
-# Looks without a sign of life until a process counts as dead. Reading large annotations may keep its threads from running for
-# a minute; looks are counted, not seconds, as a file server that is away silences both sides.
+# Looks without a sign of life until a process counts as dead. Reading large annotations may keep
+# its threads from running for a minute; looks are counted, not seconds, as a file server that is
+# away silences both sides.
 LOOKS = 24
 LONG = 600.0  # seconds; silence beyond any difference of clocks
 
 
 @dataclass(frozen=True)
 class Holder:
-    """A process that writes into a folder. attempt: how often Slurm has requeued its `job` ("" without Slurm)."""
+    """A process that writes into a folder. attempt: how often Slurm has requeued its `job` (""
+    without Slurm).
+    """
 
     host: str = ""
     machine: str = ""
@@ -52,7 +57,9 @@ class Holder:
     @classmethod
     def this_process(cls) -> Holder:
         now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
-        return cls(socket.gethostname(), machine(), os.getpid(), born(os.getpid()), now, own_job(), restart_count())
+        return cls(
+            socket.gethostname(), machine(), os.getpid(), born(os.getpid()), now, own_job(), restart_count()
+        )
 
     def __str__(self) -> str:
         if not self.pid:
@@ -84,16 +91,20 @@ class FolderHold:
         self._beating.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._left.set()
-        with contextlib.suppress(OSError):  # a file that stays behind names a process that has ended
+        # a file that stays behind names a process that has ended
+        with contextlib.suppress(OSError):
             if _holder_in(self._path) == self._own:
                 self._path.unlink()
 
     def check(self) -> None:
         """To be called before anything is written.
 
-        Raises NotSavedError if another process holds the folder now: it has waited in vain for a sign of life of this one.
+        Raises NotSavedError if another process holds the folder now: it has waited in vain for a
+        sign of life of this one.
         """
         holder: Holder | None = self._own
         with contextlib.suppress(OSError):  # the writing itself will tell what is wrong
@@ -102,8 +113,10 @@ class FolderHold:
                 self._create()
         if holder not in (None, self._own):
             raise NotSavedError(
-                f"--output_dir {self.folder} was taken over by {holder}, to which this process seemed dead (suspended, or cut "
-                "off from the file server); it leaves the folder to that one, and writes nothing more"
+                f"--output_dir {self.folder} was taken over by {holder}, to which this process "
+                f"seemed dead (suspended, or cut "
+                "off from the file server); it leaves the folder to that one, and writes nothing "
+                "more"
             )
 
     def _create(self) -> bool:
@@ -122,7 +135,9 @@ class FolderHold:
         return True
 
     def _take_from(self, holder: Holder) -> bool:
-        """Take the place of a process that has ended; whether this one has it now. Raises UserError if that process lives."""
+        """Take the place of a process that has ended; whether this one has it now. Raises UserError
+        if that process lives.
+        """
         if holder.machine == self._own.machine:
             reason = "" if still_runs(holder.pid, holder.born) else "which has ended"
         elif holder.job and holder.job == self._own.job and holder.attempt < self._own.attempt:
@@ -133,7 +148,8 @@ class FolderHold:
                 return False
         if not reason:
             raise UserError(
-                f"--output_dir {self.folder} is held by {holder}, and only one run may write there; wait for its end, or give "
+                f"--output_dir {self.folder} is held by {holder}, and only one run may write "
+                f"there; wait for its end, or give "
                 "another --output_dir"
             )
         taken = self._replace(holder)
@@ -148,7 +164,12 @@ class FolderHold:
             return ""
         if self._clock_of_the_server() - before > LONG:
             return f"without a sign of life for more than {LONG / 60:.0f} minutes"
-        log.warning("%s is held by %s: waiting up to %.0f s for a sign of life", self.folder, holder, LOOKS * LOOK_EVERY)
+        log.warning(
+            "%s is held by %s: waiting up to %.0f s for a sign of life",
+            self.folder,
+            holder,
+            LOOKS * LOOK_EVERY,
+        )
         for look in range(LOOKS):
             note("waiting for a sign of life of who holds the folder, look %d", look)
             time.sleep(LOOK_EVERY)
@@ -159,7 +180,9 @@ class FolderHold:
     def _touched(self) -> float:
         """When the file was touched, by the server's clock; 0 if it is gone."""
         try:
-            with open(self._path, "rb") as file:  # NFS asks the server for what is opened, else it may tell what it remembers
+            with open(
+                self._path, "rb"
+            ) as file:  # NFS asks the server for what is opened, else it may tell what it remembers
                 return os.fstat(file.fileno()).st_mtime
         except FileNotFoundError:
             return 0.0
@@ -172,9 +195,11 @@ class FolderHold:
         return now
 
     def _replace(self, holder: Holder) -> bool:
-        """Put this process in the place of `holder`, unless another has done so; whether it was put there.
+        """Put this process in the place of `holder`, unless another has done so; whether it was put
+        there.
 
-        Of several that want to, one at a time looks and replaces: the one that has made the file `.held.turn`.
+        Of several that want to, one at a time looks and replaces: the one that has made the file
+        `.held.turn`.
         """
         try:
             os.close(os.open(self._turn, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
@@ -191,7 +216,9 @@ class FolderHold:
             self._turn.unlink(missing_ok=True)
 
     def _wait_for_turn(self) -> None:
-        """Until the other, who needs milliseconds, is done. One that died meanwhile is not waited for."""
+        """Until the other, who needs milliseconds, is done. One that died meanwhile is not waited
+        for.
+        """
         deadline = time.monotonic() + LOOK_EVERY
         while self._turn.exists() and time.monotonic() < deadline:
             time.sleep(LOOK_EVERY / 100)
@@ -206,7 +233,9 @@ class FolderHold:
 
 
 def _holder_in(path: Path) -> Holder | None:
-    """Who holds the folder; None if nobody does. One that has not finished writing, or died of it, is without a name."""
+    """Who holds the folder; None if nobody does. One that has not finished writing, or died of it,
+    is without a name.
+    """
     try:
         return Holder(**json.loads(path.read_text()))
     except FileNotFoundError:

@@ -14,7 +14,8 @@ log = logging.getLogger(__name__)
 
 
 class History:
-    """The lines of log.txt, one JSON object an epoch, kept in the checkpoints too, from which a resumed run writes the file anew.
+    """The lines of log.txt, one JSON object an epoch, kept in the checkpoints too, from which a
+    resumed run writes the file anew.
 
     A log that can't be written costs a warning and is caught up on later; it never ends a run.
 
@@ -58,10 +59,16 @@ class History:
             self._written = len(self._lines)
         except OSError as error:
             self._written = 0
-            log.warning("%s could not be written (%s); training goes on, the next epoch tries again", self._path, error.strerror)
+            log.warning(
+                "%s could not be written (%s); training goes on, the next epoch tries again",
+                self._path,
+                error.strerror,
+            )
 
     def lines_beyond(self) -> bool:
-        """Whether the file has lines that this history has not, other than one for the epoch it is in."""
+        """Whether the file has lines that this history has not, other than one for the epoch it is
+        in.
+        """
         try:
             lines = self._path.read_text().splitlines() if self._path else []
         except (OSError, ValueError):

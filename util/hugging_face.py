@@ -1,9 +1,10 @@
-"""The detector in the layout of Hugging Face: a folder with config.json and model.safetensors, as transformers'
-DeformableDetrForObjectDetection reads and writes it. transformers itself is not needed here. Read are also its older
-pytorch_model.bin, weights in several files with an index, and a DeformableDetrModel, which has no heads.
+"""The detector in the layout of Hugging Face: a folder with config.json and model.safetensors, as
+transformers' DeformableDetrForObjectDetection reads and writes it. transformers itself is not
+needed here. Read are also its older pytorch_model.bin, weights in several files with an index, and
+a DeformableDetrModel, which has no heads.
 
-What transformers has no place for lies where it does not look: the category ids in an entry of config.json, the weights of
-BatchFormerV2 with their flags in batchformer.safetensors.
+What transformers has no place for lies where it does not look: the category ids in an entry of
+config.json, the weights of BatchFormerV2 with their flags in batchformer.safetensors.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ _ALL_WEIGHTS = (WEIGHTS, WEIGHTS + _INDEX, _OLD_WEIGHTS, _OLD_WEIGHTS + _INDEX)
 _SHARD = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)")
 _PAGE = re.compile(r"https://huggingface\.co/[^/]+/[^/]+/?")
 _NO_CLASS = "N/A"  # what the hub's COCO models call the labels that no category has
-_UNNAMED = re.compile(r"LABEL_\d+")  # what transformers calls the classes of a model that has no names
+# what transformers calls the classes of a model that has no names
+_UNNAMED = re.compile(r"LABEL_\d+")
 _CATEGORY_IDS = "category_ids"
 
 # flag -> the fields of config.json that must equal it
@@ -58,22 +60,28 @@ _BATCHFORMER_FLAGS = tuple(BatchFormerConfig.__dataclass_fields__)
 
 
 def is_hugging_face(source: str) -> bool:
-    """Whether a path or address names this layout: a folder, a file of weights as they lie in one, or a model's page."""
+    """Whether a path or address names this layout: a folder, a file of weights as they lie in one,
+    or a model's page.
+    """
     if is_address(source):
         return bool(_PAGE.fullmatch(source)) or urlparse(source).path.endswith(".safetensors")
     path = Path(source)
     in_folder = path.name in _ALL_WEIGHTS or _SHARD.fullmatch(path.name) or path.name == CONFIG
-    return path.suffix == ".safetensors" or path.is_dir() or bool(in_folder and path.with_name(CONFIG).is_file())
+    return (
+        path.suffix == ".safetensors" or path.is_dir() or bool(in_folder and path.with_name(CONFIG).is_file())
+    )
 
 
 def read_hugging_face(source: str, flag: str) -> dict[str, Any]:
     """A checkpoint in our layout: `model`, `args` and, if the classes have names, `classes`.
 
     Args:
-        source: a folder, the safetensors file in it, that file's https address, or the address of a model's page.
+        source: a folder, the safetensors file in it, that file's https address, or the address of a
+            model's page.
         flag: to be named in errors.
 
-    Without config.json beside it a safetensors file is another program's, with our names of tensors.
+    Without config.json beside it a safetensors file is another program's, with our names of
+    tensors.
 
     Raises:
         UserError: it can't be read, or is no Deformable DETR that this program can build.
@@ -84,7 +92,9 @@ def read_hugging_face(source: str, flag: str) -> dict[str, Any]:
         return in_our_layout(weights, str(weights_file))
     config = _read_json(config_file, flag)
     flags = flags_of(config, f"{flag} {config_file}") | _sizes_in(config_file.with_name(PROCESSOR), flag)
-    state = from_hugging_face(weights, flags["with_box_refine"], flags["dec_layers"], f"{flag} {weights_file}")
+    state = from_hugging_face(
+        weights, flags["with_box_refine"], flags["dec_layers"], f"{flag} {weights_file}"
+    )
     if "class_embed.0.bias" in state:
         flags["num_classes"] = len(state["class_embed.0.bias"])
     if (beside := weights_file.with_name(BATCHFORMER)).is_file():
@@ -96,8 +106,11 @@ def read_hugging_face(source: str, flag: str) -> dict[str, Any]:
     return checkpoint | ({"classes": classes.to_plain()} if classes else {})
 
 
-def write_hugging_face(state: Mapping[str, Tensor], config: Config, classes: ClassMap | None, folder: Path) -> Converted:
-    """Write the weights of the detector that `config` describes as a folder that transformers loads.
+def write_hugging_face(
+    state: Mapping[str, Tensor], config: Config, classes: ClassMap | None, folder: Path
+) -> Converted:
+    """Write the weights of the detector that `config` describes as a folder that transformers
+    loads.
 
     Raises:
         UserError: transformers has no such model; `folder` exists.
@@ -120,7 +133,9 @@ def write_hugging_face(state: Mapping[str, Tensor], config: Config, classes: Cla
         temporary.replace(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise NotSavedError(f"{folder} could not be written ({getattr(error, 'strerror', None) or error})") from None
+        raise NotSavedError(
+            f"{folder} could not be written ({getattr(error, 'strerror', None) or error})"
+        ) from None
     return converted
 
 
@@ -131,7 +146,8 @@ def refuse_what_transformers_lacks(config: Config) -> None:
     """Raise UserError for a detector that transformers can't compute."""
     backbone = config.backbone
     lacking = {
-        "--backbone_norm gn (its backbones are normalised by frozen statistics)": backbone.backbone_norm == "gn",
+        "--backbone_norm gn (its backbones are normalised by frozen statistics)": backbone.backbone_norm
+        == "gn",
         f"--position_embedding_scale {backbone.position_embedding_scale}": (
             backbone.position_embedding_scale != BackboneConfig.position_embedding_scale
         ),
@@ -139,7 +155,9 @@ def refuse_what_transformers_lacks(config: Config) -> None:
     }
     for what, lacks in lacking.items():
         if lacks:
-            raise UserError(f"transformers has no Deformable DETR with {what}: this checkpoint can't be converted")
+            raise UserError(
+                f"transformers has no Deformable DETR with {what}: this checkpoint can't be converted"
+            )
 
 
 def json_of(config: Config, classes: ClassMap | None, num_classes: int) -> dict[str, Any]:
@@ -173,11 +191,16 @@ def flags_of(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     """
     if config.get("model_type") != "deformable_detr":
         raise UserError(f"{source} is of no Deformable DETR: its model_type is {config.get('model_type')!r}")
-    flags = {**Config().flags(), "backbone": _backbone_in(config, source)}  # what is not said has transformers' default, and ours
+    flags = {
+        **Config().flags(),
+        "backbone": _backbone_in(config, source),
+    }  # what is not said has transformers' default, and ours
     for flag, fields in _FIELDS.items():
         values = [config[field] for field in fields if config.get(field) is not None]
         if any(value != values[0] for value in values):
-            raise UserError(f"{source} can't be used: its {' and '.join(fields)} differ, and here both are --{flag}")
+            raise UserError(
+                f"{source} can't be used: its {' and '.join(fields)} differ, and here both are --{flag}"
+            )
         if values:
             flags[flag] = values[0]
     queries = config.get("two_stage_num_proposals" if flags["two_stage"] else "num_queries")
@@ -196,7 +219,10 @@ def _backbone_in(config: Mapping[str, Any], source: str) -> str:
     own = config.get("backbone_config") or {"backbone": config.get("backbone") or "resnet50"}
     name = str(own.get("backbone")).split(".")[0]  # what follows names a set of pretrained weights
     if name not in RESNETS:
-        raise UserError(f"{source} can't be used: its backbone is {own.get('backbone')!r}; here it can be {', '.join(RESNETS)}")
+        raise UserError(
+            f"{source} can't be used: its backbone is {own.get('backbone')!r}; here it can be "
+            f"{', '.join(RESNETS)}"
+        )
     return name
 
 
@@ -207,21 +233,32 @@ def _classes_in(config: Mapping[str, Any], num_classes: int, source: str) -> Cla
         names = {int(label): name for label, name in (config.get("id2label") or {}).items()}
         categories = [
             (label, ids.get(str(label), label), name)
-            for label, name in sorted(names.items()) if name != _NO_CLASS and not _UNNAMED.fullmatch(name)
-        ]  # fmt: skip
-        return ClassMap.from_plain({"num_classes": num_classes, "categories": categories}) if categories else None
+            for label, name in sorted(names.items())
+            if name != _NO_CLASS and not _UNNAMED.fullmatch(name)
+        ]
+        return (
+            ClassMap.from_plain({"num_classes": num_classes, "categories": categories})
+            if categories
+            else None
+        )
     except (AttributeError, TypeError, ValueError):
-        raise UserError(f"{source} is damaged: its id2label or {_CATEGORY_IDS} can't be those of {num_classes} logits") from None
+        raise UserError(
+            f"{source} is damaged: its id2label or {_CATEGORY_IDS} can't be those of {num_classes} logits"
+        ) from None
 
 
 def _processor_of(config: Config) -> dict[str, Any]:
-    """The contents of preprocessor_config.json: the sizes of our evaluation. The rest is transformers' default, and ours."""
+    """The contents of preprocessor_config.json: the sizes of our evaluation. The rest is
+    transformers' default, and ours.
+    """
     size = {"shortest_edge": config.data.eval_size, "longest_edge": config.data.max_size}
     return {"image_processor_type": "DeformableDetrImageProcessor", "size": size}
 
 
 def _sizes_in(processor: Path, flag: str) -> dict[str, Any]:
-    """The image sizes in preprocessor_config.json, if it is there and says others than the published ones."""
+    """The image sizes in preprocessor_config.json, if it is there and says others than the
+    published ones.
+    """
     if not processor.is_file():
         return {}
     content = _read_json(processor, flag)
@@ -229,19 +266,29 @@ def _sizes_in(processor: Path, flag: str) -> dict[str, Any]:
     if not isinstance(size, dict):  # as older versions wrote it
         size = {"shortest_edge": size, "longest_edge": content.get("max_size")}
     sizes = {"eval_size": size.get("shortest_edge"), "max_size": size.get("longest_edge")}
-    if not all(isinstance(value, int) for value in sizes.values()) or sizes.items() <= Config().flags().items():
+    if (
+        not all(isinstance(value, int) for value in sizes.values())
+        or sizes.items() <= Config().flags().items()
+    ):
         return {}
-    return {**sizes, "train_sizes": [sizes["eval_size"]]}  # or max_size might not fit the published ones
+    # or max_size might not fit the published ones
+    return {**sizes, "train_sizes": [sizes["eval_size"]]}
 
 
 # ---- files
 
 
 def _files_of(source: str, flag: str) -> tuple[Path, Path]:
-    """Paths of config.json, which may be lacking, and of the weights or their index; fetched if they are elsewhere."""
+    """Paths of config.json, which may be lacking, and of the weights or their index; fetched if
+    they are elsewhere.
+    """
     if is_address(source):
         is_page = _PAGE.fullmatch(source)
-        weights_at = source.rstrip("/") + f"/resolve/main/{WEIGHTS}" if is_page else source.replace("/blob/", "/resolve/")
+        weights_at = (
+            source.rstrip("/") + f"/resolve/main/{WEIGHTS}"
+            if is_page
+            else source.replace("/blob/", "/resolve/")
+        )
         return local_file(weights_at.rpartition("/")[0] + f"/{CONFIG}", flag), local_file(weights_at, flag)
     path = Path(source)
     if path.is_file() and path.name not in (CONFIG, *_ALL_WEIGHTS) and not _SHARD.fullmatch(path.name):
@@ -251,7 +298,10 @@ def _files_of(source: str, flag: str) -> tuple[Path, Path]:
     if weights is None and any(folder.glob("*.pth")):
         raise folder_given(flag, folder)
     if weights is None or not path.exists():
-        raise UserError(f"{flag} {source} has no {WEIGHTS} in it; give a folder with {CONFIG} and {WEIGHTS}, or a .pth file")
+        raise UserError(
+            f"{flag} {source} has no {WEIGHTS} in it; give a folder with {CONFIG} and {WEIGHTS}, "
+            f"or a .pth file"
+        )
     return folder / CONFIG, weights
 
 
@@ -274,16 +324,26 @@ def _read_weights(path: Path, flag: str) -> dict[str, Tensor]:
 def _read_shards(index: Path, flag: str) -> dict[str, Tensor]:
     """The tensors of all files that an index names, which lie beside it."""
     places = _read_json(index, flag).get("weight_map")
-    names = sorted(set(places.values())) if isinstance(places, dict) and all(map(_is_shard, places.values())) else []
+    names = (
+        sorted(set(places.values()))
+        if isinstance(places, dict) and all(map(_is_shard, places.values()))
+        else []
+    )
     if not names:
         raise UserError(f"{flag} {index} is damaged: its weight_map must map tensors to files beside it")
     if missing := [name for name in names if not (index.parent / name).is_file()]:
-        raise UserError(f"{flag} {index} names {missing[0]}, which is not there: fetch all {len(names)} files of the weights")
+        raise UserError(
+            f"{flag} {index} names {missing[0]}, which is not there: fetch all {len(names)} files "
+            f"of the weights"
+        )
     weights: dict[str, Tensor] = {}
     for name in names:
         weights |= _read_weights(index.parent / name, flag)
     if lacking := sorted(places.keys() - weights.keys()):
-        raise UserError(f"{flag} {places[lacking[0]]} is damaged: it lacks the tensor {lacking[0]}, which {index} says it has")
+        raise UserError(
+            f"{flag} {places[lacking[0]]} is damaged: it lacks the tensor {lacking[0]}, which "
+            f"{index} says it has"
+        )
     return weights
 
 
@@ -306,7 +366,9 @@ def _read_batchformer(path: Path, flag: str) -> tuple[dict[str, Tensor], dict[st
     try:
         return modules, {name: json.loads(metadata[name]) for name in _BATCHFORMER_FLAGS}
     except (KeyError, ValueError):
-        raise UserError(f"{flag} {path} is damaged: it lacks flags of BatchFormerV2; remove it to go on without") from None
+        raise UserError(
+            f"{flag} {path} is damaged: it lacks flags of BatchFormerV2; remove it to go on without"
+        ) from None
 
 
 def _batchformer_flags(config: Config) -> dict[str, str]:

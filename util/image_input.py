@@ -1,4 +1,6 @@
-"""From a picture to the detector's input: one size and normalisation for training, evaluation and prediction."""
+"""From a picture to the detector's input: one size and normalisation for training, evaluation and
+prediction.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,14 @@ from util.images import as_rgb, decode, read_image_file, to_8_bits
 
 ImageLike = str | os.PathLike | Image.Image | np.ndarray | Tensor
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which the backbones were trained on
+# of ImageNet, which the backbones were trained on
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def read_picture(path: Path, megapixels: float, otherwise: str, *, upright: bool = True) -> Image.Image:
-    """The RGB picture in a file; by default as viewers show it (util.images.decode). Raises BadImageError."""
+    """The RGB picture in a file; by default as viewers show it (util.images.decode). Raises
+    BadImageError.
+    """
     return decode(read_image_file(path, megapixels, otherwise), path, megapixels, otherwise, upright=upright)
 
 
@@ -30,9 +35,10 @@ def as_picture(image: ImageLike, megapixels: float) -> Image.Image:
     """An RGB picture of what programs have images in.
 
     Args:
-        image: a path; a PIL image, whose pixels are taken as they lie; an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]; a
-            tensor [1, H, W], [3, H, W] or [4, H, W] on any device. Three channels are RGB, of four the last is left out. Numbers
-            become 8 bits by the rule of files (util.images.to_8_bits).
+        image: a path; a PIL image, whose pixels are taken as they lie; an array [H, W], [H, W, 1],
+            [H, W, 3] or [H, W, 4]; a tensor [1, H, W], [3, H, W] or [4, H, W] on any device. Three
+            channels are RGB, of four the last is left out. Numbers become 8 bits by the rule of
+            files (util.images.to_8_bits).
         megapixels: larger files are refused before they are decoded.
 
     Raises:
@@ -53,14 +59,18 @@ def as_picture(image: ImageLike, megapixels: float) -> Image.Image:
 
 def _picture_of_tensor(image: Tensor) -> Image.Image:
     if image.dim() != 3 or image.shape[0] not in (1, 3, 4):
-        raise UserError(f"a tensor of shape {list(image.shape)} is no image: it must be [3, H, W]; give several as a list")
+        raise UserError(
+            f"a tensor of shape {list(image.shape)} is no image: it must be [3, H, W]; give several as a list"
+        )
     wide = image.detach().float() if image.is_floating_point() else image.detach()
     return _picture_of_array(wide.permute(1, 2, 0).cpu().numpy())
 
 
 def _picture_of_array(image: np.ndarray) -> Image.Image:
     if image.ndim not in (2, 3) or image.ndim == 3 and image.shape[2] not in (1, 3, 4) or 0 in image.shape:
-        raise UserError(f"an array of shape {list(image.shape)} is no image: it must be [H, W, 3]; give several as a list")
+        raise UserError(
+            f"an array of shape {list(image.shape)} is no image: it must be [H, W, 3]; give several as a list"
+        )
     grey = image.ndim == 2 or image.shape[2] == 1
     pixels = image.reshape(image.shape[:2]) if grey else image[..., :3]
     return as_rgb(Image.fromarray(np.ascontiguousarray(to_8_bits(pixels))))
@@ -88,9 +98,11 @@ def resize(inpt: Any, size: list[int]) -> Any:
 
 
 def resized(height: int, width: int, size: int, max_size: int | None) -> tuple[int, int]:
-    """(height, width) with the shorter side at `size`, or less where the longer would exceed `max_size`.
+    """(height, width) with the shorter side at `size`, or less where the longer would exceed
+    `max_size`.
 
-    As published: the limited side is rounded and the other truncated, so the longer one may exceed `max_size` by a pixel or two.
+    As published: the limited side is rounded and the other truncated, so the longer one may exceed
+    `max_size` by a pixel or two.
     """
     shorter, longer = min(height, width), max(height, width)
     if max_size is not None and longer / shorter * size > max_size:

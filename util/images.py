@@ -1,4 +1,6 @@
-"""Image files from anywhere: nothing but a regular file is opened, nothing of absurd size decoded, nothing executed."""
+"""Image files from anywhere: nothing but a regular file is opened, nothing of absurd size decoded,
+nothing executed.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,17 @@ from util.errors import UserError
 
 # bitmaps that Pillow decodes by itself; for others it starts programs (EPS: Ghostscript)
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000")
-_UNKNOWN_FORMAT = f"can't be decoded (no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image, or of channels that Pillow lacks)"
+_UNKNOWN_FORMAT = (
+    f"can't be decoded (no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image, or of channels "
+    "that Pillow lacks)"
+)
 _STORE_IT = "replace the file, or store it with 8 bits a channel"
 # four channels of 32 bits: no image that is small enough has a larger file, metadata aside
 _BYTES_PER_PIXEL = 16
 _METADATA_BYTES = 2**24
 
-# Pillow's own limit would refuse crops too. While a file is decoded, --max_image_megapixels takes its place
+# Pillow's own limit would refuse crops too. While a file is decoded, --max_image_megapixels takes
+# its place
 Image.MAX_IMAGE_PIXELS = None
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
@@ -60,8 +66,8 @@ def read_regular_file(path: Path) -> bytes:
 def read_image_file(path: Path, megapixels: float, otherwise: str) -> bytes:
     """The bytes of an image file.
 
-    Raises BadImageError if it can't be read, or is longer than an image within --max_image_megapixels can be; `otherwise` ends
-    the remedy.
+    Raises BadImageError if it can't be read, or is longer than an image within
+    --max_image_megapixels can be; `otherwise` ends the remedy.
     """
     try:
         if os.stat(path).st_size > megapixels * 1e6 * _BYTES_PER_PIXEL + _METADATA_BYTES:
@@ -69,17 +75,22 @@ def read_image_file(path: Path, megapixels: float, otherwise: str) -> bytes:
             raise BadImageError(str(path), reason, f"{remedy}, {otherwise}")
         return read_regular_file(path)
     except OSError as error:
-        raise BadImageError(str(path), f"can't be read ({error.strerror or error})", f"add the file, {otherwise}") from None
+        raise BadImageError(
+            str(path), f"can't be read ({error.strerror or error})", f"add the file, {otherwise}"
+        ) from None
 
 
-def decode(content: bytes, path: Path, megapixels: float, otherwise: str, *, upright: bool = False) -> Image.Image:
+def decode(
+    content: bytes, path: Path, megapixels: float, otherwise: str, *, upright: bool = False
+) -> Image.Image:
     """The image in the bytes of the file `path`, as RGB of 8 bits (as_rgb).
 
-    `upright`: turned as the file's EXIF orientation says, which is how viewers show it. Data sets leave it: their boxes refer
-    to the pixels as they are stored.
+    `upright`: turned as the file's EXIF orientation says, which is how viewers show it. Data sets
+    leave it: their boxes refer to the pixels as they are stored.
 
-    Raises BadImageError if it is no whole image of one of FORMATS, has numbers that `to_8_bits` refuses, or is larger than
-    `megapixels` by its header: then nothing of it is decoded. `otherwise` ends the remedy.
+    Raises BadImageError if it is no whole image of one of FORMATS, has numbers that `to_8_bits`
+    refuses, or is larger than `megapixels` by its header: then nothing of it is decoded.
+    `otherwise` ends the remedy.
     """
     limit = int(megapixels * 1e6)
     remedy = "replace the file"
@@ -89,29 +100,37 @@ def decode(content: bytes, path: Path, megapixels: float, otherwise: str, *, upr
             if image.width * image.height > limit:
                 raise Image.DecompressionBombError(f"{image.width * image.height} pixels")
             picture = as_rgb(image)
-            return _turned(picture, _orientation(image)) if upright else picture  # asked for late: see read_header
+            return (
+                _turned(picture, _orientation(image)) if upright else picture
+            )  # asked for late: see read_header
     except BadImageError as error:
         reason, remedy = error.reason, error.remedy
     except UnidentifiedImageError:
         reason, remedy = _UNKNOWN_FORMAT, _STORE_IT
     except Image.DecompressionBombError as error:
         pixels = re.search(r"\d+", str(error))
-        reason, remedy = _too_large(f"has {int(pixels[0]) / 1e6:.4g} megapixels, more" if pixels else "is larger", megapixels)
+        reason, remedy = _too_large(
+            f"has {int(pixels[0]) / 1e6:.4g} megapixels, more" if pixels else "is larger", megapixels
+        )
     except Exception as error:  # a broken file can fail anywhere in a decoder
         reason = f"can't be decoded ({_in_a_line(error)})"
     raise BadImageError(str(path), reason, f"{remedy}, {otherwise}")
 
 
 class Header(NamedTuple):
-    """size: (width, height) in pixels as stored, which is what `decode` gives. orientation: EXIF's, 1 to 8, which it leaves aside
-    and viewers turn or mirror the image by (1: not at all; from 5 on the sides change places)."""
+    """size: (width, height) in pixels as stored, which is what `decode` gives. orientation: EXIF's,
+    1 to 8, which it leaves aside and viewers turn or mirror the image by (1: not at all; from 5 on
+    the sides change places).
+    """
 
     size: tuple[int, int]
     orientation: int
 
 
 def read_header(path: Path, megapixels: float, otherwise: str) -> Header:
-    """Size and orientation of an image file, without decoding it. Raises BadImageError as `read_image_file` and `decode` do."""
+    """Size and orientation of an image file, without decoding it. Raises BadImageError as
+    `read_image_file` and `decode` do.
+    """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise OSError(0, "not a regular file")
@@ -119,7 +138,9 @@ def read_header(path: Path, megapixels: float, otherwise: str) -> Header:
             if image.width * image.height <= int(megapixels * 1e6):
                 turned_by_decoding = image.format == "TIFF"  # by Pillow, which leaves nothing to do
                 return Header(image.size, 1 if turned_by_decoding else _orientation(image))
-            reason, remedy = _too_large(f"has {image.width * image.height / 1e6:.4g} megapixels, more", megapixels)
+            reason, remedy = _too_large(
+                f"has {image.width * image.height / 1e6:.4g} megapixels, more", megapixels
+            )
     except UnidentifiedImageError:
         reason, remedy = _UNKNOWN_FORMAT, _STORE_IT
     except OSError as error:
@@ -145,7 +166,9 @@ def _too_large(what: str, megapixels: float) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def _pillow_limit(pixels: int) -> Iterator[None]:
-    """Let Pillow refuse, too, what is far larger: some of its decoders take memory for all pixels before they tell the size."""
+    """Let Pillow refuse, too, what is far larger: some of its decoders take memory for all pixels
+    before they tell the size.
+    """
     Image.MAX_IMAGE_PIXELS = pixels  # it raises above twice this
     try:
         yield
@@ -155,9 +178,14 @@ def _pillow_limit(pixels: int) -> Iterator[None]:
 
 # EXIF orientation -> what undoes it (Exif 3.0, section 4.6.5.1.6)
 _UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
-}  # fmt: skip
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def _turned(image: Image.Image, orientation: int) -> Image.Image:
@@ -170,9 +198,11 @@ _SCALE_IT = "scale all pictures of the data by one factor, to uint8 or to floats
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Any image as RGB of 8 bits; numbers of more bits are scaled by `to_8_bits`, where Pillow would cut them off at 255.
+    """Any image as RGB of 8 bits; numbers of more bits are scaled by `to_8_bits`, where Pillow
+    would cut them off at 255.
 
-    `info["bits"]` of the outcome is `bit_depth` of such numbers, if they are whole. Raises BadImageError as `to_8_bits` does.
+    `info["bits"]` of the outcome is `bit_depth` of such numbers, if they are whole. Raises
+    BadImageError as `to_8_bits` does.
     """
     if image.mode[0] in "IF":
         numbers = np.asarray(image)
@@ -182,7 +212,8 @@ def as_rgb(image: Image.Image) -> Image.Image:
     picture = image.convert("RGB")
     if not upper_half:
         return picture
-    # Pillow has the upper 8 bits only of colours of 16: what to_8_bits gives, unless the numbers have fewer
+    # Pillow has the upper 8 bits only of colours of 16: what to_8_bits gives, unless the numbers
+    # have fewer
     if max(high for _, high in picture.getextrema()) < 2**6:
         reason = "has colours of 16 bits but no number above 16383, so what can be read of it is nearly black"
         raise BadImageError("an image", reason, _SCALE_IT)
@@ -192,8 +223,9 @@ def as_rgb(image: Image.Image) -> Image.Image:
 def to_8_bits(numbers: np.ndarray) -> np.ndarray:
     """The numbers of a picture as uint8, by one rule for files, arrays and tensors.
 
-    Floats must lie in [0, 1], and are multiplied by 255 and rounded. Whole numbers of any dtype must lie in 0 to 65535; their
-    upper 8 bits are taken, of as many as `bit_depth` says, so numbers up to 255 stay as they are.
+    Floats must lie in [0, 1], and are multiplied by 255 and rounded. Whole numbers of any dtype
+    must lie in 0 to 65535; their upper 8 bits are taken, of as many as `bit_depth` says, so numbers
+    up to 255 stay as they are.
 
     Raises BadImageError for any others.
     """
@@ -203,7 +235,9 @@ def to_8_bits(numbers: np.ndarray) -> np.ndarray:
             raise BadImageError("an image", reason, _SCALE_IT)
         return (numbers * 255).round().astype(np.uint8)
     if not np.issubdtype(numbers.dtype, np.integer):
-        raise BadImageError("an image", f"has numbers of type {numbers.dtype}", "give uint8, or floats in [0, 1]")
+        raise BadImageError(
+            "an image", f"has numbers of type {numbers.dtype}", "give uint8, or floats in [0, 1]"
+        )
     low, high = int(numbers.min()), int(numbers.max())
     if low < 0 or high >= 2 ** _DEPTHS[-1]:
         reason = f"has numbers of {numbers.dtype} outside of 0 to 65535, from {low} to {high}"
@@ -212,7 +246,9 @@ def to_8_bits(numbers: np.ndarray) -> np.ndarray:
 
 
 def bit_depth(numbers: np.ndarray) -> int:
-    """The smallest of 8, 10, 12, 14 and 16 bits that hold the largest of whole numbers from 0 to 65535."""
+    """The smallest of 8, 10, 12, 14 and 16 bits that hold the largest of whole numbers from 0 to
+    65535.
+    """
     return next(depth for depth in _DEPTHS if int(numbers.max()) < 2**depth)
 
 

@@ -1,4 +1,6 @@
-"""Processes that something else than torchrun has started: each would take itself for the only one, and train by itself."""
+"""Processes that something else than torchrun has started: each would take itself for the only one,
+and train by itself.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,11 @@ from util.errors import UserError
 
 _SLURM = "./tools/run_dist_slurm.sh <partition> <job name> {count} main.py, or one alone with srun --ntasks=1"
 _OTHERS = "torchrun or ./tools/run_dist_launch.sh {count} main.py"
-# who sets them, the variables for a process's number and for how many there are, what to start instead
+# who sets them, the variables for a process's number and for how many there are, what to start
+# instead
 _VARIABLES = (
-    # in the script of a batch job, which is one process, SLURM_NTASKS says how many tasks its steps may have
+    # in the script of a batch job, which is one process, SLURM_NTASKS says how many tasks its steps
+    # may have
     ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", _SLURM),
     ("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", _OTHERS),  # Open MPI
     ("mpirun", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", _OTHERS),  # MVAPICH
@@ -22,7 +26,9 @@ _VARIABLES = (
 
 
 def require_single_process() -> None:
-    """Raise UserError if this process, which no WORLD_SIZE tells of others, was started as one of several."""
+    """Raise UserError if this process, which no WORLD_SIZE tells of others, was started as one of
+    several.
+    """
     for launcher, rank, count, instead in _VARIABLES:
         if launcher == "srun" and "SLURM_PTY_PORT" in os.environ:
             continue  # a shell on a node (srun --pty): one, however many tasks it asked for
@@ -30,8 +36,9 @@ def require_single_process() -> None:
         if number > 0 or processes > 1:
             several = str(processes) if processes > 1 else "<processes>"
             raise UserError(
-                f"{launcher} has started this as one of {several} processes ({rank}={number}), and without WORLD_SIZE each would "
-                f"train by itself; start them with {instead.format(count=several)}"
+                f"{launcher} has started this as one of {several} processes ({rank}={number}), and "
+                f"without WORLD_SIZE each would train by itself; start them with "
+                f"{instead.format(count=several)}"
             )
 
 

@@ -1,4 +1,6 @@
-"""What a run reports: sums kept on the device, read back when a line is due; a progress bar or plain lines."""
+"""What a run reports: sums kept on the device, read back when a line is due; a progress bar or
+plain lines.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,11 @@ from util.distributed import is_main, sum_over_processes
 
 
 class MeanOnDevice:
-    """Means of named scalars, summed where they are made; only `window()` and `totals()` read them back.
+    """Means of named scalars, summed where they are made; only `window()` and `totals()` read them
+    back.
 
-    Steps with a scalar that is not finite are not counted. `state_dict` and `load_state_dict` carry the sums over an
-    interruption, to the bit.
+    Steps with a scalar that is not finite are not counted. `state_dict` and `load_state_dict` carry
+    the sums over an interruption, to the bit.
     """
 
     def __init__(self) -> None:
@@ -58,29 +61,45 @@ class MeanOnDevice:
         self._names, self._total, self._window = list(state["names"]), state["total"], None
 
     def load_merged(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """As `load_state_dict`, from any number of processes: the main process takes all their sums."""
+        """As `load_state_dict`, from any number of processes: the main process takes all their
+        sums.
+        """
         totals = [state["total"] for state in states if state["total"] is not None]
         total = torch.stack(totals).sum(0) if totals else None
-        self.load_state_dict({**states[0], "total": total if total is None or is_main() else torch.zeros_like(total)})
+        self.load_state_dict(
+            {**states[0], "total": total if total is None or is_main() else torch.zeros_like(total)}
+        )
 
     def _means(self, sums: list[float]) -> dict[str, float]:
         *values, count = sums
-        return {name: value / count if count else math.nan for name, value in zip(self._names, values, strict=True)}
+        return {
+            name: value / count if count else math.nan
+            for name, value in zip(self._names, values, strict=True)
+        }
 
 
 class Progress:
-    """The main process's view of a loop: a bar on a terminal, a plain line every `every` steps elsewhere."""
+    """The main process's view of a loop: a bar on a terminal, a plain line every `every` steps
+    elsewhere.
+    """
 
     def __init__(self, title: str, steps: int, every: int, done: int = 0) -> None:
         self._title, self._steps, self._every = title, steps, every
         self._log = logging.getLogger("progress")
         self._start, self._done, self._done_before = time.perf_counter(), done, done
         # a logging bar in a file is a thousand lines of noise
-        layout = "{desc} {n_fmt}/{total_fmt} |{bar}| left {remaining} {postfix}"  # the bar gives way to the numbers
-        self._bar = tqdm(total=steps, initial=done, desc=title, dynamic_ncols=True, bar_format=layout) if _interactive() else None
+        # the bar gives way to the numbers
+        layout = "{desc} {n_fmt}/{total_fmt} |{bar}| left {remaining} {postfix}"
+        self._bar = (
+            tqdm(total=steps, initial=done, desc=title, dynamic_ncols=True, bar_format=layout)
+            if _interactive()
+            else None
+        )
 
     def due(self) -> bool:
-        """Whether the step about to be reported ends an interval (so that its values are worth reading back)."""
+        """Whether the step about to be reported ends an interval (so that its values are worth
+        reading back).
+        """
         return (self._done + 1) % self._every == 0 or self._done + 1 == self._steps
 
     def step(self, text: str | None = None) -> None:
@@ -92,7 +111,9 @@ class Progress:
             self._bar.update()
         elif text and is_main():
             width = len(str(self._steps))
-            self._log.info("%s [%*d/%d]  %s  left %s", self._title, width, self._done, self._steps, text, self._left())
+            self._log.info(
+                "%s [%*d/%d]  %s  left %s", self._title, width, self._done, self._steps, text, self._left()
+            )
 
     def close(self) -> None:
         if self._bar is not None:

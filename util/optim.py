@@ -1,4 +1,6 @@
-"""The optimiser's parameter groups, the learning-rate schedule, and all that turns a loss into the next weights."""
+"""The optimiser's parameter groups, the learning-rate schedule, and all that turns a loss into the
+next weights.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,9 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 
 def _with_momentum(optimizer: torch.optim.SGD) -> torch.optim.SGD:
-    """Momentum that begins at zero, which computes the same. The fused optimiser takes new memory for it as it comes, and keeps
-    what lay there if the first step is left out."""
+    """Momentum that begins at zero, which computes the same. The fused optimiser takes new memory
+    for it as it comes, and keeps what lay there if the first step is left out.
+    """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -42,7 +45,9 @@ GROUPS = ("transformer and heads", "backbone", "slow linear layers")
 
 
 def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict]:
-    """Trainable parameters in three groups: all others, the backbone, the slow linear layers (in this order)."""
+    """Trainable parameters in three groups: all others, the backbone, the slow linear layers (in
+    this order).
+    """
     others: list[nn.Parameter] = []
     backbone: list[nn.Parameter] = []
     slow: list[nn.Parameter] = []
@@ -77,21 +82,29 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: Config) -> LambdaLR
 def go_to_epoch(schedule: LambdaLR, epoch: int) -> None:
     """Set the rates that `epoch` has, to the bit what stepping there gives."""
     schedule.last_epoch = epoch
-    for group, base, factor in zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+    for group, base, factor in zip(
+        schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+    ):
         group.update(initial_lr=base, lr=base * factor(epoch))
 
 
 class AveragedWeights:
-    """An exponential moving average of a model's parameters: average = decay * average + (1 - decay) * parameter.
+    """An exponential moving average of a model's parameters: average = decay * average + (1 -
+    decay) * parameter.
 
-    It begins as the weights after the first step. `model` is the averaged model; its buffers are the model's as of the last
-    `take_buffers`. (PyTorch's own AveragedModel waits for the device and copies every buffer in each step.)
+    It begins as the weights after the first step. `model` is the averaged model; its buffers are
+    the model's as of the last `take_buffers`. (PyTorch's own AveragedModel waits for the device and
+    copies every buffer in each step.)
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model = copy.deepcopy(model)
         self._decay, self._updates = decay, 0
-        trained = [(a, p) for a, p in zip(self.model.parameters(), model.parameters(), strict=True) if p.requires_grad]
+        trained = [
+            (a, p)
+            for a, p in zip(self.model.parameters(), model.parameters(), strict=True)
+            if p.requires_grad
+        ]
         self._averages, self._parameters = [a.detach() for a, _ in trained], [p.detach() for _, p in trained]
         self._source = model
         self.model.requires_grad_(False)
@@ -121,7 +134,8 @@ class AveragedWeights:
 
 
 class Updater:
-    """From losses to the next weights: scaled gradients, accumulation, clipping, the guarded step, averaged weights.
+    """From losses to the next weights: scaled gradients, accumulation, clipping, the guarded step,
+    averaged weights.
 
     Args:
         clip_max_norm: 0 does not clip.
@@ -130,9 +144,14 @@ class Updater:
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, *, clip_max_norm: float, accumulate_steps: int = 1,
-        scaler: GradScaler | None = None, averaged: AveragedWeights | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        clip_max_norm: float,
+        accumulate_steps: int = 1,
+        scaler: GradScaler | None = None,
+        averaged: AveragedWeights | None = None,
+    ) -> None:
         self.optimizer, self.scaler, self.averaged = optimizer, scaler, averaged
         self.accumulate_steps = accumulate_steps
         self._clip_max_norm = clip_max_norm
@@ -144,10 +163,11 @@ class Updater:
         return self.optimizer.param_groups[0]["lr"]
 
     def backward(self, total: Tensor, group_size: int) -> Tensor | None:
-        """Add a batch's gradients to those of its group of `group_size`; gives their scale, if they are scaled.
+        """Add a batch's gradients to those of its group of `group_size`; gives their scale, if they
+        are scaled.
 
-        A loss that is not finite makes the gradients NaN even where its derivative is finite, so that all processes, which
-        share their gradients, leave the step out.
+        A loss that is not finite makes the gradients NaN even where its derivative is finite, so
+        that all processes, which share their gradients, leave the step out.
         """
         loss = total / group_size
         if self.scaler:
@@ -156,7 +176,9 @@ class Updater:
         return self.scaler.scale(torch.ones_like(total.detach())) if self.scaler else None
 
     def step(self) -> Tensor:
-        """Step with the gradients of a group, unless they are not finite; gives their norm, on the device."""
+        """Step with the gradients of a group, unless they are not finite; gives their norm, on the
+        device.
+        """
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._clip_max_norm or math.inf)
@@ -169,7 +191,9 @@ class Updater:
         return norm
 
     def pending_gradients(self) -> list[Tensor | None]:
-        """This process's gradients of an unfinished group, by parameter; an empty list between groups."""
+        """This process's gradients of an unfinished group, by parameter; an empty list between
+        groups.
+        """
         gradients = [None if p.grad is None else p.grad.detach().clone() for p in self._parameters]
         return gradients if any(gradient is not None for gradient in gradients) else []
 
@@ -184,8 +208,10 @@ class Updater:
         return state | ({"ema": self.averaged.state_dict()} if self.averaged else {})
 
     def load_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Restore these entries. Weight decay and `fused` stay those of this run: the flags and the device decide them, and
-        PyTorch places the step counts by `fused`. An entry that the checkpoint lacks starts afresh, with a warning."""
+        """Restore these entries. Weight decay and `fused` stay those of this run: the flags and the
+        device decide them, and PyTorch places the step counts by `fused`. An entry that the
+        checkpoint lacks starts afresh, with a warning.
+        """
         own = {name: self.optimizer.defaults[name] for name in ("weight_decay", "fused")}
         saved = checkpoint["optimizer"]
         groups = [{**group, **own} for group in saved["param_groups"]]
@@ -215,9 +241,11 @@ def build_updater(model: nn.Module, config: Config) -> Updater:
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
-    """Step unless the scalar bool `finite` is False, decided on the device: nobody waits, and no weight is spoilt.
+    """Step unless the scalar bool `finite` is False, decided on the device: nobody waits, and no
+    weight is spoilt.
 
-    Fused optimisers read the attribute `found_inf`, which is how GradScaler skips a step; others are asked here.
+    Fused optimisers read the attribute `found_inf`, which is how GradScaler skips a step; others
+    are asked here.
     """
     if optimizer.defaults.get("fused"):
         optimizer.found_inf = (~finite).float()

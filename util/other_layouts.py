@@ -1,5 +1,6 @@
-"""Checkpoints as other programs write them: where in the file the weights of a Deformable DETR are, and what a file holds that
-has none."""
+"""Checkpoints as other programs write them: where in the file the weights of a Deformable DETR are,
+and what a file holds that has none.
+"""
 
 from __future__ import annotations
 
@@ -18,18 +19,32 @@ _STATES = ("state_dict", "model_state_dict")
 # part of a tensor's name -> what has such
 _KINDS = (
     (r"\bbbox_head\.", "it holds a detector of MMDetection, whose tensors have other names and shapes"),
-    (r"\bbackbone\.conv_encoder\.|\bencoder_attn\.", "it holds a model of transformers; give the folder with its config.json"),
-    (r"\bproposal_generator\.|\broi_heads\.", "it holds a two-stage detector such as Detectron2's or torchvision's"),
-    (r"\btransformer\.encoder\.layers\.0\.self_attn\.in_proj_weight$", "it holds a DETR whose attention is not deformable"),
-    (r"^(module\.)?(conv1|layer1\.0\.conv1)\.weight$", "it holds a ResNet; --backbone_weights takes it, and a training with it"),
+    (
+        r"\bbackbone\.conv_encoder\.|\bencoder_attn\.",
+        "it holds a model of transformers; give the folder with its config.json",
+    ),
+    (
+        r"\bproposal_generator\.|\broi_heads\.",
+        "it holds a two-stage detector such as Detectron2's or torchvision's",
+    ),
+    (
+        r"\btransformer\.encoder\.layers\.0\.self_attn\.in_proj_weight$",
+        "it holds a DETR whose attention is not deformable",
+    ),
+    (
+        r"^(module\.)?(conv1|layer1\.0\.conv1)\.weight$",
+        "it holds a ResNet; --backbone_weights takes it, and a training with it",
+    ),
 )
 
 
 def in_our_layout(content: dict[str, Any], source: str) -> dict[str, Any]:
-    """The content of a checkpoint file with a detector's weights in the entry `model`, averaged ones in `ema`.
+    """The content of a checkpoint file with a detector's weights in the entry `model`, averaged
+    ones in `ema`.
 
-    They are looked for under any name and any prefix of their names, as wrappers (DistributedDataParallel, torch.compile),
-    Lightning, mmcv and others leave them. What has no Deformable DETR stays as it is, but for its weights' place.
+    They are looked for under any name and any prefix of their names, as wrappers
+    (DistributedDataParallel, torch.compile), Lightning, mmcv and others leave them. What has no
+    Deformable DETR stays as it is, but for its weights' place.
     """
     found = dict(_detectors(content))
     averaged = [place for place in found if _AVERAGED.search(".".join(place))]
@@ -52,8 +67,12 @@ def kind_of(names: Iterable[str]) -> str | None:
     return next((kind for pattern, kind in _KINDS if any(re.search(pattern, name) for name in names)), None)
 
 
-def _detectors(content: Mapping[Any, Any], keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
-    """(keys that lead to a dict of tensors, and the prefix of the names there; the tensors without it) of every detector."""
+def _detectors(
+    content: Mapping[Any, Any], keys: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    """(keys that lead to a dict of tensors, and the prefix of the names there; the tensors without
+    it) of every detector.
+    """
     names = [name for name in content if isinstance(name, str)]
     prefixes = [name.removesuffix(_MARK) for name in names if name.endswith(_MARK)]
     states: dict[str, dict[str, Any]] = {prefix: {} for prefix in prefixes}

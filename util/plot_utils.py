@@ -16,14 +16,25 @@ from util.errors import UserError
 
 LINE_STYLES = ("-", "--", ":")
 STYLE = {
-    "font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left",
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
-    "lines.linewidth": 1.6, "lines.markersize": 3.5, "legend.frameon": False, "pdf.fonttype": 42, "savefig.dpi": 200,
-}  # fmt: skip
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 3.5,
+    "legend.frameon": False,
+    "pdf.fonttype": 42,
+    "savefig.dpi": 200,
+}
 
 
 def plot_run(logs: Mapping[str, Sequence[Row]], output: str | Path) -> None:
-    """Draw the curves of runs over each other and write them to `output`, in the format of its suffix.
+    """Draw the curves of runs over each other and write them to `output`, in the format of its
+    suffix.
 
     Args:
         logs: name of the run -> its rows, as `read_log` gives. A panel without a value stays empty.
@@ -39,10 +50,12 @@ def plot_run(logs: Mapping[str, Sequence[Row]], output: str | Path) -> None:
     if output.suffix.lower().lstrip(".") not in known:
         raise UserError(f"{output} must end in one of {', '.join('.' + suffix for suffix in sorted(known))}")
     names, colors = [_legend_name(name) for name in logs], run_colors(len(logs))
-    columns = max(1, min(len(names), 6, 180 // (max(map(len, names)) + 8)))  # the longest name must fit
+    # the longest name must fit
+    columns = max(1, min(len(names), 6, 180 // (max(map(len, names)) + 8)))
     with mpl.rc_context(STYLE):
         height = 9.2 + 0.22 * -(-len(names) // columns)
-        figure = Figure(figsize=(15, height), layout="constrained")  # pyplot would look for a screen
+        # pyplot would look for a screen
+        figure = Figure(figsize=(15, height), layout="constrained")
         for axes, panel in zip(figure.subplots(3, 3).flat, PANELS, strict=True):
             _draw_panel(axes, panel, [*lines(panel, [*logs.values()])], colors)
         samples = [Line2D([], [], color=color, linewidth=3) for color in colors]

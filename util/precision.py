@@ -1,9 +1,10 @@
 """Mixed precision: products in bfloat16 or float16, and what must stay in float32.
 
-`autocast` goes around the model's forward and nothing else. PyTorch then computes convolutions, linear layers and attention
-in the low precision. What places something in an image stays in float32, because a step of bfloat16 near 1 is 1 / 256, which
-is 5 pixels of 1333: reference points, boxes, the heads that give them, valid ratios and position encodings. So do
-the sums along the residual branches, the matching and the losses.
+`autocast` goes around the model's forward and nothing else. PyTorch then computes convolutions,
+linear layers and attention in the low precision. What places something in an image stays in
+float32, because a step of bfloat16 near 1 is 1 / 256, which is 5 pixels of 1333: reference points,
+boxes, the heads that give them, valid ratios and position encodings. So do the sums along the
+residual branches, the matching and the losses.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ def autocast(amp: str, device: torch.device) -> AbstractContextManager:
     """The block to run a model's forward in.
 
     Args:
-        amp: "off", "bf16" or "fp16". Gradients of float16 need a scaler (torch.amp.GradScaler), or they vanish below 6e-8.
+        amp: "off", "bf16" or "fp16". Gradients of float16 need a scaler (torch.amp.GradScaler), or
+            they vanish below 6e-8.
         device: where the model is.
     """
     return nullcontext() if amp == "off" else torch.autocast(device.type, dtype=LOW_TYPES[amp])

@@ -1,9 +1,11 @@
-"""Being asked to leave: by a scheduler that needs the machine, because the time is over, or from the keyboard.
+"""Being asked to leave: by a scheduler that needs the machine, because the time is over, or from
+the keyboard.
 
-SIGTERM, SIGUSR1, SIGUSR2, SIGHUP (a closed terminal) and SIGINT (Ctrl-C) ask. In the training loop the request is noted, all
-processes agree on the step after which they stop (any of them may have been asked), the state is saved, and `Preempted` ends the
-program: with exit code 75, or 130 after Ctrl-C. Everywhere else nothing is left to save, and the program leaves at once. A second
-Ctrl-C waits for nothing.
+SIGTERM, SIGUSR1, SIGUSR2, SIGHUP (a closed terminal) and SIGINT (Ctrl-C) ask. In the training loop
+the request is noted, all processes agree on the step after which they stop (any of them may have
+been asked), the state is saved, and `Preempted` ends the program: with exit code 75, or 130 after
+Ctrl-C. Everywhere else nothing is left to save, and the program leaves at once. A second Ctrl-C
+waits for nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ SIGNALS = (*ASK_TO_LEAVE, signal.SIGINT)
 
 
 class StopRequest:
-    """What the signals have asked for. `signal` is the first one's name, "" without; `interrupted`: Ctrl-C, here or elsewhere.
+    """What the signals have asked for. `signal` is the first one's name, "" without; `interrupted`:
+    Ctrl-C, here or elsewhere.
 
     saved: what to say of the state when the program leaves where nothing is left to save.
     """
@@ -37,11 +40,15 @@ class StopRequest:
 
     @contextmanager
     def installed(self) -> Iterator[StopRequest]:
-        """Listen to the signals for the length of the block; after a request all but Ctrl-C are ignored, to leave undisturbed."""
-        if threading.current_thread() is not threading.main_thread():  # the only one that may listen
+        """Listen to the signals for the length of the block; after a request all but Ctrl-C are
+        ignored, to leave undisturbed.
+        """
+        # the only one that may listen
+        if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        # a shell lets what it runs in the background ignore Ctrl-C, and nohup lets it ignore a closed terminal
+        # a shell lets what it runs in the background ignore Ctrl-C, and nohup lets it ignore a
+        # closed terminal
         may_be_ignored = (signal.SIGINT, signal.SIGHUP)
         wanted = [n for n in SIGNALS if n not in may_be_ignored or signal.getsignal(n) != signal.SIG_IGN]
         before = {number: signal.signal(number, self._handle) for number in wanted}
@@ -54,10 +61,12 @@ class StopRequest:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within the block a request is only noted; whoever runs there asks `agreed`, saves and leaves.
+        """Within the block a request is only noted; whoever runs there asks `agreed`, saves and
+        leaves.
 
-        Who comes to the end has saved everything. A request since the last vote is followed there, as one a moment later would
-        be: without a vote, as the other processes have nothing to save either.
+        Who comes to the end has saved everything. A request since the last vote is followed there,
+        as one a moment later would be: without a vote, as the other processes have nothing to save
+        either.
         """
         self._deferred += 1
         try:
@@ -71,11 +80,15 @@ class StopRequest:
         """Raise Preempted; `saved` says what is on the disk, and how to go on."""
         if self.interrupted:
             raise Preempted(f"interrupted; {saved}", EXIT_INTERRUPTED)
-        raise Preempted(f"asked to leave by {self.signal or 'a signal to another process'}; {saved}", signal=self.signal)
+        raise Preempted(
+            f"asked to leave by {self.signal or 'a signal to another process'}; {saved}", signal=self.signal
+        )
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)  # even where Python is not asked, in an exchange that hangs, say
+            signal.signal(
+                number, signal.SIG_DFL
+            )  # even where Python is not asked, in an exchange that hangs, say
         if self.signal:  # is leaving already, or about to
             return
         self.signal, self.interrupted = signal.Signals(number).name, number == signal.SIGINT

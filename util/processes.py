@@ -9,10 +9,15 @@ from pathlib import Path
 
 
 def machine() -> str:
-    """The same for two processes only if they see each other's process ids. Containers may share names, but not all of these."""
+    """The same for two processes only if they see each other's process ids. Containers may share
+    names, but not all of these.
+    """
     names = [socket.gethostname()]
     with contextlib.suppress(OSError):
-        names += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
+        names += [
+            Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+            os.readlink("/proc/self/ns/pid"),
+        ]
     return " ".join(names)
 
 
@@ -26,7 +31,8 @@ def still_runs(pid: int, started: str) -> bool:
     """Whether the process of this machine that `born` said was started then is still there."""
     fields = _stat(pid)
     if fields:
-        return fields[0] not in "ZX" and fields[19] == started  # a zombie has ended, and nobody has asked how
+        # a zombie has ended, and nobody has asked how
+        return fields[0] not in "ZX" and fields[19] == started
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

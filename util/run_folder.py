@@ -16,9 +16,16 @@ log = logging.getLogger(__name__)
 _MARKER = ".moving"  # in a folder into which an earlier run is being moved
 _NEW = ".new_run"  # in the folder of a run that has not set an earlier one aside yet
 _FILES = (
-    "checkpoint*.pth", "resume_*.pth", "log.txt", "run.json", "eval", "eval*.pth", "predictions*.json", "tensorboard",
+    "checkpoint*.pth",
+    "resume_*.pth",
+    "log.txt",
+    "run.json",
+    "eval",
+    "eval*.pth",
+    "predictions*.json",
+    "tensorboard",
     "nonfinite_*.pth",
-)  # fmt: skip
+)
 
 
 @contextlib.contextmanager
@@ -39,7 +46,9 @@ def open_folder(name: str) -> Iterator[FolderHold]:
 
 
 def evaluation_folder(name: str) -> contextlib.AbstractContextManager[FolderHold]:
-    """`open_folder` for an evaluation: a new folder `evaluation-<n>` in --output_dir if a training has its files there."""
+    """`open_folder` for an evaluation: a new folder `evaluation-<n>` in --output_dir if a training
+    has its files there.
+    """
     folder = Path(name)
     if not _holds_training(folder):
         return open_folder(name)
@@ -54,7 +63,9 @@ def _holds_training(folder: Path) -> bool:
 
 
 def announce_new(folder: Path) -> None:
-    """Note that a new run is about to begin: until `begun`, what the folder holds is not this run's. Raises UserError."""
+    """Note that a new run is about to begin: until `begun`, what the folder holds is not this
+    run's. Raises UserError.
+    """
     try:
         (folder / _NEW).touch()
     except OSError as error:
@@ -67,12 +78,15 @@ def is_announced(folder: Path) -> bool:
 
 def begun(folder: Path) -> None:
     """From now on what the folder holds belongs to the run."""
-    with contextlib.suppress(OSError):  # a leftover makes a restarted run begin anew, which loses nothing
+    # a leftover makes a restarted run begin anew, which loses nothing
+    with contextlib.suppress(OSError):
         (folder / _NEW).unlink(missing_ok=True)
 
 
 def set_aside(folder: Path, files: Iterable[Path] | None = None) -> None:
-    """Move `files`, or all of an earlier run, into `earlier-<n>`; a process that is killed meanwhile leaves no mixture."""
+    """Move `files`, or all of an earlier run, into `earlier-<n>`; a process that is killed
+    meanwhile leaves no mixture.
+    """
     files = list(files if files is not None else _of_a_run(folder))
     if not files:
         return

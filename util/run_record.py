@@ -1,4 +1,6 @@
-"""run.json in a run's output folder: its flags, classes, data and machine, for tools/report.py and for people."""
+"""run.json in a run's output folder: its flags, classes, data and machine, for tools/report.py and
+for people.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,11 @@ NAME = "run.json"
 KEPT_STARTS = 100  # a run that is preempted every hour for months still has a small record
 
 
-def write_record(folder: Path, content: Mapping[str, Any], environment: Mapping[str, Any], start: Mapping[str, Any]) -> None:
-    """Replace the record, and keep what it says of the run's earlier starts. What goes wrong is a warning, never an end.
+def write_record(
+    folder: Path, content: Mapping[str, Any], environment: Mapping[str, Any], start: Mapping[str, Any]
+) -> None:
+    """Replace the record, and keep what it says of the run's earlier starts. What goes wrong is a
+    warning, never an end.
 
     Args:
         folder: the run's.
@@ -38,7 +43,11 @@ def write_record(folder: Path, content: Mapping[str, Any], environment: Mapping[
     starts, changed = _starts(before), _changes(before, content.get("flags", {}))
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     starts = [*starts, {"at": now, **start, **environment, **({"changed_flags": changed} if changed else {})}]
-    record = {**content, "environment": dict(environment), "starts": [*starts[:1], *starts[1:][-KEPT_STARTS:]]}
+    record = {
+        **content,
+        "environment": dict(environment),
+        "starts": [*starts[:1], *starts[1:][-KEPT_STARTS:]],
+    }
     try:
         replace_text(folder / NAME, json.dumps(record, indent=1) + "\n")
     except OSError as error:
@@ -46,14 +55,22 @@ def write_record(folder: Path, content: Mapping[str, Any], environment: Mapping[
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What this process runs on: versions, device, processes, host, and the project's commit where git knows it."""
+    """What this process runs on: versions, device, processes, host, and the project's commit where
+    git knows it.
+    """
     facts = {
-        "torch": torch.__version__, "python": platform.python_version(), "processes": world_size(), "host": platform.node(),
-        "device": str(device), "device_name": device_name(device),
-    }  # fmt: skip
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "processes": world_size(),
+        "host": platform.node(),
+        "device": str(device),
+        "device_name": device_name(device),
+    }
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         command = ["git", "rev-parse", "HEAD"]
-        told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        told = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
         facts["commit"] = told
     return facts
 
@@ -61,7 +78,11 @@ def environment(device: torch.device) -> dict[str, Any]:
 def device_name(device: torch.device) -> str:
     """A GPU's name, or how many threads of a CPU are used."""
     threads = torch.get_num_threads()
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{threads} thread{'s' if threads > 1 else ''}"
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{threads} thread{'s' if threads > 1 else ''}"
+    )
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -72,7 +93,9 @@ def read_record(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read ({getattr(error, 'strerror', None) or 'not JSON'}); move it away") from None
+        raise UserError(
+            f"{path} can't be read ({getattr(error, 'strerror', None) or 'not JSON'}); move it away"
+        ) from None
     if not isinstance(record, dict):
         raise UserError(f"{path} is no record of a run: it must be a JSON object; move it away")
     return record

@@ -1,4 +1,6 @@
-"""Which Slurm job this is, and how often it was started again: what Slurm tells the tasks of all entry points."""
+"""Which Slurm job this is, and how often it was started again: what Slurm tells the tasks of all
+entry points.
+"""
 
 from __future__ import annotations
 

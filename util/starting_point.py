@@ -1,4 +1,6 @@
-"""Where a run starts from: its output folder, whether it goes on with what lies there, and the checkpoint that it loads."""
+"""Where a run starts from: its output folder, whether it goes on with what lies there, and the
+checkpoint that it loads.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ class Source:
 
 @contextlib.contextmanager
 def output_folder(config: Config) -> Iterator[FolderHold | None]:
-    """The folder to write to, made if need be and held for the length of the block, in the main process. The others have none."""
+    """The folder to write to, made if need be and held for the length of the block, in the main
+    process. The others have none.
+    """
     if not config.run.output_dir or not is_main():
         yield None
         return
@@ -43,17 +47,23 @@ def output_folder(config: Config) -> Iterator[FolderHold | None]:
 
 
 def goes_on(config: Config, folder: Path | None) -> bool:
-    """Whether the run goes on with what its folder holds: told to, or started again by torchrun or Slurm after it had begun.
+    """Whether the run goes on with what its folder holds: told to, or started again by torchrun or
+    Slurm after it had begun.
 
-    The same on all processes. With several nodes torchrun counts the restarts on each, so one count decides for all.
+    The same on all processes. With several nodes torchrun counts the restarts on each, so one count
+    decides for all.
     """
     by_torchrun = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
     restarted = any(gather_on_main(bool(by_torchrun or restart_count())))
-    return broadcast_from_main(config.run.resume == "auto" or bool(folder and restarted and not is_announced(folder)))
+    return broadcast_from_main(
+        config.run.resume == "auto" or bool(folder and restarted and not is_announced(folder))
+    )
 
 
 def find_checkpoint(config: Config, folder: Path | None, going_on: bool) -> Source | None:
-    """What to load, the same on all processes: the newest good checkpoint of the folder if the run goes on, else --resume's."""
+    """What to load, the same on all processes: the newest good checkpoint of the folder if the run
+    goes on, else --resume's.
+    """
     explicit = Source(config.run.resume, by_itself=False) if config.run.resume not in ("", "auto") else None
     if not going_on or config.run.eval and explicit:
         return explicit
@@ -64,9 +74,15 @@ def find_checkpoint(config: Config, folder: Path | None, going_on: bool) -> Sour
         log.info("%s %s", "evaluating" if config.run.eval else "going on with", newest)
         return Source(newest, by_itself=True)
     if config.run.eval:
-        raise UserError(f"--resume auto: there is no checkpoint in --output_dir {config.run.output_dir} to evaluate")
+        raise UserError(
+            f"--resume auto: there is no checkpoint in --output_dir {config.run.output_dir} to evaluate"
+        )
     first = explicit or config.run.finetune
-    log.info("no checkpoint in %s yet: %s", config.run.output_dir, f"starting with {first}" if first else "starting afresh")
+    log.info(
+        "no checkpoint in %s yet: %s",
+        config.run.output_dir,
+        f"starting with {first}" if first else "starting afresh",
+    )
     return explicit
 
 

@@ -1,7 +1,9 @@
-"""What a run tells TensorBoard: losses and rates of its steps, all figures of its epochs, pictures of its detections.
+"""What a run tells TensorBoard: losses and rates of its steps, all figures of its epochs, pictures
+of its detections.
 
-Two event files under <output_dir>/tensorboard: `steps`, over the images trained on, and `epochs`. So a run that goes on from a
-checkpoint can take back exactly the points that it will write again. Nothing that goes wrong here ends a run.
+Two event files under <output_dir>/tensorboard: `steps`, over the images trained on, and `epochs`.
+So a run that goes on from a checkpoint can take back exactly the points that it will write again.
+Nothing that goes wrong here ends a run.
 """
 
 from __future__ import annotations
@@ -34,16 +36,20 @@ FLUSH_SECONDS = 30
 def check_tensorboard(wanted: bool) -> None:
     """Raise UserError if TensorBoard is wanted and not installed."""
     if wanted and importlib.util.find_spec("tensorboard") is None:
-        raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard, or leave the flag out")
+        raise UserError(
+            "--tensorboard needs the package tensorboard: pip install tensorboard, or leave the flag out"
+        )
 
 
 class Board:
     """The event files of a run.
 
     Args:
-        folder: for the two files; None writes nothing (other processes than the main one, or without --tensorboard).
-        images: how many images the run has been trained on. Points of later steps are of a run that was interrupted, and are
-            taken back; likewise those of epochs from `epochs` on, the number of finished ones.
+        folder: for the two files; None writes nothing (other processes than the main one, or
+            without --tensorboard).
+        images: how many images the run has been trained on. Points of later steps are of a run that
+            was interrupted, and are taken back; likewise those of epochs from `epochs` on, the
+            number of finished ones.
     """
 
     def __init__(self, folder: Path | None, images: int = 0, epochs: int = 0) -> None:
@@ -83,8 +89,12 @@ class Board:
             return
         try:
             write(self._writer(name))
-        except Exception as error:  # of a full disk, of a picture, of protocol buffers: none of it may end a run
-            log.warning("TensorBoard gets no more of this run: %s could not be written (%s)", self._folder, error)
+        except (
+            Exception
+        ) as error:  # of a full disk, of a picture, of protocol buffers: none of it may end a run
+            log.warning(
+                "TensorBoard gets no more of this run: %s could not be written (%s)", self._folder, error
+            )
             self._folder = None
 
     def _writer(self, name: str) -> SummaryWriter:
@@ -92,13 +102,17 @@ class Board:
             from torch.utils.tensorboard import SummaryWriter  # takes a second
 
             _quiet_writer_threads()
-            self._writers[name] = SummaryWriter(str(self._folder / name), purge_step=self._first[name], flush_secs=FLUSH_SECONDS)
+            self._writers[name] = SummaryWriter(
+                str(self._folder / name), purge_step=self._first[name], flush_secs=FLUSH_SECONDS
+            )
         return self._writers[name]
 
 
 def epoch_scalars(row: Mapping[str, Any]) -> dict[str, float]:
-    """A line of log.txt by TensorBoard's names: "train/loss", "val/loss", "val/AP50", "val averaged/AP50". COCO's -1, which says
-    that there is nothing to measure, is left out, and so are the unscaled losses, which have the shape of the others."""
+    """A line of log.txt by TensorBoard's names: "train/loss", "val/loss", "val/AP50", "val
+    averaged/AP50". COCO's -1, which says that there is nothing to measure, is left out, and so are
+    the unscaled losses, which have the shape of the others.
+    """
     scalars = {}
     for key, value in row.items():
         part, _, name = key.partition("_")
@@ -107,15 +121,21 @@ def epoch_scalars(row: Mapping[str, Any]) -> dict[str, float]:
         part = part.replace("test", "val")
         if name == "coco_eval_bbox":
             scalars |= {f"{part}/{figure}": v for figure, v in zip(FIGURES, value, strict=True) if v >= 0}
-        elif part.startswith(("train", "val")) and isinstance(value, int | float) and not name.endswith("_unscaled"):
+        elif (
+            part.startswith(("train", "val"))
+            and isinstance(value, int | float)
+            and not name.endswith("_unscaled")
+        ):
             scalars[f"{part}/{name}"] = value
     return scalars
 
 
 def detection_pictures(
-    images: Mapping[int, Path], truth: Mapping[int, Sequence[Mapping[str, Any]]], results: Sequence[Mapping[str, Any]],
+    images: Mapping[int, Path],
+    truth: Mapping[int, Sequence[Mapping[str, Any]]],
+    results: Sequence[Mapping[str, Any]],
     names: Mapping[int, str],
-) -> dict[str, Image.Image]:  # fmt: skip
+) -> dict[str, Image.Image]:
     """Ground truth beside detections for a few images, spread evenly over the data set.
 
     Args:
@@ -137,8 +157,15 @@ def detection_pictures(
         try:
             with Image.open(images[image_id]) as image:
                 picture = as_rgb(image)
-            pair = [draw_coco(picture, entries, names) for entries in (truth.get(image_id, []), found[image_id])]
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
+            pair = [
+                draw_coco(picture, entries, names) for entries in (truth.get(image_id, []), found[image_id])
+            ]
+        except (
+            OSError,
+            SyntaxError,
+            ValueError,
+            Image.DecompressionBombError,
+        ) as error:  # SyntaxError: a broken PNG
             log.warning("no picture of %s for TensorBoard (%s)", images[image_id], error)
             continue
         for drawn in pair:
@@ -154,7 +181,9 @@ def _add_scalars(writer: SummaryWriter, values: Mapping[str, float], at: int) ->
 
 
 def _quiet_writer_threads() -> None:
-    """What a writer's thread meets, `Board` hears of when it writes next and says in one line; not a traceback, too."""
+    """What a writer's thread meets, `Board` hears of when it writes next and says in one line; not
+    a traceback, too.
+    """
     before = threading.excepthook
     if getattr(before, "quiet_writers", False):
         return

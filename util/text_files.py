@@ -1,4 +1,6 @@
-"""Text files: those that other programs wrote (lists, class names, labels, YAML), and ours, which are replaced as a whole."""
+"""Text files: those that other programs wrote (lists, class names, labels, YAML), and ours, which
+are replaced as a whole.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,11 @@ from util.images import read_regular_file
 
 # UTF-32 first: its mark begins with that of UTF-16
 _MARKS = (
-    (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
-)  # fmt: skip
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 
 
 class Line(NamedTuple):
@@ -26,7 +30,8 @@ class Line(NamedTuple):
 
 
 def read_text(path: Path) -> str:
-    r"""The text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark; all line ends are \n.
+    r"""The text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark; all line ends
+    are \n.
 
     Raises:
         UserError: the file can't be read, or is no text.

@@ -21,11 +21,14 @@ def read_trained(source: str, flag: str) -> dict[str, Any]:
     return read_hugging_face(source, flag) if is_hugging_face(source) else read_checkpoint(source, flag)
 
 
-def choose_weights(checkpoint: Mapping[str, Any], source: str, flag: str, which: str = "auto") -> tuple[dict[str, Tensor], str]:
+def choose_weights(
+    checkpoint: Mapping[str, Any], source: str, flag: str, which: str = "auto"
+) -> tuple[dict[str, Tensor], str]:
     """Weights under our names, and which they are.
 
     Args:
-        which: "model"; "ema", the averaged ones; or "auto": the averaged ones, unless their last evaluation was worse.
+        which: "model"; "ema", the averaged ones; or "auto": the averaged ones, unless their last
+            evaluation was worse.
 
     Raises UserError if the checkpoint has not got them.
     """

@@ -1,8 +1,9 @@
 """Everything that a run must get back to go on as if it had never stopped.
 
-Each part is an object with `state_dict()` and `load_state_dict()`. Some parts are the same on all processes (weights, optimiser,
-position); of others every process has its own (random generators, sums of losses, gradients of an unfinished group), and they
-are gathered by rank. What loader workers draw needs no saving: it depends on seed, epoch and image alone.
+Each part is an object with `state_dict()` and `load_state_dict()`. Some parts are the same on all
+processes (weights, optimiser, position); of others every process has its own (random generators,
+sums of losses, gradients of an unfinished group), and they are gathered by rank. What loader
+workers draw needs no saving: it depends on seed, epoch and image alone.
 """
 
 from __future__ import annotations
@@ -26,11 +27,34 @@ log = logging.getLogger(__name__)
 
 # flags that change nothing of what is learned
 _MAY_DIFFER = (
-    "resume", "output_dir", "eval", "device", "num_workers", "log_every", "start_epoch", "save_predictions", "coco_path",
-    "train_images", "train_annotations", "val_images", "val_annotations", "finetune", "tensorboard",
-    "cache_mode", "eval_every", "coco_eval", "backbone_weights", "epochs", "save_every", "keep",
-    "dist_timeout", "checkpoint_encoder", "max_bad_images", "max_nan_steps", "max_image_megapixels",
-)  # fmt: skip
+    "resume",
+    "output_dir",
+    "eval",
+    "device",
+    "num_workers",
+    "log_every",
+    "start_epoch",
+    "save_predictions",
+    "coco_path",
+    "train_images",
+    "train_annotations",
+    "val_images",
+    "val_annotations",
+    "finetune",
+    "tensorboard",
+    "cache_mode",
+    "eval_every",
+    "coco_eval",
+    "backbone_weights",
+    "epochs",
+    "save_every",
+    "keep",
+    "dist_timeout",
+    "checkpoint_encoder",
+    "max_bad_images",
+    "max_nan_steps",
+    "max_image_megapixels",
+)
 
 
 _PARTS = {"train": "training", "val": "validation"}
@@ -66,14 +90,23 @@ class TrainingState:
         shared: name -> part that all processes have alike; the main process's is saved.
         own: name -> part of which every process has its own.
 
-    After `restore`: `other_images` if the training images are not the checkpoint's, so that the order of an interrupted epoch
-    means nothing any more; `other_validation` if results before and after can't be compared.
+    After `restore`: `other_images` if the training images are not the checkpoint's, so that the
+    order of an interrupted epoch means nothing any more; `other_validation` if results before and
+    after can't be compared.
     """
 
     def __init__(
-        self, config: Config, classes: ClassMap, data: Mapping[str, DataIdentity], model: nn.Module, updater: Updater,
-        schedule: LambdaLR, position: Position, shared: Mapping[str, Stateful], own: Mapping[str, Stateful],
-    ) -> None:  # fmt: skip
+        self,
+        config: Config,
+        classes: ClassMap,
+        data: Mapping[str, DataIdentity],
+        model: nn.Module,
+        updater: Updater,
+        schedule: LambdaLR,
+        position: Position,
+        shared: Mapping[str, Stateful],
+        own: Mapping[str, Stateful],
+    ) -> None:
         self._config, self._classes, self._data = config, classes, data
         self.other_images = self.other_validation = False
         self._model, self._updater, self._schedule, self._position = model, updater, schedule, position
@@ -99,17 +132,23 @@ class TrainingState:
         }
 
     def restore(self, checkpoint: Mapping[str, Any] | None, source: str) -> bool:
-        """Put back all but the model's weights, which are loaded elsewhere; gives whether the run goes on exactly.
+        """Put back all but the model's weights, which are loaded elsewhere; gives whether the run
+        goes on exactly.
 
-        Without a checkpoint, or with one that was not written for resuming, the run starts at --start_epoch. This run's flags
-        hold: where they differ from the checkpoint's, a warning says so.
+        Without a checkpoint, or with one that was not written for resuming, the run starts at
+        --start_epoch. This run's flags hold: where they differ from the checkpoint's, a warning
+        says so.
 
         Raises:
-            UserError: the checkpoint's optimiser belongs to other parameters, or an entry is not what it should be.
+            UserError: the checkpoint's optimiser belongs to other parameters, or an entry is not
+            what it should be.
         """
         if checkpoint is None or not is_own(checkpoint):
             if checkpoint is not None:
-                log.warning("resume: not a checkpoint of this program; its weights are loaded, the optimiser starts afresh")
+                log.warning(
+                    "resume: not a checkpoint of this program; its weights are loaded, the "
+                    "optimiser starts afresh"
+                )
             self._position.epoch = self._config.run.start_epoch
             go_to_epoch(self._schedule, self._position.epoch)
             return True
@@ -119,7 +158,8 @@ class TrainingState:
             raise
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
             raise UserError(
-                f"--resume {source}: its state does not fit this run ({type(error).__name__}: {_first_line(error)}); resume with "
+                f"--resume {source}: its state does not fit this run ({type(error).__name__}: "
+                f"{_first_line(error)}); resume with "
                 "the flags that it was trained with (--bf, --sgd, --lr_backbone and the like)"
             ) from None
 
@@ -142,7 +182,9 @@ class TrainingState:
             before, now = DataIdentity.from_plain(plain), self._data[part]
             changes = now.changes_since(before)
             if changes:
-                log.warning("resume: the %s data are not the checkpoint's: now %s", _PARTS[part], ", ".join(changes))
+                log.warning(
+                    "resume: the %s data are not the checkpoint's: now %s", _PARTS[part], ", ".join(changes)
+                )
             if part == "train":
                 self.other_images = now.images_sum != before.images_sum
             else:
@@ -151,7 +193,9 @@ class TrainingState:
 
     def _restore_own(self, processes: Sequence[Mapping[str, Any]], flags: Mapping[str, Any]) -> bool:
         """This process's part; with another number of processes what can be kept of it."""
-        same_step = all(flags[name] == self._config.flags()[name] for name in ("batch_size", "accumulate_steps"))
+        same_step = all(
+            flags[name] == self._config.flags()[name] for name in ("batch_size", "accumulate_steps")
+        )
         if len(processes) == world_size() and same_step:
             mine = processes[rank()]
             for name, part in self._own.items():
@@ -181,17 +225,25 @@ def position_of(checkpoint: Mapping[str, Any]) -> Position:
 def warn_about_changes(saved: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
     for name, value in flags.items():
         if name in saved and saved[name] != value and name not in _MAY_DIFFER:
-            log.warning("resume: --%s was %s in the checkpoint and is %s in this run, which holds", name, saved[name], value)
+            log.warning(
+                "resume: --%s was %s in the checkpoint and is %s in this run, which holds",
+                name,
+                saved[name],
+                value,
+            )
 
 
 def _tell_what_changes(processes: Sequence[Mapping[str, Any]]) -> None:
     log.warning(
-        "resume: the checkpoint is of %d process(es), this run has %d or other batches. Kept: the epoch goes on with the images "
-        "that it has not seen, and its means count those that it has. No longer exact: which images share a batch, and what "
-        "processes draw (dropout)%s",
-        len(processes), world_size(),
-        ". Dropped: the gradients of an unfinished accumulation" if any(process["gradients"] for process in processes) else "",
-    )  # fmt: skip
+        "resume: the checkpoint is of %d process(es), this run has %d or other batches. Kept: the "
+        "epoch goes on with the images that it has not seen, and its means count those that it "
+        "has. No longer exact: which images share a batch, and what processes draw (dropout)%s",
+        len(processes),
+        world_size(),
+        ". Dropped: the gradients of an unfinished accumulation"
+        if any(process["gradients"] for process in processes)
+        else "",
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -36,7 +36,8 @@ class HostCopy:
         self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         self._host.copy_(tensor.detach(), non_blocking=True)
         self._event = torch.cuda.Event()
-        # without an argument it would be recorded on a stream of the current device, which may be another one
+        # without an argument it would be recorded on a stream of the current device, which may be
+        # another one
         self._event.record(torch.cuda.current_stream(tensor.device))
 
     def get(self) -> Tensor:

@@ -1,4 +1,5 @@
-"""Videos as pictures, one after another, and pictures as a video again; never more than a few in memory.
+"""Videos as pictures, one after another, and pictures as a video again; never more than a few in
+memory.
 
 By PyAV, which brings FFmpeg with it. Only videos need it, so it is imported when one is opened.
 """
@@ -18,8 +19,22 @@ from util.errors import UserError
 from util.images import BadImageError
 
 SUFFIXES = (
-    ".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".mts", ".m2ts", ".3gp", ".ogv",
-)  # fmt: skip
+    ".mp4",
+    ".mov",
+    ".m4v",
+    ".avi",
+    ".mkv",
+    ".webm",
+    ".mpg",
+    ".mpeg",
+    ".wmv",
+    ".flv",
+    ".ts",
+    ".mts",
+    ".m2ts",
+    ".3gp",
+    ".ogv",
+)
 _UPRIGHT = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 # BT.709 and its limited range, which players take a video for that does not say
 _BT709, _LIMITED = 1, 1
@@ -34,12 +49,14 @@ class Frame:
 
 
 class VideoReader:
-    """The frames of a video file, in order: `with VideoReader(path) as video: for frame in video: ...`
+    """The frames of a video file, in order: `with VideoReader(path) as video: for frame in video:
+    ...`
 
     Attributes:
         rate: frames a second, on average.
         num_frames: how many there are, as far as the file tells; 0 if it does not.
-        pixel_aspect: width of a pixel by its height, of the upright picture; known after the first frame.
+        pixel_aspect: width of a pixel by its height, of the upright picture; known after the first
+            frame.
 
     Raises:
         BadImageError: no video can be read from it; `otherwise` ends the remedy.
@@ -77,7 +94,8 @@ class VideoReader:
             for frame in self._container.decode(self._stream):
                 shown = frame.pts * frame.time_base if frame.pts is not None else count / self.rate
                 first = shown if first is None else first
-                # time stamps that stand still, or go back, are of broken files: no player could follow
+                # time stamps that stand still, or go back, are of broken files: no player could
+                # follow
                 seconds = shown - first if shown - first > last else last + 1 / self.rate
                 last, count = seconds, count + 1
                 yield Frame(self._upright(frame), seconds)
@@ -97,14 +115,19 @@ class VideoReader:
     def _from_duration(self) -> int:
         if self._stream.duration:
             return round(self._stream.duration * self._stream.time_base * self.rate)
-        return round(self._container.duration / self._av.time_base * self.rate) if self._container.duration else 0
+        return (
+            round(self._container.duration / self._av.time_base * self.rate)
+            if self._container.duration
+            else 0
+        )
 
     def _bad(self, reason: str) -> BadImageError:
         return BadImageError(str(self._path), reason, f"replace the file, {self._otherwise}")
 
 
 class VideoWriter:
-    """An MP4 file of pictures of one size, each at its time: H.264, or VP9 where a side is odd, which H.264 can't have.
+    """An MP4 file of pictures of one size, each at its time: H.264, or VP9 where a side is odd,
+    which H.264 can't have.
 
     What was added before an error is kept: the file is closed as a whole video.
 
@@ -112,13 +135,17 @@ class VideoWriter:
         UserError: this FFmpeg lacks the encoder, or the file can't be written.
     """
 
-    def __init__(self, path: Path, size: tuple[int, int], rate: Fraction, pixel_aspect: Fraction = Fraction(1)) -> None:
+    def __init__(
+        self, path: Path, size: tuple[int, int], rate: Fraction, pixel_aspect: Fraction = Fraction(1)
+    ) -> None:
         av = _pyav(path)
         self._av, self._path, self._size = av, path, size
         odd = size[0] % 2 or size[1] % 2
         codec = "libvpx-vp9" if odd else "libx264"
         if codec not in av.codecs_available:
-            raise UserError(f"{path} can't be written: this FFmpeg has no {codec}; pip install av brings one that has")
+            raise UserError(
+                f"{path} can't be written: this FFmpeg has no {codec}; pip install av brings one that has"
+            )
         quality = {"crf": "30", "b": "0", "deadline": "realtime", "cpu-used": "5"} if odd else {"crf": "20"}
         try:
             self._container = av.open(str(path), "w", format="mp4")
@@ -133,10 +160,12 @@ class VideoWriter:
         context.color_range = _LIMITED
 
     def add(self, picture: Image.Image, seconds: Fraction) -> None:
-        """One more picture, shown `seconds` after the first, and scaled if its size is another. Raises UserError."""
+        """One more picture, shown `seconds` after the first, and scaled if its size is another.
+        Raises UserError.
+        """
         frame = self._av.VideoFrame.from_image(picture).reformat(
             *self._size, "yuv420p", dst_colorspace=_BT709, dst_color_range=_LIMITED
-        )  # fmt: skip
+        )
         frame.pts, frame.time_base = round(seconds / self._time_base), self._time_base
         self._write(frame)
 

@@ -1,4 +1,6 @@
-"""Pictures of detections: boxes with class and score (by supervision), pairs of pictures, contact sheets."""
+"""Pictures of detections: boxes with class and score (by supervision), pairs of pictures, contact
+sheets.
+"""
 
 import math
 import warnings
@@ -21,8 +23,9 @@ MAX_CELL = 1400  # pixels; a contact sheet of photographs from a phone should st
 MAX_LABEL = 16  # widths in font sizes; a longer label would hide too much
 CROWDED = 40  # boxes; more of them get smaller letters
 
-# Okabe and Ito's seven colours, which people with any common colour vision tell apart. Each next one is the
-# vivid colour farthest in OKLab from all before it, for the worst of normal, red-blind and green-blind eyes.
+# Okabe and Ito's seven colours, which people with any common colour vision tell apart. Each next
+# one is the vivid colour farthest in OKLab from all before it, for the worst of normal, red-blind
+# and green-blind eyes.
 COLORS = """
 56b4e9 e69f00 009e73 f0e442 cc79a7 d55e00 0072b2 bb11ff 44ffee 77cc77 ffaabb 8877dd ff3366 dd00aa 66ff88
 ff77dd ee44ff 00ddff 778833 88dd00 0099ff aa9900 ff7799 00cc44 aadd99 11bb88 ff22cc bb5588 eebbff dd99ff
@@ -35,18 +38,26 @@ PALETTE = sv.ColorPalette.from_hex(COLORS.split())
 
 
 def draw_boxes(
-    image: Image.Image, boxes: ArrayLike, labels: Sequence[str], scores: Sequence[float] | None = None, *,
-    classes: Sequence[str] = (), crowd: Sequence[bool] = (), enlarge: bool = True,
-) -> Image.Image:  # fmt: skip
+    image: Image.Image,
+    boxes: ArrayLike,
+    labels: Sequence[str],
+    scores: Sequence[float] | None = None,
+    *,
+    classes: Sequence[str] = (),
+    crowd: Sequence[bool] = (),
+    enlarge: bool = True,
+) -> Image.Image:
     """An RGB copy of a picture with n boxes on it, each labelled with class and score.
 
     Args:
         image: any mode that `as_rgb` takes.
-        boxes: (n, 4) x0, y0, x1, y1 in pixels, cut at the border. NaN and boxes outside are left out.
+        boxes: (n, 4) x0, y0, x1, y1 in pixels, cut at the border. NaN and boxes outside are left
+            out.
         labels: n class names. A long one is shortened.
         scores: n numbers, or None for ground truth.
-        classes: all class names of the data set, always in the same order: the place of a class decides its
-            colour. The colour of a label that is not among them follows from its letters.
+        classes: all class names of the data set, always in the same order: the place of a class
+            decides its colour. The colour of a label that is not among them follows from its
+            letters.
         crowd: n flags; a crowd region is tinted, and its label says so.
         enlarge: by a whole factor, if the longer side has less than 480 pixels.
 
@@ -55,7 +66,8 @@ def draw_boxes(
     scale = -(-MIN_SIDE // max(image.size)) if enlarge else 1
     canvas = ImageOps.scale(as_rgb(image), scale, Image.Resampling.LANCZOS)
     side = math.sqrt(canvas.width * canvas.height)
-    line, casing = max(2, round(side / 260)), max(1, round(side / 800))  # a dark casing shows on any ground
+    # a dark casing shows on any ground
+    line, casing = max(2, round(side / 260)), max(1, round(side / 800))
     reach = (line + 1) // 2 + casing  # from the middle of a line to its outer edge
     lines, visible = _lines_around(np.asarray(boxes, dtype=np.float64) * scale, canvas.size, reach)
     found = sv.Detections(
@@ -75,9 +87,14 @@ def draw_boxes(
     if len(found) > CROWDED:
         font_size = round(0.7 * font_size)
     labeller = sv.RichLabelAnnotator(
-        PALETTE, text_color=sv.Color.BLACK, font_path=font_file("".join([*classes, *labels])),
-        font_size=font_size, text_padding=font_size // 4, text_offset=(-reach, -reach), smart_position=True,
-    )  # fmt: skip
+        PALETTE,
+        text_color=sv.Color.BLACK,
+        font_path=font_file("".join([*classes, *labels])),
+        font_size=font_size,
+        text_padding=font_size // 4,
+        text_offset=(-reach, -reach),
+        smart_position=True,
+    )
     room = min(canvas.width - font_size, MAX_LABEL * font_size)
     texts = []
     for i, name in enumerate(found.data["name"]):
@@ -102,7 +119,9 @@ def _color_index(label: str, classes: Sequence[str]) -> int:
 
 
 def _lines_around(boxes: np.ndarray, size: tuple[int, int], reach: int) -> tuple[np.ndarray, np.ndarray]:
-    """(n, 4) rectangles for lines that lie around the objects but in the picture; n flags: in the picture."""
+    """(n, 4) rectangles for lines that lie around the objects but in the picture; n flags: in the
+    picture.
+    """
     low, high = np.sort(boxes.reshape(-1, 2, 2), axis=1).swapaxes(0, 1)  # also of swapped corners
     lines = np.concatenate([np.floor(low) - 1 - reach, np.ceil(high) + reach], axis=1)
     lines = np.clip(np.nan_to_num(lines), reach, np.tile(size, 2) - 1 - reach)
@@ -110,7 +129,9 @@ def _lines_around(boxes: np.ndarray, size: tuple[int, int], reach: int) -> tuple
 
 
 def _shorten(name: str, rest: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """`name + rest` in one line, the name cut so that all is at most `width` pixels wide if possible."""
+    """`name + rest` in one line, the name cut so that all is at most `width` pixels wide if
+    possible.
+    """
     name = " ".join(name.split())
     text, keep = name + rest, len(name)
     while keep > 1 and font.getlength(text) > width:
@@ -120,7 +141,9 @@ def _shorten(name: str, rest: str, font: ImageFont.FreeTypeFont, width: float) -
 
 
 def font_file(text: str) -> str | None:
-    """The font of this machine that has most of the letters of `text`; None for ASCII, which any font has."""
+    """The font of this machine that has most of the letters of `text`; None for ASCII, which any
+    font has.
+    """
     return None if text.isascii() else _font_file(frozenset(map(ord, text)))
 
 
@@ -142,7 +165,9 @@ def _font_file(letters: frozenset[int]) -> str:
 
 
 def side_by_side(left: Image.Image, right: Image.Image, titles: tuple[str, str]) -> Image.Image:
-    """Two pictures on white paper, each under its title. A title too long for its picture is shortened."""
+    """Two pictures on white paper, each under its title. A title too long for its picture is
+    shortened.
+    """
     wider = max(left.width, right.width)
     path, size = font_file("".join(titles)), max(14, round(0.026 * wider))
     font = ImageFont.truetype(path, size) if path else ImageFont.load_default(size)

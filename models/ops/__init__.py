@@ -1,1 +1,3 @@
-"""Multi-scale deformable attention; imports torch alone, so that other projects can take the folder."""
+"""Multi-scale deformable attention; imports torch alone, so that other projects can take the
+folder.
+"""

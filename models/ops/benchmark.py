@@ -1,12 +1,16 @@
-"""Times the backends of multi-scale deformable attention side by side: `python benchmark.py op`, or this file by itself.
+"""Times the backends of multi-scale deformable attention side by side: `python benchmark.py op`, or
+this file by itself.
 
-For the encoder and the decoder at two image sizes and two batches: forward, forward and backward, and their ratio to plain
-PyTorch in the same run. "around": the points lie around their query, as in a fresh model; "scattered": anywhere, the worst
-case for caches. "from offsets" is the fused operator, against the same arithmetic in plain PyTorch. Memory is what the step
-takes at its peak beyond inputs, output and gradients. On a GPU a column says which part of the floor's speed was reached: the
-floor is the time that the caches or the memory need for the bytes that must be moved (docs/ops.md counts them).
+For the encoder and the decoder at two image sizes and two batches: forward, forward and backward,
+and their ratio to plain PyTorch in the same run. "around": the points lie around their query, as in
+a fresh model; "scattered": anywhere, the worst case for caches. "from offsets" is the fused
+operator, against the same arithmetic in plain PyTorch. Memory is what the step takes at its peak
+beyond inputs, output and gradients. On a GPU a column says which part of the floor's speed was
+reached: the floor is the time that the caches or the memory need for the bytes that must be moved
+(docs/ops.md counts them).
 
-Shape letters: B images, S tokens of all levels, M heads, D channels per head, Q queries, L levels, P points.
+Shape letters: B images, S tokens of all levels, M heads, D channels per head, Q queries, L levels,
+P points.
 """
 
 from __future__ import annotations
@@ -34,7 +38,12 @@ from models.ops.functions import ms_deform_attn, ms_deform_attn_fused
 
 HEADS, CHANNELS, POINTS, DECODER_QUERIES = 8, 32, 4, 300
 TURN = 0.02  # seconds
-TYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +68,9 @@ class Load:
 
 
 def loads(sizes: list[tuple[int, int]], batches: list[int]) -> list[Load]:
-    plain = [Load(what, size, batch) for size in sizes for what in ("encoder", "decoder") for batch in batches]
+    plain = [
+        Load(what, size, batch) for size in sizes for what in ("encoder", "decoder") for batch in batches
+    ]
     scattered = [dataclasses.replace(load, scattered=True) for load in plain if load.image == sizes[0]]
     fused = [dataclasses.replace(load, fused=True) for load in plain]
     return plain + scattered[:: len(batches)] + fused[:: len(batches)]
@@ -69,7 +80,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     names = [name for name in backends.NAMES if backends.missing(name, device.type) is None]
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    machine = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads"
+    )
     print(f"{machine}, torch {torch.__version__}, {options.type}; backends: {', '.join(names)}", flush=True)
     rates = Rates.measured(device) if device.type == "cuda" else None
     if rates:
@@ -81,8 +96,12 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _compare(load: Load, names: list[str], device, dtype: torch.dtype, iterations: int, rates: Rates | None) -> None:
-    """Prints a line for each backend, the reference last; they take turns, so that a slow moment strikes all."""
+def _compare(
+    load: Load, names: list[str], device, dtype: torch.dtype, iterations: int, rates: Rates | None
+) -> None:
+    """Prints a line for each backend, the reference last; they take turns, so that a slow moment
+    strikes all.
+    """
     tensors = make_inputs(load, device, dtype)
     grad = torch.ones(load.batch, tensors[1].shape[1], HEADS * CHANNELS, device=device, dtype=dtype)
     functions: list[Callable] = []
@@ -93,17 +112,26 @@ def _compare(load: Load, names: list[str], device, dtype: torch.dtype, iteration
     print(load.name)
     for i, name in enumerate(names):
         forward, step = seconds[2 * i], seconds[2 * i + 1]
-        line = f"    {name:42}{forward * 1e3:8.3f} ms{seconds[-2] / forward:7.1f}x{step * 1e3:9.3f} ms{seconds[-1] / step:7.1f}x"
+        line = (
+            f"    {name:42}{forward * 1e3:8.3f} ms{seconds[-2] / forward:7.1f}x{step * 1e3:9.3f} "
+            f"ms{seconds[-1] / step:7.1f}x"
+        )
         line += f"{memory[i] / 2**20:7.1f} MiB"
         print(line + (f"{rates.floor(load, tensors) / forward:8.0%}" if rates else ""), flush=True)
 
 
 def make_inputs(load: Load, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """value, locations and weights; or, for the fused form, value, reference points, offsets and logits."""
+    """value, locations and weights; or, for the fused form, value, reference points, offsets and
+    logits.
+    """
     generator = torch.Generator().manual_seed(0)
     shapes, levels = load.shapes, len(load.shapes)
     tokens = sum(h * w for h, w in shapes)
-    centres = torch.cat([_centres(h, w) for h, w in shapes]) if load.what == "encoder" else torch.rand(DECODER_QUERIES, 2)
+    centres = (
+        torch.cat([_centres(h, w) for h, w in shapes])
+        if load.what == "encoder"
+        else torch.rand(DECODER_QUERIES, 2)
+    )
     size = (load.batch, len(centres), HEADS, levels, POINTS)
     around = centres[None, :, None].expand(load.batch, -1, levels, -1).contiguous()
     offsets = _first_offsets(levels) + 0.3 * torch.randn(*size, 2, generator=generator)
@@ -122,12 +150,16 @@ def make_inputs(load: Load, device: torch.device, dtype: torch.dtype) -> list[Te
 
 def _centres(height: int, width: int) -> Tensor:
     """[height * width, 2] x, y of the pixels' centres in [0, 1]."""
-    y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
+    y, x = torch.meshgrid(
+        (torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij"
+    )
     return torch.stack([x, y], -1).view(-1, 2)
 
 
 def _first_offsets(levels: int) -> Tensor:
-    """[M, L, P, 2] the offsets in pixels that a fresh layer has: point p of head m at p pixels in direction m."""
+    """[M, L, P, 2] the offsets in pixels that a fresh layer has: point p of head m at p pixels in
+    direction m.
+    """
     angles = torch.arange(HEADS) * (2 * math.pi / HEADS)
     directions = torch.stack([angles.cos(), angles.sin()], -1)
     directions = directions / directions.abs().max(-1, keepdim=True).values
@@ -168,7 +200,9 @@ def _time(functions: list[Callable], turns: int, device: torch.device) -> list[f
 
 
 def seconds_of(function: Callable) -> float:
-    """Seconds of a call: the median of as many as TURN seconds take, and of one at least; the first ones do not count."""
+    """Seconds of a call: the median of as many as TURN seconds take, and of one at least; the first
+    ones do not count.
+    """
     timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=TURN).median
 
@@ -187,7 +221,9 @@ def _recorded(function: Callable) -> Callable[[], None]:
 
 
 def _extra_memory(step: Callable, device: torch.device) -> float:
-    """Bytes at the peak of a step beyond what was there before and what it returns; NaN where the system can't tell."""
+    """Bytes at the peak of a step beyond what was there before and what it returns; NaN where the
+    system can't tell.
+    """
     step()
     peak, results = peak_memory(step, device)
     return math.nan if math.isnan(peak) else max(peak - sum(one.nbytes for one in results), 0)
@@ -196,7 +232,8 @@ def _extra_memory(step: Callable, device: torch.device) -> float:
 def peak_memory(step: Callable, device: torch.device) -> tuple[float, Any]:
     """Bytes at the peak of a call beyond what was there before, and what it returned.
 
-    Of PyTorch's allocator on a GPU; of the whole process elsewhere. NaN and None, without a call, where the system can't tell.
+    Of PyTorch's allocator on a GPU; of the whole process elsewhere. NaN and None, without a call,
+    where the system can't tell.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -207,7 +244,9 @@ def peak_memory(step: Callable, device: torch.device) -> tuple[float, Any]:
         return torch.cuda.max_memory_allocated() - before, results
     gc.collect()
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system, and counts when it is taken again
+        ctypes.CDLL(None).malloc_trim(
+            0
+        )  # what was freed goes back to the system, and counts when it is taken again
         Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
         before = _resident("VmRSS")
     except (OSError, AttributeError):
@@ -225,7 +264,9 @@ def _resident(field: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """Bytes a second that a GPU moves: memory and second-level cache as measured by copies, first-level cache by design."""
+    """Bytes a second that a GPU moves: memory and second-level cache as measured by copies,
+    first-level cache by design.
+    """
 
     memory: float
     cache: float
@@ -235,21 +276,30 @@ class Rates:
     def measured(device: torch.device) -> Rates:
         properties = torch.cuda.get_device_properties(device)
         clock = getattr(properties, "clock_rate", 1_755_000) * 1e3
-        return Rates(_copy_rate(2**30, device), _copy_rate(2**23, device), properties.multi_processor_count * 128 * clock)
+        return Rates(
+            _copy_rate(2**30, device),
+            _copy_rate(2**23, device),
+            properties.multi_processor_count * 128 * clock,
+        )
 
     def floor(self, load: Load, tensors: list[Tensor]) -> float:
-        """Seconds of a forward that reads every input once from memory and every corner of every sample from the cache."""
+        """Seconds of a forward that reads every input once from memory and every corner of every
+        sample from the cache.
+        """
         value = tensors[0]
         queries = tensors[1].shape[1]
         out = load.batch * queries * HEADS * CHANNELS * value.element_size()
         memory = sum(tensor.nbytes for tensor in tensors) + out
-        corners = 4 * load.batch * queries * HEADS * len(load.shapes) * POINTS * CHANNELS * value.element_size()
+        corners = (
+            4 * load.batch * queries * HEADS * len(load.shapes) * POINTS * CHANNELS * value.element_size()
+        )
         return max(memory / self.memory, corners / self.nearest_cache)
 
     def __str__(self) -> str:
         return (
-            f"memory {self.memory / 1e12:.2f} TB/s, second-level cache {self.cache / 1e12:.2f} TB/s (both measured by copies), "
-            f"first-level caches {self.nearest_cache / 1e12:.1f} TB/s (128 bytes a clock and multiprocessor)"
+            f"memory {self.memory / 1e12:.2f} TB/s, second-level cache {self.cache / 1e12:.2f} "
+            f"TB/s (both measured by copies), first-level caches {self.nearest_cache / 1e12:.1f} "
+            f"TB/s (128 bytes a clock and multiprocessor)"
         )
 
 
@@ -264,11 +314,22 @@ def _copy_rate(size: int, device: torch.device) -> float:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("benchmark.py op", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "benchmark.py op", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", help="cpu or cuda (cuda where there is one)")
     parser.add_argument("--type", default="float32", choices=TYPES, help="of the values (float32)")
-    parser.add_argument("--num_iters", "--num-iters", type=int, default=5, help="turns of each backend; the median counts (5)")
-    parser.add_argument("--size", type=int, nargs=2, action="append", metavar=("HEIGHT", "WIDTH"), help="of images; repeatable")
+    parser.add_argument(
+        "--num_iters", "--num-iters", type=int, default=5, help="turns of each backend; the median counts (5)"
+    )
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        action="append",
+        metavar=("HEIGHT", "WIDTH"),
+        help="of images; repeatable",
+    )
     parser.add_argument("--batch", type=int, action="append", help="images in a batch; repeatable (1 and 4)")
     options = parser.parse_args(arguments)
     if options.num_iters < 1 or min(options.batch or [1]) < 1 or min(min(options.size or [[1]])) < 1:

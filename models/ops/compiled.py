@@ -1,7 +1,7 @@
 """The compiled kernels: their operators' schemas, and the libraries that `make.sh` builds for them.
 
-The libraries implement operators that are declared here, so loading them needs no Python interface of theirs: they are built
-on LibTorch's stable ABI and serve any later PyTorch and Python.
+The libraries implement operators that are declared here, so loading them needs no Python interface
+of theirs: they are built on LibTorch's stable ABI and serve any later PyTorch and Python.
 """
 
 from __future__ import annotations
@@ -16,14 +16,18 @@ import torch
 FOLDER = Path(__file__).resolve().parent
 HOW_TO_BUILD = f"cd {FOLDER} && sh ./make.sh"
 
-# shapes: height, width of every level. All tensors contiguous; locations, weights and reference in the accumulation type
-# (float64 for float64, else float32), offsets and logits in that or in the type of value.
+# shapes: height, width of every level. All tensors contiguous; locations, weights and reference in
+# the accumulation type (float64 for float64, else float32), offsets and logits in that or in the
+# type of value.
 _SCHEMAS = {
     "compiled_forward": "(Tensor value, int[] shapes, Tensor locations, Tensor weights) -> Tensor",
-    "compiled_backward": "(Tensor grad, Tensor value, int[] shapes, Tensor locations, Tensor weights, bool deterministic) "
+    "compiled_backward": "(Tensor grad, Tensor value, int[] shapes, Tensor locations, Tensor "
+    "weights, bool deterministic) "
     "-> (Tensor, Tensor, Tensor)",
-    "compiled_fused_forward": "(Tensor value, int[] shapes, Tensor reference, Tensor offsets, Tensor logits) -> Tensor",
-    "compiled_fused_backward": "(Tensor grad, Tensor value, int[] shapes, Tensor reference, Tensor offsets, Tensor logits, "
+    "compiled_fused_forward": "(Tensor value, int[] shapes, Tensor reference, Tensor "
+    "offsets, Tensor logits) -> Tensor",
+    "compiled_fused_backward": "(Tensor grad, Tensor value, int[] shapes, Tensor reference, "
+    "Tensor offsets, Tensor logits, "
     "bool deterministic) -> (Tensor, Tensor, Tensor, Tensor)",
 }
 for _name, _schema in _SCHEMAS.items():
@@ -32,7 +36,9 @@ for _name, _schema in _SCHEMAS.items():
 
 @cache
 def missing(device_type: str) -> str | None:
-    """Why there are no compiled kernels for "cpu" or "cuda", in words for a log; None if they are loaded."""
+    """Why there are no compiled kernels for "cpu" or "cuda", in words for a log; None if they are
+    loaded.
+    """
     library, record = FOLDER / f"_{device_type}.so", FOLDER / f"_{device_type}.json"
     if device_type not in ("cpu", "cuda"):
         return f"no kernels are written for {device_type}"
@@ -57,7 +63,9 @@ def build_record(device_type: str) -> dict[str, str]:
 
 
 def hash_of_sources(device_type: str) -> str:
-    """Of what a device's library is built from; one that was built from anything else is not loaded."""
+    """Of what a device's library is built from; one that was built from anything else is not
+    loaded.
+    """
     sources, digest = FOLDER / "csrc", hashlib.sha256()
     for path in sorted([*sources.glob("*"), *(sources / device_type).glob("*")]):
         if path.is_file():
@@ -75,7 +83,9 @@ def forward(value, shapes, locations, weights):
 
 def backward(grad, value, shapes, locations, weights):
     deterministic = torch.are_deterministic_algorithms_enabled()
-    return torch.ops.deformable.compiled_backward(grad, value, _flat(shapes), locations, weights, deterministic)
+    return torch.ops.deformable.compiled_backward(
+        grad, value, _flat(shapes), locations, weights, deterministic
+    )
 
 
 def fused_forward(value, shapes, reference, offsets, logits):
@@ -84,4 +94,6 @@ def fused_forward(value, shapes, reference, offsets, logits):
 
 def fused_backward(grad, value, shapes, reference, offsets, logits):
     deterministic = torch.are_deterministic_algorithms_enabled()
-    return torch.ops.deformable.compiled_fused_backward(grad, value, _flat(shapes), reference, offsets, logits, deterministic)
+    return torch.ops.deformable.compiled_fused_backward(
+        grad, value, _flat(shapes), reference, offsets, logits, deterministic
+    )

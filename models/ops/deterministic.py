@@ -1,7 +1,7 @@
 """The gradient of the values without atomics: bit for bit the same in every run.
 
-Shape letters: B images, S tokens of all levels, M heads, D channels per head, Q queries, L levels, P points.
-A is the type to accumulate in: float64 for float64 values, else float32.
+Shape letters: B images, S tokens of all levels, M heads, D channels per head, Q queries, L levels,
+P points. A is the type to accumulate in: float64 for float64 values, else float32.
 """
 
 from __future__ import annotations
@@ -13,19 +13,25 @@ from torch import Tensor
 
 
 def value_gradient(
-    grad_BQC: Tensor, value_BSMD: Tensor, shapes: Sequence[tuple[int, int]], locations_BQMLP2: Tensor, weights_BQMLP: Tensor
+    grad_BQC: Tensor,
+    value_BSMD: Tensor,
+    shapes: Sequence[tuple[int, int]],
+    locations_BQMLP2: Tensor,
+    weights_BQMLP: Tensor,
 ) -> Tensor:
     """The gradient of reference.forward for the values, summed in one fixed order.
 
-    `index_put_(accumulate=True)` sorts by address on CUDA and sums duplicates one after the other, in any mode; on the
-    CPU it does so under `torch.use_deterministic_algorithms(True)`. One call per level, point and corner bounds the
-    memory to a few copies of `grad_BQC` in A; nothing waits for the device.
+    `index_put_(accumulate=True)` sorts by address on CUDA and sums duplicates one after the other,
+    in any mode; on the CPU it does so under `torch.use_deterministic_algorithms(True)`. One call
+    per level, point and corner bounds the memory to a few copies of `grad_BQC` in A; nothing waits
+    for the device.
 
     Args:
         grad_BQC: [B, Q, M * D], the gradient of the output.
         value_BSMD: the values, for their shape and type alone.
         shapes: (height, width) of the levels.
-        locations_BQMLP2: x, y in [0, 1] of their level, in A. A sample outside, infinite or NaN gives nothing.
+        locations_BQMLP2: x, y in [0, 1] of their level, in A. A sample outside, infinite or NaN
+            gives nothing.
         weights_BQMLP: attention weights, in A.
 
     Returns:
@@ -39,20 +45,27 @@ def value_gradient(
     start = 0
     for level, (height, width) in enumerate(shapes):
         for point in range(weights_BQMLP.shape[-1] if height * width else 0):
-            location_BQM2, weight_BQM = locations_BQMLP2[:, :, :, level, point], weights_BQMLP[:, :, :, level, point]
+            location_BQM2, weight_BQM = (
+                locations_BQMLP2[:, :, :, level, point],
+                weights_BQMLP[:, :, :, level, point],
+            )
             for pixel_BQM, part_BQM, valid_BQM in _corners(location_BQM2, height, width):
                 owner_BQM = (image_B11 + start + pixel_BQM) * heads + head_M
                 # weights and gradients may be infinite: no product with zero in place of this
-                share_BQMD = torch.where(valid_BQM[..., None], (part_BQM * weight_BQM)[..., None] * grad_BQMD, 0)
+                share_BQMD = torch.where(
+                    valid_BQM[..., None], (part_BQM * weight_BQM)[..., None] * grad_BQMD, 0
+                )
                 owners_XD.index_put_((owner_BQM,), share_BQMD, accumulate=True)
         start += height * width
     return owners_XD.view(value_BSMD.shape).to(value_BSMD.dtype)
 
 
 def _corners(location_BQM2: Tensor, height: int, width: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Of each of a sample's four corners: its pixel y * width + x, its bilinear part, and whether it lies in the map.
+    """Of each of a sample's four corners: its pixel y * width + x, its bilinear part, and whether
+    it lies in the map.
 
-    A corner that does not has the nearest pixel's index: spread out, since sums into one pixel are serial.
+    A corner that does not has the nearest pixel's index: spread out, since sums into one pixel are
+    serial.
     """
     x, y = location_BQM2[..., 0] * width - 0.5, location_BQM2[..., 1] * height - 0.5
     inside = (x > -1) & (x < width) & (y > -1) & (y < height)

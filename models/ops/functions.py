@@ -1,9 +1,12 @@
-"""Multi-scale deformable attention as operators of PyTorch: schemas, checks, types, gradients; and the ways to call them.
+"""Multi-scale deformable attention as operators of PyTorch: schemas, checks, types, gradients; and
+the ways to call them.
 
-`deformable::ms_deform_attn` takes sampling locations and attention weights, `deformable::ms_deform_attn_fused` what they are
-computed from. Both exist without any build; models/ops/backends.py chooses what computes them.
+`deformable::ms_deform_attn` takes sampling locations and attention weights,
+`deformable::ms_deform_attn_fused` what they are computed from. Both exist without any build;
+models/ops/backends.py chooses what computes them.
 
-Shape letters: B images, S tokens of all levels, M heads, D channels per head, Q queries, L levels, P points.
+Shape letters: B images, S tokens of all levels, M heads, D channels per head, Q queries, L levels,
+P points.
 """
 
 from __future__ import annotations
@@ -17,18 +20,25 @@ from . import backends, reference
 
 
 def ms_deform_attn(
-    value: Tensor, spatial_shapes: Sequence | Tensor, locations: Tensor, weights: Tensor, backend: str = "auto"
+    value: Tensor,
+    spatial_shapes: Sequence | Tensor,
+    locations: Tensor,
+    weights: Tensor,
+    backend: str = "auto",
 ) -> Tensor:
     """Multi-scale deformable attention ("Deformable DETR", eq. 3), without its linear layers.
 
-    Differentiable once in value, locations and weights. Under autocast the values are cast, the locations stay as they are.
+    Differentiable once in value, locations and weights. Under autocast the values are cast, the
+    locations stay as they are.
 
     Args:
-        value: [B, S, M, D] float32, float64, float16 or bfloat16; the tokens of all levels, in M heads of D channels.
-        spatial_shapes: (height, width) of the L levels as integers, with S = sum of height * width. A tensor on a GPU makes
-            the host wait for it.
-        locations: [B, Q, M, L, P, 2] floating point; x, y in [0, 1] of the (padded) level; outside, or not finite, counts as
-            zero. float32 is best: a step of bfloat16 near 1 is 0.65 pixels on a level 167 wide.
+        value: [B, S, M, D] float32, float64, float16 or bfloat16; the tokens of all levels, in M
+            heads of D channels.
+        spatial_shapes: (height, width) of the L levels as integers, with S = sum of height * width.
+            A tensor on a GPU makes the host wait for it.
+        locations: [B, Q, M, L, P, 2] floating point; x, y in [0, 1] of the (padded) level; outside,
+            or not finite, counts as zero. float32 is best: a step of bfloat16 near 1 is 0.65 pixels
+            on a level 167 wide.
         weights: [B, Q, M, L, P] floating point attention weights.
         backend: "auto", "compiled", "triton" or "reference".
 
@@ -39,7 +49,9 @@ def ms_deform_attn(
         ValueError: a shape, type or device does not fit; the message names the argument.
         RuntimeError: the backend is not to be had, or failed its comparison with the reference.
     """
-    return torch.ops.deformable.ms_deform_attn(value, flat_shapes(spatial_shapes), locations, weights, backend)
+    return torch.ops.deformable.ms_deform_attn(
+        value, flat_shapes(spatial_shapes), locations, weights, backend
+    )
 
 
 def ms_deform_attn_fused(
@@ -50,13 +62,17 @@ def ms_deform_attn_fused(
     logits: Tensor,
     backend: str = "auto",
 ) -> Tensor:
-    """`ms_deform_attn` from what its locations and weights are made of, which then never pass through memory.
+    """`ms_deform_attn` from what its locations and weights are made of, which then never pass
+    through memory.
 
     Args:
         value, spatial_shapes, backend: as for `ms_deform_attn`.
-        reference_points: [B, Q, L, 2] x, y or [B, Q, L, 4] x, y, width, height, in [0, 1] of each (padded) level.
-        offsets: [B, Q, M, L, P, 2] in pixels of the level around points, in half boxes / P around boxes.
-        logits: [B, Q, M, L, P]; their softmax over all levels and points gives the attention weights.
+        reference_points: [B, Q, L, 2] x, y or [B, Q, L, 4] x, y, width, height, in [0, 1] of each
+            (padded) level.
+        offsets: [B, Q, M, L, P, 2] in pixels of the level around points, in half boxes / P around
+            boxes.
+        logits: [B, Q, M, L, P]; their softmax over all levels and points gives the attention
+            weights.
 
     Returns, raises: as `ms_deform_attn`. Differentiable once in all four tensors.
     """
@@ -66,7 +82,9 @@ def ms_deform_attn_fused(
 
 
 def flat_shapes(spatial_shapes: Sequence | Tensor) -> list[int]:
-    """[(h, w), ...] or an [L, 2] tensor -> [h, w, h, w, ...]. A tensor on a GPU makes the host wait for it."""
+    """[(h, w), ...] or an [L, 2] tensor -> [h, w, h, w, ...]. A tensor on a GPU makes the host wait
+    for it.
+    """
     rows = spatial_shapes.tolist() if isinstance(spatial_shapes, Tensor) else spatial_shapes
     return [size for row in rows for size in row]
 
@@ -80,8 +98,17 @@ class MSDeformAttnFunction:
     """The published call, for code that was written for it: `MSDeformAttnFunction.apply(...)`."""
 
     @staticmethod
-    def apply(value, value_spatial_shapes, value_level_start_index, sampling_locations, attention_weights, im2col_step):
-        """As `ms_deform_attn`; the start indices follow from the shapes and any batch fits any step."""
+    def apply(
+        value,
+        value_spatial_shapes,
+        value_level_start_index,
+        sampling_locations,
+        attention_weights,
+        im2col_step,
+    ):
+        """As `ms_deform_attn`; the start indices follow from the shapes and any batch fits any
+        step.
+        """
         return ms_deform_attn(value, value_spatial_shapes, sampling_locations, attention_weights)
 
 
@@ -99,7 +126,9 @@ def _check_ready(value: Tensor, shapes: list[int], locations: Tensor, weights: T
     _check_samples(value, shapes, locations, weights, ("locations", "weights"))
 
 
-def _check_fused(value: Tensor, shapes: list[int], reference_points: Tensor, offsets: Tensor, logits: Tensor) -> None:
+def _check_fused(
+    value: Tensor, shapes: list[int], reference_points: Tensor, offsets: Tensor, logits: Tensor
+) -> None:
     _check_value(value, shapes)
     _check_samples(value, shapes, offsets, logits, ("offsets", "logits"))
     batch, queries, levels = offsets.shape[0], offsets.shape[1], offsets.shape[3]
@@ -112,15 +141,24 @@ def _check_fused(value: Tensor, shapes: list[int], reference_points: Tensor, off
 
 def _check_value(value: Tensor, shapes: list[int]) -> None:
     types = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-    _require(value.dim() == 4 and value.dtype in types, "value", value, "[B, S, M, D] of float32, float64, float16 or bfloat16")
+    _require(
+        value.dim() == 4 and value.dtype in types,
+        "value",
+        value,
+        "[B, S, M, D] of float32, float64, float16 or bfloat16",
+    )
     if any(size < 0 for size in shapes):
         raise ValueError(f"spatial_shapes {shape_pairs(shapes)} must not be negative")
     total = sum(h * w for h, w in shape_pairs(shapes))
     if total != value.shape[1]:
-        raise ValueError(f"spatial_shapes {shape_pairs(shapes)} hold {total} tokens, value has {value.shape[1]}")
+        raise ValueError(
+            f"spatial_shapes {shape_pairs(shapes)} hold {total} tokens, value has {value.shape[1]}"
+        )
 
 
-def _check_samples(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor, names: tuple[str, str]) -> None:
+def _check_samples(
+    value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor, names: tuple[str, str]
+) -> None:
     batch, _, heads, _ = value.shape
     levels = len(shapes) // 2
     fits = locations.dim() == 6 and locations.shape[-1] == 2
@@ -139,7 +177,9 @@ def _require_device(value: Tensor, name: str, tensor: Tensor) -> None:
 
 def _require(condition: bool, name: str, tensor: Tensor, wanted: str) -> None:
     if not condition:
-        raise ValueError(f"{name} must be {wanted}; got {list(tensor.shape)} {tensor.dtype} on {tensor.device}")
+        raise ValueError(
+            f"{name} must be {wanted}; got {list(tensor.shape)} {tensor.dtype} on {tensor.device}"
+        )
 
 
 def _accumulator(value: Tensor) -> torch.dtype:
@@ -154,8 +194,12 @@ def _typed_ready(value: Tensor, locations: Tensor, weights: Tensor) -> tuple[Ten
     return _plain(locations, _accumulator(value)), _plain(weights, _accumulator(value))
 
 
-def _typed_fused(value: Tensor, reference_points: Tensor, offsets: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Offsets and logits stay as they are if the kernels can read them so: both in value's type or both accumulators."""
+def _typed_fused(
+    value: Tensor, reference_points: Tensor, offsets: Tensor, logits: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Offsets and logits stay as they are if the kernels can read them so: both in value's type or
+    both accumulators.
+    """
     wide = _accumulator(value)
     raw = offsets.dtype if offsets.dtype == logits.dtype and offsets.dtype in (value.dtype, wide) else wide
     return _plain(reference_points, wide), _plain(offsets, raw), _plain(logits, raw)
@@ -164,13 +208,17 @@ def _typed_fused(value: Tensor, reference_points: Tensor, offsets: Tensor, logit
 # The operators
 
 
-def _forward(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor, backend: str = "auto") -> Tensor:
+def _forward(
+    value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor, backend: str = "auto"
+) -> Tensor:
     _check_ready(value, shapes, locations, weights)
     run = backends.choose(backend, value.device)
     return run.forward(value.contiguous(), shape_pairs(shapes), *_typed_ready(value, locations, weights))
 
 
-def _backward(grad: Tensor, value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor, backend: str):
+def _backward(
+    grad: Tensor, value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor, backend: str
+):
     run = backends.choose(backend, value.device)
     typed = _typed_ready(value, locations, weights)
     grads = run.backward(_plain(grad, value.dtype), value.contiguous(), shape_pairs(shapes), *typed)
@@ -178,7 +226,12 @@ def _backward(grad: Tensor, value: Tensor, shapes: list[int], locations: Tensor,
 
 
 def _fused_forward(
-    value: Tensor, shapes: list[int], reference_points: Tensor, offsets: Tensor, logits: Tensor, backend: str = "auto"
+    value: Tensor,
+    shapes: list[int],
+    reference_points: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    backend: str = "auto",
 ) -> Tensor:
     _check_fused(value, shapes, reference_points, offsets, logits)
     run = backends.choose(backend, value.device)
@@ -205,12 +258,16 @@ def _like(grads: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> tuple[Tensor
     return tuple(grad.to(tensor.dtype) for grad, tensor in zip(grads, inputs, strict=True))
 
 
-def _fake_forward(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor, backend: str = "auto") -> Tensor:
+def _fake_forward(
+    value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor, backend: str = "auto"
+) -> Tensor:
     _check_ready(value, shapes, locations, weights)
     return value.new_empty(value.shape[0], locations.shape[1], value.shape[2] * value.shape[3])
 
 
-def _fake_fused_forward(value: Tensor, shapes: list[int], reference_points, offsets, logits, backend: str = "auto") -> Tensor:
+def _fake_fused_forward(
+    value: Tensor, shapes: list[int], reference_points, offsets, logits, backend: str = "auto"
+) -> Tensor:
     _check_fused(value, shapes, reference_points, offsets, logits)
     return value.new_empty(value.shape[0], offsets.shape[1], value.shape[2] * value.shape[3])
 
@@ -236,7 +293,9 @@ def _gradient_by(name: str) -> Callable:
 
 
 def _autocast_for(name: str, device_type: str) -> Callable:
-    """Values in the type of autocast; what they are sampled and weighted by as it comes, so that locations stay float32."""
+    """Values in the type of autocast; what they are sampled and weighted by as it comes, so that
+    locations stay float32.
+    """
 
     def autocast(value: Tensor, *others):
         with torch.autocast(device_type, enabled=False):
@@ -247,16 +306,24 @@ def _autocast_for(name: str, device_type: str) -> Callable:
     return autocast
 
 
-def _register(name: str, tensors: str, forward: Callable, backward: Callable, fake: Callable, grads: int) -> None:
-    """An operator `name` and its gradient `name`_backward; `tensors` are its arguments after the shapes."""
+def _register(
+    name: str, tensors: str, forward: Callable, backward: Callable, fake: Callable, grads: int
+) -> None:
+    """An operator `name` and its gradient `name`_backward; `tensors` are its arguments after the
+    shapes.
+    """
     given = f"Tensor value, SymInt[] shapes, {tensors}, str backend"
-    torch.library.define(f"deformable::{name}", f"({given}=\"auto\") -> Tensor")
-    torch.library.define(f"deformable::{name}_backward", f"(Tensor grad, {given}) -> ({', '.join(['Tensor'] * grads)})")
+    torch.library.define(f"deformable::{name}", f'({given}="auto") -> Tensor')
+    torch.library.define(
+        f"deformable::{name}_backward", f"(Tensor grad, {given}) -> ({', '.join(['Tensor'] * grads)})"
+    )
     torch.library.impl(f"deformable::{name}", "default", forward)
     torch.library.impl(f"deformable::{name}_backward", "default", backward)
     torch.library.register_fake(f"deformable::{name}", fake)
     torch.library.register_fake(f"deformable::{name}_backward", _fake_backward)
-    torch.library.register_autograd(f"deformable::{name}", _gradient_by(f"{name}_backward"), setup_context=_save_inputs)
+    torch.library.register_autograd(
+        f"deformable::{name}", _gradient_by(f"{name}_backward"), setup_context=_save_inputs
+    )
     for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
         _LIBRARY.impl(name, _autocast_for(name, device_type), key)
 

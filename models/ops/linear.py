@@ -10,11 +10,12 @@ MANY = 1000  # tokens from which on it pays
 
 
 class TokenLinear(nn.Linear):
-    """nn.Linear on [..., C] with many tokens: the same parameters, and the same results up to rounding.
+    """nn.Linear on [..., C] with many tokens: the same parameters, and the same results up to
+    rounding.
 
-    On a CPU, PyTorch gives products in float32 to MKL, which takes twice as long as need be on processors of other makers.
-    A convolution of 1 x 1 over the same memory is the same product, and goes to oneDNN, which does well on all
-    (docs/ops.md has figures).
+    On a CPU, PyTorch gives products in float32 to MKL, which takes twice as long as need be on
+    processors of other makers. A convolution of 1 x 1 over the same memory is the same product, and
+    goes to oneDNN, which does well on all (docs/ops.md has figures).
     """
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -30,6 +31,10 @@ class TokenLinear(nn.Linear):
         if torch.compiler.is_compiling():  # which chooses for itself
             return False
         in_float32_on_cpu = tokens.device.type == "cpu" and tokens.dtype == self.weight.dtype == torch.float32
-        if not in_float32_on_cpu or torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.is_available():
+        if (
+            not in_float32_on_cpu
+            or torch.is_autocast_enabled("cpu")
+            or not torch.backends.mkldnn.is_available()
+        ):
             return False
         return tokens.numel() >= MANY * tokens.shape[-1]

@@ -35,7 +35,9 @@ class MSDeformAttn(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Head m looks along direction m of the unit square, point p at p pixels; all points weigh the same."""
+        """Head m looks along direction m of the unit square, point p at p pixels; all points weigh
+        the same.
+        """
         for layer in (self.sampling_offsets, self.attention_weights):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -62,9 +64,11 @@ class MSDeformAttn(nn.Module):
 
         Args:
             query: [B, Q, C].
-            reference_points: [B, Q, L, 2] x, y, or [B, Q, L, 4] with width and height, in [0, 1] of each padded level.
+            reference_points: [B, Q, L, 2] x, y, or [B, Q, L, 4] with width and height, in [0, 1] of
+                each padded level.
             input_flatten: [B, S, C] tokens of all levels.
-            input_spatial_shapes: (height, width) per level; integers, or an [L, 2] tensor, which a GPU must be waited for.
+            input_spatial_shapes: (height, width) per level; integers, or an [L, 2] tensor, which a
+                GPU must be waited for.
             input_level_start_index: not needed; kept so that the published call fits.
             input_padding_mask: [B, S] bool, True on padding, whose values count as zero.
 

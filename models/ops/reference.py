@@ -1,6 +1,7 @@
 """Multi-scale deformable attention in plain PyTorch: what every kernel must compute.
 
-Shape letters: B images, S tokens of all levels, M heads, D channels per head, Q queries, L levels, P points.
+Shape letters: B images, S tokens of all levels, M heads, D channels per head, Q queries, L levels,
+P points.
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ _BILINEAR, _ZEROS = 0, 0  # the enumerators of aten's grid sampler
 
 
 def forward(value_BSMD: Tensor, shapes: Shapes, locations_BQMLP2: Tensor, weights_BQMLP: Tensor) -> Tensor:
-    """sum over levels l and points p of A_mlqp * x_l(location), per head ("Deformable DETR", section 4.1, eq. 3).
+    """sum over levels l and points p of A_mlqp * x_l(location), per head ("Deformable DETR",
+    section 4.1, eq. 3).
 
     Args:
         value_BSMD: the values of all levels, level after level, row after row.
         shapes: (height, width) of every level; S is the sum of their products.
-        locations_BQMLP2: x, y; 0 is the left (upper) edge of the first pixel, 1 the right (lower) edge of the last.
-            Sampling is bilinear with zeros outside; a location that is not finite lies outside.
+        locations_BQMLP2: x, y; 0 is the left (upper) edge of the first pixel, 1 the right (lower)
+            edge of the last. Sampling is bilinear with zeros outside; a location that is not finite
+            lies outside.
         weights_BQMLP: attention weights, of the locations' type, in which everything is computed.
 
     Returns:
@@ -45,22 +48,35 @@ def forward(value_BSMD: Tensor, shapes: Shapes, locations_BQMLP2: Tensor, weight
 def backward(
     grad_BQC: Tensor, value_BSMD: Tensor, shapes: Shapes, locations_BQMLP2: Tensor, weights_BQMLP: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `forward` for value, locations and weights, each of the shape and type of its input.
+    """Gradients of `forward` for value, locations and weights, each of the shape and type of its
+    input.
 
-    The samples are taken again instead of kept: at 800 x 1333 they are 360 MB a layer and image. Deterministic on the CPU,
-    and on CUDA under `torch.use_deterministic_algorithms(True)`.
+    The samples are taken again instead of kept: at 800 x 1333 they are 360 MB a layer and image.
+    Deterministic on the CPU, and on CUDA under `torch.use_deterministic_algorithms(True)`.
     """
     in_order = value_BSMD.is_cuda and torch.are_deterministic_algorithms_enabled()
     (batch, tokens, heads, channels), queries = value_BSMD.shape, grad_BQC.shape[1]
-    grad_XDQ1 = grad_BQC.to(locations_BQMLP2.dtype).transpose(1, 2).reshape(batch * heads, channels, queries, 1)
+    grad_XDQ1 = (
+        grad_BQC.to(locations_BQMLP2.dtype).transpose(1, 2).reshape(batch * heads, channels, queries, 1)
+    )
     grad_value_XDS = locations_BQMLP2.new_zeros(batch * heads, channels, tokens)
     grad_locations, grad_weights = torch.zeros_like(locations_BQMLP2), torch.zeros_like(weights_BQMLP)
     starts = _starts(shapes)
     for level, value_XDHW in _level_maps(value_BSMD.to(locations_BQMLP2.dtype), shapes):
         grid_XQP2, weights_XQP = _level_queries(locations_BQMLP2, weights_BQMLP, level)
         sampled_XDQP = F.grid_sample(value_XDHW, grid_XQP2, "bilinear", "zeros", align_corners=False)
-        grad_weights[:, :, :, level] = (sampled_XDQP * grad_XDQ1).sum(1).unflatten(0, (batch, heads)).transpose(1, 2)
-        given = grad_XDQ1 * weights_XQP[:, None], value_XDHW, grid_XQP2, _BILINEAR, _ZEROS, False, [not in_order, True]
+        grad_weights[:, :, :, level] = (
+            (sampled_XDQP * grad_XDQ1).sum(1).unflatten(0, (batch, heads)).transpose(1, 2)
+        )
+        given = (
+            grad_XDQ1 * weights_XQP[:, None],
+            value_XDHW,
+            grid_XQP2,
+            _BILINEAR,
+            _ZEROS,
+            False,
+            [not in_order, True],
+        )
         with _no_alarm() if in_order else contextlib.nullcontext():
             grad_value_XDHW, grad_grid_XQP2 = torch.ops.aten.grid_sampler_2d_backward(*given)
         if not in_order:
@@ -74,23 +90,36 @@ def backward(
     return grad_value.to(value_BSMD.dtype).contiguous(), grad_locations, grad_weights
 
 
-def fused_forward(value_BSMD: Tensor, shapes: Shapes, reference: Tensor, offsets_BQMLP2: Tensor, logits_BQMLP: Tensor) -> Tensor:
-    """`forward` with the arithmetic before it: locations around reference points or boxes, weights by softmax.
+def fused_forward(
+    value_BSMD: Tensor, shapes: Shapes, reference: Tensor, offsets_BQMLP2: Tensor, logits_BQMLP: Tensor
+) -> Tensor:
+    """`forward` with the arithmetic before it: locations around reference points or boxes, weights
+    by softmax.
 
     Args:
         value_BSMD, shapes: as for `forward`.
-        reference: [B, Q, L, 2] points x, y or [B, Q, L, 4] boxes x, y, width, height, in [0, 1] of a level.
-        offsets_BQMLP2: in pixels of the level around points, in half boxes / P around boxes ("Deformable DETR", section
-            4.1 and appendix A.4).
+        reference: [B, Q, L, 2] points x, y or [B, Q, L, 4] boxes x, y, width, height, in [0, 1] of
+            a level.
+        offsets_BQMLP2: in pixels of the level around points, in half boxes / P around boxes
+            ("Deformable DETR", section 4.1 and appendix A.4).
         logits_BQMLP: the softmax over all levels and points gives the weights.
     """
-    return forward(value_BSMD, shapes, locate(shapes, reference, offsets_BQMLP2), _softmax(logits_BQMLP, reference.dtype))
+    return forward(
+        value_BSMD, shapes, locate(shapes, reference, offsets_BQMLP2), _softmax(logits_BQMLP, reference.dtype)
+    )
 
 
 def fused_backward(
-    grad_BQC: Tensor, value_BSMD: Tensor, shapes: Shapes, reference: Tensor, offsets_BQMLP2: Tensor, logits_BQMLP: Tensor
+    grad_BQC: Tensor,
+    value_BSMD: Tensor,
+    shapes: Shapes,
+    reference: Tensor,
+    offsets_BQMLP2: Tensor,
+    logits_BQMLP: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `fused_forward` for value, reference, offsets and logits, all but the first in the reference's type."""
+    """Gradients of `fused_forward` for value, reference, offsets and logits, all but the first in
+    the reference's type.
+    """
     weights = _softmax(logits_BQMLP, reference.dtype)
     locations = locate(shapes, reference, offsets_BQMLP2)
     grad_value, grad_locations, grad_weights = backward(grad_BQC, value_BSMD, shapes, locations, weights)
@@ -108,7 +137,9 @@ def fused_backward(
 
 
 def locate(shapes: Shapes, reference: Tensor, offsets_BQMLP2: Tensor) -> Tensor:
-    """Sampling locations [B, Q, M, L, P, 2] of offsets around points [B, Q, L, 2] or boxes [B, Q, L, 4]."""
+    """Sampling locations [B, Q, M, L, P, 2] of offsets around points [B, Q, L, 2] or boxes [B, Q,
+    L, 4].
+    """
     around = reference[:, :, None, :, None]
     if reference.shape[-1] == 2:
         return around + offsets_BQMLP2 / _sizes(shapes, reference)[:, None]
@@ -117,7 +148,9 @@ def locate(shapes: Shapes, reference: Tensor, offsets_BQMLP2: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _no_alarm() -> Iterator[None]:
-    """PyTorch refuses the grid sampler's gradient on CUDA in deterministic mode; that for the grid alone is deterministic."""
+    """PyTorch refuses the grid sampler's gradient on CUDA in deterministic mode; that for the grid
+    alone is deterministic.
+    """
     only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(False)
     try:
@@ -152,15 +185,20 @@ def _starts(shapes: Shapes) -> list[int]:
 
 
 def _level_maps(value_BSMD: Tensor, shapes: Shapes) -> list[tuple[int, Tensor]]:
-    """Number and image [B * M, D, H, W] of every level that has pixels, batch and heads in one axis X."""
+    """Number and image [B * M, D, H, W] of every level that has pixels, batch and heads in one axis
+    X.
+    """
     batch, tokens, heads, channels = value_BSMD.shape
     value_XDS = value_BSMD.permute(0, 2, 3, 1).reshape(batch * heads, channels, tokens)
     maps = value_XDS.split([h * w for h, w in shapes], dim=2)
-    return [(level, maps[level].unflatten(2, shape)) for level, shape in enumerate(shapes) if shape[0] * shape[1]]
+    return [
+        (level, maps[level].unflatten(2, shape)) for level, shape in enumerate(shapes) if shape[0] * shape[1]
+    ]
 
 
 def _level_queries(locations_BQMLP2: Tensor, weights_BQMLP: Tensor, level: int) -> tuple[Tensor, Tensor]:
     """One level's sampling grid [X, Q, P, 2] in grid_sample's [-1, 1], and its weights [X, Q, P]."""
-    # far outside is outside; what grid_sample makes of locations beyond the integers differs from device to device
+    # far outside is outside; what grid_sample makes of locations beyond the integers differs from
+    # device to device
     grid = (2 * locations_BQMLP2[:, :, :, level] - 1).nan_to_num(nan=3.0).clamp(-3, 3)
     return grid.transpose(1, 2).flatten(0, 1), weights_BQMLP[:, :, :, level].transpose(1, 2).flatten(0, 1)

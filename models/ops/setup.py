@@ -1,13 +1,14 @@
-"""Builds the kernels: `sh ./make.sh` here for use in place, `pip wheel --no-build-isolation --no-deps .` for a wheel.
+"""Builds the kernels: `sh ./make.sh` here for use in place, `pip wheel --no-build-isolation
+--no-deps .` for a wheel.
 
-One library for the CPU and one for CUDA, on LibTorch's stable ABI of PyTorch 2.10, with no Python in them: a build goes on
-working when PyTorch or Python is upgraded. Read from the environment:
+One library for the CPU and one for CUDA, on LibTorch's stable ABI of PyTorch 2.10, with no Python
+in them: a build goes on working when PyTorch or Python is upgraded. Read from the environment:
 
     CUDA_HOME               the toolkit; found through nvcc on PATH otherwise
     FORCE_CUDA=1            build for CUDA although this machine has no GPU;  FORCE_CUDA=0: don't
-    TORCH_CUDA_ARCH_LIST    "8.0;9.0+PTX" and the like; else this machine's GPU, or DEFAULT_ARCHITECTURES without one
+    TORCH_CUDA_ARCH_LIST    "8.0;9.0+PTX" and the like; this machine's GPU, else DEFAULT_ARCHITECTURES
     MS_DEFORM_ATTN_DEVICES  "cpu", "cuda" or "cpu cuda": build just these
-    MS_DEFORM_ATTN_CFLAGS, MS_DEFORM_ATTN_NVCC_FLAGS    further flags for the compilers, such as those of a sanitizer
+    MS_DEFORM_ATTN_CFLAGS, MS_DEFORM_ATTN_NVCC_FLAGS    further compiler flags (a sanitizer's, for example)
 """
 
 from __future__ import annotations
@@ -36,12 +37,16 @@ STABLE_ABI = "0x020a000000000000"  # PyTorch 2.10
 
 
 def find_cuda() -> str | None:
-    """The toolkit's folder. nvcc on PATH may be a script that calls the real one, so it is asked where it lives."""
+    """The toolkit's folder. nvcc on PATH may be a script that calls the real one, so it is asked
+    where it lives.
+    """
     if home := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
         return home
     if not (nvcc := shutil.which("nvcc")):
         return None
-    said = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    said = subprocess.run(
+        [nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True
+    ).stderr
     homes = [line.split("=", 1)[1].strip() for line in said.splitlines() if line.startswith("#$ TOP=")]
     return os.path.realpath(homes[0]) if homes else str(Path(nvcc).resolve().parent.parent)
 
@@ -72,8 +77,16 @@ def cpu_extension() -> Extension:
         library_dirs=library_paths(),
         libraries=["torch_cpu"],
         define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI)],
-        # with traps and errno the compiler keeps comparisons and roots apart that it could make vectors of
-        extra_compile_args=["-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", *further],
+        # with traps and errno the compiler keeps comparisons and roots apart that it could make
+        # vectors of
+        extra_compile_args=[
+            "-O3",
+            "-g0",
+            "-fvisibility=hidden",
+            "-fno-math-errno",
+            "-fno-trapping-math",
+            *further,
+        ],
         extra_link_args=further,
         py_limited_api=True,
     )
@@ -99,7 +112,9 @@ def cuda_extension() -> Extension:
 
 
 class Build(BuildExtension.with_options(no_python_abi_suffix=True)):
-    """Writes beside every library what it was built from and for; models/ops/compiled.py reads that before loading it."""
+    """Writes beside every library what it was built from and for; models/ops/compiled.py reads that
+    before loading it.
+    """
 
     def run(self) -> None:
         for extension in self.extensions:
@@ -124,7 +139,9 @@ class Wheel(bdist_wheel):
 
 
 def hash_of_sources(device: str) -> str:
-    """models/ops/compiled.py's, loaded by its path: the package around it may not be importable here."""
+    """models/ops/compiled.py's, loaded by its path: the package around it may not be importable
+    here.
+    """
     spec = importlib.util.spec_from_file_location("compiled", HERE / "compiled.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -149,7 +166,8 @@ if __name__ == "__main__":
     setup(
         name=PACKAGE,
         version="1.0",
-        description=f"Multi-scale deformable attention on the stable ABI of PyTorch 2.10, built on {platform.system()}",
+        description="Multi-scale deformable attention on the stable ABI of PyTorch 2.10, "
+        f"built on {platform.system()}",
         packages=[PACKAGE],
         package_dir={PACKAGE: "."},
         package_data={PACKAGE: ["*.json"]},

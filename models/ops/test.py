@@ -1,7 +1,8 @@
-"""Self-test of multi-scale deformable attention on this machine's devices: `cd models/ops && python test.py`.
+"""Self-test of multi-scale deformable attention on this machine's devices: `cd models/ops && python
+test.py`.
 
-Prints the lines of the published test for each device and every backend that it offers. Every line says True, or the exit
-status is not 0.
+Prints the lines of the published test for each device and every backend that it offers. Every line
+says True, or the exit status is not 0.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ def main() -> int:
     results = []
     for device, backend in [(on, backend) for on in devices for backend in available(on)]:
         torch.manual_seed(3)
-        results += [check_forward(device, backend, torch.float64, 1e-12), check_forward(device, backend, torch.float32, 1e-5)]
+        results += [
+            check_forward(device, backend, torch.float64, 1e-12),
+            check_forward(device, backend, torch.float32, 1e-5),
+        ]
         results += [check_gradient(device, backend, channels) for channels in CHANNELS]
     return 0 if all(results) else 1
 
@@ -60,7 +64,9 @@ def check_gradient(device: str, backend: str, channels: int) -> bool:
     # sums of atomic additions differ from run to run by rounding
     slack = 1e-12 if device == "cuda" else 0.0
     try:
-        passed = torch.autograd.gradcheck(function, (value, locations, weights), fast_mode=True, nondet_tol=slack)
+        passed = torch.autograd.gradcheck(
+            function, (value, locations, weights), fast_mode=True, nondet_tol=slack
+        )
     except torch.autograd.gradcheck.GradcheckError as error:
         print(error)
         passed = False

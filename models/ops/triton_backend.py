@@ -1,16 +1,20 @@
-"""Multi-scale deformable attention in Triton, forward and backward, plain and fused with softmax and locations.
+"""Multi-scale deformable attention in Triton, forward and backward, plain and fused with softmax
+and locations.
 
-For CUDA machines without a compiler. Importing this module imports triton: without it, ImportError. With
-TRITON_INTERPRET=1 in the environment before the first import of triton, the kernels run on the CPU too.
+For CUDA machines without a compiler. Importing this module imports triton: without it, ImportError.
+With TRITON_INTERPRET=1 in the environment before the first import of triton, the kernels run on the
+CPU too.
 
-Shape letters: B images, S tokens of all levels, M heads, D channels per head, Q queries, L levels, P points;
-R rows of one program, a row being one (image, query, head); K channels of one program; LP the power of two from L * P up.
-T is the type of `value`: float32, float64, bfloat16 or float16. A is the type to accumulate in: float64 if T is, else
-float32. Locations, weights and reference points come in A; raw offsets and logits both in T or both in A.
+Shape letters: B images, S tokens of all levels, M heads, D channels per head, Q queries, L levels,
+P points; R rows of one program, a row being one (image, query, head); K channels of one program; LP
+the power of two from L * P up. T is the type of `value`: float32, float64, bfloat16 or float16. A
+is the type to accumulate in: float64 if T is, else float32. Locations, weights and reference points
+come in A; raw offsets and logits both in T or both in A.
 
-All tensors are contiguous, on one device, of the shapes that the functions name; whoever calls has checked it.
-A sample is inside if x_pixel > -1 and x_pixel < width, likewise y; NaN and infinity are outside. A sample outside adds
-weight * 0 and gets zero gradients; pixels outside the map are not read.
+All tensors are contiguous, on one device, of the shapes that the functions name; whoever calls has
+checked it. A sample is inside if x_pixel > -1 and x_pixel < width, likewise y; NaN and infinity are
+outside. A sample outside adds weight * 0 and gets zero gradients; pixels outside the map are not
+read.
 """
 
 # no `from __future__ import annotations`: the interpreter reads tl.constexpr from them
@@ -31,11 +35,14 @@ Shapes = Sequence[tuple[int, int]]
 _TILE = 512  # elements of a program's [R, K] tile: four a thread, 128 bits of float32
 _WIDEST = 128  # channels of a program at most
 _LOGITS = 4096  # elements of its [R, LP] tile of logits at most: 32 a thread
-_OPTIONS = {"enable_fp_fusion": True}  # multiply and add in one instruction; the default depends on triton's version
+_OPTIONS = {
+    "enable_fp_fusion": True
+}  # multiply and add in one instruction; the default depends on triton's version
 
 
 def forward(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
-    """sum over levels and points of weight * sample, per head ("Deformable DETR", section 4.1, eq. 3).
+    """sum over levels and points of weight * sample, per head ("Deformable DETR", section 4.1, eq.
+    3).
 
     Args:
         value: [B, S, M, D] T.
@@ -50,30 +57,40 @@ def forward(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -
 
 
 def backward(
-    grad: Tensor, value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor, deterministic: bool | None = None
+    grad: Tensor,
+    value: Tensor,
+    shapes: Shapes,
+    locations: Tensor,
+    weights: Tensor,
+    deterministic: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `forward` for value, locations and weights, each of its input's shape and type.
 
     Args:
         grad: [B, Q, M * D] T.
-        deterministic: sum the value's gradient in a fixed order, slower, instead of by atomics; None: as
-            `torch.use_deterministic_algorithms` says.
+        deterministic: sum the value's gradient in a fixed order, slower, instead of by atomics;
+            None: as `torch.use_deterministic_algorithms` says.
     """
     fixed = _fixed_order(deterministic)
-    grad_value, _, grad_locations, grad_weights = _backward(grad, value, shapes, None, locations, weights, not fixed)
+    grad_value, _, grad_locations, grad_weights = _backward(
+        grad, value, shapes, None, locations, weights, not fixed
+    )
     if fixed:
         grad_value = ordered.value_gradient(grad, value, shapes, locations, weights)
     return grad_value, grad_locations, grad_weights
 
 
-def fused_forward(value: Tensor, shapes: Shapes, reference: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
-    """`forward` at the locations that reference points and offsets give, with the softmax of the logits as weights.
+def fused_forward(
+    value: Tensor, shapes: Shapes, reference: Tensor, offsets: Tensor, logits: Tensor
+) -> Tensor:
+    """`forward` at the locations that reference points and offsets give, with the softmax of the
+    logits as weights.
 
     Args:
         value: [B, S, M, D] T.
         shapes: (height, width) of the levels.
-        reference: [B, Q, L, 2] A, x, y in [0, 1] of the level: offsets are in pixels; or [B, Q, L, 4] with width and
-            height: offsets are in half boxes, divided among the points.
+        reference: [B, Q, L, 2] A, x, y in [0, 1] of the level: offsets are in pixels; or [B, Q, L,
+            4] with width and height: offsets are in half boxes, divided among the points.
         offsets: [B, Q, M, L, P, 2] T or A.
         logits: [B, Q, M, L, P], typed as offsets; the softmax is over all L * P.
 
@@ -92,26 +109,31 @@ def fused_backward(
     logits: Tensor,
     deterministic: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `fused_forward` for value, reference, offsets and logits, each of its input's shape and type.
+    """Gradients of `fused_forward` for value, reference, offsets and logits, each of its input's
+    shape and type.
 
     Args:
         grad: [B, Q, M * D] T.
-        deterministic: sum the value's gradient in a fixed order, slower, instead of by atomics; None: as
-            `torch.use_deterministic_algorithms` says.
+        deterministic: sum the value's gradient in a fixed order, slower, instead of by atomics;
+            None: as `torch.use_deterministic_algorithms` says.
     """
     weights = logits.to(reference.dtype).flatten(-2).softmax(-1).view(logits.shape)
     fixed = _fixed_order(deterministic)
     results = _backward(grad, value, shapes, reference, offsets, logits, not fixed)
     grad_value, grad_reference, grad_offsets, grad_weights = results
     flat = grad_weights.flatten(-2), weights.flatten(-2)
-    grad_logits = torch.ops.aten._softmax_backward_data(*flat, -1, weights.dtype).view(logits.shape).to(logits.dtype)
+    grad_logits = (
+        torch.ops.aten._softmax_backward_data(*flat, -1, weights.dtype).view(logits.shape).to(logits.dtype)
+    )
     if fixed:
         locations = plain.locate(shapes, reference, offsets.to(reference.dtype))
         grad_value = ordered.value_gradient(grad, value, shapes, locations, weights)
     return grad_value, grad_reference, grad_offsets, grad_logits
 
 
-def _forward(value: Tensor, shapes: Shapes, reference: Tensor | None, points: Tensor, scores: Tensor) -> Tensor:
+def _forward(
+    value: Tensor, shapes: Shapes, reference: Tensor | None, points: Tensor, scores: Tensor
+) -> Tensor:
     batch, queries, heads, levels, count = scores.shape
     out = value.new_empty(batch, queries, heads * value.shape[3])
     if not out.numel() or not levels * count:
@@ -120,14 +142,24 @@ def _forward(value: Tensor, shapes: Shapes, reference: Tensor | None, points: Te
     sizes = _sizes(value, reference, scores)
     blocks = triton.cdiv(scores.shape[:3].numel(), sizes["R"]) * triton.cdiv(sizes["D"], sizes["K"])
     with _on(value.device):
-        _forward_kernel[(blocks,)](out, value, table, reference, points, scores, *_extents(value, scores), **sizes, **_OPTIONS)
+        _forward_kernel[(blocks,)](
+            out, value, table, reference, points, scores, *_extents(value, scores), **sizes, **_OPTIONS
+        )
     return out
 
 
 def _backward(
-    grad: Tensor, value: Tensor, shapes: Shapes, reference: Tensor | None, points: Tensor, scores: Tensor, scatter: bool
+    grad: Tensor,
+    value: Tensor,
+    shapes: Shapes,
+    reference: Tensor | None,
+    points: Tensor,
+    scores: Tensor,
+    scatter: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
-    """Gradients of value (None without `scatter`), reference (None without one), points, and weights, these in A."""
+    """Gradients of value (None without `scatter`), reference (None without one), points, and
+    weights, these in A.
+    """
     batch, queries, heads, levels, _ = scores.shape
     kind = _accumulator(value.dtype)
     grad_value = torch.zeros_like(value, dtype=kind) if scatter else None
@@ -158,24 +190,33 @@ def _sizes(value: Tensor, reference: Tensor | None, scores: Tensor) -> dict:
     width = min(triton.next_power_of_2(channels), _WIDEST)
     samples = triton.next_power_of_2(levels * points)
     return {
-        "M": heads, "D": channels, "L": levels, "P": points,
+        "M": heads,
+        "D": channels,
+        "L": levels,
+        "P": points,
         "COORDS": 0 if reference is None else reference.shape[-1],
         "A": tl.float64 if value.dtype == torch.float64 else tl.float32,
-        "R": max(1, min(_TILE // width, _LOGITS // samples)), "K": width, "LP": samples,
-    }  # fmt: skip
+        "R": max(1, min(_TILE // width, _LOGITS // samples)),
+        "K": width,
+        "LP": samples,
+    }
 
 
 def _extents(value: Tensor, scores: Tensor) -> tuple[int, int, int]:
-    """What changes from batch to batch, and is no reason to compile again: rows, rows of an image, tokens of an image."""
+    """What changes from batch to batch, and is no reason to compile again: rows, rows of an image,
+    tokens of an image.
+    """
     batch, queries, heads = scores.shape[:3]
     return batch * queries * heads, queries * heads, value.shape[1]
 
 
 @cache  # for good: a recorded CUDA graph goes on reading it
 def _level_table(shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
-    """[L, 3] int64: height, width and first token of the levels; every layer of a batch asks for the same one.
+    """[L, 3] int64: height, width and first token of the levels; every layer of a batch asks for
+    the same one.
 
-    An empty level counts as -1 x -1: nothing lies between -1 and its width, so every sample is outside.
+    An empty level counts as -1 x -1: nothing lies between -1 and its width, so every sample is
+    outside.
     """
     rows, start = [], 0
     for height, width in shapes:
@@ -205,12 +246,29 @@ _CHANGING = ["rows", "image_rows", "tokens"]
 
 @triton.jit(do_not_specialize=_CHANGING)
 def _forward_kernel(
-    out, value, levels, reference, points, scores, rows, image_rows, tokens,
-    M: tl.constexpr, D: tl.constexpr, L: tl.constexpr, P: tl.constexpr, COORDS: tl.constexpr, A: tl.constexpr,
-    R: tl.constexpr, K: tl.constexpr, LP: tl.constexpr,
-):  # fmt: skip
-    """out [rows, D]; a program computes R rows of K channels. `points` are locations and `scores` weights if COORDS is 0,
-    else offsets and logits, with a reference of COORDS coordinates. Offsets into memory are 64 bits wide."""
+    out,
+    value,
+    levels,
+    reference,
+    points,
+    scores,
+    rows,
+    image_rows,
+    tokens,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    L: tl.constexpr,
+    P: tl.constexpr,
+    COORDS: tl.constexpr,
+    A: tl.constexpr,
+    R: tl.constexpr,
+    K: tl.constexpr,
+    LP: tl.constexpr,
+):
+    """out [rows, D]; a program computes R rows of K channels. `points` are locations and `scores`
+    weights if COORDS is 0, else offsets and logits, with a reference of COORDS coordinates. Offsets
+    into memory are 64 bits wide.
+    """
     chunks: tl.constexpr = (D + K - 1) // K
     program = tl.program_id(0).to(tl.int64)
     row = program // chunks * R + tl.arange(0, R)
@@ -227,23 +285,48 @@ def _forward_kernel(
             weight = _weight(scores, sample, highest, total, COORDS, A)
             x, y = _pixel(points, reference, sample, row // M * L + level, height, width, P, COORDS, A)
             inside, top, left, y, x = _corner(x, y, height, width)
-            v00, v01, v10, v11 = _corner_values(value, start, top, left, height, width, inside, channel, M, D, A)
-            upper, lower = v00 * (1 - x[:, None]) + v01 * x[:, None], v10 * (1 - x[:, None]) + v11 * x[:, None]
+            v00, v01, v10, v11 = _corner_values(
+                value, start, top, left, height, width, inside, channel, M, D, A
+            )
+            upper, lower = (
+                v00 * (1 - x[:, None]) + v01 * x[:, None],
+                v10 * (1 - x[:, None]) + v11 * x[:, None],
+            )
             sum_RK += weight[:, None] * (upper * (1 - y[:, None]) + lower * y[:, None])
     tl.store(out + row[:, None] * D + channel[None, :], sum_RK, mask=active[:, None] & (channel < D)[None, :])
 
 
 @triton.jit(do_not_specialize=_CHANGING)
 def _backward_kernel(
-    grad_value, grad_reference, grad_points, grad_weights, grad, value, levels, reference, points, scores,
-    rows, image_rows, tokens,
-    M: tl.constexpr, D: tl.constexpr, L: tl.constexpr, P: tl.constexpr, COORDS: tl.constexpr, A: tl.constexpr,
-    R: tl.constexpr, K: tl.constexpr, LP: tl.constexpr, SCATTER: tl.constexpr,
-):  # fmt: skip
+    grad_value,
+    grad_reference,
+    grad_points,
+    grad_weights,
+    grad,
+    value,
+    levels,
+    reference,
+    points,
+    scores,
+    rows,
+    image_rows,
+    tokens,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    L: tl.constexpr,
+    P: tl.constexpr,
+    COORDS: tl.constexpr,
+    A: tl.constexpr,
+    R: tl.constexpr,
+    K: tl.constexpr,
+    LP: tl.constexpr,
+    SCATTER: tl.constexpr,
+):
     """Gradients of `_forward_kernel`; a program computes R rows of all channels.
 
-    grad_value [B, S, M, D] A is added to, if SCATTER. grad_reference is [B, Q, M, L, COORDS] A, to be summed over M.
-    grad_points is of points' shape and type, grad_weights [B, Q, M, L, P] A that of the weights, before any softmax.
+    grad_value [B, S, M, D] A is added to, if SCATTER. grad_reference is [B, Q, M, L, COORDS] A, to
+    be summed over M. grad_points is of points' shape and type, grad_weights [B, Q, M, L, P] A that
+    of the weights, before any softmax.
     """
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     active = row < rows
@@ -267,18 +350,26 @@ def _backward_kernel(
                 grad_RK = tl.load(grad + row[:, None] * D + channel[None, :], mask=used, other=0.0).to(A)
                 v00, v01, v10, v11 = _corner_values(
                     value + tile + first, start, top, left, height, width, inside, channel, M, D, A
-                )  # fmt: skip
-                upper, lower = v00 * (1 - x[:, None]) + v01 * x[:, None], v10 * (1 - x[:, None]) + v11 * x[:, None]
+                )
+                upper, lower = (
+                    v00 * (1 - x[:, None]) + v01 * x[:, None],
+                    v10 * (1 - x[:, None]) + v11 * x[:, None],
+                )
                 slope = (v01 - v00) * (1 - y[:, None]) + (v11 - v10) * y[:, None]
                 along_x += tl.sum(grad_RK * slope, 1)
                 along_y += tl.sum(grad_RK * (lower - upper), 1)
                 along_weight += tl.sum(grad_RK * (upper * (1 - y[:, None]) + lower * y[:, None]), 1)
                 if SCATTER:
                     share = weight[:, None] * grad_RK
-                    _scatter(grad_value + tile + first, share, start, top, left, y, x, height, width, used, M, D)
+                    _scatter(
+                        grad_value + tile + first, share, start, top, left, y, x, height, width, used, M, D
+                    )
             tl.store(grad_weights + sample, along_weight, mask=active)
             # an infinite weight times the zero outside would be NaN
-            pixel_x, pixel_y = tl.where(inside, weight * along_x, 0.0), tl.where(inside, weight * along_y, 0.0)
+            pixel_x, pixel_y = (
+                tl.where(inside, weight * along_x, 0.0),
+                tl.where(inside, weight * along_y, 0.0),
+            )
             grad_x, grad_y = pixel_x * width.to(A), pixel_y * height.to(A)  # for the location
             box_x += grad_x
             box_y += grad_y
@@ -309,8 +400,10 @@ def _level(levels, level):
 @triton.jit
 def _softmax_terms(
     scores, row, COUNT: tl.constexpr, COORDS: tl.constexpr, A: tl.constexpr, R: tl.constexpr, LP: tl.constexpr
-):  # fmt: skip
-    """Highest of a row's logits, and the sum of exp(logit - highest): [R] each. Not used if scores are weights."""
+):
+    """Highest of a row's logits, and the sum of exp(logit - highest): [R] each. Not used if scores
+    are weights.
+    """
     highest, total = tl.zeros([R], A), tl.zeros([R], A)
     if COORDS:
         sample = tl.arange(0, LP)
@@ -333,8 +426,10 @@ def _weight(scores, sample, highest, total, COORDS: tl.constexpr, A: tl.constexp
 @triton.jit
 def _pixel(
     points, reference, sample, box, height, width, P: tl.constexpr, COORDS: tl.constexpr, A: tl.constexpr
-):  # fmt: skip
-    """x, y of each row's sample [R], in pixels: 0 is the center of the first. `box` [R] numbers the reference points."""
+):
+    """x, y of each row's sample [R], in pixels: 0 is the center of the first. `box` [R] numbers the
+    reference points.
+    """
     x, y = _pair(points, sample, A)
     width, height = width.to(A), height.to(A)
     if COORDS == 0:
@@ -364,7 +459,9 @@ def _store_pair(pointer, index, first, second, mask):
 
 @triton.jit
 def _corner(x, y, height, width):
-    """Whether a sample touches the map at all, its upper left pixel's row and column, and the parts y, x beyond: [R] each."""
+    """Whether a sample touches the map at all, its upper left pixel's row and column, and the parts
+    y, x beyond: [R] each.
+    """
     inside = (x > -1) & (x < width.to(x.dtype)) & (y > -1) & (y < height.to(y.dtype))
     x, y = tl.where(inside, x, 0.0), tl.where(inside, y, 0.0)  # NaN and infinity are no integers
     left, top = tl.floor(x), tl.floor(y)
@@ -372,8 +469,12 @@ def _corner(x, y, height, width):
 
 
 @triton.jit
-def _corner_values(value, start, top, left, height, width, inside, channel, M: tl.constexpr, D: tl.constexpr, A: tl.constexpr):
-    """The four pixels around a sample, upper then lower, left then right: [R, K] each; zero outside the map, unread."""
+def _corner_values(
+    value, start, top, left, height, width, inside, channel, M: tl.constexpr, D: tl.constexpr, A: tl.constexpr
+):
+    """The four pixels around a sample, upper then lower, left then right: [R, K] each; zero outside
+    the map, unread.
+    """
     up, down, before, after = inside & (top >= 0), inside & (top + 1 < height), left >= 0, left + 1 < width
     v00 = _pixel_values(value, start + top * width + left, up & before, channel, M, D, A)
     v01 = _pixel_values(value, start + top * width + left + 1, up & after, channel, M, D, A)
@@ -390,8 +491,12 @@ def _pixel_values(value, token, valid, channel, M: tl.constexpr, D: tl.constexpr
 
 
 @triton.jit
-def _scatter(grad_value, share, start, top, left, y, x, height, width, used, M: tl.constexpr, D: tl.constexpr):
-    """Add weight * grad, `share` [R, K], to the four pixels around a sample, each with its bilinear part."""
+def _scatter(
+    grad_value, share, start, top, left, y, x, height, width, used, M: tl.constexpr, D: tl.constexpr
+):
+    """Add weight * grad, `share` [R, K], to the four pixels around a sample, each with its bilinear
+    part.
+    """
     up, down = used & (top >= 0)[:, None], used & (top + 1 < height)[:, None]
     before, after = (left >= 0)[:, None], (left + 1 < width)[:, None]
     upper = grad_value + (start + top * width + left)[:, None] * (M * D)

@@ -26,7 +26,9 @@ class Case:
     dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
-        sizes = f"B{self.batch}-Q{self.queries}-M{self.heads}-L{len(self.shapes)}-P{self.points}-D{self.channels}"
+        sizes = (
+            f"B{self.batch}-Q{self.queries}-M{self.heads}-L{len(self.shapes)}-P{self.points}-D{self.channels}"
+        )
         return f"{sizes}-{str(self.dtype).removeprefix('torch.')}"
 
     def with_type(self, dtype: torch.dtype) -> Case:
@@ -59,7 +61,9 @@ class Case:
 
 
 def forward(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
-    """The contract in terms of the reference: a sample outside, or on an empty level, is weight * 0."""
+    """The contract in terms of the reference: a sample outside, or on an empty level, is weight *
+    0.
+    """
     sizes = torch.tensor([[w, h] for h, w in shapes], dtype=locations.dtype).view(len(shapes), 1, 2)
     pixels = locations * sizes - 0.5
     inside = ((pixels > -1) & (pixels < sizes)).all(-1) & (sizes > 0).all(-1)
@@ -80,7 +84,9 @@ def fused_forward(value: Tensor, shapes: Shapes, points: Tensor, offsets: Tensor
     around = points[:, :, None, :, None]
     if points.shape[-1] == 2:
         # an empty level has no pixels to count in; `forward` leaves it out
-        sizes = torch.tensor([[max(w, 1), max(h, 1)] for h, w in shapes], dtype=points.dtype).view(len(shapes), 1, 2)
+        sizes = torch.tensor([[max(w, 1), max(h, 1)] for h, w in shapes], dtype=points.dtype).view(
+            len(shapes), 1, 2
+        )
         locations = around + offsets / sizes
     else:
         locations = around[..., :2] + offsets / logits.shape[-1] * around[..., 2:] * 0.5

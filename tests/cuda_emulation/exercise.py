@@ -1,4 +1,6 @@
-"""Calls every operator of a library, for a sanitizer to watch: python -m tests.cuda_emulation.exercise <library>."""
+"""Calls every operator of a library, for a sanitizer to watch: python -m
+tests.cuda_emulation.exercise <library>.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ def main() -> None:
     ops = EmulatedOps(Path(sys.argv[1]))
     for dtype in TYPES:
         for channels in (3, 16, 32, 40):
-            case = Case(channels=channels, shapes=((3, 5), (0, 2), (2, 1)), batch=2, queries=2, points=3, dtype=dtype)
+            case = Case(
+                channels=channels, shapes=((3, 5), (0, 2), (2, 1)), batch=2, queries=2, points=3, dtype=dtype
+            )
             exercise(ops, case)
     print("done")
 

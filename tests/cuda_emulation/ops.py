@@ -1,4 +1,6 @@
-"""The CUDA operators run by the CPU: builds models/ops/csrc/cuda with g++ on top of emulate.h, and calls it with tensors."""
+"""The CUDA operators run by the CPU: builds models/ops/csrc/cuda with g++ on top of emulate.h, and
+calls it with tensors.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ class Geometry(ctypes.Structure):
     ]
 
     def __init__(self, value: Tensor, shapes: Shapes, points: Tensor) -> None:
-        super().__init__(value.shape[1], value.shape[2], value.shape[3], points.shape[1], len(shapes), points.shape[4])
+        super().__init__(
+            value.shape[1], value.shape[2], value.shape[3], points.shape[1], len(shapes), points.shape[4]
+        )
         start = 0
         for level, (height, width) in enumerate(shapes):
             self.height[level], self.width[level], self.start[level] = height, width, start
@@ -50,9 +54,17 @@ class Geometry(ctypes.Structure):
 
 _INTEGERS = ("type", "raw_type", "coordinates", "deterministic")
 _ARRAYS = (
-    "grad", "value", "reference", "locations", "weights",
-    "out", "grad_value", "grad_reference", "grad_locations", "grad_weights",
-)  # fmt: skip
+    "grad",
+    "value",
+    "reference",
+    "locations",
+    "weights",
+    "out",
+    "grad_value",
+    "grad_reference",
+    "grad_locations",
+    "grad_weights",
+)
 
 
 class Call(ctypes.Structure):
@@ -77,22 +89,39 @@ class EmulatedOps:
         self._call("forward_call", value, shapes, locations=locations, weights=weights, out=out)
         return out
 
-    def backward(self, grad: Tensor, value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor, deterministic: bool):
+    def backward(
+        self,
+        grad: Tensor,
+        value: Tensor,
+        shapes: Shapes,
+        locations: Tensor,
+        weights: Tensor,
+        deterministic: bool,
+    ):
         grads = [_unwritten(torch.empty_like(x)) for x in (value, locations, weights)]
         named = dict(zip(("grad_value", "grad_locations", "grad_weights"), grads, strict=True))
         inputs = {"grad": grad, "locations": locations, "weights": weights}
         self._call("backward_call", value, shapes, deterministic=deterministic, **inputs, **named)
         return tuple(grads)
 
-    def fused_forward(self, value: Tensor, shapes: Shapes, reference: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
+    def fused_forward(
+        self, value: Tensor, shapes: Shapes, reference: Tensor, offsets: Tensor, logits: Tensor
+    ) -> Tensor:
         out = _unwritten(value.new_empty(value.shape[0], offsets.shape[1], value.shape[2] * value.shape[3]))
         inputs = {"reference": reference, "locations": offsets, "weights": logits}
         self._call("fused_forward_call", value, shapes, **inputs, out=out)
         return out
 
     def fused_backward(
-        self, grad: Tensor, value: Tensor, shapes: Shapes, reference: Tensor, offsets: Tensor, logits: Tensor, deterministic: bool
-    ):  # fmt: skip
+        self,
+        grad: Tensor,
+        value: Tensor,
+        shapes: Shapes,
+        reference: Tensor,
+        offsets: Tensor,
+        logits: Tensor,
+        deterministic: bool,
+    ):
         grads = [_unwritten(torch.empty_like(x)) for x in (value, reference, offsets, logits)]
         names = ("grad_value", "grad_reference", "grad_locations", "grad_weights")
         inputs = {"grad": grad, "reference": reference, "locations": offsets, "weights": logits}
@@ -100,7 +129,9 @@ class EmulatedOps:
         self._call("fused_backward_call", value, shapes, deterministic=deterministic, **inputs, **named)
         return tuple(grads)
 
-    def _call(self, function: str, value: Tensor, shapes: Shapes, deterministic: bool = False, **arrays: Tensor) -> None:
+    def _call(
+        self, function: str, value: Tensor, shapes: Shapes, deterministic: bool = False, **arrays: Tensor
+    ) -> None:
         arrays["value"] = value
         assert all(x.is_contiguous() for x in arrays.values())
         points, reference = arrays["locations"], arrays.get("reference")

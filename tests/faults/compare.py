@@ -1,6 +1,6 @@
 """Whether two runs ended alike, to the bit: every entry of their last checkpoints, and log.txt.
 
-    python -m tests.faults.compare exps/undisturbed exps/interrupted
+python -m tests.faults.compare exps/undisturbed exps/interrupted
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ def differences(a: Path, b: Path) -> list[str]:
     first, second = (read_checkpoint(folder / "checkpoint.pth") for folder in (a, b))
     for entry, names in NOT_COMPARED.items():
         for checkpoint in (first, second):
-            checkpoint[entry] = {name: value for name, value in checkpoint[entry].items() if name not in names}
+            checkpoint[entry] = {
+                name: value for name, value in checkpoint[entry].items() if name not in names
+            }
     found = list(differing("", first, second))
     if (a / "log.txt").read_bytes() != (b / "log.txt").read_bytes():
         found.append("log.txt")
@@ -46,10 +48,15 @@ def differing(name: str, a: Any, b: Any) -> Iterator[str]:
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and a.contiguous().flatten().view(torch.uint8).equal(b.contiguous().flatten().view(torch.uint8))
+    return a.shape == b.shape and a.contiguous().flatten().view(torch.uint8).equal(
+        b.contiguous().flatten().view(torch.uint8)
+    )
 
 
 if __name__ == "__main__":
     wrong = differences(Path(sys.argv[1]), Path(sys.argv[2]))
-    print("\n".join(wrong) or "identical: weights, optimiser, schedule, averages, random states, results, log.txt")
+    print(
+        "\n".join(wrong)
+        or "identical: weights, optimiser, schedule, averages, random states, results, log.txt"
+    )
     sys.exit(bool(wrong))

@@ -1,12 +1,14 @@
-"""Thousands of damaged annotation files, images and checkpoints: each loads, or is refused in one line.
+"""Thousands of damaged annotation files, images and checkpoints: each loads, or is refused in one
+line.
 
     python tests/faults/fuzz_data.py --annotations 10000 --images 2000 --checkpoints 2000 --unsealed 2000
     python tests/faults/fuzz_data.py --annotations 10000 --only 1234        # that case again
 
-A case is made from the seed, its kind and its number alone. To load means: the data set is built, every item goes through the
-training transform and into a batch, and the annotations serve to evaluate detections; or a model takes the checkpoint's weights.
-A case misbehaves if anything but a UserError of one line comes out, if it takes too long or gigabytes, or does what
-fuzz_watch.py forbids. Its files are then kept, and the exit code is 1.
+A case is made from the seed, its kind and its number alone. To load means: the data set is built,
+every item goes through the training transform and into a batch, and the annotations serve to
+evaluate detections; or a model takes the checkpoint's weights. A case misbehaves if anything but a
+UserError of one line comes out, if it takes too long or gigabytes, or does what fuzz_watch.py
+forbids. Its files are then kept, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, this folder would be searched instead
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[2])
+)  # run as a script, this folder would be searched instead
 
 import numpy as np
 import torch
@@ -71,14 +75,16 @@ class Outcome:
         refused = sum(self.refused.values())
         total = self.loaded + refused + len(self.misbehaved)
         lines = [
-            f"{kind}: {total} cases, seed {seed}: {self.loaded} loaded, {refused} refused with one line, "
-            f"{len(self.misbehaved)} misbehaved"
+            f"{kind}: {total} cases, seed {seed}: {self.loaded} loaded, {refused} refused with one "
+            f"line, {len(self.misbehaved)} misbehaved"
         ]
         lines += [f"  {count:6}  {message}" for message, count in self.refused.most_common()]
         return "\n".join(lines)
 
 
-def fuzz(kind: str, numbers: range, seed: int, work: Path, *, keep: Path | None = None, hard: bool = False) -> Outcome:
+def fuzz(
+    kind: str, numbers: range, seed: int, work: Path, *, keep: Path | None = None, hard: bool = False
+) -> Outcome:
     """Run the cases `numbers` of a kind of CASES.
 
     Args:
@@ -155,9 +161,15 @@ class AnnotationCase:
         _check_batch(dataset)
         truth = dataset.coco
         detections = [
-            {"image_id": image_id, "category_id": category_id, "bbox": [1.0, 2.0, 10.0, 12.0], "score": 0.5 / (k + 1)}
-            for k, image_id in enumerate(dataset.image_ids) for category_id in (*truth.cats, 77)
-        ]  # fmt: skip
+            {
+                "image_id": image_id,
+                "category_id": category_id,
+                "bbox": [1.0, 2.0, 10.0, 12.0],
+                "score": 0.5 / (k + 1),
+            }
+            for k, image_id in enumerate(dataset.image_ids)
+            for category_id in (*truth.cats, 77)
+        ]
         detections += [{**a, "score": 0.9} for a in truth.anns.values()]
         for some in (detections, []):
             stats = evaluate_boxes(truth, some).stats
@@ -186,7 +198,8 @@ class ImageCase:
 class CheckpointCase:
     """A damaged checkpoint, from which a run goes on.
 
-    Where its bytes were damaged and it loads all the same, all that is read must be as it was written.
+    Where its bytes were damaged and it loads all the same, all that is read must be as it was
+    written.
     """
 
     write: Callable[[Any, Path], None] = staticmethod(write_atomically)
@@ -242,9 +255,11 @@ class UnsealedCase(CheckpointCase):
 
 
 CASES: dict[str, Callable[[Path], Any]] = {
-    "annotations": AnnotationCase, "images": ImageCase,
-    "checkpoints": CheckpointCase, "unsealed": UnsealedCase,
-}  # fmt: skip
+    "annotations": AnnotationCase,
+    "images": ImageCase,
+    "checkpoints": CheckpointCase,
+    "unsealed": UnsealedCase,
+}
 
 _INSTANCES = {
     "info": {"description": "three images", "year": 2026},
@@ -255,20 +270,43 @@ _INSTANCES = {
         {"id": 12, "file_name": "2.png", "width": 20, "height": 20},
     ],
     "annotations": [
-        {"id": 1, "image_id": 10, "category_id": 1, "bbox": [2, 3, 10, 12], "area": 90.5, "iscrowd": 0,
-         "segmentation": [[2, 3, 12, 3, 12, 15]]},
-        {"id": 2, "image_id": 10, "category_id": 3, "bbox": [0.5, 1.5, 30.0, 20.0], "area": 600, "iscrowd": 0},
+        {
+            "id": 1,
+            "image_id": 10,
+            "category_id": 1,
+            "bbox": [2, 3, 10, 12],
+            "area": 90.5,
+            "iscrowd": 0,
+            "segmentation": [[2, 3, 12, 3, 12, 15]],
+        },
+        {
+            "id": 2,
+            "image_id": 10,
+            "category_id": 3,
+            "bbox": [0.5, 1.5, 30.0, 20.0],
+            "area": 600,
+            "iscrowd": 0,
+        },
         {"id": 3, "image_id": 11, "category_id": 3, "bbox": [20, 20, 30, 30]},
-        {"id": 4, "image_id": 11, "category_id": 1, "bbox": [1, 1, 20, 20], "area": 400, "iscrowd": 1,
-         "segmentation": {"counts": [4, 5, 6], "size": [32, 24]}},
+        {
+            "id": 4,
+            "image_id": 11,
+            "category_id": 1,
+            "bbox": [1, 1, 20, 20],
+            "area": 400,
+            "iscrowd": 1,
+            "segmentation": {"counts": [4, 5, 6], "size": [32, 24]},
+        },
     ],
     "categories": [{"id": 1, "name": "one", "supercategory": "a"}, {"id": 3, "name": "three"}],
-}  # fmt: skip
+}
 
 
 def _dataset(images: Path, annotations: Path) -> CocoDetection:
     transform = train_transform([32, 40], 60, [32], [16, 24], "published")
-    return CocoDetection(images, annotations, transform, num_classes=_NUM_CLASSES, seed=1, max_megapixels=MEGAPIXELS)
+    return CocoDetection(
+        images, annotations, transform, num_classes=_NUM_CLASSES, seed=1, max_megapixels=MEGAPIXELS
+    )
 
 
 def _check_batch(dataset: CocoDetection) -> None:
@@ -287,7 +325,11 @@ def _check_batch(dataset: CocoDetection) -> None:
 def _small_model() -> nn.Module:
     torch.manual_seed(0)
     return nn.ModuleDict(
-        {"backbone": nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)), "linear1": nn.Linear(3, 8), "linear2": nn.Linear(8, 4)}
+        {
+            "backbone": nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)),
+            "linear1": nn.Linear(3, 8),
+            "linear2": nn.Linear(8, 4),
+        }
     )
 
 
@@ -298,7 +340,12 @@ def _training(model: nn.Module) -> tuple[TrainingState, Updater]:
     shared = {"history": History(None)}
     watch = FiniteWatch(model, lambda images, targets: images.tensors.sum(), {}, None)
     random_state = RandomGenerators(torch.device("cpu"))
-    own = {"random": random_state, "means": EpochMeans(), "not_finite": watch, "bad_images": BadImages("skip", 9)}
+    own = {
+        "random": random_state,
+        "means": EpochMeans(),
+        "not_finite": watch,
+        "bad_images": BadImages("skip", 9),
+    }
     schedule = build_schedule(updater.optimizer, config)
     classes = ClassMap.of([{"id": 1, "name": "one"}], _NUM_CLASSES, "")
     data = dict.fromkeys(("train", "val"), DataIdentity.of([{"id": 1, "file_name": "1.jpg"}], []))
@@ -307,13 +354,19 @@ def _training(model: nn.Module) -> tuple[TrainingState, Updater]:
 
 def main() -> int:
     logging.disable()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for kind in CASES:
         what = "checkpoints without a SHA-256" if kind == "unsealed" else kind
         parser.add_argument(f"--{kind}", type=int, default=0, metavar="CASES", help=f"damaged {what} to try")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, help="run the case of this number alone, of every kind that is given")
-    parser.add_argument("--keep", type=Path, default=Path("fuzz_failures"), help="folder for the files of misbehaving cases")
+    parser.add_argument(
+        "--only", type=int, help="run the case of this number alone, of every kind that is given"
+    )
+    parser.add_argument(
+        "--keep", type=Path, default=Path("fuzz_failures"), help="folder for the files of misbehaving cases"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     failed = False

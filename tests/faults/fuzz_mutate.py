@@ -1,4 +1,6 @@
-"""Mutations of bytes, JSON documents, image files and checkpoints; all randomness comes from the `random.Random` given."""
+"""Mutations of bytes, JSON documents, image files and checkpoints; all randomness comes from the
+`random.Random` given.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,28 @@ from PIL import Image
 
 # ---- bytes
 
-_LIMITS = (0, 1, 2, 127, 128, 255, 2**15 - 1, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1)
+_LIMITS = (
+    0,
+    1,
+    2,
+    127,
+    128,
+    255,
+    2**15 - 1,
+    2**15,
+    2**16 - 1,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**63 - 1,
+    2**64 - 1,
+)
 
 
 def mutate_bytes(rng: Random, content: bytes, others: Sequence[bytes]) -> bytes:
-    """One to three random changes: flips, cuts, insertions, numbers at their limits, splices with one of `others`."""
+    """One to three random changes: flips, cuts, insertions, numbers at their limits, splices with
+    one of `others`.
+    """
     for _ in range(rng.choice((1, 1, 2, 3))):
         content = rng.choice(_BYTE_MUTATIONS)(rng, content, others)
     return content
@@ -76,20 +95,30 @@ def _position(rng: Random, content: bytes | bytearray) -> int:
 
 
 _BYTE_MUTATIONS: tuple[Callable[[Random, bytes, Sequence[bytes]], bytes], ...] = (
-    _flip, _truncate, _insert, _cut, _repeat, _limit, _splice,
-)  # fmt: skip
+    _flip,
+    _truncate,
+    _insert,
+    _cut,
+    _repeat,
+    _limit,
+    _splice,
+)
 
 
 # ---- zip files
 
 
 def mutate_zip(rng: Random, content: bytes, other: bytes) -> bytes:
-    """Damage to whole blocks, or to what says where a zip file's records are; `other` has the same layout."""
+    """Damage to whole blocks, or to what says where a zip file's records are; `other` has the same
+    layout.
+    """
     return rng.choice((_zip_field, _zip_field, _zip_entry, _blocks))(rng, content, other)
 
 
 def _zip_field(rng: Random, content: bytes, other: bytes) -> bytes:
-    """Another number in the header of a record, its entry in the directory, or the end of the directory."""
+    """Another number in the header of a record, its entry in the directory, or the end of the
+    directory.
+    """
     found = rng.choice(list(re.finditer(rb"PK(\x01\x02|\x03\x04|\x05\x06|\x06\x06|\x06\x07)", content)))
     at, size = found.end() + rng.randrange(42), rng.choice((1, 2, 4, 8))
     one_bit_off = int.from_bytes(content[at : at + size], "little") ^ 1 << rng.randrange(8 * size)
@@ -100,7 +129,8 @@ def _zip_field(rng: Random, content: bytes, other: bytes) -> bytes:
 def _zip_entry(rng: Random, content: bytes, other: bytes) -> bytes:
     """An entry of the directory lost, twice, in another place, or with the record of another."""
     data, *entries = re.split(rb"(?=PK\x01\x02|PK\x06\x06)", content)
-    i, j = rng.randrange(len(entries) - 1), rng.randrange(len(entries) - 1)  # the last piece is no entry
+    # the last piece is no entry
+    i, j = rng.randrange(len(entries) - 1), rng.randrange(len(entries) - 1)
     how = rng.randrange(4)
     if how == 0:
         del entries[i]
@@ -138,15 +168,26 @@ def mutate_json(rng: Random, document: Any) -> Any:
 
 
 def json_text(rng: Random, document: Any) -> bytes:
-    """As a file, now and then with what only a file can have: other encodings, a key twice, nesting without end."""
+    """As a file, now and then with what only a file can have: other encodings, a key twice, nesting
+    without end.
+    """
     text = json.dumps(document, ensure_ascii=rng.random() < 0.9)
     kind = rng.randrange(40)
     if kind == 0:
-        text = re.sub(r'"(id|bbox|images|file_name)":', lambda found: f"{found[0]} 7, {found[0]}", text, count=1)
+        text = re.sub(
+            r'"(id|bbox|images|file_name)":', lambda found: f"{found[0]} 7, {found[0]}", text, count=1
+        )
     elif kind == 1:
-        text = text.replace("0", rng.choice(("[" * 5000 + "]" * 5000, "1" * 6000, "1e999", "-0", "Infinity", "0x1")), 1)
+        text = text.replace(
+            "0", rng.choice(("[" * 5000 + "]" * 5000, "1" * 6000, "1e999", "-0", "Infinity", "0x1")), 1
+        )
     elif kind == 2:  # below the reader's limit, but not below that of whoever walks through it
-        text = re.sub(r'"(description|name)": "[^"]*"', lambda found: f'"{found[1]}x": {"[" * 900}{"]" * 900}', text, count=1)
+        text = re.sub(
+            r'"(description|name)": "[^"]*"',
+            lambda found: f'"{found[1]}x": {"[" * 900}{"]" * 900}',
+            text,
+            count=1,
+        )
     elif kind == 3:
         return text.encode(rng.choice(("utf-16", "utf-32", "utf-8-sig", "cp500")), "replace")
     return text.encode("utf-8", "surrogatepass")
@@ -182,7 +223,9 @@ def _retype(rng: Random, holder: Any, key: Any) -> None:
 def _other_number(rng: Random, holder: Any, key: Any) -> None:
     value = holder[key]
     if isinstance(value, (int, float)):
-        holder[key] = rng.choice((value + 1, value * 2, value // 2, value % 7, -value, float(min(value, 1e300)), str(value)))
+        holder[key] = rng.choice(
+            (value + 1, value * 2, value // 2, value % 7, -value, float(min(value, 1e300)), str(value))
+        )
     else:
         _retype(rng, holder, key)
 
@@ -199,7 +242,9 @@ def _wrap(rng: Random, holder: Any, key: Any) -> None:
 def _add(rng: Random, holder: Any, key: Any) -> None:
     """What nobody asked for."""
     if isinstance(holder, dict):
-        holder[rng.choice(("score", "ignore", "segmentation", "keypoints", "info", "attributes"))] = rng.choice(_VALUES)
+        holder[rng.choice(("score", "ignore", "segmentation", "keypoints", "info", "attributes"))] = (
+            rng.choice(_VALUES)
+        )
     else:
         _duplicate(rng, holder, key)
 
@@ -212,18 +257,89 @@ def _rename(rng: Random, holder: Any, key: Any) -> None:
 
 
 _JSON_MUTATIONS = (
-    _delete, _duplicate, _retype, _other_number, _other_number, _other_number, _other_text, _wrap, _add, _add, _rename,
-)  # fmt: skip
+    _delete,
+    _duplicate,
+    _retype,
+    _other_number,
+    _other_number,
+    _other_number,
+    _other_text,
+    _wrap,
+    _add,
+    _add,
+    _rename,
+)
 _NUMBERS = (
-    0, 1, -1, 2, 3, 7, 90, 0.5, -0.0, 1e-300, 1e9, 1e10, 1e39, 1e308, 2**31, 2**53, 2**63 - 1, 2**63, -(2**63), 2**64, 10**30,
-    10**400, float("nan"), float("inf"), float("-inf"),
-)  # fmt: skip
+    0,
+    1,
+    -1,
+    2,
+    3,
+    7,
+    90,
+    0.5,
+    -0.0,
+    1e-300,
+    1e9,
+    1e10,
+    1e39,
+    1e308,
+    2**31,
+    2**53,
+    2**63 - 1,
+    2**63,
+    -(2**63),
+    2**64,
+    10**30,
+    10**400,
+    float("nan"),
+    float("inf"),
+    float("-inf"),
+)
 _TEXTS = (
-    "", "0", "a.png", "..", ".", "/", "/etc/passwd", "../../../../etc/passwd", "images/../../x", "0.png/..", "C:\\x",
-    "\\\\host\\x", "a\0b", "a\nb", "\ud800", "\u2028", "é", "x" * 5000, "/dev/zero", "/proc/self/mem", "id", "__class__",
-    "$(touch x)", "`touch x`", "%s%n", "file:///etc/passwd", "http://127.0.0.1/x",
-)  # fmt: skip
-_VALUES = (*_NUMBERS, *_TEXTS, None, True, False, [], {}, [1], [None] * 4, [[]], {"id": 1}, [1, 2, 3, 4], ["1", "2", "3", "4"])
+    "",
+    "0",
+    "a.png",
+    "..",
+    ".",
+    "/",
+    "/etc/passwd",
+    "../../../../etc/passwd",
+    "images/../../x",
+    "0.png/..",
+    "C:\\x",
+    "\\\\host\\x",
+    "a\0b",
+    "a\nb",
+    "\ud800",
+    "\u2028",
+    "é",
+    "x" * 5000,
+    "/dev/zero",
+    "/proc/self/mem",
+    "id",
+    "__class__",
+    "$(touch x)",
+    "`touch x`",
+    "%s%n",
+    "file:///etc/passwd",
+    "http://127.0.0.1/x",
+)
+_VALUES = (
+    *_NUMBERS,
+    *_TEXTS,
+    None,
+    True,
+    False,
+    [],
+    {},
+    [1],
+    [None] * 4,
+    [[]],
+    {"id": 1},
+    [1, 2, 3, 4],
+    ["1", "2", "3", "4"],
+)
 
 
 # ---- image files
@@ -231,24 +347,32 @@ _VALUES = (*_NUMBERS, *_TEXTS, None, True, False, [], {}, [1], [None] * 4, [[]],
 # format -> the ways to save it: a mode, and what Pillow's writer takes
 _WAYS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "JPEG": [
-        ("RGB", {}), ("L", {}), ("CMYK", {}), ("RGB", {"progressive": True, "quality": 30}),
+        ("RGB", {}),
+        ("L", {}),
+        ("CMYK", {}),
+        ("RGB", {"progressive": True, "quality": 30}),
         ("RGB", {"exif": b"Exif\0\0II*\0\x08\0\0\0\0\0"}),
     ],
     "PNG": [
-        *((mode, {}) for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")), ("P", {"transparency": 3}),
+        *((mode, {}) for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")),
+        ("P", {"transparency": 3}),
         ("RGB", {"save_all": True}),
     ],
     "GIF": [("P", {}), ("L", {"interlace": 0}), ("P", {"save_all": True, "transparency": 2})],
     "BMP": [(mode, {}) for mode in ("1", "L", "P", "RGB", "RGBA")],
     "TIFF": [
-        *(("RGB", {"compression": name}) for name in ("raw", "tiff_lzw", "tiff_adobe_deflate", "jpeg", "packbits")),
-        *((mode, {}) for mode in ("L", "CMYK", "I;16", "F", "RGBA", "P")), ("1", {"compression": "group4"}),
+        *(
+            ("RGB", {"compression": name})
+            for name in ("raw", "tiff_lzw", "tiff_adobe_deflate", "jpeg", "packbits")
+        ),
+        *((mode, {}) for mode in ("L", "CMYK", "I;16", "F", "RGBA", "P")),
+        ("1", {"compression": "group4"}),
         ("RGB", {"save_all": True}),
     ],
     "WEBP": [("RGB", {}), ("RGBA", {"lossless": True}), ("RGBA", {"save_all": True})],
     "PPM": [(mode, {}) for mode in ("1", "L", "RGB", "F", "I;16")],
     "JPEG2000": [("RGB", {}), ("L", {"no_jp2": True}), ("RGBA", {})],
-}  # fmt: skip
+}
 
 
 def image_files() -> list[bytes]:
@@ -283,12 +407,26 @@ def mutate_image(rng: Random, files: Sequence[bytes]) -> bytes:
     return mutate_bytes(rng, content, files)
 
 
-_PNG_CHUNKS = (b"PLTE", b"tRNS", b"iCCP", b"zTXt", b"iTXt", b"acTL", b"fcTL", b"fdAT", b"eXIf", b"sBIT", b"gAMA")
+_PNG_CHUNKS = (
+    b"PLTE",
+    b"tRNS",
+    b"iCCP",
+    b"zTXt",
+    b"iTXt",
+    b"acTL",
+    b"fcTL",
+    b"fdAT",
+    b"eXIf",
+    b"sBIT",
+    b"gAMA",
+)
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def _mutate_png(rng: Random, content: bytes) -> bytes:
-    """Damage inside a chunk, with a checksum that fits: otherwise the checksum is all that is ever tested."""
+    """Damage inside a chunk, with a checksum that fits: otherwise the checksum is all that is ever
+    tested.
+    """
     chunks, at = [], len(_PNG)
     while at < len(content):
         (length,) = struct.unpack_from(">I", content, at)
@@ -306,11 +444,15 @@ def _mutate_png(rng: Random, content: bytes) -> bytes:
             sizes = rng.choice((0, 1, 5000, 2**24, 2**31 - 1, 2**32 - 1)), rng.choice((0, 1, 5000, 2**31 - 1))
             chunks[i] = (kind, struct.pack(">II", *sizes) + body[8:])
         elif how == 3 and kind == b"IDAT":
-            chunks[i] = (kind, zlib.compress(rng.randbytes(rng.choice((0, 10, 10_000))) + bytes(rng.choice((0, 10**6)))))
+            chunks[i] = (
+                kind,
+                zlib.compress(rng.randbytes(rng.choice((0, 10, 10_000))) + bytes(rng.choice((0, 10**6)))),
+            )
         else:
             chunks[i] = (kind, mutate_bytes(rng, body, [body]))
     return _PNG + b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks
     )
 
 
@@ -325,7 +467,9 @@ def _absurd_size(rng: Random, content: bytes) -> bytes:
     if content[:1] == b"P":
         return re.sub(rb"48\s37", b"%d %d" % (width, height), content, count=1)
     if content[12:16] == b"VP8X":
-        return content[:24] + width.to_bytes(4, "little")[:3] + height.to_bytes(4, "little")[:3] + content[30:]
+        return (
+            content[:24] + width.to_bytes(4, "little")[:3] + height.to_bytes(4, "little")[:3] + content[30:]
+        )
     if content[:2] == b"\xff\xd8":
         return _replaced(rb"(\xff[\xc0\xc2]..\x08)....", struct.pack(">HH", *two), content)
     if content[:4] == b"II*\0":
@@ -333,7 +477,8 @@ def _absurd_size(rng: Random, content: bytes) -> bytes:
     return _replaced(rb"(ihdr)........", struct.pack(">II", height, width), content)
 
 
-# the tag of the width, the height, the rows of a strip, the width or the height of a tile, with its type and count
+# the tag of the width, the height, the rows of a strip, the width or the height of a tile, with its
+# type and count
 _TIFF_SIZES = rb"([\x00\x01\x16\x42\x43]\x01[\x03\x04]\x00\x01\x00\x00\x00)...."
 
 
@@ -346,7 +491,9 @@ def _replaced(pattern: bytes, end: bytes, content: bytes) -> bytes:
 
 
 def mutate_state(rng: Random, content: Any) -> Any:
-    """A copy of a tree of dicts, lists and tensors with one to three entries lost, renamed, swapped or replaced."""
+    """A copy of a tree of dicts, lists and tensors with one to three entries lost, renamed, swapped
+    or replaced.
+    """
     root = [copy.deepcopy(content)]
     for _ in range(rng.choice((1, 1, 2, 3))):
         places = _places(root)
@@ -384,14 +531,46 @@ class Payload:
 
 
 _TENSOR_MUTATIONS = (
-    lambda t: t.double(), lambda t: t.half(), lambda t: t.long(), lambda t: t.bool(), lambda t: t.to(torch.complex64),
-    lambda t: t.float().to(torch.float8_e4m3fn), lambda t: t.to(torch.uint16),
-    lambda t: t.reshape(-1), lambda t: t[None], lambda t: t.expand(2, *t.shape), lambda t: t.new_zeros(0),
-    lambda t: t.new_zeros(3, 1, 4), lambda t: t.float() * float("nan"), lambda t: t.float().to_sparse(),
-    lambda t: torch.nn.Parameter(t.float()), lambda t: t.to("meta"), lambda t: t.tolist(),
-)  # fmt: skip
+    lambda t: t.double(),
+    lambda t: t.half(),
+    lambda t: t.long(),
+    lambda t: t.bool(),
+    lambda t: t.to(torch.complex64),
+    lambda t: t.float().to(torch.float8_e4m3fn),
+    lambda t: t.to(torch.uint16),
+    lambda t: t.reshape(-1),
+    lambda t: t[None],
+    lambda t: t.expand(2, *t.shape),
+    lambda t: t.new_zeros(0),
+    lambda t: t.new_zeros(3, 1, 4),
+    lambda t: t.float() * float("nan"),
+    lambda t: t.float().to_sparse(),
+    lambda t: torch.nn.Parameter(t.float()),
+    lambda t: t.to("meta"),
+    lambda t: t.tolist(),
+)
 _ENTRIES = (
-    None, 0, -1, 2**70, float("nan"), "text", "a\nb", b"bytes", [], {}, [1, "2", None], {"a": {"b": []}}, {3: torch.zeros(2)},
-    (1, 2), {1, 2}, [[[[[[[[]]]]]]]], torch.zeros(()), torch.ones(2, 2), torch.float32, torch.Size([1]), Random,
-    Payload(os.system, "true"), Payload(eval, "__import__('os').system('true')"),
-)  # fmt: skip
+    None,
+    0,
+    -1,
+    2**70,
+    float("nan"),
+    "text",
+    "a\nb",
+    b"bytes",
+    [],
+    {},
+    [1, "2", None],
+    {"a": {"b": []}},
+    {3: torch.zeros(2)},
+    (1, 2),
+    {1, 2},
+    [[[[[[[[]]]]]]]],
+    torch.zeros(()),
+    torch.ones(2, 2),
+    torch.float32,
+    torch.Size([1]),
+    Random,
+    Payload(os.system, "true"),
+    Payload(eval, "__import__('os').system('true')"),
+)

@@ -1,7 +1,8 @@
-"""What a case of the fuzzer may not do: hang, take gigabytes, write, run anything, open a file outside its folder.
+"""What a case of the fuzzer may not do: hang, take gigabytes, write, run anything, open a file
+outside its folder.
 
-Python's audit events tell what its own functions open and start. What a C library opened by itself would not be seen; the images
-reach Pillow's as bytes, so that none has a reason to.
+Python's audit events tell what its own functions open and start. What a C library opened by itself
+would not be seen; the images reach Pillow's as bytes, so that none has a reason to.
 """
 
 from __future__ import annotations
@@ -20,15 +21,39 @@ from typing import Any
 
 # a prefix of an audit event's name -> what it would mean
 _FORBIDDEN = (
-    "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.startfile", "pty.", "ctypes.dlopen",
-    "socket.", "pickle.find_class", "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.chmod",
-    "os.truncate", "os.putenv", "shutil.", "tempfile.", "webbrowser.", "ftplib.", "urllib.",
-)  # fmt: skip
+    "subprocess.",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.spawn",
+    "os.fork",
+    "os.startfile",
+    "pty.",
+    "ctypes.dlopen",
+    "socket.",
+    "pickle.find_class",
+    "os.remove",
+    "os.rename",
+    "os.rmdir",
+    "os.mkdir",
+    "os.link",
+    "os.symlink",
+    "os.chmod",
+    "os.truncate",
+    "os.putenv",
+    "shutil.",
+    "tempfile.",
+    "webbrowser.",
+    "ftplib.",
+    "urllib.",
+)
 _GIBIBYTE = 2**30
 
 
 class Misbehaviour(BaseException):
-    """A case did what it may not. No Exception, so that no code under test takes it for an error of its own."""
+    """A case did what it may not. No Exception, so that no code under test takes it for an error of
+    its own.
+    """
 
 
 class Watch:
@@ -37,7 +62,8 @@ class Watch:
     Args:
         folder: the only folder whose files may be opened, beside those of Python and its libraries.
         seconds: for a case.
-        hard: end the whole process when a case hangs in code that no Python signal handler interrupts.
+        hard: end the whole process when a case hangs in code that no Python signal handler
+            interrupts.
     """
 
     def __init__(self, folder: Path, seconds: int, hard: bool) -> None:

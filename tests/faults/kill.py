@@ -1,11 +1,14 @@
-"""Kill -9 at random moments: a two-process run that is started again each time ends as the run that was never disturbed.
+"""Kill -9 at random moments: a two-process run that is started again each time ends as the run that
+was never disturbed.
 
-    python -m tests.faults.kill [--kills 50] [--case plain|precision|accumulation|batchformer|together] [--seed 0]
+    python -m tests.faults.kill [--kills 50] [--seed 0]
+        [--case plain|precision|accumulation|batchformer|together]
 
-Each kill strikes one of the two processes or both, at a random moment of start-up, training, saving or evaluation. Half of them
-under the launcher's restarts (MAX_RESTARTS), half with a new start by hand; always with --resume auto. A run that comes to its
-end is compared, and another one killed. Prints the processor, as another one takes other kernels; where the kills struck; and
-whether every bit is as in the undisturbed run: weights, optimiser, averages, random states, best result, log.txt.
+Each kill strikes one of the two processes or both, at a random moment of start-up, training, saving
+or evaluation. Half of them under the launcher's restarts (MAX_RESTARTS), half with a new start by
+hand; always with --resume auto. A run that comes to its end is compared, and another one killed.
+Prints the processor, as another one takes other kernels; where the kills struck; and whether every
+bit is as in the undisturbed run: weights, optimiser, averages, random states, best result, log.txt.
 """
 
 from __future__ import annotations
@@ -44,17 +47,33 @@ CASES = {
 }
 # what libraries choose kernels by, in the names of Linux on x86 and on ARM
 INSTRUCTIONS = (
-    "avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16", "asimd", "asimdhp", "sve", "bf16",
-)  # fmt: skip
+    "avx2",
+    "avx512f",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_tile",
+    "amx_bf16",
+    "amx_fp16",
+    "asimd",
+    "asimdhp",
+    "sve",
+    "bf16",
+)
 # what a line of the output says of the moment
 MOMENTS = (
-    (r"trainable parameters", "training"), (r"^epoch \d+ \[", "training"), (r"^evaluate", "evaluation"), (r"^AP ", "evaluation"),
-    (r"training time", "end"), (r"flags:", "start-up"),
-)  # fmt: skip
+    (r"trainable parameters", "training"),
+    (r"^epoch \d+ \[", "training"),
+    (r"^evaluate", "evaluation"),
+    (r"^AP ", "evaluation"),
+    (r"training time", "end"),
+    (r"flags:", "start-up"),
+)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=50, help="how often (50)")
     parser.add_argument("--case", choices=CASES, nargs="*", default=list(CASES), help="which runs (all)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (0)")
@@ -68,10 +87,15 @@ def main() -> int:
 
 
 def processor() -> str:
-    """This machine's by name, family and model; its instructions, and which of them oneDNN is limited to."""
+    """This machine's by name, family and model; its instructions, and which of them oneDNN is
+    limited to.
+    """
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    name = " / ".join(facts[key] for key in ("model name", "cpu family", "model") if key in facts) or platform.machine()
+    name = (
+        " / ".join(facts[key] for key in ("model name", "cpu family", "model") if key in facts)
+        or platform.machine()
+    )
     has = facts.get("flags", facts.get("Features", "")).split()
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
     known = ", ".join(one for one in INSTRUCTIONS if one in has)
@@ -81,9 +105,26 @@ def processor() -> str:
 def survives(case: str, kills: int, rng: random.Random, work: Path) -> bool:
     write_coco(work / "data", num_train=26, num_val=6)
     flags = [
-        "--coco_path", str(work / "data"), *SMALL_IMAGES, *SMALL_MODEL, *CASES[case], "--epochs", "6", "--batch_size", "2",
-        "--log_every", "1", "--save_every", "2", "--num_workers", "1", "--dist_timeout", "60", "--resume", "auto",
-    ]  # fmt: skip
+        "--coco_path",
+        str(work / "data"),
+        *SMALL_IMAGES,
+        *SMALL_MODEL,
+        *CASES[case],
+        "--epochs",
+        "6",
+        "--batch_size",
+        "2",
+        "--log_every",
+        "1",
+        "--save_every",
+        "2",
+        "--num_workers",
+        "1",
+        "--dist_timeout",
+        "60",
+        "--resume",
+        "auto",
+    ]
     started = time.monotonic()
     run = Run([*flags, "--output_dir", str(work / "sound")], restarts=0)
     assert run.wait() == 0, run.output()
@@ -106,7 +147,10 @@ def survives(case: str, kills: int, rng: random.Random, work: Path) -> bool:
             wrong, ended = differences(work / "sound", folder), ended + 1
             shutil.rmtree(folder)
     where = ", ".join(f"{count} in {moment}" for moment, count in seen.most_common())
-    print(f"{case}: {seen.total()} kills ({where}), {ended} runs came to their end: {wrong or 'identical'}", flush=True)
+    print(
+        f"{case}: {seen.total()} kills ({where}), {ended} runs came to their end: {wrong or 'identical'}",
+        flush=True,
+    )
     return not wrong
 
 
@@ -115,12 +159,18 @@ class Run:
 
     def __init__(self, flags: list[str], restarts: int) -> None:
         self._process = subprocess.Popen(
-            ["./tools/run_dist_launch.sh", "2", "main.py", *flags], cwd=ROOT, env=environment(MAX_RESTARTS=str(restarts)),
-            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            ["./tools/run_dist_launch.sh", "2", "main.py", *flags],
+            cwd=ROOT,
+            env=environment(MAX_RESTARTS=str(restarts)),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         atexit.register(self._process.terminate)  # nothing goes on when this is interrupted
         self._lines: list[str] = []
-        self._reader = threading.Thread(target=lambda: self._lines.extend(self._process.stdout or ()), daemon=True)
+        self._reader = threading.Thread(
+            target=lambda: self._lines.extend(self._process.stdout or ()), daemon=True
+        )
         self._reader.start()
 
     def alive(self) -> bool:

@@ -4,9 +4,10 @@
     /usr/bin/time -v python tools/check_data.py --coco_path /tmp/large --no_images
     python tests/faults/large_annotations.py /tmp/large --evaluate faster                  # or pycocotools
 
-Without pictures: 118,287 training images with 860,001 objects and 5,000 validation images with 36,781, in 80 categories with
-COCO's ids, polygons of COCO's length and its other fields, which makes files of about 450 and 19 MB. No object has a fault.
---evaluate computes COCO's figures of 100 detections for each validation image of a folder that is there.
+Without pictures: 118,287 training images with 860,001 objects and 5,000 validation images with
+36,781, in 80 categories with COCO's ids, polygons of COCO's length and its other fields, which
+makes files of about 450 and 19 MB. No object has a fault. --evaluate computes COCO's figures of 100
+detections for each validation image of a folder that is there.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, this folder would be searched instead
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[2])
+)  # run as a script, this folder would be searched instead
 
 import numpy as np
 
@@ -52,7 +55,9 @@ def _write(file: Any, rng: np.random.Generator, first: int, images: int, objects
     file.write('], "annotations": [')
     _write_list(file, _objects(rng, first, sizes, objects))
     file.write('], "categories": [')
-    _write_list(file, ({"supercategory": "thing", "id": c.id, "name": c.name} for c in COCO_CLASSES.categories))
+    _write_list(
+        file, ({"supercategory": "thing", "id": c.id, "name": c.name} for c in COCO_CLASSES.categories)
+    )
     file.write("]}")
 
 
@@ -64,10 +69,15 @@ def _write_list(file: Any, entries: Iterator[dict[str, Any]]) -> None:
 def _image(number: int, width: int, height: int) -> dict[str, Any]:
     name = f"{number:012}.jpg"
     return {
-        "license": 4, "file_name": name, "coco_url": f"http://images.cocodataset.org/train2017/{name}", "height": height,
-        "width": width, "date_captured": "2013-11-14 17:02:52",
-        "flickr_url": f"http://farm7.staticflickr.com/6116/{number:010}_da26cf2c9e_z.jpg", "id": number,
-    }  # fmt: skip
+        "license": 4,
+        "file_name": name,
+        "coco_url": f"http://images.cocodataset.org/train2017/{name}",
+        "height": height,
+        "width": width,
+        "date_captured": "2013-11-14 17:02:52",
+        "flickr_url": f"http://farm7.staticflickr.com/6116/{number:010}_da26cf2c9e_z.jpg",
+        "id": number,
+    }
 
 
 def _objects(rng: np.random.Generator, first: int, sizes: np.ndarray, count: int) -> Iterator[dict[str, Any]]:
@@ -82,20 +92,27 @@ def _objects(rng: np.random.Generator, first: int, sizes: np.ndarray, count: int
         angle = np.sort(rng.uniform(0, 2 * np.pi, number_of_points))
         x = np.clip(rng.uniform(0, width - 2) + radius * np.cos(angle), 0, width).round(2)
         y = np.clip(rng.uniform(0, height - 2) + radius * np.sin(angle), 0, height).round(2)
-        left, top = min(x.min(), width - 0.5), min(y.min(), height - 0.5)  # the outline may lie outside
+        # the outline may lie outside
+        left, top = min(x.min(), width - 0.5), min(y.min(), height - 0.5)
         box = [round(float(v), 2) for v in (left, top, max(0.5, x.max() - left), max(0.5, y.max() - top))]
         crowd = int(rng.random() < _CROWDS)
         outline = np.stack([x, y], 1).reshape(-1).tolist()
         segmentation = {"counts": [int(v) for v in outline], "size": [height, width]} if crowd else [outline]
         yield {
-            "segmentation": segmentation, "area": round(box[2] * box[3] * 0.7, 4), "iscrowd": crowd,
-            "image_id": first + image + 1, "bbox": box, "category_id": category,
+            "segmentation": segmentation,
+            "area": round(box[2] * box[3] * 0.7, 4),
+            "iscrowd": crowd,
+            "image_id": first + image + 1,
+            "bbox": box,
+            "category_id": category,
             "id": (900_100_000_000 if crowd else 0) + first * 10 + i + 1,
-        }  # fmt: skip
+        }
 
 
 def evaluate(path: Path, evaluator: str) -> None:
-    """Print the figures of random detections, the seconds, and the process's peak memory before and after."""
+    """Print the figures of random detections, the seconds, and the process's peak memory before and
+    after.
+    """
     coco, rng = read_annotations(path), np.random.default_rng(0)
     detections = []
     for image in coco.imgs:
@@ -109,8 +126,10 @@ def evaluate(path: Path, evaluator: str) -> None:
     before, start = _peak_mebibytes(), time.perf_counter()
     stats = evaluate_boxes(coco, detections, evaluator).stats
     seconds = time.perf_counter() - start
-    print(f"{evaluator}: {len(detections)} detections of {len(coco.imgs)} images, {seconds:.1f} s, "
-          f"peak memory {before:.0f} MiB before and {_peak_mebibytes():.0f} MiB after")  # fmt: skip
+    print(
+        f"{evaluator}: {len(detections)} detections of {len(coco.imgs)} images, {seconds:.1f} s, "
+        f"peak memory {before:.0f} MiB before and {_peak_mebibytes():.0f} MiB after"
+    )
     print(figures_table(stats))
 
 
@@ -119,7 +138,9 @@ def _peak_mebibytes() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="folder to write, in COCO's layout")
     parser.add_argument("--scale", type=float, default=1.0, help="share of COCO's size (default: 1)")
     parser.add_argument("--evaluate", choices=("faster", "pycocotools"), help="what computes COCO's figures")

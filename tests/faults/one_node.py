@@ -1,10 +1,11 @@
-"""A process of a two-process run is killed, stopped or starved of data: the run ends in time and names it.
+"""A process of a two-process run is killed, stopped or starved of data: the run ends in time and
+names it.
 
     python -m tests.faults.one_node [--trials 20] [--at_once 3] [--timeout 15]
 
-In each trial every survivor must print one line that names rank 1, and the run must end within --dist_timeout plus a
-minute. Then one run for each fault is started again by the launcher (MAX_RESTARTS=1), and its end is compared with that of
-a run that was left alone.
+In each trial every survivor must print one line that names rank 1, and the run must end within
+--dist_timeout plus a minute. Then one run for each fault is started again by the launcher
+(MAX_RESTARTS=1), and its end is compared with that of a run that was left alone.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ LEAVING = 60  # seconds that may pass after --dist_timeout until all processes h
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--trials", type=int, default=20, help="of each fault (20)")
     parser.add_argument("--at_once", type=int, default=3, help="runs at the same time (3)")
     parser.add_argument("--timeout", type=int, default=15, help="--dist_timeout of the runs, in seconds (15)")
@@ -48,7 +51,9 @@ def main() -> int:
             good = [trial for trial in trials if not trial.wrong]
             seconds = [trial.seconds for trial in good] or [0.0]
             span = f"{min(seconds):.0f} to {max(seconds):.0f} s"
-            print(f"{fault}: {len(good)} of {len(trials)} runs named rank 1, and ended {span} after the fault")
+            print(
+                f"{fault}: {len(good)} of {len(trials)} runs named rank 1, and ended {span} after the fault"
+            )
             for trial in trials[:1] + [trial for trial in trials if trial.wrong]:
                 print(f"    {trial.wrong}{trial.line}", flush=True)
             sound &= len(good) == len(trials)
@@ -65,9 +70,26 @@ def training_flags(work: Path, timeout: int) -> list[str]:
     """Of a run on data that are made here; the output folder is to follow them."""
     write_coco(work / "data", num_train=26, num_val=6)
     return [
-        "--coco_path", str(work / "data"), *SMALL_IMAGES, *SMALL_MODEL, "--epochs", "3", "--batch_size", "1", "--log_every", "1",
-        "--save_every", "4", "--num_workers", "1", "--dist_timeout", str(timeout), "--resume", "auto", "--output_dir",
-    ]  # fmt: skip
+        "--coco_path",
+        str(work / "data"),
+        *SMALL_IMAGES,
+        *SMALL_MODEL,
+        "--epochs",
+        "3",
+        "--batch_size",
+        "1",
+        "--log_every",
+        "1",
+        "--save_every",
+        "4",
+        "--num_workers",
+        "1",
+        "--dist_timeout",
+        str(timeout),
+        "--resume",
+        "auto",
+        "--output_dir",
+    ]
 
 
 class Trial:
@@ -83,7 +105,11 @@ class Trial:
         self.line = "".join(re.findall(r"^error: .*$", run.output(), re.MULTILINE))
         named = rf"rank 1 on {re.escape(os.uname().nodename)} \(process {at_fault}\)"
         self.wrong = ""
-        if not re.match(rf"error: no (sign of life|progress) for \d+ s (from|of) {named}; last known operation: ", self.line):
+        if not re.match(
+            rf"error: no (sign of life|progress) for \d+ s (from|of) {named}; last known "
+            rf"operation: ",
+            self.line,
+        ):
             self.wrong = f"rank 1 was not named:\n{run.output()}\n"
         elif code not in (EXIT_LOST_PROCESS, 128 + signal.SIGKILL) or "Traceback" in run.output():
             self.wrong = f"exit code {code}:\n{run.output()}\n"
@@ -110,7 +136,11 @@ def kill_one(run: Run) -> None:
 def stop_loader(run: Run) -> None:
     """The loader process of rank 1, as one that waits for a file server that has gone."""
     trainer = run.trainers()[1]
-    for child in (int(pid) for path in Path(f"/proc/{trainer}/task").glob("*/children") for pid in path.read_text().split()):
+    for child in (
+        int(pid)
+        for path in Path(f"/proc/{trainer}/task").glob("*/children")
+        for pid in path.read_text().split()
+    ):
         os.kill(child, signal.SIGSTOP)
 
 

@@ -2,12 +2,14 @@
 
     python -m tests.faults.soak [--iterations 5000]
 
-Trains a small detector with two loader workers, evaluating and saving all along, and looks at every process of the run in the
-middle of each epoch: its memory (of loader workers, which are born as copies, what they have of their own) and its open
-files. A line is fitted through the sums after the first 500 iterations.
+Trains a small detector with two loader workers, evaluating and saving all along, and looks at every
+process of the run in the middle of each epoch: its memory (of loader workers, which are born as
+copies, what they have of their own) and its open files. A line is fitted through the sums after the
+first 500 iterations.
 
-Images have two sizes here. With random crops a CPU run grows at first by some 100 KiB for every new shape, as oneDNN keeps the
-code that it makes for a shape, up to 1024 pieces (ONEDNN_PRIMITIVE_CACHE_CAPACITY).
+Images have two sizes here. With random crops a CPU run grows at first by some 100 KiB for every new
+shape, as oneDNN keeps the code that it makes for a shape, up to 1024 pieces
+(ONEDNN_PRIMITIVE_CACHE_CAPACITY).
 """
 
 from __future__ import annotations
@@ -27,11 +29,16 @@ from tests.helpers import BATCHFORMER, ROOT, SMALL_IMAGES, SMALL_MODEL, environm
 STEPS = 50  # iterations of an epoch
 START = 500  # from here on memory must be flat
 LIMIT = 1.0  # KiB an iteration: 5 MiB over 5,000
-FILES_LIMIT = 0.002  # an iteration: 10 over 5,000; every batch on its way from a loader worker is some open files
+FILES_LIMIT = (
+    # an iteration: 10 over 5,000; every batch on its way from a loader worker is some open files
+    0.002
+)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--iterations", type=int, default=5000, help="how long (5000)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
@@ -43,13 +50,36 @@ def run(work: Path, epochs: int) -> list[tuple[int, int, int]]:
     """(iteration, KiB, open files) once an epoch."""
     write_coco(work / "data", num_train=2 * STEPS, num_val=4)
     command = [
-        sys.executable, "-u", "main.py", "--coco_path", str(work / "data"), *SMALL_IMAGES, *SMALL_MODEL, *BATCHFORMER,
-        "--epochs", str(epochs), "--lr_drop", str(epochs), "--batch_size", "2", "--num_workers", "2", "--augmentation", "flip",
-        "--log_every", str(STEPS // 2), "--lr_backbone", "0", "--ema_decay", "0.999", "--output_dir", str(work / "out"),
-    ]  # fmt: skip
+        sys.executable,
+        "-u",
+        "main.py",
+        "--coco_path",
+        str(work / "data"),
+        *SMALL_IMAGES,
+        *SMALL_MODEL,
+        *BATCHFORMER,
+        "--epochs",
+        str(epochs),
+        "--lr_drop",
+        str(epochs),
+        "--batch_size",
+        "2",
+        "--num_workers",
+        "2",
+        "--augmentation",
+        "flip",
+        "--log_every",
+        str(STEPS // 2),
+        "--lr_backbone",
+        "0",
+        "--ema_decay",
+        "0.999",
+        "--output_dir",
+        str(work / "out"),
+    ]
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )  # fmt: skip
+    )
     atexit.register(process.kill)  # nothing goes on when this is interrupted
     samples, output = [], []
     for line in process.stdout or ():
@@ -62,7 +92,10 @@ def run(work: Path, epochs: int) -> list[tuple[int, int, int]]:
             files = sum(map(open_files, family))
             samples.append((iteration, kib, files))
             if len(samples) % 10 == 1:
-                print(f"iteration {iteration}: {len(family)} processes, {kib} KiB, {files} open files", flush=True)
+                print(
+                    f"iteration {iteration}: {len(family)} processes, {kib} KiB, {files} open files",
+                    flush=True,
+                )
     assert process.wait() == 0, "".join(output[-20:])
     return samples
 

@@ -1,9 +1,11 @@
-"""A disk that fills up, turns read-only, or fails to rename, in the middle of real runs: no good checkpoint is ever lost.
+"""A disk that fills up, turns read-only, or fails to rename, in the middle of real runs: no good
+checkpoint is ever lost.
 
     sudo python -m tests.faults.storage
 
-Mounts file systems of its own (tmpfs), in a mount namespace that nobody else sees. Each run must end with exit code 74 and leave
-every checkpoint that it had intact; when the fault is mended, --resume auto must end as the run that was never disturbed.
+Mounts file systems of its own (tmpfs), in a mount namespace that nobody else sees. Each run must
+end with exit code 74 and leave every checkpoint that it had intact; when the fault is mended,
+--resume auto must end as the run that was never disturbed.
 """
 
 from __future__ import annotations
@@ -57,28 +59,57 @@ def main() -> int:
     if "IN_NAMESPACE" not in os.environ:
         command = ["unshare", "--mount", sys.executable, "-m", "tests.faults.storage"]
         return subprocess.run(command, env=environment(IN_NAMESPACE="1"), check=False).returncode
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:  # the mounts end with the namespace
+    # the mounts end with the namespace
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         work = Path(name)
         write_coco(work / "data", num_train=8, num_val=2)
         sound = mount(work / "sound", "2g")
         assert run(work, sound)[0] == 0
         size = (sound / "checkpoint.pth").stat().st_size
-        results = [few_megabytes(work), *[fault(work, sound, size) for fault in (fills_up, read_only, cannot_rename)]]
+        results = [
+            few_megabytes(work),
+            *[fault(work, sound, size) for fault in (fills_up, read_only, cannot_rename)],
+        ]
     for text in results:
         print(text)
     return 0
 
 
-def run(work: Path, folder: Path, at: str = "", fault: Callable[[], None] | None = None, **variables: str) -> tuple[int, str]:
-    """A run of 8 saves into `folder`; `fault` strikes when the pattern `at` is printed. Gives exit code and output."""
+def run(
+    work: Path, folder: Path, at: str = "", fault: Callable[[], None] | None = None, **variables: str
+) -> tuple[int, str]:
+    """A run of 8 saves into `folder`; `fault` strikes when the pattern `at` is printed. Gives exit
+    code and output.
+    """
     command = [
-        sys.executable, "-u", "main.py", "--coco_path", str(work / "data"), *SMALL_IMAGES, *SMALL_MODEL,
-        "--output_dir", str(folder), "--epochs", "2", "--log_every", "1", "--save_every", "1", "--keep", "2",
-        "--resume", "auto",
-    ]  # fmt: skip
+        sys.executable,
+        "-u",
+        "main.py",
+        "--coco_path",
+        str(work / "data"),
+        *SMALL_IMAGES,
+        *SMALL_MODEL,
+        "--output_dir",
+        str(folder),
+        "--epochs",
+        "2",
+        "--log_every",
+        "1",
+        "--save_every",
+        "1",
+        "--keep",
+        "2",
+        "--resume",
+        "auto",
+    ]
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(**variables), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )  # fmt: skip
+        command,
+        cwd=ROOT,
+        env=environment(**variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     output = []
     for line in process.stdout or ():
         output.append(line)
@@ -89,7 +120,9 @@ def run(work: Path, folder: Path, at: str = "", fault: Callable[[], None] | None
 
 
 def few_megabytes(work: Path) -> str:
-    """The folder of checkpoints by itself, on 4 MB: as many saves as fit, then each failure leaves the others."""
+    """The folder of checkpoints by itself, on 4 MB: as many saves as fit, then each failure leaves
+    the others.
+    """
     folder = mount(work / "few", "4m")
     checkpoints = CheckpointFolder(folder, keep=3)
     patch_waits()
@@ -103,7 +136,10 @@ def few_megabytes(work: Path) -> str:
         good = [path for path in folder.glob("resume_*.pth") if read_checkpoint(path)]
         assert len(good) == saved == 3, (good, saved)
         assert not list(folder.glob(".*")), "nothing half-written is left"
-        return f"a disk of 4 MB: {saved} checkpoints of 1.2 MB written, then refused three times, all {len(good)} intact: passed"
+        return (
+            f"a disk of 4 MB: {saved} checkpoints of 1.2 MB written, then refused three times, all "
+            f"{len(good)} intact: passed"
+        )
     raise AssertionError("the disk did not fill up")
 
 
@@ -127,8 +163,12 @@ def cannot_rename(work: Path, sound: Path, size: int) -> str:
     source, library, flag = work / "rename.c", work / "rename.so", work / "fails"
     source.write_text(RENAME)
     subprocess.run(["cc", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"], check=True)
-    code, output = run(work, folder, r"epoch 0 \[3/", flag.touch, LD_PRELOAD=str(library), RENAME_FAILS=str(flag))
-    return checked("a disk where renaming fails", folder, code, output) + finished(work, sound, folder, flag.unlink)
+    code, output = run(
+        work, folder, r"epoch 0 \[3/", flag.touch, LD_PRELOAD=str(library), RENAME_FAILS=str(flag)
+    )
+    return checked("a disk where renaming fails", folder, code, output) + finished(
+        work, sound, folder, flag.unlink
+    )
 
 
 def checked(what: str, folder: Path, code: int, output: str) -> str:
@@ -137,7 +177,10 @@ def checked(what: str, folder: Path, code: int, output: str) -> str:
     assert "terminate called" not in output, output
     good = [path.name for path in sorted(folder.glob("resume_*.pth")) if read_checkpoint(path)]
     assert len(good) == 2, (what, good)
-    return f"{what}: exit code {code}, {output.count('trying again')} writes tried again, {len(good)} checkpoints intact"
+    return (
+        f"{what}: exit code {code}, {output.count('trying again')} writes tried again, "
+        f"{len(good)} checkpoints intact"
+    )
 
 
 def finished(work: Path, sound: Path, folder: Path, mend: Callable[[], None]) -> str:
@@ -156,7 +199,12 @@ def mount(folder: Path, size: str) -> Path:
 
 def remount(folder: Path, option: str) -> None:
     for _ in range(1000):  # read-only has to wait until no file is being written
-        if subprocess.run(["mount", "-o", f"remount,{option}", str(folder)], capture_output=True, check=False).returncode == 0:
+        if (
+            subprocess.run(
+                ["mount", "-o", f"remount,{option}", str(folder)], capture_output=True, check=False
+            ).returncode
+            == 0
+        ):
             return
         time.sleep(0.01)
     raise AssertionError(f"{folder} could not be remounted")

@@ -1,11 +1,12 @@
-"""Two nodes, one of which is cut off in the middle: the job ends, names the other node, and goes on as if nothing had been.
+"""Two nodes, one of which is cut off in the middle: the job ends, names the other node, and goes on
+as if nothing had been.
 
     sudo python -m tests.faults.two_nodes [--trials 20] [--at_once 3] [--timeout 15]
 
-Two network namespaces with addresses and host names of their own, joined by a switch in a third, run the published two-node
-command on generated data. Needs root and iproute2; nothing outside of the namespaces is touched. Prints a line for each
-case, and compares the ends of runs that went on with that of a run that was left alone: weights, optimiser, random states,
-log.txt.
+Two network namespaces with addresses and host names of their own, joined by a switch in a third,
+run the published two-node command on generated data. Needs root and iproute2; nothing outside of
+the namespaces is touched. Prints a line for each case, and compares the ends of runs that went on
+with that of a run that was left alone: weights, optimiser, random states, log.txt.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ MIDDLE = r"epoch 1 \[ *6/"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--trials", type=int, default=20, help="how often a node is cut off (20)")
     parser.add_argument("--at_once", type=int, default=3, help="pairs of nodes at the same time (3)")
     parser.add_argument("--timeout", type=int, default=15, help="--dist_timeout of the runs, in seconds (15)")
@@ -49,11 +52,21 @@ def main() -> int:
         flags = training_flags(work, args.timeout)
         with network() as net:
             whole = [Node(net, node, [*flags, str(work / "whole")]) for node in (0, 1)]
-            sound = report("left alone", [node.wait() for node in whole] == [0, 0], f"exit codes {codes(whole)}", whole)
-        cut = list(pool.map(lambda number: cut_off([*flags, str(work / f"cut{number}")], args.timeout), range(args.trials)))
+            sound = report(
+                "left alone", [node.wait() for node in whole] == [0, 0], f"exit codes {codes(whole)}", whole
+            )
+        cut = list(
+            pool.map(
+                lambda number: cut_off([*flags, str(work / f"cut{number}")], args.timeout), range(args.trials)
+            )
+        )
         seconds = [trial[1] for trial in cut]
-        print(f"cut off: {sum(good for good, _ in cut)} of {len(cut)} ended and named the other node, {min(seconds):.0f} to "
-              f"{max(seconds):.0f} s after it (--dist_timeout {args.timeout})", flush=True)  # fmt: skip
+        print(
+            f"cut off: {sum(good for good, _ in cut)} of {len(cut)} ended and named the other "
+            f"node, {min(seconds):.0f} to {max(seconds):.0f} s after it (--dist_timeout "
+            f"{args.timeout})",
+            flush=True,
+        )
         sound &= all(good for good, _ in cut)
         with network() as net:
             again = [Node(net, node, [*flags, str(work / "cut0")]) for node in (0, 1)]
@@ -64,7 +77,9 @@ def main() -> int:
 
 
 def cut_off(flags: list[str], timeout: int) -> tuple[bool, float]:
-    """Packets vanish on the way to node 1 in the second epoch. Whether all was as it should be, and the seconds to the end."""
+    """Packets vanish on the way to node 1 in the second epoch. Whether all was as it should be, and
+    the seconds to the end.
+    """
     with network() as net:
         nodes = [Node(net, node, flags) for node in (0, 1)]
         nodes[0].wait_for(MIDDLE)
@@ -85,8 +100,9 @@ def cut_off(flags: list[str], timeout: int) -> tuple[bool, float]:
 
 
 def comes_back(flags: list[str], folder: Path, whole: Path, power: bool) -> bool:
-    """Node 1 loses its power, or its cable is pulled until its launcher gives up. The same command there joins the job
-    again, which waits with MAX_RESTARTS=1."""
+    """Node 1 loses its power, or its cable is pulled until its launcher gives up. The same command
+    there joins the job again, which waits with MAX_RESTARTS=1.
+    """
     with network() as net:
         nodes = [Node(net, node, flags, MAX_RESTARTS="1") for node in (0, 1)]
         nodes[0].wait_for(MIDDLE)
@@ -125,13 +141,22 @@ class Node:
     """The published two-node command in a namespace."""
 
     def __init__(self, net: Network, number: int, flags: list[str], **variables: str) -> None:
-        place = {"MASTER_ADDR": ADDRESSES[0], "NODE_RANK": str(number), "GPUS_PER_NODE": "1", "JOIN_SECONDS": "120"}
+        place = {
+            "MASTER_ADDR": ADDRESSES[0],
+            "NODE_RANK": str(number),
+            "GPUS_PER_NODE": "1",
+            "JOIN_SECONDS": "120",
+        }
         named = ["unshare", "--uts", "sh", "-c", f'hostname node{number}; exec "$@"', "sh"]
         command = ["./tools/run_dist_launch.sh", "2", "main.py", *flags]
         self.process = subprocess.Popen(
-            ["ip", "netns", "exec", net.nodes[number], *named, *command], cwd=ROOT,
-            env=environment(**place, **variables), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            ["ip", "netns", "exec", net.nodes[number], *named, *command],
+            cwd=ROOT,
+            env=environment(**place, **variables),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         self._number, self._name = number, net.nodes[number]
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)

@@ -1,11 +1,13 @@
-"""Shows on one GPU within some minutes what only a GPU can show: speed first, then whether all is right.
+"""Shows on one GPU within some minutes what only a GPU can show: speed first, then whether all is
+right.
 
-    ./tools/gpu_check.sh out                                # summary.md, figures.json and logs.tar.gz in the folder out
-    ./tools/gpu_check.sh out --device cpu --minutes 5       # tries the steps at small sizes where there is no GPU
+    ./tools/gpu_check.sh out  # summary.md, figures.json and logs.tar.gz in the folder out
+    ./tools/gpu_check.sh out --device cpu --minutes 5  # tries the steps at small sizes where there is no GPU
 
-Needs Python 3.10 or later with torch and torchvision, and no network. Kernels that were built beforehand are used if they
-compute right; else a CUDA toolkit is needed. Steps for which something is missing are skipped, those for which no time is left
-are left out, and both are said. The exit status is 1 if a step failed.
+Needs Python 3.10 or later with torch and torchvision, and no network. Kernels that were built
+beforehand are used if they compute right; else a CUDA toolkit is needed. Steps for which something
+is missing are skipped, those for which no time is left are left out, and both are said. The exit
+status is 1 if a step failed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""Times the compiled CUDA kernels against tools/gpu_check/plain.cu, at the encoder's and the decoder's shape.
+"""Times the compiled CUDA kernels against tools/gpu_check/plain.cu, at the encoder's and the
+decoder's shape.
 
-python -m tools.gpu_check.compare_plain, once tools/gpu_check/plain.so is made (tools/gpu_check/prepare.py).
+python -m tools.gpu_check.compare_plain, once tools/gpu_check/plain.so is made
+(tools/gpu_check/prepare.py).
 """
 
 from __future__ import annotations
@@ -23,33 +25,52 @@ TARGET = 2.0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.parse_args()
     torch.ops.load_library(str(PLAIN))
     if missing := compiled.missing("cuda"):
         sys.exit(f"no compiled kernels to compare: {missing}")
     check_plain()
     rows = [compare(load) for load in LOADS]
-    slow = [row["shape"] for row in rows if row["shape"].startswith("encoder") and row["times faster"] < TARGET]
-    print(f"less than {TARGET} times as fast as the plain kernels in the encoder: {', '.join(slow) or 'none'}")
+    slow = [
+        row["shape"] for row in rows if row["shape"].startswith("encoder") and row["times faster"] < TARGET
+    ]
+    print(
+        f"less than {TARGET} times as fast as the plain kernels in the encoder: {', '.join(slow) or 'none'}"
+    )
     return 1 if slow else 0
 
 
 def compare(load: Load) -> dict[str, object]:
-    """Medians in microseconds: forward, forward + backward in float32 of both, and of ours in bfloat16."""
+    """Medians in microseconds: forward, forward + backward in float32 of both, and of ours in
+    bfloat16.
+    """
     ours, plain = torch.ops.deformable, torch.ops.deformable
     grad, value, locations, weights = inputs(load)
     row: dict[str, object] = {"shape": load.name}
     row["plain forward"] = microseconds(lambda: plain.plain_forward(value, FLAT, locations, weights))
     row["forward"] = microseconds(lambda: ours.compiled_forward(value, FLAT, locations, weights))
     row["plain backward"] = microseconds(lambda: plain.plain_backward(grad, value, FLAT, locations, weights))
-    row["backward"] = microseconds(lambda: ours.compiled_backward(grad, value, FLAT, locations, weights, False))
-    row["ordered backward"] = microseconds(lambda: ours.compiled_backward(grad, value, FLAT, locations, weights, True))
+    row["backward"] = microseconds(
+        lambda: ours.compiled_backward(grad, value, FLAT, locations, weights, False)
+    )
+    row["ordered backward"] = microseconds(
+        lambda: ours.compiled_backward(grad, value, FLAT, locations, weights, True)
+    )
     small_grad, small = grad.bfloat16(), value.bfloat16()
     row["bf16 forward"] = microseconds(lambda: ours.compiled_forward(small, FLAT, locations, weights))
-    row["bf16 backward"] = microseconds(lambda: ours.compiled_backward(small_grad, small, FLAT, locations, weights, False))
+    row["bf16 backward"] = microseconds(
+        lambda: ours.compiled_backward(small_grad, small, FLAT, locations, weights, False)
+    )
     row["times faster"] = (row["plain forward"] + row["plain backward"]) / (row["forward"] + row["backward"])
-    print(row["shape"], *(f"  {key:<17}{number:10.1f}" for key, number in row.items() if key != "shape"), sep="\n", flush=True)
+    print(
+        row["shape"],
+        *(f"  {key:<17}{number:10.1f}" for key, number in row.items() if key != "shape"),
+        sep="\n",
+        flush=True,
+    )
     return row
 
 

@@ -1,7 +1,8 @@
-"""DistributedDataParallel over NCCL in a group of one process: python -m tools.gpu_check.one_rank [--device cpu].
+"""DistributedDataParallel over NCCL in a group of one process: python -m tools.gpu_check.one_rank
+[--device cpu].
 
-main.py does without DDP for one process, and NCCL takes no two processes on one GPU, so on a machine with one GPU nothing
-else meets it. Every exchange that training makes is made once.
+main.py does without DDP for one process, and NCCL takes no two processes on one GPU, so on a
+machine with one GPU nothing else meets it. Every exchange that training makes is made once.
 """
 
 from __future__ import annotations
@@ -27,18 +28,49 @@ from util.nested_tensor import NestedTensor
 from util.optim import build_updater
 
 FLAGS = (
-    "--backbone", "resnet18", "--backbone_weights", "none", "--backbone_norm", "gn", "--hidden_dim", "64", "--nheads", "4",
-    "--enc_layers", "1", "--dec_layers", "2", "--num_queries", "20", "--num_classes", "5", "--accumulate_steps", "2",
-    "--bf", "1", "--share_bf", "0", "--insert_idx", "0",
-)  # fmt: skip
+    "--backbone",
+    "resnet18",
+    "--backbone_weights",
+    "none",
+    "--backbone_norm",
+    "gn",
+    "--hidden_dim",
+    "64",
+    "--nheads",
+    "4",
+    "--enc_layers",
+    "1",
+    "--dec_layers",
+    "2",
+    "--num_queries",
+    "20",
+    "--num_classes",
+    "5",
+    "--accumulate_steps",
+    "2",
+    "--bf",
+    "1",
+    "--share_bf",
+    "0",
+    "--insert_idx",
+    "0",
+)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     args = parser.parse_args()
     make_deterministic()
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    os.environ |= {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": _free_port(),
+    }
     with process_group(args.device, timeout=60) as device:
         print(f"one process, {dist.get_backend_config()}")
         results = [check_training(device), check_exchanges(device)]
@@ -47,22 +79,36 @@ def main() -> int:
 
 
 def check_training(device: torch.device) -> bool:
-    """Two updates of two batches each, so with and without no_sync, end with the bits that they have without DDP."""
+    """Two updates of two batches each, so with and without no_sync, end with the bits that they
+    have without DDP.
+    """
     config = parse_config(FLAGS)
     plain = trained(config, device, lambda model: model)
     exchanged = trained(config, device, lambda model: data_parallel(model, config, device))
-    return say(all(map(torch.equal, plain, exchanged)), "four steps with DDP give the weights of four steps without it")
+    return say(
+        all(map(torch.equal, plain, exchanged)),
+        "four steps with DDP give the weights of four steps without it",
+    )
 
 
-def trained(config: Config, device: torch.device, wrap: Callable[[nn.Module], nn.Module]) -> list[torch.Tensor]:
+def trained(
+    config: Config, device: torch.device, wrap: Callable[[nn.Module], nn.Module]
+) -> list[torch.Tensor]:
     torch.manual_seed(0)
     model, criterion, _ = build_model(config)
     model.to(device)
     batches = [noise(device) for _ in range(4)]
     watch = FiniteWatch(model, training_loss(model, criterion, "off"), {}, None)
     train_one_epoch(
-        wrap(model), criterion, batches, build_updater(model, config), device, 0, watch=watch, means=EpochMeans()
-    )  # fmt: skip
+        wrap(model),
+        criterion,
+        batches,
+        build_updater(model, config),
+        device,
+        0,
+        watch=watch,
+        means=EpochMeans(),
+    )
     return [parameter.detach().cpu() for parameter in model.parameters()]
 
 

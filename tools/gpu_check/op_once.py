@@ -1,8 +1,10 @@
-"""The compiled fused operator of the encoder at 800 x 1333, forward and backward three times: for ncu, which slows each launch.
+"""The compiled fused operator of the encoder at 800 x 1333, forward and backward three times: for
+ncu, which slows each launch.
 
     ncu -k regex:'^(forward|backward)_kernel$' python -m tools.gpu_check.op_once
 
-The kernels are called directly: the comparison with the reference before their first use would be profiled too.
+The kernels are called directly: the comparison with the reference before their first use would be
+profiled too.
 """
 
 from __future__ import annotations
@@ -19,14 +21,18 @@ CALLS = 3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--type", default="float32", choices=TYPES, help="of the values (float32)")
     args = parser.parse_args()
     if missing := compiled.missing(args.device):
         sys.exit(f"no compiled kernels: {missing}")
     load = Load("encoder", (800, 1333), batch=1, fused=True)
-    value, *points = (tensor.detach() for tensor in make_inputs(load, torch.device(args.device), TYPES[args.type]))
+    value, *points = (
+        tensor.detach() for tensor in make_inputs(load, torch.device(args.device), TYPES[args.type])
+    )
     grad = torch.ones(1, value.shape[1], HEADS * CHANNELS, device=value.device, dtype=value.dtype)
     for _ in range(CALLS):
         compiled.fused_forward(value, load.shapes, *points)

@@ -1,4 +1,5 @@
-"""Says what machine this is, and builds what it lacks: python -m tools.gpu_check.prepare [--device cpu].
+"""Says what machine this is, and builds what it lacks: python -m tools.gpu_check.prepare [--device
+cpu].
 
 Kernels that were built elsewhere are kept if they compute right here.
 """
@@ -17,13 +18,18 @@ import torch
 from tools.gpu_check.runner import find_tool
 
 # in a process of its own: a library is loaded once
-PROBE = "import sys, torch; from models.ops import backends; backends.choose('compiled', torch.device(sys.argv[1]))"
+PROBE = (
+    "import sys, torch; from models.ops import backends; backends.choose('compiled', "
+    "torch.device(sys.argv[1]))"
+)
 HERE = Path(__file__).resolve().parent
 PLAIN = HERE / "plain.so"  # the kernels that the operator's are compared with
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     device = parser.parse_args().device
     describe(device)
@@ -42,7 +48,10 @@ def describe(device: str) -> None:
         subprocess.run(["nvidia-smi"], check=False)
     name = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     print(f"device: {name}")
-    print(f"software: Python {platform.python_version()}, torch {torch.__version__}, CUDA {torch.version.cuda}", flush=True)
+    print(
+        f"software: Python {platform.python_version()}, torch {torch.__version__}, CUDA {torch.version.cuda}",
+        flush=True,
+    )
 
 
 def kernels_fit(device: str) -> bool:
@@ -65,7 +74,13 @@ def build_plain() -> bool:
         return False
     headers = [flag for folder in include_paths() for flag in ("-isystem", folder)]
     flags = ["-std=c++20", "-O3", "-arch=native", "-shared", "-Xcompiler", "-fPIC", "-DUSE_CUDA"]
-    libraries = [*(f"-L{folder}" for folder in library_paths()), "-Xlinker", "--no-as-needed", "-ltorch_cpu", "-ltorch_cuda"]
+    libraries = [
+        *(f"-L{folder}" for folder in library_paths()),
+        "-Xlinker",
+        "--no-as-needed",
+        "-ltorch_cpu",
+        "-ltorch_cuda",
+    ]
     abi = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # PyTorch 2.10, as in models/ops/setup.py
     command = [nvcc, *flags, abi, *headers, HERE / "plain.cu", "-o", PLAIN, *libraries]
     return subprocess.run(command, check=False).returncode == 0

@@ -1,7 +1,9 @@
-"""A run that goes on from the middle must end as one that was never stopped: python -m tools.gpu_check.resume <main.py's flags>.
+"""A run that goes on from the middle must end as one that was never stopped: python -m
+tools.gpu_check.resume <main.py's flags>.
 
-Trains in <output_dir>/whole, copies that without what came after the last checkpoint within an epoch, goes on there with
---resume auto, and compares both ends to the bit. Needs --output_dir, --deterministic, --save_every and two epochs.
+Trains in <output_dir>/whole, copies that without what came after the last checkpoint within an
+epoch, goes on there with --resume auto, and compares both ends to the bit. Needs --output_dir,
+--deterministic, --save_every and two epochs.
 """
 
 from __future__ import annotations

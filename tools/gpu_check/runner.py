@@ -26,12 +26,18 @@ from util.text_files import replace_text
 
 LAST_WORDS = 15  # seconds kept for ending what runs, and for the results
 TOOLS = ("ncu", "compute-sanitizer", "nvidia-smi")
-CLOCK = ("--query-gpu=clocks.sm,utilization.gpu,power.draw,temperature.gpu", "--format=csv,noheader,nounits", "--loop=1")
+CLOCK = (
+    "--query-gpu=clocks.sm,utilization.gpu,power.draw,temperature.gpu",
+    "--format=csv,noheader,nounits",
+    "--loop=1",
+)
 
 
 @dataclass
 class Outcome:
-    """What became of a step: "passed", "FAILED: ...", "skipped: ..." or "left out: ...". Seconds that it took."""
+    """What became of a step: "passed", "FAILED: ...", "skipped: ..." or "left out: ...". Seconds
+    that it took.
+    """
 
     result: str
     expected: str
@@ -46,12 +52,18 @@ class Outcome:
 class Check:
     """The steps on "cuda" or "cpu", within some minutes.
 
-    `folder` gets summary.md, figures.json and logs.tar.gz, after every step anew, so that an early end loses nothing; `work`
-    everything else.
+    `folder` gets summary.md, figures.json and logs.tar.gz, after every step anew, so that an early
+    end loses nothing; `work` everything else.
     """
 
     def __init__(self, folder: Path, work: Path, device: str, minutes: float) -> None:
-        self.folder, self.work, self.logs, self.device, self.minutes = folder, work, work / "logs", device, minutes
+        self.folder, self.work, self.logs, self.device, self.minutes = (
+            folder,
+            work,
+            work / "logs",
+            device,
+            minutes,
+        )
         self.end = time.monotonic() + 60 * minutes - LAST_WORDS
         self.results: dict[str, Outcome] = {}
         self.environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
@@ -73,7 +85,9 @@ class Check:
         return not any(result.failed for result in self.results.values())
 
     def do_side_by_side(self, steps: Sequence[Step]) -> None:
-        """As many at a time as the machine has cores for; a step waits for the one before it whose files it reads."""
+        """As many at a time as the machine has cores for; a step waits for the one before it whose
+        files it reads.
+        """
         begun: dict[str, Future] = {}
 
         def in_turn(step: Step) -> None:
@@ -99,7 +113,12 @@ class Check:
         with self._writing:
             self.results[step.name] = result
             self._write()
-        print(f"== {step.name}: {result.result}", *(f"   {k} {v}" for k, v in result.figures.items()), sep="\n", flush=True)
+        print(
+            f"== {step.name}: {result.result}",
+            *(f"   {k} {v}" for k, v in result.figures.items()),
+            sep="\n",
+            flush=True,
+        )
 
     def _hindrance(self, step: Step) -> str | None:
         """Why a step can't run here; None if it can."""
@@ -121,20 +140,34 @@ class Check:
             print("$", *settings, shlex.join(command), file=output, flush=True)
             environment = self.environment | dict(step.environment)
             code = subprocess.run(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, check=False
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                check=False,
             ).returncode
         text = log.read_text(errors="replace").partition("\n")[2]
         if code:
             print(f"== {step.name}", *text.splitlines()[-15:], sep="\n    ", flush=True)
         seconds = time.monotonic() - begin
         result = "passed" if code == 0 else f"FAILED: exit status {code}"
-        if code in (124, 137) and seconds >= limit:  # what timeout gives, and a process that something else killed
-            result = f"FAILED: ended after {limit} s" if limit == step.limit else f"left out: cut off after {limit} s"
+        if (
+            code in (124, 137) and seconds >= limit
+        ):  # what timeout gives, and a process that something else killed
+            result = (
+                f"FAILED: ended after {limit} s"
+                if limit == step.limit
+                else f"left out: cut off after {limit} s"
+            )
         return Outcome(result, step.expected, round(seconds), read_figures(step.figures, text))
 
     def command(self, step: Step) -> list[str]:
         """The words of a step's command, with this Python, these folders, and tools where they are."""
-        words = [word.format(data=self.work / "data", work=self.work, logs=self.logs) for word in shlex.split(step.command)]
+        words = [
+            word.format(data=self.work / "data", work=self.work, logs=self.logs)
+            for word in shlex.split(step.command)
+        ]
         found = {"python3": sys.executable} | {name: find_tool(name) or name for name in TOOLS}
         return [found.get(word, word) for word in words]
 
@@ -145,7 +178,10 @@ class Check:
         if smi is None:
             yield
             return
-        with (self.logs / "clock.csv").open("w") as output, subprocess.Popen([smi, *CLOCK], stdout=output) as process:
+        with (
+            (self.logs / "clock.csv").open("w") as output,
+            subprocess.Popen([smi, *CLOCK], stdout=output) as process,
+        ):
             try:
                 yield
             finally:
@@ -195,5 +231,7 @@ def find_tool(name: str) -> str | None:
 
 def commit() -> str:
     """Of the sources, as git says."""
-    said = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    said = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
     return said.stdout.strip() or "unknown"

@@ -1,4 +1,5 @@
-"""What the page shows, as plain data: the summary of runs, their flags, classes, and precision by recall.
+"""What the page shows, as plain data: the summary of runs, their flags, classes, and precision by
+recall.
 
 Values are numbers or null where nothing can be said; average precisions are shares in [0, 1].
 """
@@ -18,12 +19,17 @@ from tools.report_page.runs import Result, Run, Tables
 from util.config import all_flags
 from util.curves import series
 
-# of a class: its name, and its places among IoU thresholds, sizes and numbers of detections; the last from recall
+# of a class: its name, and its places among IoU thresholds, sizes and numbers of detections; the
+# last from recall
 CLASS_FIGURES: tuple[tuple[str, slice, int, bool], ...] = (
-    ("AP", slice(None), 0, False), ("AP50", slice(0, 1), 0, False), ("AP75", slice(5, 6), 0, False),
-    ("AP small", slice(None), 1, False), ("AP medium", slice(None), 2, False), ("AP large", slice(None), 3, False),
+    ("AP", slice(None), 0, False),
+    ("AP50", slice(0, 1), 0, False),
+    ("AP75", slice(5, 6), 0, False),
+    ("AP small", slice(None), 1, False),
+    ("AP medium", slice(None), 2, False),
+    ("AP large", slice(None), 3, False),
     ("AR 100", slice(None), 0, True),
-)  # fmt: skip
+)
 
 
 def result_name(run: Run, result: Result) -> str:
@@ -41,12 +47,19 @@ def summary(run: Run) -> dict[str, Any]:
     evaluated, ap = series(run.rows, "AP")
     environment, starts = run.record.get("environment") or {}, run.record.get("starts") or []
     return {
-        "name": run.name, "folder": str(run.folder), "epochs": epochs, "of": flags.get("epochs"),
+        "name": run.name,
+        "folder": str(run.folder),
+        "epochs": epochs,
+        "of": flags.get("epochs"),
         "best": {"AP": ap.max() / 100, "epoch": int(evaluated[ap.argmax()])} if len(ap) else None,
-        "loss": number(last.get("train_loss")), "parameters": number(last.get("n_parameters")),
-        "batch": total_batch(flags, environment), "environment": environment, "data": run.record.get("data") or {},
-        "started": starts[0].get("at") if starts else None, "continued": max(0, len(starts) - 1),
-    }  # fmt: skip
+        "loss": number(last.get("train_loss")),
+        "parameters": number(last.get("n_parameters")),
+        "batch": total_batch(flags, environment),
+        "environment": environment,
+        "data": run.record.get("data") or {},
+        "started": starts[0].get("at") if starts else None,
+        "continued": max(0, len(starts) - 1),
+    }
 
 
 def total_batch(flags: Mapping[str, Any], environment: Mapping[str, Any]) -> int | None:
@@ -61,7 +74,10 @@ def flag_table(runs: Sequence[Run]) -> list[dict[str, Any]]:
     meanings = {item.name: item.metadata["help"] for _, item in all_flags()}
     names = [*meanings, *sorted({name for run in runs for name in run.flags} - set(meanings))]
     known = [name for name in names if any(name in run.flags for run in runs)]
-    return [{"name": n, "help": meanings.get(n, ""), "values": [_flag(run.flags.get(n)) for run in runs]} for n in known]
+    return [
+        {"name": n, "help": meanings.get(n, ""), "values": [_flag(run.flags.get(n)) for run in runs]}
+        for n in known
+    ]
 
 
 def _flag(value: Any) -> str | None:
@@ -76,7 +92,8 @@ def class_table(results: Sequence[Result], truth: COCO | None, names: Mapping[in
     counts = Counter(a["category_id"] for a in truth.anns.values() if not a["iscrowd"]) if truth else None
     return {
         "classes": [
-            {"id": i, "name": names.get(i, f"class {i}"), "objects": None if counts is None else counts[i]} for i in ids
+            {"id": i, "name": names.get(i, f"class {i}"), "objects": None if counts is None else counts[i]}
+            for i in ids
         ],
         "figures": [name for name, *_ in CLASS_FIGURES],
         "values": [class_figures(result.tables, ids) if result.tables else None for result in results],
@@ -84,7 +101,9 @@ def class_table(results: Sequence[Result], truth: COCO | None, names: Mapping[in
 
 
 def class_figures(tables: Tables, ids: Sequence[int]) -> dict[str, list[float | None]]:
-    """COCO's figures of single classes: the mean over what the figure averages, leaving out what is undefined."""
+    """COCO's figures of single classes: the mean over what the figure averages, leaving out what is
+    undefined.
+    """
     places = {category: place for place, category in enumerate(tables.category_ids)}
     figures = {}
     for name, ious, area, is_recall in CLASS_FIGURES:

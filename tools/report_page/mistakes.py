@@ -20,7 +20,10 @@ from util.images import as_rgb
 PICTURE_SIDE = 420  # pixels of the longer side
 PICTURE_BYTES = 5_500_000  # of all pictures together, as text of the page
 SURROUNDINGS = 2.2  # a picture's side, of what it is about
-SMALLEST_VIEW = 0.25  # of the image's longer side: an object of ten pixels says nothing without its surroundings
+SMALLEST_VIEW = (
+    # of the image's longer side: an object of ten pixels says nothing without its surroundings
+    0.25
+)
 MAX_PIXELS = 200_000_000
 CONTEXT = 30  # other objects shown in a picture
 
@@ -73,14 +76,16 @@ class Album:
 
 
 def error_table(errors: Errors, threshold: float) -> dict[str, Any]:
-    """Of a result: its numbers of errors by kind at a threshold of the score, and what each kind costs."""
+    """Of a result: its numbers of errors by kind at a threshold of the score, and what each kind
+    costs.
+    """
     sure = errors.detections.score >= threshold
     kinds = errors.detections.kind[sure]
     counts = {kind: int((kinds == kind).sum()) for kind in FALSE_POSITIVES}
     return {
         "counts": counts | {MISSED: int(missed(errors, threshold).sum())},
         "costs": {kind: round(cost, 5) for kind, cost in errors.costs().items()},
-    }  # fmt: skip
+    }
 
 
 def missed(errors: Errors, threshold: float) -> np.ndarray:
@@ -95,8 +100,11 @@ def found_score(errors: Errors) -> np.ndarray:
     return scores[by]  # -1 is the last
 
 
-def worst(all_errors: Sequence[Errors | None], coco: COCO, album: Album, threshold: float, count: int) -> list[dict[str, Any]]:
-    """The worst `count` errors of each kind and result: false positives by score, missed objects by area.
+def worst(
+    all_errors: Sequence[Errors | None], coco: COCO, album: Album, threshold: float, count: int
+) -> list[dict[str, Any]]:
+    """The worst `count` errors of each kind and result: false positives by score, missed objects by
+    area.
 
     Args:
         all_errors: of the results that share these annotations; None for the others.
@@ -104,10 +112,16 @@ def worst(all_errors: Sequence[Errors | None], coco: COCO, album: Album, thresho
     Returns:
         for the page: result, kind, image, view, boxes, and what the other results made of the same.
     """
-    ranked = {(number, kind): _ranked(errors, kind, threshold)[:count] for kind in KINDS
-              for number, errors in enumerate(all_errors) if errors is not None}  # fmt: skip
+    ranked = {
+        (number, kind): _ranked(errors, kind, threshold)[:count]
+        for kind in KINDS
+        for number, errors in enumerate(all_errors)
+        if errors is not None
+    }
     entries = []
-    for place in range(count):  # the very worst of every kind first, in case the room for pictures does not last
+    for place in range(
+        count
+    ):  # the very worst of every kind first, in case the room for pictures does not last
         for (number, kind), chosen in ranked.items():
             if place < len(chosen):
                 entries.append(_entry(all_errors, number, kind, int(chosen[place]), coco, album, threshold))
@@ -116,7 +130,13 @@ def worst(all_errors: Sequence[Errors | None], coco: COCO, album: Album, thresho
 
 
 def _entry(
-    all_errors: Sequence[Errors | None], number: int, kind: str, chosen: int, coco: COCO, album: Album, threshold: float
+    all_errors: Sequence[Errors | None],
+    number: int,
+    kind: str,
+    chosen: int,
+    coco: COCO,
+    album: Album,
+    threshold: float,
 ) -> dict[str, Any]:
     """One error: `chosen` is the index of the object that was missed, or of the false positive."""
     errors = all_errors[number]
@@ -129,22 +149,33 @@ def _entry(
     size = float(image.get("width") or 0), float(image.get("height") or 0)
     view = view_of(np.stack(boxes), size)
     entry: dict[str, Any] = {
-        "result": number, "kind": kind, "file": image.get("file_name", str(image_id)), "image": image_id,
-        "view": [round(v, 1) for v in view], "picture": album.cutting(image_id, view),
+        "result": number,
+        "kind": kind,
+        "file": image.get("file_name", str(image_id)),
+        "image": image_id,
+        "view": [round(v, 1) for v in view],
+        "picture": album.cutting(image_id, view),
         "object": _shown(objects.box[target], int(objects.category[target])) if target >= 0 else None,
         "context": _context(objects, image_id, target, view),
-    }  # fmt: skip
+    }
     if kind == MISSED:
         score = found_score(errors)[chosen]
         found_with = None if np.isnan(score) else round(float(score), 3)
         entry |= {"badness": float(objects.box[chosen, 2:].prod()), "found_with": found_with}
     else:
-        detection = _shown(found.box[chosen], int(found.category[chosen])) | {"score": round(float(found.score[chosen]), 3)}
-        entry |= {"badness": float(found.score[chosen]), "detection": detection, "iou": round(float(found.iou[chosen]), 3)}
+        detection = _shown(found.box[chosen], int(found.category[chosen])) | {
+            "score": round(float(found.score[chosen]), 3)
+        }
+        entry |= {
+            "badness": float(found.score[chosen]),
+            "detection": detection,
+            "iou": round(float(found.iou[chosen]), 3),
+        }
     entry["others"] = [
         {"result": other, "text": _elsewhere(theirs, entry, target, threshold)}
-        for other, theirs in enumerate(all_errors) if theirs is not None and other != number
-    ]  # fmt: skip
+        for other, theirs in enumerate(all_errors)
+        if theirs is not None and other != number
+    ]
     return entry
 
 
@@ -166,7 +197,9 @@ def _context(objects: Any, image_id: int, target: int, view: Box) -> list[dict[s
     near = []
     for i in np.flatnonzero(objects.image == image_id):
         x, y, width, height = objects.box[i]
-        inside = x < view[0] + view[2] and y < view[1] + view[3] and x + width > view[0] and y + height > view[1]
+        inside = (
+            x < view[0] + view[2] and y < view[1] + view[3] and x + width > view[0] and y + height > view[1]
+        )
         if i != target and inside:
             near.append(_shown(objects.box[i], int(objects.category[i])))
     return near[:CONTEXT]
@@ -178,17 +211,23 @@ def _elsewhere(errors: Errors, entry: Mapping[str, Any], target: int, threshold:
         score = found_score(errors)[target]
         return f"found it ({score:.2f})" if score >= threshold else "missed it too"
     found, mine = errors.detections, entry["detection"]
-    near = np.flatnonzero((found.image == entry["image"]) & (found.category == mine["class"]) & (found.score >= threshold))
+    near = np.flatnonzero(
+        (found.image == entry["image"]) & (found.category == mine["class"]) & (found.score >= threshold)
+    )
     near = near[~np.isin(found.kind[near], (CORRECT, IGNORED))]
     if len(near):
-        iou = np.asarray(mask_utils.iou(found.box[near], np.array([mine["box"]], dtype=np.float64), [0]))[:, 0]
+        iou = np.asarray(mask_utils.iou(found.box[near], np.array([mine["box"]], dtype=np.float64), [0]))[
+            :, 0
+        ]
         if (iou >= FOUND_IOU).any():
             return f"made it too ({found.score[near[iou >= FOUND_IOU]].max():.2f})"
     return "did not make it"
 
 
 def view_of(boxes: np.ndarray, size: tuple[float, float]) -> Box:
-    """The part of an image to show for boxes [n, 4]: with all of them and what is around, 4:3 where the image allows."""
+    """The part of an image to show for boxes [n, 4]: with all of them and what is around, 4:3 where
+    the image allows.
+    """
     low = np.clip(boxes[:, :2].min(0), 0, None)
     high = np.minimum((boxes[:, :2] + boxes[:, 2:]).max(0), np.where(np.array(size) > 0, size, np.inf))
     limits = np.array(size) if min(size) > 0 else SURROUNDINGS * np.maximum(high - low, 1)

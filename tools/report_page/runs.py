@@ -20,7 +20,8 @@ from util.run_record import read_record
 
 log = logging.getLogger(__name__)
 
-# weights -> the tables and the detections of an evaluation, the newest place first: while training, or by main.py --eval
+# weights -> the tables and the detections of an evaluation, the newest place first: while training,
+# or by main.py --eval
 _FILES = {
     "": (("eval/latest.pth", "eval.pth"), ("eval/latest.json", "predictions.json")),
     "ema": (("eval/ema_latest.pth", "eval_ema.pth"), ("eval/ema_latest.json", "predictions_ema.json")),
@@ -29,8 +30,9 @@ _FILES = {
 
 @dataclass(frozen=True)
 class Tables:
-    """precision [T, R, K, A, M] and scores (the same) over IoU, recall, class, size and detections an image; recall [T, K, A, M];
-    -1 where nothing can be said."""
+    """precision [T, R, K, A, M] and scores (the same) over IoU, recall, class, size and detections
+    an image; recall [T, K, A, M]; -1 where nothing can be said.
+    """
 
     precision: NDArray[np.float64]
     recall: NDArray[np.float64]
@@ -41,7 +43,9 @@ class Tables:
 
 @dataclass
 class Result:
-    """A run's newest evaluation of one of its weights: "" or "ema" (averaged). tables and detections: None if not there."""
+    """A run's newest evaluation of one of its weights: "" or "ema" (averaged). tables and
+    detections: None if not there.
+    """
 
     weights: str
     tables: Tables | None
@@ -68,9 +72,13 @@ class Run:
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """Raises UserError for a folder that is not a run's, or a file in one that is broken."""
     names = [folder.resolve().name for folder in folders]
-    shown = [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders, strict=True)]
+    shown = [
+        name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders, strict=True)
+    ]
     if len(set(shown)) < len(shown):
-        raise UserError(f"{next(name for name in shown if shown.count(name) > 1)} is given twice; name each run once")
+        raise UserError(
+            f"{next(name for name in shown if shown.count(name) > 1)} is given twice; name each run once"
+        )
     return [_read_run(name, folder) for name, folder in zip(shown, folders, strict=True)]
 
 
@@ -89,9 +97,14 @@ def _read_run(name: str, folder: Path) -> Run:
         if result := _result(run, weights):
             run.results.append(result)
     if not (run.rows or run.record or run.results):
-        raise UserError(f"{folder} holds nothing of a run: no log.txt, run.json, checkpoint or eval/; give a run's --output_dir")
+        raise UserError(
+            f"{folder} holds nothing of a run: no log.txt, run.json, checkpoint or eval/; give a "
+            f"run's --output_dir"
+        )
     if not run.results:
-        run.notes.append("has not been evaluated yet; its figures appear after its first evaluation (--eval_every)")
+        run.notes.append(
+            "has not been evaluated yet; its figures appear after its first evaluation (--eval_every)"
+        )
     return run
 
 
@@ -115,7 +128,9 @@ def _record_of_checkpoint(run: Run) -> dict[str, Any]:
             continue
         args = checkpoint.get("args")
         flags = args if isinstance(args, dict) else vars(args) if hasattr(args, "__dict__") else {}
-        run.notes.append(f"has no run.json; its flags are those in {file.name}, and what it ran on is not known")
+        run.notes.append(
+            f"has no run.json; its flags are those in {file.name}, and what it ran on is not known"
+        )
         return {"flags": flags, "classes": checkpoint.get("classes")}
     run.notes.append("has no run.json and no checkpoint, so its flags are not known")
     return {}
@@ -147,10 +162,16 @@ def _read_tables(path: Path) -> Tables:
     content = read_checkpoint(path, "tables")
     try:
         arrays = [np.asarray(content[name], dtype=np.float64) for name in ("precision", "recall", "scores")]
-        tables = Tables(*arrays, [int(i) for i in content["category_ids"]], [float(value) for value in content["stats"]])
+        tables = Tables(
+            *arrays, [int(i) for i in content["category_ids"]], [float(value) for value in content["stats"]]
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} holds no tables of precision and recall ({error})") from None
-    if tables.precision.ndim != 5 or tables.precision.shape[2] != len(tables.category_ids) or len(tables.stats) != 12:
+    if (
+        tables.precision.ndim != 5
+        or tables.precision.shape[2] != len(tables.category_ids)
+        or len(tables.stats) != 12
+    ):
         raise UserError(f"{path} holds tables of another shape than COCO's")
     return tables
 
@@ -161,7 +182,10 @@ def _read_detections(path: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} can't be read ({getattr(error, 'strerror', None) or 'not JSON'})") from None
     if not isinstance(detections, list) or not all(map(_is_detection, detections)):
-        raise UserError(f"{path} is not in COCO's results format: a list of image_id, category_id, bbox [x, y, w, h] and score")
+        raise UserError(
+            f"{path} is not in COCO's results format: a list of image_id, category_id, bbox [x, y, "
+            f"w, h] and score"
+        )
     return detections
 
 
@@ -169,7 +193,12 @@ def _is_detection(entry: Any) -> bool:
     if not isinstance(entry, dict) or not is_number(entry.get("score")):
         return False
     ids, box = (entry.get("image_id"), entry.get("category_id")), entry.get("bbox")
-    return all(type(i) is int for i in ids) and isinstance(box, list) and len(box) == 4 and all(map(is_number, box))
+    return (
+        all(type(i) is int for i in ids)
+        and isinstance(box, list)
+        and len(box) == 4
+        and all(map(is_number, box))
+    )
 
 
 def last_figures(rows: Sequence[Row], weights: str) -> list[float] | None:

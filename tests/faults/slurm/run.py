@@ -1,10 +1,11 @@
-"""Preempts, cancels, times out and kills training jobs of a real Slurm: those that go on must end as one never disturbed.
+"""Preempts, cancels, times out and kills training jobs of a real Slurm: those that go on must end
+as one never disturbed.
 
     python -m tests.faults.slurm.run [--folder /tmp/slurm-test] [--only <case> ...]
 
-Sets up a Slurm on this machine by setup.sh (root, Debian packages) unless SLURM_CONF names one with its partitions `low` and
-`high`. Two CPU processes train a small detector on generated images, two epochs. The batch script is the one of
-docs/reliability.md. The last lines are a table in Markdown.
+Sets up a Slurm on this machine by setup.sh (root, Debian packages) unless SLURM_CONF names one with
+its partitions `low` and `high`. Two CPU processes train a small detector on generated images, two
+epochs. The batch script is the one of docs/reliability.md. The last lines are a table in Markdown.
 """
 
 from __future__ import annotations
@@ -33,9 +34,22 @@ START_UP = r"device: "
 SIGNAL_SECONDS = 120  # of the scripts; Slurm may send the signal a minute earlier
 UNDISTURBED_PARTITION = ("preemptmode=requeue", "gracetime=0")
 TRAINING = (
-    *SMALL_IMAGES, *SMALL_MODEL, *BATCHFORMER, "--epochs", "2", "--batch_size", "2", "--log_every", "1", "--num_workers", "1",
-    "--device", "cpu", "--save_every", "3",
-)  # fmt: skip
+    *SMALL_IMAGES,
+    *SMALL_MODEL,
+    *BATCHFORMER,
+    "--epochs",
+    "2",
+    "--batch_size",
+    "2",
+    "--log_every",
+    "1",
+    "--num_workers",
+    "1",
+    "--device",
+    "cpu",
+    "--save_every",
+    "3",
+)
 
 
 def wait_for(what: str, happened: Callable[[], object], seconds: float = 300) -> None:
@@ -61,7 +75,9 @@ def job_fields(job: str) -> dict[str, str]:
 
 
 class Run:
-    """A training run in a folder of its own; what it prints goes to the file `output`, or to `outputs`."""
+    """A training run in a folder of its own; what it prints goes to the file `output`, or to
+    `outputs`.
+    """
 
     def __init__(self, folder: Path, data: Path) -> None:
         self.folder, self.name = folder, folder.name
@@ -76,7 +92,9 @@ class Run:
     @property
     def job(self) -> str:
         """The number of its newest job."""
-        return slurm("squeue", "--noheader", "--states=all", "--sort=i", "--format=%A", f"--name={self.name}").splitlines()[-1]
+        return slurm(
+            "squeue", "--noheader", "--states=all", "--sort=i", "--format=%A", f"--name={self.name}"
+        ).splitlines()[-1]
 
     @property
     def state(self) -> str:
@@ -96,13 +114,24 @@ class Run:
 
     def command(self, *flags: str) -> list[str]:
         """The published command."""
-        return ["./tools/run_dist_slurm.sh", "low", self.name, "2", "main.py", *self.flags, *flags,
-                "--output_dir", str(self.folder)]  # fmt: skip
+        return [
+            "./tools/run_dist_slurm.sh",
+            "low",
+            self.name,
+            "2",
+            "main.py",
+            *self.flags,
+            *flags,
+            "--output_dir",
+            str(self.folder),
+        ]
 
     def login(self, *flags: str) -> None:
         """The published command on a login node."""
         with self.output.open("a") as output:
-            self.process = subprocess.Popen(self.command(*flags), cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(
+                self.command(*flags), cwd=ROOT, stdout=output, stderr=subprocess.STDOUT
+            )
 
     def batch(self, *flags: str) -> None:
         """The batch script of docs/reliability.md, with this run's command."""
@@ -112,31 +141,62 @@ class Run:
         expect(found == 1, "the published command in the script")
         path = self.folder.parent / f"{self.name}.sh"
         path.write_text(script.replace("exps/r50", str(self.folder)))
-        options = ("-p", "low", "--ntasks-per-node=2", "--cpus-per-task=1", "--gres=none", f"--job-name={self.name}")
+        options = (
+            "-p",
+            "low",
+            "--ntasks-per-node=2",
+            "--cpus-per-task=1",
+            "--gres=none",
+            f"--job-name={self.name}",
+        )
         slurm("sbatch", *options, f"--output={self.output}", str(path))
 
     def submitit(self) -> None:
         """Through tools/run_with_submitit.py; its logs of the first task are the output."""
-        command = [sys.executable, "tools/run_with_submitit.py", "--partition", "low", "--gpus_per_node", "0", "--tasks_per_node",
-                   "2", "--cpus_per_task", "1", "--job_dir", str(self.folder), "--", *self.flags]  # fmt: skip
+        command = [
+            sys.executable,
+            "tools/run_with_submitit.py",
+            "--partition",
+            "low",
+            "--gpus_per_node",
+            "0",
+            "--tasks_per_node",
+            "2",
+            "--cpus_per_task",
+            "1",
+            "--job_dir",
+            str(self.folder),
+            "--",
+            *self.flags,
+        ]
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=60)
         self.outputs = [self.folder / "submitit" / f"{self.job}_0_log.{kind}" for kind in ("out", "err")]
 
     def wait_for_tasks_to_end(self) -> None:
-        wait_for(f"end of the tasks of job {self.job}", lambda: not any(task_pids(rank, self.job) for rank in range(2)), 120)
+        wait_for(
+            f"end of the tasks of job {self.job}",
+            lambda: not any(task_pids(rank, self.job) for rank in range(2)),
+            120,
+        )
 
     def wait_for_requeue(self) -> None:
-        """Until the batch job is pending again. Slurm would leave it so for two minutes; within a second it can't start anew."""
+        """Until the batch job is pending again. Slurm would leave it so for two minutes; within a
+        second it can't start anew.
+        """
         wait_for(f"requeue of job {self.job}", lambda: self.state == "PENDING", 120)
         time.sleep(3)
         slurm("scontrol", "update", f"jobid={self.job}", "starttime=now")
 
     def wait_for_state(self, wanted: str, restarts: int = 0) -> None:
         """Until the batch job has ended."""
-        wait_for(f"end of job {self.job}", lambda: self.state not in ("PENDING", "RUNNING", "COMPLETING"), 600)
+        wait_for(
+            f"end of job {self.job}", lambda: self.state not in ("PENDING", "RUNNING", "COMPLETING"), 600
+        )
         fields = job_fields(self.job)
         expect(fields["JobState"] == wanted, f"job {self.job}: {fields['JobState']}, see {self.output}")
-        expect(int(fields["Restarts"]) == restarts, f"job {self.job} was restarted {fields['Restarts']} times")
+        expect(
+            int(fields["Restarts"]) == restarts, f"job {self.job} was restarted {fields['Restarts']} times"
+        )
 
 
 def task_pids(rank: int, job: str) -> list[int]:
@@ -145,7 +205,9 @@ def task_pids(rank: int, job: str) -> list[int]:
     found = []
     for pid, parent, variables in variables_of_processes():
         with contextlib.suppress(OSError):  # the parent has ended meanwhile
-            if wanted <= variables.items() and Path(f"/proc/{parent}/comm").read_text().startswith("slurmstepd"):
+            if wanted <= variables.items() and Path(f"/proc/{parent}/comm").read_text().startswith(
+                "slurmstepd"
+            ):
                 found.append(pid)
     return found
 
@@ -186,7 +248,9 @@ def lose_node(run: Run) -> None:
     for pid, _, variables in variables_of_processes():
         if variables.get("SLURM_JOB_ID") == job:
             os.kill(pid, signal.SIGKILL)
-    slurm("scontrol", "update", f"nodename={node}", "state=down", "reason=test")  # else it takes SlurmdTimeout
+    slurm(
+        "scontrol", "update", f"nodename={node}", "state=down", "reason=test"
+    )  # else it takes SlurmdTimeout
 
 
 def signal_processes(number: int, command: str) -> None:
@@ -262,8 +326,9 @@ def stays_ended_and_goes_on(state: str) -> Callable[[Run], str]:
 class Case:
     """A run that is started, disturbed, and comes to its end.
 
-    when: what it has printed when it is disturbed. asked: the signal that its tasks get, for which they are stopped; "" if
-    none. partition: settings of the partition. identical: it must end as the undisturbed run.
+    when: what it has printed when it is disturbed. asked: the signal that its tasks get, for which
+    they are stopped; "" if none. partition: settings of the partition. identical: it must end as
+    the undisturbed run.
     """
 
     title: str
@@ -288,7 +353,11 @@ class Case:
             expect("going on with" in run.text, f"{run.output} does not say that the run goes on")
         if not self.asked:
             return end
-        found = re.search(rf"asked to leave by {self.asked}; (saved in epoch \d+, after \d+ of \d+ images)", run.text)
+        found = re.search(
+            rf"asked to leave by {self.asked}; (saved in epoch \d+, after \d+ of \d+ "
+            rf"images)",
+            run.text,
+        )
         expect(found, f"{run.output} says nothing of {self.asked}")
         return f"{found[1]}; {end}"
 
@@ -301,48 +370,85 @@ CANCEL, GRACE = "preemptmode=cancel", "gracetime=60"
 TERM, USR1, USR2 = "SIGTERM", "SIGUSR1", "SIGUSR2"
 CASES = {
     "undisturbed": Case("published command, undisturbed", Run.login, nothing, exits(0)),
-    "preempted": Case("preempted in the middle of an epoch", Run.login, preempt, exits_and_goes_on(75), asked=TERM),
-    "preempted_at_start_up": Case("preempted during start-up", Run.login, preempt, exits_and_goes_on(75), when=START_UP),
+    "preempted": Case(
+        "preempted in the middle of an epoch", Run.login, preempt, exits_and_goes_on(75), asked=TERM
+    ),
+    "preempted_at_start_up": Case(
+        "preempted during start-up", Run.login, preempt, exits_and_goes_on(75), when=START_UP
+    ),
     "time_limit": Case("time limit, USR1 before it", Run.login, end_soon, exits_and_goes_on(75), asked=USR1),
     "task_killed": Case("`kill -9` of a task", Run.login, kill_task, exits_and_goes_on(137)),
     "node_lost": Case("node lost", Run.login, lose_node, exits_and_goes_on(0)),
     "batch_preempted": Case("batch script: preempted", Run.batch, preempt, requeued_by("Slurm"), asked=TERM),
     "batch_grace": Case(
-        "batch script: preempted with a GraceTime", Run.batch, preempt, requeued_by("the script"), asked=TERM, partition=(GRACE,)
+        "batch script: preempted with a GraceTime",
+        Run.batch,
+        preempt,
+        requeued_by("the script"),
+        asked=TERM,
+        partition=(GRACE,),
     ),
     "batch_grace_and_cancel": Case(
-        "batch script: PreemptMode=CANCEL with a GraceTime", Run.batch, preempt, requeued_by("the script"), asked=TERM,
+        "batch script: PreemptMode=CANCEL with a GraceTime",
+        Run.batch,
+        preempt,
+        requeued_by("the script"),
+        asked=TERM,
         partition=(CANCEL, GRACE),
     ),
     "batch_cancel": Case(
-        "batch script: PreemptMode=CANCEL", Run.batch, preempt, stays_ended_and_goes_on("PREEMPTED"), asked=TERM,
+        "batch script: PreemptMode=CANCEL",
+        Run.batch,
+        preempt,
+        stays_ended_and_goes_on("PREEMPTED"),
+        asked=TERM,
         partition=(CANCEL,),
     ),
     "batch_time_limit": Case(
         "batch script: time limit, USR1 before it", Run.batch, end_soon, requeued_by("the script"), asked=USR1
     ),
-    "batch_task_killed": Case("batch script: `kill -9` of a task", Run.batch, kill_task, requeued_by("the script")),
+    "batch_task_killed": Case(
+        "batch script: `kill -9` of a task", Run.batch, kill_task, requeued_by("the script")
+    ),
     "batch_node_lost": Case("batch script: node lost", Run.batch, lose_node, requeued_by("Slurm")),
-    "submitit_preempted": Case("submitit: preempted", Run.submitit, preempt, requeued_by("Slurm"), asked=TERM),
+    "submitit_preempted": Case(
+        "submitit: preempted", Run.submitit, preempt, requeued_by("Slurm"), asked=TERM
+    ),
     "submitit_time_limit": Case(
         "submitit: time limit, USR2 before it", Run.submitit, end_soon, requeued_by("submitit"), asked=USR2
     ),
     "submitit_node_lost": Case("submitit: node lost", Run.submitit, lose_node, requeued_by("Slurm")),
     "submitit_grace": Case(
-        "submitit: preempted with a GraceTime", Run.submitit, preempt, stays_ended("FAILED"), asked=TERM, partition=(GRACE,),
+        "submitit: preempted with a GraceTime",
+        Run.submitit,
+        preempt,
+        stays_ended("FAILED"),
+        asked=TERM,
+        partition=(GRACE,),
         identical=False,
     ),
     "submitit_task_killed": Case(
         "submitit: `kill -9` of a task", Run.submitit, kill_task, stays_ended("FAILED"), identical=False
     ),
-    "wrong_path": Case("a wrong path", wrong_path(Run.login), nothing, refused, when=START_UP, identical=False),
+    "wrong_path": Case(
+        "a wrong path", wrong_path(Run.login), nothing, refused, when=START_UP, identical=False
+    ),
     "batch_wrong_path": Case(
-        "batch script: a wrong path", wrong_path(Run.batch), nothing, stays_ended("FAILED"), when=START_UP, identical=False
+        "batch script: a wrong path",
+        wrong_path(Run.batch),
+        nothing,
+        stays_ended("FAILED"),
+        when=START_UP,
+        identical=False,
     ),
     "cancelled": Case("scancel", Run.login, cancel, exits(75), asked=TERM, identical=False),
-    "batch_cancelled": Case("batch script: scancel", Run.batch, cancel, stays_ended("CANCELLED"), asked=TERM, identical=False),
-    "submitit_cancelled": Case("submitit: scancel", Run.submitit, cancel, stays_ended("CANCELLED"), asked=TERM, identical=False),
-}  # fmt: skip
+    "batch_cancelled": Case(
+        "batch script: scancel", Run.batch, cancel, stays_ended("CANCELLED"), asked=TERM, identical=False
+    ),
+    "submitit_cancelled": Case(
+        "submitit: scancel", Run.submitit, cancel, stays_ended("CANCELLED"), asked=TERM, identical=False
+    ),
+}
 
 
 def wait_for_nodes() -> None:
@@ -364,7 +470,13 @@ def run_cases(names: Sequence[str], work: Path) -> bool:
         try:
             happened = case.do(run)
             wrong = differences(work / "undisturbed", run.folder) if case.identical else []
-            end = f"differs: {' '.join(wrong)[:200]}" if wrong else "identical" if case.identical else "as it should"
+            end = (
+                f"differs: {' '.join(wrong)[:200]}"
+                if wrong
+                else "identical"
+                if case.identical
+                else "as it should"
+            )
         except (AssertionError, subprocess.SubprocessError, OSError) as error:
             happened, end, wrong = str(error).replace("\n", " "), "FAILED", ["failed"]
             slurm("scancel", f"--name={name}")
@@ -378,9 +490,18 @@ def run_cases(names: Sequence[str], work: Path) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/slurm-test"), help="for Slurm, and the runs in its folder runs")
-    parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE", help=" ".join(CASES))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("/tmp/slurm-test"),
+        help="for Slurm, and the runs in its folder runs",
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE", help=" ".join(CASES)
+    )
     args = parser.parse_args()
     started_here = "SLURM_CONF" not in os.environ
     if started_here:
