@@ -23,7 +23,7 @@ from util.class_map import AUTO, ClassMap
 from util.config import DataConfig
 from util.data_identity import DataIdentity
 from util.errors import UserError
-from util.images import BadImageError, decode, read_image_file
+from util.images.files import BadImageError, decode, read_image_file
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from datasets.coco_format import format_faults, is_area, is_id
 from datasets.labelled import Corners, Faults, as_stored
 from datasets.preflight import box_fault, box_faults, describe_box, sizes_of, wrong_areas
 from util.errors import UserError
-from util.images import Header
+from util.images.files import Header
 
 Content = dict[str, Any]
 

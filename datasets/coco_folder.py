@@ -18,7 +18,7 @@ from datasets.coco_layout import Part
 from datasets.files import IMAGE_SUFFIXES, Found, Index, annotated_size, files_below, portable
 from datasets.labelled import PARTS, ROLES, VAL_FRACTION, Faults
 from util.errors import UserError
-from util.images import read_regular_file
+from util.images.files import read_regular_file
 
 _LISTS = ("images", "annotations", "categories")
 # words in the names of COCO's other annotation files, some of which have boxes too

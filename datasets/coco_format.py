@@ -17,7 +17,7 @@ from pycocotools.coco import COCO
 
 from datasets.files import portable
 from util.errors import UserError
-from util.images import read_regular_file
+from util.images.files import read_regular_file
 
 # pixels; float32 holds the corners of such boxes well enough, and pycocotools the areas
 _FARTHEST = 1e9

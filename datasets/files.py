@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from util.config import DataConfig
 from util.errors import UserError
-from util.images import BadImageError, Header, read_header
+from util.images.files import BadImageError, Header, read_header
 
 IMAGE_SUFFIXES = (
     ".jpg",

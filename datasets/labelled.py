@@ -23,7 +23,7 @@ from datasets.coco_format import is_file_name, shown
 from datasets.files import IMAGE_FOLDERS, Findings, Key, files_below
 from util.config import DataConfig
 from util.errors import UserError
-from util.images import BadImageError, Header, read_header
+from util.images.files import BadImageError, Header, read_header
 
 # folders that tell images from labels, and parts from each other; an image and its labels have the
 # other names in common

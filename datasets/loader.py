@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from util.errors import LostProcessError, UserError
-from util.images import BadImageError
+from util.images.files import BadImageError
 from util.nested_tensor import NestedTensor
 from util.preemption import SIGNALS
 

@@ -29,7 +29,7 @@ from datasets.files import absent_names, respell
 from util.class_map import ClassMap
 from util.config import TransformerConfig
 from util.errors import UserError
-from util.images import BadImageError, decode, read_header, read_image_file
+from util.images.files import BadImageError, decode, read_header, read_image_file
 
 log = logging.getLogger(__name__)
 
@@ -373,7 +373,7 @@ class _Seen(NamedTuple):
 
     identity: the same for files with the same content (read as a whole) or of the same place
     (else). Of files read as a whole, levels: of 256, by which the pixels differ; bits: as
-    `util.images.as_rgb` tells.
+    `util.images.files.as_rgb` tells.
     """
 
     identity: tuple[Any, ...] | None = None

@@ -11,7 +11,7 @@ import torchvision.transforms.v2.functional as F
 from torchvision.transforms import v2
 from torchvision.tv_tensors import Image, TVTensor
 
-from util.image_input import normalize, resize, resized
+from util.images.prepare import normalize, resize, resized
 
 # has no say for an image less than 50 times as long as wide; one of a single column would grow to
 # gigabytes

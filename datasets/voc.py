@@ -42,7 +42,7 @@ from datasets.labelled import (
     progress,
 )
 from util.errors import UserError
-from util.images import Header, read_regular_file
+from util.images.files import Header, read_regular_file
 from util.text_files import read_lines, unquoted
 
 _SETS = Path("ImageSets/Main")

@@ -28,7 +28,7 @@ from datasets.labelled import (
 )
 from datasets.yolo_files import DARKNET, LABELS_BY_SPELLING, YAML, Lookup, describe, names_in
 from util.errors import UserError
-from util.images import Header
+from util.images.files import Header
 from util.text_files import read_lines
 
 _CLASSES = ("classes.txt", "labels/classes.txt")

@@ -24,7 +24,7 @@ from util.class_map import ClassMap, classes_of, unnamed_classes
 from util.config import WEIGHTS, Config, DataConfig
 from util.distributed import choose_device
 from util.errors import UserError
-from util.image_input import ImageLike, as_picture, prepare
+from util.images.prepare import ImageLike, as_picture, prepare
 from util.nested_tensor import NestedTensor
 from util.precision import LOW_TYPES, autocast
 from util.precision_check import check_precision
@@ -147,7 +147,7 @@ class Detector:
 
     def __call__(self, images: ImageLike | Sequence[ImageLike]) -> Detections | list[Detections]:
         """Detections of an image, or a list of them for a list of images; see
-        util.image_input.as_picture for what an image is.
+        util.images.prepare.as_picture for what an image is.
 
         A file is taken upright, as its EXIF orientation says and viewers show it, and boxes refer
         to it so.

@@ -33,7 +33,7 @@ from models import build_model
 from tests.helpers import ROOT, SMALL_IMAGES, SMALL_MODEL
 from tests.test_docs import PAGES, blocks, commands
 from util.config import parse_config
-from util.video import VideoWriter
+from util.images.video import VideoWriter
 
 SECONDS = 900
 # what the Python of a page takes for given

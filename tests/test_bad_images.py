@@ -29,7 +29,7 @@ from tests.golden import recipe
 from tests.helpers import SMALL_IMAGES, SMALL_MODEL, run, write_coco
 from util.config import parse_config
 from util.errors import UserError
-from util.images import FORMATS, BadImageError, decode
+from util.images.files import FORMATS, BadImageError, decode
 
 CPU = torch.device("cpu")
 WORKERS = pytest.mark.parametrize("workers", [0, 2])
@@ -288,7 +288,7 @@ from PIL import Image
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 Image.MAX_IMAGE_PIXELS = 5000  # it warns above this, and refuses above twice this
 
-from util.images import decode
+from util.images.files import decode
 from util.errors import run_as_command
 
 path = Path(sys.argv[1])

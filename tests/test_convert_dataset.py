@@ -21,7 +21,7 @@ from datasets.yolo import read_yolo
 from tests import layouts
 from tests.helpers import run, write_coco
 from util.errors import UserError
-from util.images import Header, read_header
+from util.images.files import Header, read_header
 
 SIZE = (100, 60)
 

@@ -18,7 +18,7 @@ from datasets.transforms import Area, RandomCrop, RandomShorterSide
 from tests.golden_cases import FOLDER
 from tests.helpers import SMALL_IMAGES, write_coco
 from util.config import parse_config
-from util.image_input import MEAN, STD, resized
+from util.images.prepare import MEAN, STD, resized
 
 
 def config_for(folder, *flags):

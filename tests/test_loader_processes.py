@@ -19,7 +19,7 @@ from datasets.loader import build_loader
 from tests.helpers import ROOT, run
 from tests.processes import wait_until
 from util.errors import LostProcessError, UserError
-from util.images import BadImageError
+from util.images.files import BadImageError
 from util.preemption import SIGNALS
 
 CPU = torch.device("cpu")

@@ -592,7 +592,7 @@ def test_a_video_cut_short_is_predicted_as_far_as_it_goes(run):
 
 @pytest.mark.parametrize("batch_size", ["1", "2", "4"])
 def test_the_frames_before_a_broken_one_are_predicted_in_any_batch(run, monkeypatch, capsys, batch_size):
-    from util.video import VideoReader
+    from util.images.video import VideoReader
 
     frames = VideoReader.__iter__
 
@@ -617,7 +617,7 @@ def test_without_pyav_a_video_is_refused_and_pictures_are_not(run, monkeypatch):
 
 def test_a_long_video_is_never_all_in_memory(run, monkeypatch):
     """No more frames are read than a few before the last that was written."""
-    from util.video import VideoReader, VideoWriter
+    from util.images.video import VideoReader, VideoWriter
 
     read, written, farthest = 0, 0, 0
     frames, add = VideoReader.__iter__, VideoWriter.add

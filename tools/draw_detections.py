@@ -19,7 +19,7 @@ sys.path.insert(
 from datasets.files import respell
 from util.config import DataConfig, add_score_threshold_flag, make_parser
 from util.errors import UserError, run_as_command
-from util.images import decode, read_image_file
+from util.images.files import decode, read_image_file
 from util.visualizer import contact_sheet, draw_coco, side_by_side
 
 EXAMPLE = """\

@@ -352,7 +352,7 @@ def _detector(args: argparse.Namespace, batchformer: bool = False) -> Detector:
 
 
 def _read(path: Path) -> Image.Image:
-    from util.image_input import read_picture
+    from util.images.prepare import read_picture
 
     return read_picture(path, DataConfig.max_image_megapixels, "or leave it out")
 

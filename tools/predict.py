@@ -45,8 +45,8 @@ if TYPE_CHECKING:  # imported where they are used: --help needs no torch
     from tqdm import tqdm
 
     from models.detector import Detections, Detector, Prepared
-    from util.images import BadImageError
-    from util.video import VideoReader
+    from util.images.files import BadImageError
+    from util.images.video import VideoReader
 
 EXAMPLE = (
     "python tools/predict.py --resume exps/run/checkpoint.pth photos street.jpg drive.mp4 "
@@ -138,7 +138,7 @@ class Source:
 
     @property
     def is_video(self) -> bool:
-        from util.video import SUFFIXES
+        from util.images.video import SUFFIXES
 
         return self.path.suffix.lower() in SUFFIXES
 
@@ -363,7 +363,7 @@ class Prediction:
                     self._drawn(shot, found, enlarge=True).save(path, quality=92, subsampling=0)
 
     def _video(self, source: Source) -> None:
-        from util.video import VideoReader, VideoWriter
+        from util.images.video import VideoReader, VideoWriter
 
         with VideoReader(source.path, self._otherwise) as video, contextlib.ExitStack() as stack:
             self.progress.total += video.num_frames
@@ -383,7 +383,7 @@ class Prediction:
                 writer.add(self._drawn(shot, found, enlarge=False), shot.seconds)
 
     def _read_pictures(self, sources: Sequence[Source]) -> Iterator[Shot]:
-        from util.image_input import read_picture
+        from util.images.prepare import read_picture
 
         for source in sources:
             number = next(self._next_id) if source.image_id is None else source.image_id
@@ -441,7 +441,7 @@ class Prediction:
 
     @contextlib.contextmanager
     def _bad_noted(self) -> Iterator[None]:
-        from util.images import BadImageError
+        from util.images.files import BadImageError
 
         try:
             yield

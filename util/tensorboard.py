@@ -20,7 +20,7 @@ from PIL import Image
 
 from util.curves import FIGURES
 from util.errors import UserError
-from util.images import as_rgb
+from util.images.files import as_rgb
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

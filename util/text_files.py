@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from util.errors import UserError
-from util.images import read_regular_file
+from util.images.files import read_regular_file
 
 # UTF-32 first: its mark begins with that of UTF-16
 _MARKS = (

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from util.images import as_rgb
+from util.images.files import as_rgb
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "OpenCV")  # that it is slower without OpenCV

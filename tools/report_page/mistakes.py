@@ -15,7 +15,7 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 
 from datasets.detection_errors import CORRECT, FALSE_POSITIVES, FOUND_IOU, IGNORED, KINDS, MISSED, Errors
-from util.images import as_rgb
+from util.images.files import as_rgb
 
 PICTURE_SIDE = 420  # pixels of the longer side
 PICTURE_BYTES = 5_500_000  # of all pictures together, as text of the page

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from util.errors import UserError
-from util.images import as_rgb, decode, read_image_file, to_8_bits
+from util.images.files import as_rgb, decode, read_image_file, to_8_bits
 
 ImageLike = str | os.PathLike | Image.Image | np.ndarray | Tensor
 
@@ -25,7 +25,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def read_picture(path: Path, megapixels: float, otherwise: str, *, upright: bool = True) -> Image.Image:
-    """The RGB picture in a file; by default as viewers show it (util.images.decode). Raises
+    """The RGB picture in a file; by default as viewers show it (util.images.files.decode). Raises
     BadImageError.
     """
     return decode(read_image_file(path, megapixels, otherwise), path, megapixels, otherwise, upright=upright)
@@ -38,7 +38,7 @@ def as_picture(image: ImageLike, megapixels: float) -> Image.Image:
         image: a path; a PIL image, whose pixels are taken as they lie; an array [H, W], [H, W, 1],
             [H, W, 3] or [H, W, 4]; a tensor [1, H, W], [3, H, W] or [4, H, W] on any device. Three
             channels are RGB, of four the last is left out. Numbers become 8 bits by the rule of
-            files (util.images.to_8_bits).
+            files (util.images.files.to_8_bits).
         megapixels: larger files are refused before they are decoded.
 
     Raises:

@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from util.errors import UserError
-from util.images import BadImageError
+from util.images.files import BadImageError
 
 SUFFIXES = (
     ".mp4",
