@@ -16,7 +16,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from util.class_map import ClassMap
-from util.curves import FIGURES
+from util.draw.curves import FIGURES
 
 log = logging.getLogger(__name__)
 

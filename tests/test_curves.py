@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageColor
 
 from tools import plot_logs
-from util.curves import PANELS, read_log, run_colors, series
+from util.draw.curves import PANELS, read_log, run_colors, series
+from util.draw.plots import plot_run
 from util.errors import UserError
-from util.plot_utils import plot_run
 
 
 def luminance(color: tuple[int, ...]) -> float:

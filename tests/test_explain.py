@@ -13,7 +13,10 @@ from models import build_model, load_detector
 from models.inspection import recording
 from tests.helpers import BATCHFORMER, ROOT, SMALL_IMAGES, SMALL_MODEL, run
 from tools import explain
-from util.attention_plots import (
+from util.checkpoint import write_atomically
+from util.class_map import Category, ClassMap
+from util.config import parse_config
+from util.draw.attention import (
     Position,
     Samples,
     on_padding,
@@ -21,9 +24,6 @@ from util.attention_plots import (
     plot_other_shares,
     plot_samples,
 )
-from util.checkpoint import write_atomically
-from util.class_map import Category, ClassMap
-from util.config import parse_config
 from util.errors import UserError
 
 CLASSES = ClassMap(

@@ -28,7 +28,7 @@ from tools.report_page.make import GroundTruth, page_content, write_page
 from tools.report_page.mistakes import Album, found_score, missed, view_of, worst
 from tools.report_page.runs import read_runs
 from util.checkpoint import read_checkpoint, write_atomically
-from util.curves import PANELS
+from util.draw.curves import PANELS
 from util.errors import UserError
 from util.run_record import KEPT_STARTS, read_record, write_record
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 import util.tensorboard
 from util.checkpoint import read_checkpoint
-from util.curves import FIGURES
+from util.draw.curves import FIGURES
 from util.errors import UserError
 from util.run_record import read_record
 from util.tensorboard import Board, check_tensorboard, detection_pictures, epoch_scalars

@@ -11,8 +11,8 @@ from PIL import Image
 
 from tests.helpers import run
 from tools import draw_detections, plot_logs
+from util.draw.boxes import COLORS, contact_sheet, draw_boxes, side_by_side
 from util.errors import UserError
-from util.visualizer import COLORS, contact_sheet, draw_boxes, side_by_side
 
 SIZES = [(64, 48), (32, 32), (640, 427), (4000, 1500), (480, 40), (30, 900), (1, 1)]
 PALETTE = [tuple(bytes.fromhex(color)) for color in COLORS.split()]
@@ -439,7 +439,7 @@ def test_numbers_of_images(coco):
 
 
 def test_importing_warns_of_nothing():
-    done = run(sys.executable, "-W", "error", "-c", "import util.visualizer")
+    done = run(sys.executable, "-W", "error", "-c", "import util.draw.boxes")
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -18,9 +18,9 @@ sys.path.insert(
 )  # a script sees only its own folder, not the project
 from datasets.files import respell
 from util.config import DataConfig, add_score_threshold_flag, make_parser
+from util.draw.boxes import contact_sheet, draw_coco, side_by_side
 from util.errors import UserError, run_as_command
 from util.images.files import decode, read_image_file
-from util.visualizer import contact_sheet, draw_coco, side_by_side
 
 EXAMPLE = """\
   python tools/draw_detections.py --images coco/val2017 \\

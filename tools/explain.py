@@ -39,7 +39,7 @@ if TYPE_CHECKING:  # imported where they are used: --help needs no torch
 
     from models.detector import Detections, Detector, Prepared
     from models.inspection import Record, SampledAttention
-    from util.attention_plots import Position, Samples
+    from util.draw.attention import Position, Samples
 
 BEST = 3  # detections shown if none is chosen
 PAIRS_IN_A_ROW = 2
@@ -96,7 +96,7 @@ class Target:
 def explain_attention(args: argparse.Namespace) -> list[Path]:
     """Pictures of what detections, queries or a pixel look at. Raises UserError."""
     from models.inspection import recording
-    from util.attention_plots import plot_samples
+    from util.draw.attention import plot_samples
 
     detector = _detector(args)
     picture = _read(args.image)
@@ -180,7 +180,7 @@ def _samples(attention: SampledAttention, target: Target, size: tuple[int, int])
     """Of the only image, a picture of `size` (width, height)."""
     import numpy as np
 
-    from util.attention_plots import Samples
+    from util.draw.attention import Samples
 
     reference = attention.references_in_image()[0, target.index, 0].double().numpy()
     return Samples(
@@ -212,7 +212,7 @@ def _first(shapes: Sequence[tuple[int, int]], level: int) -> int:
 def explain_batchformer(args: argparse.Namespace) -> list[Path]:
     """Attention across a batch, and the two streams' detections. Raises UserError."""
     from models.inspection import as_in_training, recording
-    from util.attention_plots import on_padding
+    from util.draw.attention import on_padding
 
     if len(args.images) < 2:
         raise UserError(
@@ -239,7 +239,7 @@ def _batch_pages(
     detector: Detector, record: Record, sheets: list[Image.Image], args: argparse.Namespace
 ) -> list[Path]:
     """The pages of every layer of BatchFormerV2, and a line about each."""
-    from util.attention_plots import plot_batch_attention, plot_other_shares
+    from util.draw.attention import plot_batch_attention, plot_other_shares
 
     flags, count = detector.config.batchformer, len(sheets)
     layers = [
@@ -275,7 +275,7 @@ def _positions(
     weights: Tensor, shapes: Sequence[tuple[int, int]], padded: list, args: argparse.Namespace
 ) -> list[Position]:
     """The tokens of --level at --position, with their attention."""
-    from util.attention_plots import Position
+    from util.draw.attention import Position
 
     positions = []
     for level in _chosen("--level", args.level, len(shapes)):
@@ -302,7 +302,7 @@ def _streams(
     args: argparse.Namespace,
 ) -> Path:
     """Detections of both streams side by side."""
-    from util.visualizer import contact_sheet, draw_boxes, side_by_side
+    from util.draw.boxes import contact_sheet, draw_boxes, side_by_side
 
     if mixed["num_streams"] == 2:
         outputs = [

@@ -11,9 +11,9 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
 )  # a script sees only its own folder, not the project
 from util.config import make_parser
-from util.curves import Row, read_log
+from util.draw.curves import Row, read_log
+from util.draw.plots import plot_run
 from util.errors import UserError, run_as_command
-from util.plot_utils import plot_run
 
 EXAMPLE = """\
   python tools/plot_logs.py exps/baseline exps/batchformer --output curve.png

@@ -429,7 +429,7 @@ class Prediction:
         self.progress.update()
 
     def _drawn(self, shot: Shot, found: Detections, *, enlarge: bool) -> Image.Image:
-        from util.visualizer import draw_boxes
+        from util.draw.boxes import draw_boxes
 
         boxes, scores = found.boxes.numpy(), found.scores.tolist()
         return draw_boxes(shot.picture, boxes, found.names, scores, classes=self.class_names, enlarge=enlarge)

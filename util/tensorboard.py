@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from util.curves import FIGURES
+from util.draw.curves import FIGURES
 from util.errors import UserError
 from util.images.files import as_rgb
 
@@ -144,7 +144,7 @@ def detection_pictures(
         results: detections in COCO's results format.
         names: category id -> name.
     """
-    from util.visualizer import draw_coco, side_by_side  # takes most of a second
+    from util.draw.boxes import draw_coco, side_by_side  # takes most of a second
 
     ids = sorted(images)
     chosen = [ids[i] for i in np.linspace(0, len(ids) - 1, min(PICTURES, len(ids))).round().astype(int)]

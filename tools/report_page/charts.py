@@ -17,7 +17,7 @@ from plotly.graph_objects import Figure
 
 from tools.report_page.content import results_of
 from tools.report_page.runs import Run
-from util.curves import MAX_MARKERS, PANELS, Line, Panel, lines, run_colors
+from util.draw.curves import MAX_MARKERS, PANELS, Line, Panel, lines, run_colors
 
 # of lines, and how headings show them
 DASHES, SIGNS = ("solid", "dash", "dot"), ("—", "- -", "···")

@@ -17,7 +17,7 @@ from pycocotools.coco import COCO
 
 from tools.report_page.runs import Result, Run, Tables
 from util.config import all_flags
-from util.curves import series
+from util.draw.curves import series
 
 # of a class: its name, and its places among IoU thresholds, sizes and numbers of detections; the
 # last from recall

@@ -25,7 +25,7 @@ from datasets.files import respell
 from tools.report_page import charts, content
 from tools.report_page.mistakes import Album, error_table, worst
 from tools.report_page.runs import Result, Run, Tables, read_runs
-from util.curves import FIGURES, run_colors
+from util.draw.curves import FIGURES, run_colors
 from util.errors import UserError
 from util.text_files import replace_text
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from util.checkpoint import read_checkpoint
-from util.curves import FIGURES, Row, read_log
+from util.draw.curves import FIGURES, Row, read_log
 from util.errors import UserError
 from util.run_record import read_record
 

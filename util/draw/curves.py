@@ -1,6 +1,6 @@
 """Reading a run's log.txt, and the panels in which its curves are drawn.
 
-util/plot_utils.py draws them as a picture, tools/report.py on a page.
+util/draw/plots.py draws them as a picture, tools/report.py on a page.
 """
 
 import colorsys

@@ -25,7 +25,7 @@ from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 from PIL import Image
 
-from util.visualizer import font_file
+from util.draw.boxes import font_file
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from util.curves import MAX_MARKERS, PANELS, Line, Panel, Row, lines, run_colors
+from util.draw.curves import MAX_MARKERS, PANELS, Line, Panel, Row, lines, run_colors
 from util.errors import UserError
 
 LINE_STYLES = ("-", "--", ":")
