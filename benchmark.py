@@ -36,7 +36,7 @@ from util.architecture import Purpose, adopt
 from util.checkpoint import load_weights, read_checkpoint, weights_of
 from util.class_map import AUTO, COCO_CLASSES, ClassMap, classes_of, unnamed_classes
 from util.config import BatchFormerConfig, Config, make_parser, parse_with_config, with_classes
-from util.distributed import choose_device
+from util.distributed.processes import choose_device
 from util.errors import UserError, run_as_command
 from util.nested_tensor import NestedTensor
 from util.optim import build_updater

@@ -39,7 +39,7 @@ from util.class_map import AUTO, ClassMap, classes_of, unnamed_classes
 from util.config import Config, check_trainable, parse_config, with_classes
 from util.deterministic import explaining_refusals, make_deterministic
 from util.diagnose import FiniteWatch
-from util.distributed import (
+from util.distributed.processes import (
     broadcast_from_main,
     equalise_buffers,
     is_main,
@@ -48,6 +48,7 @@ from util.distributed import (
     sum_over_processes,
     world_size,
 )
+from util.distributed.watchdog import note
 from util.errors import NotSavedError, UserError, run_as_command
 from util.finetune import FLAG as FINETUNE
 from util.finetune import fine_tune
@@ -63,7 +64,6 @@ from util.starting_point import Source, find_checkpoint, goes_on, loading, outpu
 from util.tensorboard import Board, check_tensorboard, detection_pictures
 from util.trained import read_trained
 from util.training_state import Position, TrainingState, position_of
-from util.watchdog import note
 
 log = logging.getLogger("main")
 

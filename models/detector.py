@@ -22,7 +22,7 @@ from util.architecture import config_of
 from util.checkpoint import load_state
 from util.class_map import ClassMap, classes_of, unnamed_classes
 from util.config import WEIGHTS, Config, DataConfig
-from util.distributed import choose_device
+from util.distributed.processes import choose_device
 from util.errors import UserError
 from util.images.prepare import ImageLike, as_picture, prepare
 from util.nested_tensor import NestedTensor

@@ -14,7 +14,7 @@ from tests.helpers import BATCHFORMER, SMALL_IMAGES, SMALL_MODEL, run_main, writ
 from tests.processes import run_main_together
 from util.checkpoint import read_checkpoint
 from util.config import parse_config
-from util.distributed import process_group
+from util.distributed.processes import process_group
 
 
 def flags_for(folder):

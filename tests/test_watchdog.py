@@ -17,7 +17,8 @@ from torch.distributed import HashStore
 
 from tests.processes import free_port
 from tests.test_launch import environment, executable, finish, run, start
-from util import watchdog
+from util.distributed import watchdog
+from util.distributed.watchdog import State, Watchdog
 from util.errors import (
     EXIT_INTERRUPTED,
     EXIT_LOST_PROCESS,
@@ -26,7 +27,6 @@ from util.errors import (
     EXIT_USER_ERROR,
     Preempted,
 )
-from util.watchdog import State, Watchdog
 
 # who is at fault
 
@@ -171,7 +171,8 @@ WORKER = f"""#!{sys.executable}
 import os, pathlib, signal, sys, time
 sys.path.insert(0, {str(Path(watchdog.__file__).parents[1])!r})
 import torch
-from util import distributed, watchdog
+from util.distributed import processes as distributed
+from util.distributed import watchdog
 from util.errors import Preempted, UserError, run_as_command
 
 def train():

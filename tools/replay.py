@@ -21,7 +21,7 @@ from models import build_model
 from util.checkpoint import load_state, read_checkpoint
 from util.config import Config, make_parser
 from util.diagnose import Rerun, run_again
-from util.distributed import choose_device
+from util.distributed.processes import choose_device
 from util.errors import UserError, run_as_command
 from util.nested_tensor import NestedTensor
 from util.precision_check import check_precision

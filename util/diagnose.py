@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from util.checkpoint import write_atomically
-from util.distributed import rank, world_size
+from util.distributed.processes import rank, world_size
 from util.errors import NotSavedError, UserError
 from util.nested_tensor import NestedTensor
 from util.random_state import set_torch_state

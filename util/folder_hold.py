@@ -23,10 +23,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
 
+from util.distributed.slurm_job import own_job, restart_count
+from util.distributed.watchdog import note
 from util.errors import NotSavedError, UserError
 from util.processes import born, machine, still_runs
-from util.slurm_job import own_job, restart_count
-from util.watchdog import note
 
 log = logging.getLogger(__name__)
 

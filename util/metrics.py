@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from util.distributed import is_main, sum_over_processes
+from util.distributed.processes import is_main, sum_over_processes
 
 
 class MeanOnDevice:

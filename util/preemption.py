@@ -20,7 +20,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from util.distributed import world_size
+from util.distributed.processes import world_size
 from util.errors import ASK_TO_LEAVE, EXIT_INTERRUPTED, Preempted
 
 SIGNALS = (*ASK_TO_LEAVE, signal.SIGINT)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from util.distributed import world_size
+from util.distributed.processes import world_size
 from util.errors import UserError
 from util.text_files import replace_text
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from util.checkpoint_folder import CheckpointFolder
 from util.config import Config
-from util.distributed import broadcast_from_main, gather_on_main, is_main
+from util.distributed.processes import broadcast_from_main, gather_on_main, is_main
+from util.distributed.slurm_job import restart_count
 from util.errors import UserError
 from util.folder_hold import FolderHold
 from util.run_folder import evaluation_folder, is_announced, open_folder
-from util.slurm_job import restart_count
 
 log = logging.getLogger(__name__)
 

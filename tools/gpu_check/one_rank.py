@@ -23,7 +23,7 @@ from models import build_model
 from util.config import Config, parse_config
 from util.deterministic import make_deterministic
 from util.diagnose import FiniteWatch
-from util.distributed import process_group
+from util.distributed.processes import process_group
 from util.nested_tensor import NestedTensor
 from util.optim import build_updater
 
@@ -121,7 +121,7 @@ def noise(device: torch.device) -> tuple[NestedTensor, list[dict[str, torch.Tens
 
 
 def check_exchanges(device: torch.device) -> bool:
-    """What util/distributed.py sends: sums and buffers on the device, objects on the host."""
+    """What util/distributed/processes.py sends: sums and buffers on the device, objects on the host."""
     number, buffer = torch.full((), 3.0, device=device), torch.arange(4.0, device=device)
     dist.all_reduce(number)
     dist.broadcast(buffer, 0)

@@ -28,9 +28,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from util.distributed.launchers import require_single_process
+from util.distributed.watchdog import Watchdog, waiting
 from util.errors import ASK_TO_LEAVE, LostProcessError, UserError
-from util.launchers import require_single_process
-from util.watchdog import Watchdog, waiting
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def process_group(device_flag: str, timeout: float = 1800) -> Iterator[torch.dev
     device.
 
     An exchange that takes longer than `timeout` seconds fails. After a failed exchange
-    util/watchdog.py names the process at fault.
+    util/distributed/watchdog.py names the process at fault.
 
     Raises:
         UserError: a device that is not there, or a process that knows nothing of the others.
