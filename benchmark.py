@@ -40,8 +40,8 @@ from util.distributed.processes import choose_device
 from util.errors import UserError, run_as_command
 from util.nested_tensor import NestedTensor
 from util.optim import build_updater
-from util.precision import autocast
-from util.precision_check import check_precision
+from util.step.precision import autocast
+from util.step.precision_check import check_precision
 
 OBJECTS = 7  # an image of COCO has 7.3 on average
 

@@ -19,16 +19,16 @@ from datasets.coco_eval import coco_results, evaluate_boxes, precision_tables
 from datasets.loader import DeviceBatches
 from models.criterion import SetCriterion
 from util.class_map import ClassMap
-from util.diagnose import FiniteWatch, Step, Targets
 from util.distributed.processes import broadcast_from_main, gather_on_main, is_main, world_size
 from util.distributed.watchdog import note
 from util.errors import UserError
-from util.metrics import MeanOnDevice, Progress, memory_in_use
 from util.nested_tensor import NestedTensor
 from util.optim import Updater
-from util.precision import autocast
-from util.random_state import torch_state
-from util.transfer import HostCopy
+from util.step.metrics import MeanOnDevice, Progress, memory_in_use
+from util.step.not_finite import FiniteWatch, Step, Targets
+from util.step.precision import autocast
+from util.step.random_state import torch_state
+from util.step.transfer import HostCopy
 
 
 @dataclass

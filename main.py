@@ -37,8 +37,6 @@ from util.checkpoint import BATCHFORMER, load_state, read_checkpoint, weights_of
 from util.checkpoint_folder import BEST, CheckpointFolder, scheduled_name
 from util.class_map import AUTO, ClassMap, classes_of, unnamed_classes
 from util.config import Config, check_trainable, parse_config, with_classes
-from util.deterministic import explaining_refusals, make_deterministic
-from util.diagnose import FiniteWatch
 from util.distributed.processes import (
     broadcast_from_main,
     equalise_buffers,
@@ -55,12 +53,14 @@ from util.finetune import fine_tune
 from util.folder_hold import FolderHold
 from util.history import History
 from util.optim import GROUPS, build_schedule, build_updater
-from util.precision_check import check_precision
 from util.preemption import StopRequest, StopVote
-from util.random_state import RandomGenerators
 from util.run_folder import announce_new, begun, set_aside
 from util.run_record import device_name, environment, write_record
 from util.starting_point import Source, find_checkpoint, goes_on, loading, output_folder
+from util.step.deterministic import explaining_refusals, make_deterministic
+from util.step.not_finite import FiniteWatch
+from util.step.precision_check import check_precision
+from util.step.random_state import RandomGenerators
 from util.tensorboard import Board, check_tensorboard, detection_pictures
 from util.trained import read_trained
 from util.training_state import Position, TrainingState, position_of

@@ -15,7 +15,7 @@ from torchvision.ops import box_convert, sigmoid_focal_loss
 from models.matcher import HungarianMatcher, Targets
 from util.box_ops import generalized_iou
 from util.distributed.processes import average_number
-from util.precision import full_precision, widened
+from util.step.precision import full_precision, widened
 
 LOSSES = ("loss_ce", "loss_bbox", "loss_giou")
 

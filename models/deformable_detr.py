@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from models.backbone import Backbone, resize_mask
 from models.deformable_transformer import Decoded, DeformableTransformer
 from util.nested_tensor import NestedTensor
-from util.precision import widened
+from util.step.precision import widened
 
 
 class DeformableDETR(nn.Module):

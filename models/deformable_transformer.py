@@ -16,7 +16,7 @@ from models.ops.modules import MSDeformAttn
 from models.position_encoding import sine_features
 from models.token_batch import TokenBatch, encoder_reference_points, pixel_centres, valid_extent, valid_ratio
 from util.errors import UserError
-from util.precision import full_precision, widened
+from util.step.precision import full_precision, widened
 
 PROPOSAL_SIZE = 0.05  # side of a proposal on the finest level; it doubles with every level
 

@@ -26,8 +26,8 @@ from util.distributed.processes import choose_device
 from util.errors import UserError
 from util.images.prepare import ImageLike, as_picture, prepare
 from util.nested_tensor import NestedTensor
-from util.precision import LOW_TYPES, autocast
-from util.precision_check import check_precision
+from util.step.precision import LOW_TYPES, autocast
+from util.step.precision_check import check_precision
 from util.trained import choose_weights, read_trained
 
 

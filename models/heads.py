@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from util.precision import full_precision
+from util.step.precision import full_precision
 
 # of a foreground class at the start (focal loss, arXiv 1708.02002, section 4.1)
 PRIOR_PROBABILITY = 0.01

@@ -14,8 +14,8 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 from util.box_ops import generalized_iou
-from util.precision import full_precision, widened
-from util.transfer import to_device, to_host
+from util.step.precision import full_precision, widened
+from util.step.transfer import to_device, to_host
 
 
 @dataclass(frozen=True)

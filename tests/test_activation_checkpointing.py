@@ -13,7 +13,7 @@ from tests.processes import run_main_together
 from util.checkpoint import read_checkpoint
 from util.config import parse_config
 from util.nested_tensor import NestedTensor
-from util.precision import autocast
+from util.step.precision import autocast
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 RANDOM = ("--dropout", "0.2", "--drop_path", "0.3")  # beside BatchFormerV2's dropout of 0.5

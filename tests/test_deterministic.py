@@ -10,8 +10,8 @@ import torch
 from tests.helpers import BATCHFORMER, SMALL_IMAGES, SMALL_MODEL, run_main, write_coco
 from tests.processes import run_forked
 from util.checkpoint import read_checkpoint
-from util.deterministic import explaining_refusals
 from util.errors import UserError
+from util.step.deterministic import explaining_refusals
 
 TIMES = {"train_time", "eval_time", "time", "date"}  # what may differ between equal runs
 
@@ -197,7 +197,7 @@ def test_what_is_set(tmp_path, before, after):
     program = tmp_path / "program.py"
     program.write_text("""
 import os, torch
-from util.deterministic import make_deterministic
+from util.step.deterministic import make_deterministic
 torch.backends.cudnn.benchmark = True
 torch.utils.deterministic.fill_uninitialized_memory = True
 make_deterministic()

@@ -27,13 +27,13 @@ from tests.helpers import BATCHFORMER, SMALL_IMAGES, SMALL_MODEL, write_coco
 from util.box_ops import generalized_iou
 from util.checkpoint import read_checkpoint
 from util.config import parse_config
-from util.diagnose import FiniteWatch, Step
 from util.errors import UserError
-from util.metrics import MeanOnDevice
 from util.nested_tensor import NestedTensor
 from util.optim import AveragedWeights, Updater, build_optimizer, lr_factor
-from util.random_state import torch_state
-from util.transfer import HostCopy
+from util.step.metrics import MeanOnDevice
+from util.step.not_finite import FiniteWatch, Step
+from util.step.random_state import torch_state
+from util.step.transfer import HostCopy
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.helpers import BATCHFORMER, ROOT, SMALL_IMAGES, SMALL_MODEL, run_main, write_coco
-from util.metrics import MeanOnDevice
+from util.step.metrics import MeanOnDevice
 
 LINE = re.compile(
     r"epoch 0 \[ *\d+/3\]  loss [\d.]+  lr [\de.+-]+  grad norm [\d.e+]+  [\d.]+ images/s  mem "

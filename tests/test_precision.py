@@ -23,7 +23,7 @@ from tests.golden import recipe
 from tests.helpers import BATCHFORMER, SMALL_MODEL
 from util.config import parse_config
 from util.nested_tensor import NestedTensor
-from util.precision import LOW_TYPES, autocast, full_precision, widened
+from util.step.precision import LOW_TYPES, autocast, full_precision, widened
 
 CPU = torch.device("cpu")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

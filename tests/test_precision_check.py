@@ -20,13 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from models import build_model
 from tests.golden import recipe
 from tests.helpers import BATCHFORMER, SMALL_MODEL
-from util import precision_check
 from util.config import parse_config
 from util.errors import UserError
 from util.nested_tensor import NestedTensor
 from util.optim import build_updater
-from util.precision import LOW_TYPES, autocast
-from util.precision_check import check_precision
+from util.step import precision_check
+from util.step.precision import LOW_TYPES, autocast
+from util.step.precision_check import check_precision
 
 CPU = torch.device("cpu")
 LOW = tuple(LOW_TYPES.values())

@@ -20,12 +20,12 @@ from engine import training_loss
 from models import build_model
 from util.checkpoint import load_state, read_checkpoint
 from util.config import Config, make_parser
-from util.diagnose import Rerun, run_again
 from util.distributed.processes import choose_device
 from util.errors import UserError, run_as_command
 from util.nested_tensor import NestedTensor
-from util.precision_check import check_precision
-from util.random_state import set_torch_state
+from util.step.not_finite import Rerun, run_again
+from util.step.precision_check import check_precision
+from util.step.random_state import set_torch_state
 
 EXAMPLE = "python tools/replay.py exps/run/nonfinite_0003_000120_process0.pth"
 

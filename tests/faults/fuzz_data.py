@@ -51,11 +51,11 @@ from util.checkpoint import load_state, read_checkpoint, write_atomically
 from util.class_map import ClassMap
 from util.config import parse_config
 from util.data_identity import DataIdentity
-from util.diagnose import FiniteWatch
 from util.errors import UserError
 from util.history import History
 from util.optim import Updater, build_schedule, build_updater
-from util.random_state import RandomGenerators
+from util.step.not_finite import FiniteWatch
+from util.step.random_state import RandomGenerators
 from util.training_state import Position, TrainingState
 
 SECONDS_PER_CASE = 20

@@ -21,11 +21,11 @@ from engine import EpochMeans, train_one_epoch, training_loss
 from main import data_parallel
 from models import build_model
 from util.config import Config, parse_config
-from util.deterministic import make_deterministic
-from util.diagnose import FiniteWatch
 from util.distributed.processes import process_group
 from util.nested_tensor import NestedTensor
 from util.optim import build_updater
+from util.step.deterministic import make_deterministic
+from util.step.not_finite import FiniteWatch
 
 FLAGS = (
     "--backbone",

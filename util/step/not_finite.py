@@ -19,8 +19,8 @@ from util.checkpoint import write_atomically
 from util.distributed.processes import rank, world_size
 from util.errors import NotSavedError, UserError
 from util.nested_tensor import NestedTensor
-from util.random_state import set_torch_state
-from util.transfer import HostCopy
+from util.step.random_state import set_torch_state
+from util.step.transfer import HostCopy
 
 log = logging.getLogger(__name__)
 

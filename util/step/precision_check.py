@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from util.errors import UserError
-from util.precision import LOW_TYPES, autocast, full_precision
+from util.step.precision import LOW_TYPES, autocast, full_precision
 
 log = logging.getLogger(__name__)
 
