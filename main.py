@@ -34,7 +34,6 @@ from models import build_model
 from models.ops import backends
 from util.architecture import Purpose, adopt
 from util.checkpoint import BATCHFORMER, load_state, read_checkpoint, weights_of, write_atomically
-from util.checkpoint_folder import BEST, CheckpointFolder, scheduled_name
 from util.class_map import AUTO, ClassMap, classes_of, unnamed_classes
 from util.config import Config, check_trainable, parse_config, with_classes
 from util.distributed.processes import (
@@ -50,20 +49,21 @@ from util.distributed.watchdog import note
 from util.errors import NotSavedError, UserError, run_as_command
 from util.finetune import FLAG as FINETUNE
 from util.finetune import fine_tune
-from util.folder_hold import FolderHold
-from util.history import History
 from util.optim import GROUPS, build_schedule, build_updater
-from util.preemption import StopRequest, StopVote
-from util.run_folder import announce_new, begun, set_aside
-from util.run_record import device_name, environment, write_record
-from util.starting_point import Source, find_checkpoint, goes_on, loading, output_folder
+from util.run.checkpoints import BEST, CheckpointFolder, scheduled_name
+from util.run.folder import announce_new, begun, set_aside
+from util.run.history import History
+from util.run.hold import FolderHold
+from util.run.record import device_name, environment, write_record
+from util.run.start import Source, find_checkpoint, goes_on, loading, output_folder
+from util.run.state import Position, TrainingState, position_of
+from util.run.stop import StopRequest, StopVote
+from util.run.tensorboard import Board, check_tensorboard, detection_pictures
 from util.step.deterministic import explaining_refusals, make_deterministic
 from util.step.not_finite import FiniteWatch
 from util.step.precision_check import check_precision
 from util.step.random_state import RandomGenerators
-from util.tensorboard import Board, check_tensorboard, detection_pictures
 from util.trained import read_trained
-from util.training_state import Position, TrainingState, position_of
 
 log = logging.getLogger("main")
 
@@ -73,7 +73,7 @@ def main(config: Config) -> None:
 
     Raises:
         UserError: a mistake of the user's.
-        Preempted: a signal asked to leave (util/preemption.py), and all is saved.
+        Preempted: a signal asked to leave (util/run/stop.py), and all is saved.
     """
     if config.run.deterministic:
         make_deterministic()

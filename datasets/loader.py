@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from util.errors import LostProcessError, UserError
 from util.images.files import BadImageError
 from util.nested_tensor import NestedTensor
-from util.preemption import SIGNALS
+from util.run.stop import SIGNALS
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from datasets.coco_eval import evaluate_boxes, precision_tables
 from datasets.coco_format import read_annotations
 from util.checkpoint import write_atomically
 from util.config import parse_config
-from util.run_record import write_record
+from util.run.record import write_record
 
 CATEGORIES = {3: "cup", 17: "a cat with a very long name", 1000: "</script><b>dog</b>"}
 

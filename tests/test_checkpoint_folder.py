@@ -15,22 +15,22 @@ from pathlib import Path
 import pytest
 import torch
 
-import util.checkpoint_folder
+import util.run.checkpoints
 from tests.faults.compare import differing
 from tests.helpers import SMALL_IMAGES, SMALL_MODEL, run, write_coco
 from tests.processes import run_main_forked
 from util import checkpoint
 from util.checkpoint import check_intact, read_checkpoint, write_atomically
-from util.checkpoint_folder import CheckpointFolder
 from util.errors import NotSavedError, UserError
-from util.history import History
-from util.run_folder import open_folder, set_aside
-from util.training_state import Position
+from util.run.checkpoints import CheckpointFolder
+from util.run.folder import open_folder, set_aside
+from util.run.history import History
+from util.run.state import Position
 
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch):
-    monkeypatch.setattr(util.checkpoint_folder, "WAITS", (0.0, 0.0))
+    monkeypatch.setattr(util.run.checkpoints, "WAITS", (0.0, 0.0))
 
 
 def content(number: int) -> dict:

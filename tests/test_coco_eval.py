@@ -19,7 +19,7 @@ from pycocotools.cocoeval import COCOeval
 from datasets import coco_eval
 from datasets.coco_eval import evaluate_boxes, precision_tables
 from tests.helpers import SMALL_IMAGES, SMALL_MODEL, run_main, write_coco
-from util.training_state import warn_about_changes
+from util.run.state import warn_about_changes
 
 TABLES = ("precision", "recall", "scores")
 FIRST = 1 - 2**-52  # pycocotools' precision of one right detection of one

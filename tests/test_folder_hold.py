@@ -21,10 +21,10 @@ import pytest
 
 from tests.helpers import ROOT, SMALL_IMAGES, SMALL_MODEL, environment, run_main, write_coco
 from tests.processes import run_main_forked
-from util import folder_hold
 from util.errors import NotSavedError, UserError
-from util.folder_hold import NAME, FolderHold, Holder
-from util.processes import born, still_runs
+from util.run import hold as folder_hold
+from util.run.hold import NAME, FolderHold, Holder
+from util.run.process_identity import born, still_runs
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ from tests.helpers import ROOT, run
 from tests.processes import wait_until
 from util.errors import LostProcessError, UserError
 from util.images.files import BadImageError
-from util.preemption import SIGNALS
+from util.run.stop import SIGNALS
 
 CPU = torch.device("cpu")
 

@@ -18,7 +18,7 @@ from tests.helpers import BATCHFORMER, PATIENCE, ROOT, SMALL_IMAGES, SMALL_MODEL
 from tests.processes import run_main_forked, run_main_together, training_processes
 from util.checkpoint import read_checkpoint
 from util.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, Preempted
-from util.preemption import SIGNALS, StopRequest, StopVote
+from util.run.stop import SIGNALS, StopRequest, StopVote
 
 # two epochs of 9 steps; mid-epoch states have dropout, augmentation, loader workers, unfinished
 # accumulation, averages, a scaler

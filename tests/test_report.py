@@ -30,7 +30,7 @@ from tools.report_page.runs import read_runs
 from util.checkpoint import read_checkpoint, write_atomically
 from util.draw.curves import PANELS
 from util.errors import UserError
-from util.run_record import KEPT_STARTS, read_record, write_record
+from util.run.record import KEPT_STARTS, read_record, write_record
 
 IMAGE = (200.0, 200.0)
 

@@ -154,7 +154,7 @@ def test_batch_script_requeues_a_lost_run_that_has_saved(
 # rank 0 leaves last.
 PREEMPTED_MAIN = """
 import json, os, pathlib, signal, time
-from util.preemption import StopRequest
+from util.run.stop import StopRequest
 
 def main(config):
     flags = config.flags()

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import util.tensorboard
+import util.run.tensorboard
 from util.checkpoint import read_checkpoint
 from util.draw.curves import FIGURES
 from util.errors import UserError
-from util.run_record import read_record
-from util.tensorboard import Board, check_tensorboard, detection_pictures, epoch_scalars
+from util.run.record import read_record
+from util.run.tensorboard import Board, check_tensorboard, detection_pictures, epoch_scalars
 
 accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
@@ -194,7 +194,7 @@ def test_a_picture_that_fails_ends_no_run(tmp_path, caplog):
 
 def test_a_missing_package_is_named(monkeypatch):
     check_tensorboard(True)
-    monkeypatch.setattr(util.tensorboard.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(util.run.tensorboard.importlib.util, "find_spec", lambda name: None)
     check_tensorboard(False)
     with pytest.raises(UserError, match="pip install tensorboard"):
         check_tensorboard(True)

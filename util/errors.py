@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 # what schedulers, launchers and a closed terminal send; main.py saves and leaves
-# (util/preemption.py)
+# (util/run/stop.py)
 ASK_TO_LEAVE = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 EXIT_USER_ERROR = 2
 EXIT_NOT_SAVED = 74  # EX_IOERR of sysexits.h

@@ -50,13 +50,13 @@ from tests.faults.fuzz_watch import Misbehaviour, Watch
 from util.checkpoint import load_state, read_checkpoint, write_atomically
 from util.class_map import ClassMap
 from util.config import parse_config
-from util.data_identity import DataIdentity
 from util.errors import UserError
-from util.history import History
 from util.optim import Updater, build_schedule, build_updater
+from util.run.data_identity import DataIdentity
+from util.run.history import History
+from util.run.state import Position, TrainingState
 from util.step.not_finite import FiniteWatch
 from util.step.random_state import RandomGenerators
-from util.training_state import Position, TrainingState
 
 SECONDS_PER_CASE = 20
 MEGAPIXELS = 2.0

@@ -24,9 +24,9 @@ import torch
 from tests.faults.compare import differences
 from tests.helpers import ROOT, SMALL_IMAGES, SMALL_MODEL, environment, write_coco
 from util.checkpoint import read_checkpoint
-from util.checkpoint_folder import CheckpointFolder
 from util.errors import EXIT_NOT_SAVED, NotSavedError
-from util.training_state import Position
+from util.run.checkpoints import CheckpointFolder
+from util.run.state import Position
 
 RENAME = """#define _GNU_SOURCE
 #include <dlfcn.h>
@@ -211,9 +211,9 @@ def remount(folder: Path, option: str) -> None:
 
 
 def patch_waits() -> None:
-    import util.checkpoint_folder
+    import util.run.checkpoints
 
-    util.checkpoint_folder.WAITS = (0.01,)
+    util.run.checkpoints.WAITS = (0.01,)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from util.checkpoint import read_checkpoint
 from util.draw.curves import FIGURES, Row, read_log
 from util.errors import UserError
-from util.run_record import read_record
+from util.run.record import read_record
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from util.errors import UserError
-from util.folder_hold import FolderHold
+from util.run.hold import FolderHold
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from util.checkpoint import flush_folder, read_checkpoint, temporary_name, write_atomically
 from util.errors import NotSavedError, UserError
-from util.training_state import Position, position_of
+from util.run.state import Position, position_of
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from types import TracebackType
 from util.distributed.slurm_job import own_job, restart_count
 from util.distributed.watchdog import note
 from util.errors import NotSavedError, UserError
-from util.processes import born, machine, still_runs
+from util.run.process_identity import born, machine, still_runs
 
 log = logging.getLogger(__name__)
 

@@ -18,10 +18,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from util.class_map import ClassMap
 from util.config import Config
-from util.data_identity import DataIdentity
 from util.distributed.processes import gather_on_main, is_main, rank, world_size
 from util.errors import UserError
 from util.optim import Updater, go_to_epoch
+from util.run.data_identity import DataIdentity
 
 log = logging.getLogger(__name__)
 

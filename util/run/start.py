@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from util.checkpoint_folder import CheckpointFolder
 from util.config import Config
 from util.distributed.processes import broadcast_from_main, gather_on_main, is_main
 from util.distributed.slurm_job import restart_count
 from util.errors import UserError
-from util.folder_hold import FolderHold
-from util.run_folder import evaluation_folder, is_announced, open_folder
+from util.run.checkpoints import CheckpointFolder
+from util.run.folder import evaluation_folder, is_announced, open_folder
+from util.run.hold import FolderHold
 
 log = logging.getLogger(__name__)
 
