@@ -32,7 +32,7 @@ from datasets.loader import collate
 from models import build_model
 from models.ops import backends
 from models.ops import benchmark as op_benchmark
-from util.architecture import Purpose, adopt
+from models.weights.architecture import Purpose, adopt
 from util.checkpoint import load_weights, read_checkpoint, weights_of
 from util.class_map import AUTO, COCO_CLASSES, ClassMap, classes_of, unnamed_classes
 from util.config import BatchFormerConfig, Config, make_parser, parse_with_config, with_classes

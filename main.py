@@ -32,7 +32,10 @@ from datasets.samplers import EvalBatches, TrainBatches
 from engine import EpochMeans, Evaluation, evaluate, train_one_epoch, training_loss
 from models import build_model
 from models.ops import backends
-from util.architecture import Purpose, adopt
+from models.weights.architecture import Purpose, adopt
+from models.weights.finetune import FLAG as FINETUNE
+from models.weights.finetune import fine_tune
+from models.weights.load import read_trained
 from util.checkpoint import BATCHFORMER, load_state, read_checkpoint, weights_of, write_atomically
 from util.class_map import AUTO, ClassMap, classes_of, unnamed_classes
 from util.config import Config, check_trainable, parse_config, with_classes
@@ -47,8 +50,6 @@ from util.distributed.processes import (
 )
 from util.distributed.watchdog import note
 from util.errors import NotSavedError, UserError, run_as_command
-from util.finetune import FLAG as FINETUNE
-from util.finetune import fine_tune
 from util.optim import GROUPS, build_schedule, build_updater
 from util.run.checkpoints import BEST, CheckpointFolder, scheduled_name
 from util.run.folder import announce_new, begun, set_aside
@@ -63,7 +64,6 @@ from util.step.deterministic import explaining_refusals, make_deterministic
 from util.step.not_finite import FiniteWatch
 from util.step.precision_check import check_precision
 from util.step.random_state import RandomGenerators
-from util.trained import read_trained
 
 log = logging.getLogger("main")
 

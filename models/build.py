@@ -17,13 +17,13 @@ from models.heads import build_heads
 from models.matcher import HungarianMatcher
 from models.position_encoding import PositionEmbeddingLearned, PositionEmbeddingSine
 from models.postprocess import PostProcess
-from util.architecture import Purpose, adopt, as_given
+from models.weights.architecture import Purpose, adopt, as_given
+from models.weights.finetune import fine_tune
+from models.weights.load import choose_weights, read_trained
 from util.checkpoint import load_state
 from util.class_map import AUTO, COCO_CLASSES, ClassMap, classes_of, unnamed_classes
 from util.config import LEARNED_POSITIONS, BackboneConfig, Config, all_flags, with_classes
 from util.errors import UserError
-from util.finetune import fine_tune
-from util.trained import choose_weights, read_trained
 
 log = logging.getLogger(__name__)
 

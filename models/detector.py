@@ -18,7 +18,8 @@ from torch import Tensor
 from models.build import build_model
 from models.deformable_detr import DeformableDETR
 from models.postprocess import PostProcess
-from util.architecture import config_of
+from models.weights.architecture import config_of
+from models.weights.load import choose_weights, read_trained
 from util.checkpoint import load_state
 from util.class_map import ClassMap, classes_of, unnamed_classes
 from util.config import WEIGHTS, Config, DataConfig
@@ -28,7 +29,6 @@ from util.images.prepare import ImageLike, as_picture, prepare
 from util.nested_tensor import NestedTensor
 from util.step.precision import LOW_TYPES, autocast
 from util.step.precision_check import check_precision
-from util.trained import choose_weights, read_trained
 
 
 class Detection(NamedTuple):
@@ -233,7 +233,7 @@ def load_detector(
         batchformer: with the modules of BatchFormerV2, which act in training alone:
             models.inspection.as_in_training.
         architecture: flags of main.py for what the checkpoint does not say, such as nheads
-            (util/architecture.py); and eval_size and max_size, the sides that images are resized
+            (models/weights/architecture.py); and eval_size and max_size, the sides that images are resized
             to, which go before what it says.
 
     Raises:

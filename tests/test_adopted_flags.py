@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from models import build_model
+from models.weights.architecture import Purpose, adopt
 from tests.golden import recipe
 from tests.helpers import BATCHFORMER, SMALL_IMAGES, SMALL_MODEL, write_coco
 from tests.processes import run_forked, run_main_forked
-from util.architecture import Purpose, adopt
 from util.checkpoint import read_checkpoint
 from util.config import parse_config
 from util.errors import UserError

@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from models import build_model, load_detector
+from models.weights.hugging_face import read_hugging_face
+from models.weights.load import choose_weights
 from tests.golden import recipe
 from tests.helpers import ROOT
 from tests.processes import run_forked
@@ -24,9 +26,7 @@ from util.checkpoint import load_weights, read_checkpoint, write_atomically
 from util.class_map import COCO_CLASSES, Category, ClassMap, classes_of
 from util.config import Config, parse_config
 from util.errors import UserError
-from util.hugging_face import read_hugging_face
 from util.nested_tensor import NestedTensor
-from util.trained import choose_weights
 
 sys.path.insert(0, str(ROOT / "tools"))
 import convert_checkpoint

@@ -12,17 +12,17 @@ import torch
 
 from models import build_model
 from models.heads import PRIOR_PROBABILITY
+from models.weights.architecture import Purpose, adopt
+from models.weights.finetune import FLAG, fine_tune, matching_rows
+from models.weights.hugging_face import write_hugging_face
+from models.weights.load import read_trained
 from tests.golden import recipe
 from tests.helpers import BATCHFORMER, ROOT, SMALL_IMAGES, SMALL_MODEL, write_coco
 from tests.processes import run_main_forked
-from util.architecture import Purpose, adopt
 from util.checkpoint import read_checkpoint, write_atomically
 from util.class_map import COCO_CLASSES, Category, ClassMap
 from util.config import parse_config, with_classes
 from util.errors import UserError
-from util.finetune import FLAG, fine_tune, matching_rows
-from util.hugging_face import write_hugging_face
-from util.trained import read_trained
 
 sys.path.insert(0, str(ROOT / "tools"))
 

@@ -19,9 +19,9 @@ from PIL import Image
 
 from models import build_model, load_detector
 from models.detector import Detections
+from models.weights.architecture import config_of
 from tests.helpers import BATCHFORMER, ROOT, SMALL_IMAGES, SMALL_MODEL, write_coco
 from tests.processes import run_main_forked
-from util.architecture import config_of
 from util.class_map import Category, ClassMap
 from util.config import parse_config
 from util.errors import UserError

@@ -14,6 +14,7 @@ import torchvision
 from safetensors.torch import save_file
 
 from models import build_model, load_detector, load_model
+from models.weights.hugging_face import read_hugging_face, write_hugging_face
 from tests.golden import recipe
 from tests.helpers import SMALL_IMAGES, SMALL_MODEL, write_coco
 from tests.processes import run_main_forked
@@ -22,7 +23,6 @@ from util.checkpoint import read_checkpoint, weights_of
 from util.class_map import Category, ClassMap
 from util.config import parse_config, with_classes
 from util.errors import UserError
-from util.hugging_face import read_hugging_face, write_hugging_face
 from util.other_layouts import in_our_layout
 
 CLASSES = ClassMap(3, (Category(0, 1, "one"), Category(1, 2, "two"), Category(2, 3, "three")))

@@ -58,9 +58,9 @@ def convert(source: str, target: Path, which: str = "auto", **architecture: Any)
         UserError: the source can't be read or converted; the target exists.
     """
     # imported here so that --help is immediate
-    from util.architecture import config_of
-    from util.hugging_face import is_hugging_face
-    from util.trained import choose_weights, read_trained
+    from models.weights.architecture import config_of
+    from models.weights.hugging_face import is_hugging_face
+    from models.weights.load import choose_weights, read_trained
 
     to_file = is_hugging_face(source)
     if target.exists():
@@ -122,8 +122,8 @@ def write_file(checkpoint: Mapping[str, Any], target: Path) -> None:
 def write_folder(
     checkpoint: Mapping[str, Any], which: str, config: Config, source: str, target: Path
 ) -> None:
+    from models.weights.hugging_face import write_hugging_face
     from util.class_map import classes_of
-    from util.hugging_face import write_hugging_face
 
     classes = classes_of(checkpoint, f"source {source}")
     written = write_hugging_face(checkpoint["model"], config, classes, target)

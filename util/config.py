@@ -301,7 +301,7 @@ class Config:
 
     classes: the data's or a checkpoint's, where they are known; --num_classes is their number then.
     given: the flags that were given on a command line; None: all of them. settled: False until a
-    checkpoint has said what the others are (util/architecture.py); only then is it known whether
+    checkpoint has said what the others are (models/weights/architecture.py); only then is it known whether
     they
         go together.
     """
@@ -400,7 +400,7 @@ def add_score_threshold_flag(parser: argparse.ArgumentParser, help: str) -> None
 
 
 def add_weights_flag(parser: argparse.ArgumentParser) -> None:
-    """--weights: which of a checkpoint's weights are taken (util/trained.py)."""
+    """--weights: which of a checkpoint's weights are taken (models/weights/load.py)."""
     parser.add_argument(
         "--weights",
         default="auto",
@@ -429,7 +429,7 @@ def _local_rank(text: str) -> None:
         )
 
 
-# what the weights of a detector don't tell (util/architecture.py)
+# what the weights of a detector don't tell (models/weights/architecture.py)
 _UNTOLD = ("eval_size", "max_size", "dilation", "nheads", "num_queries", "position_embedding_scale")
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from models.weights.hugging_face import is_hugging_face, read_hugging_face
 from util.checkpoint import read_checkpoint, weights_of
 from util.errors import UserError
-from util.hugging_face import is_hugging_face, read_hugging_face
 
 
 def read_trained(source: str, flag: str) -> dict[str, Any]:

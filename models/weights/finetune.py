@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from util.architecture import HEADS
+from models.weights.architecture import HEADS
+from models.weights.load import choose_weights
 from util.checkpoint import BATCHFORMER, LoadReport, load_state
 from util.class_map import ClassMap, classes_of
 from util.config import Config
-from util.trained import choose_weights
 
 FLAG = "--finetune"
 _CLASS_HEAD = re.compile(r"class_embed\.(\d+)\.(weight|bias)")
@@ -86,7 +86,7 @@ def fine_tune(
     """Load the weights of a checkpoint into `model`, whose class heads are for `classes`.
 
     Args:
-        config: the model's, made for this checkpoint (util/architecture.py).
+        config: the model's, made for this checkpoint (models/weights/architecture.py).
         checkpoint, source: what `read_trained` gives for the file, and the file, which `flag`
             named.
         weights: see `choose_weights`.
