@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from pycocotools.coco import COCO
 
-from datasets.files import portable
+from datasets.file_index import portable
 from util.errors import UserError
 from util.images.files import read_regular_file
 
@@ -57,7 +57,7 @@ def read_images_and_categories(path: Path) -> tuple[list[dict[str, Any]], list[d
     """Those of an instances file, whether or not it has annotations (COCO's
     image_info_test-dev2017.json has none) or sizes.
 
-    Names of images may be those of files on another machine (datasets.files.portable).
+    Names of images may be those of files on another machine (datasets.file_index.portable).
 
     Raises:
         UserError: as `read_annotations`.

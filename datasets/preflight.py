@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from datasets.coco_format import Fault, format_faults, read_json, shown
-from datasets.files import absent_names, respell
+from datasets.file_index import absent_names, respell
 from util.class_map import ClassMap
 from util.config import TransformerConfig
 from util.errors import UserError

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from datasets.labelled import Labelled
+from datasets.convert.common import Labelled
 
 HEIGHT = 20
 # file -> [(class, x, y, width, height)]

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from datasets.coco_folder import read_coco
-from datasets.labelled import Faults
+from datasets.convert.coco import read_coco
+from datasets.convert.common import Faults
 from tests.helpers import run, write_coco
 from util.errors import UserError
 

@@ -14,10 +14,10 @@ import pytest
 from PIL import Image, ImageOps
 
 from datasets.coco_format import read_annotations
-from datasets.files import shown_size
-from datasets.labelled import Corners, Faults, as_stored, to_coco
-from datasets.voc import VocRules, read_voc
-from datasets.yolo import read_yolo
+from datasets.convert.common import Corners, Faults, as_stored, to_coco
+from datasets.convert.voc import VocRules, read_voc
+from datasets.convert.yolo import read_yolo
+from datasets.file_index import shown_size
 from tests import layouts
 from tests.helpers import run, write_coco
 from util.errors import UserError

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from datasets.coco_folder import read_coco
-from datasets.labelled import Faults
-from datasets.voc import VocRules, read_voc
-from datasets.yolo import read_yolo
+from datasets.convert.coco import read_coco
+from datasets.convert.common import Faults
+from datasets.convert.voc import VocRules, read_voc
+from datasets.convert.yolo import read_yolo
 from tests.exports import (
     boxes,
     coco_boxes,

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from datasets.coco import CocoDetection
-from datasets.files import (
+from datasets.file_index import (
     BARE,
     END,
     IMAGE_SUFFIXES,

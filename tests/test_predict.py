@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from pycocotools.coco import COCO
 
-from datasets.files import BARE, END, SPELLING
+from datasets.file_index import BARE, END, SPELLING
 from models import build_model, load_detector
 from tests.helpers import ROOT, SMALL_IMAGES, SMALL_MODEL, environment
 from tests.processes import run_main_forked

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from datasets.coco_folder import read_coco
-from datasets.files import BARE, END, SPELLING
-from datasets.labelled import Faults
-from datasets.voc import VocRules, read_voc
-from datasets.yolo import read_yolo
+from datasets.convert.coco import read_coco
+from datasets.convert.common import Faults
+from datasets.convert.voc import VocRules, read_voc
+from datasets.convert.yolo import read_yolo
+from datasets.file_index import BARE, END, SPELLING
 from tests.exports import (
     HEIGHT,
     Boxes,

@@ -39,12 +39,12 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parent.parent)
 )  # run as a script, this folder would be searched instead
 
-from datasets.coco_folder import has_json, is_coco, read_coco
-from datasets.coco_layout import WAYS, Part, new_folder, write_part
-from datasets.files import is_left_behind
-from datasets.labelled import VAL_FRACTION, Faults, Labelled, split_off, to_coco
-from datasets.voc import VocRules, is_voc, read_voc
-from datasets.yolo import is_darknet, is_yolo, read_yolo
+from datasets.convert.coco import has_json, is_coco, read_coco
+from datasets.convert.common import VAL_FRACTION, Faults, Labelled, split_off, to_coco
+from datasets.convert.layout import WAYS, Part, new_folder, write_part
+from datasets.convert.voc import VocRules, is_voc, read_voc
+from datasets.convert.yolo import is_darknet, is_yolo, read_yolo
+from datasets.file_index import is_left_behind
 from util.config import make_parser
 from util.errors import UserError, run_as_command
 

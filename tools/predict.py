@@ -151,7 +151,7 @@ def find_sources(inputs: Sequence[Path]) -> list[Source]:
 
     Raises UserError for a path that is not there, and a folder without pictures.
     """
-    from datasets.files import IMAGE_SUFFIXES, files_below
+    from datasets.file_index import IMAGE_SUFFIXES, files_below
 
     found: dict[tuple[str, str], Path] = {}
     for path in inputs:
@@ -220,7 +220,7 @@ def with_annotated_ids(sources: Sequence[Source], annotations: Path, detector: D
     """Names and ids as in a COCO file: an image is the one whose file name there is the longest end
     of the file's path.
 
-    Where none is, it may be spelled otherwise or be a path on another machine (datasets/files.py).
+    Where none is, it may be spelled otherwise or be a path on another machine (datasets/file_index.py).
     Pictures that it does not list are left out, as those of COCO's test2017 that are not in
     test-dev; how many is printed.
 
@@ -228,7 +228,7 @@ def with_annotated_ids(sources: Sequence[Source], annotations: Path, detector: D
     detector does not know.
     """
     from datasets.coco_format import is_file_name, read_images_and_categories
-    from datasets.files import portable
+    from datasets.file_index import portable
 
     images, categories = read_images_and_categories(annotations)
     detector.classes.check(categories, str(annotations))
@@ -271,7 +271,7 @@ def _annotated_names(
     from the file's is printed.
     """
     from datasets.coco_format import is_file_name
-    from datasets.files import SPELLING, Index, annotated_size
+    from datasets.file_index import SPELLING, Index, annotated_size
 
     sizes = {image["file_name"]: annotated_size(image) for image in images}
     names: dict[Path, str] = {}

@@ -20,8 +20,8 @@ sys.path.insert(
 )  # run as a script, this folder would be searched instead
 
 from datasets.coco_format import read_annotations
-from datasets.coco_layout import WAYS, write_part
-from datasets.files import respell
+from datasets.convert.layout import WAYS, write_part
+from datasets.file_index import respell
 from util.config import make_parser
 from util.errors import UserError, run_as_command
 

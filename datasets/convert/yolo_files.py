@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets.coco_format import shown
-from datasets.files import (
+from datasets.convert.common import PARTS, Faults
+from datasets.file_index import (
     IMAGE_FOLDERS,
     IMAGE_SUFFIXES,
     Index,
@@ -22,7 +23,6 @@ from datasets.files import (
     is_within,
     parts_of,
 )
-from datasets.labelled import PARTS, Faults
 from util.errors import UserError
 from util.text_files import read_lines, read_text, unquoted
 

@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from datasets.coco_export import check_export, leave_out, mend
 from datasets.coco_format import is_file_name, read_json
-from datasets.coco_layout import Part
-from datasets.files import IMAGE_SUFFIXES, Found, Index, annotated_size, files_below, portable
-from datasets.labelled import PARTS, ROLES, VAL_FRACTION, Faults
+from datasets.convert.coco_export import check_export, leave_out, mend
+from datasets.convert.common import PARTS, ROLES, VAL_FRACTION, Faults
+from datasets.convert.layout import Part
+from datasets.file_index import IMAGE_SUFFIXES, Found, Index, annotated_size, files_below, portable
 from util.errors import UserError
 from util.images.files import read_regular_file
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from datasets.coco_format import format_faults, is_area, is_id
-from datasets.labelled import Corners, Faults, as_stored
+from datasets.convert.common import Corners, Faults, as_stored
 from datasets.preflight import box_fault, box_faults, describe_box, sizes_of, wrong_areas
 from util.errors import UserError
 from util.images.files import Header

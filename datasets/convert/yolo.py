@@ -11,8 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from datasets.coco_format import shown
-from datasets.files import IMAGE_SUFFIXES, Key, files_below, folded_key, shown_size
-from datasets.labelled import (
+from datasets.convert.common import (
     Corners,
     Faults,
     Labelled,
@@ -26,7 +25,8 @@ from datasets.labelled import (
     parts_by_folder,
     progress,
 )
-from datasets.yolo_files import DARKNET, LABELS_BY_SPELLING, YAML, Lookup, describe, names_in
+from datasets.convert.yolo_files import DARKNET, LABELS_BY_SPELLING, YAML, Lookup, describe, names_in
+from datasets.file_index import IMAGE_SUFFIXES, Key, files_below, folded_key, shown_size
 from util.errors import UserError
 from util.images.files import Header
 from util.text_files import read_lines

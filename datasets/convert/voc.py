@@ -13,19 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-from datasets.files import (
-    IMAGE_SUFFIXES,
-    SPELLING,
-    UNKNOWN_SIZE,
-    Found,
-    Index,
-    Key,
-    Size,
-    files_below,
-    parts_of,
-    shown_size,
-)
-from datasets.labelled import (
+from datasets.convert.common import (
     PARTS,
     ROLES,
     Corners,
@@ -40,6 +28,18 @@ from datasets.labelled import (
     part_of,
     parts_by_folder,
     progress,
+)
+from datasets.file_index import (
+    IMAGE_SUFFIXES,
+    SPELLING,
+    UNKNOWN_SIZE,
+    Found,
+    Index,
+    Key,
+    Size,
+    files_below,
+    parts_of,
+    shown_size,
 )
 from util.errors import UserError
 from util.images.files import Header, read_regular_file
