@@ -32,7 +32,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from util.config import make_parser
-from util.errors import UserError, run_as_command
+from util.errors import UserError
 
 # increase with every change of the pictures: sets of another version count as other settings
 VERSION = 1
@@ -642,7 +642,3 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from None
     print(f"wrote {folder}" if written else f"{folder} is there already with these settings; nothing to do")
-
-
-if __name__ == "__main__":
-    run_as_command(main)

@@ -22,7 +22,7 @@ from util.text_files import replace_text
 
 log = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NAME = "run.json"
 KEPT_STARTS = 100  # a run that is preempted every hour for months still has a small record
 
