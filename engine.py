@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,23 +14,31 @@ import torch
 from pycocotools.coco import COCO
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
 
-from datasets.coco_eval import coco_results, evaluate_boxes, precision_tables
+from datasets.coco_eval import coco_results, evaluate_boxes, metrics_table, precision_tables
 from datasets.loader import DeviceBatches
+from models import build_model
 from models.criterion import SetCriterion
+from models.weights.finetune import fine_tune
+from models.weights.start import Start, load_checkpoint
 from util.class_map import ClassMap
 from util.config import Config
 from util.distributed.processes import broadcast_from_main, gather_on_main, is_main, world_size
 from util.distributed.watchdog import note
 from util.errors import UserError
 from util.nested_tensor import NestedTensor
+from util.optim import build_schedule
 from util.step.log import StepLog
 from util.step.metrics import published_names
 from util.step.not_finite import Targets
 from util.step.precision import autocast
+from util.step.precision_check import check_precision
 from util.step.progress import Progress, Throughput
 from util.step.transfer import HostCopy
-from util.step.updater import Updater
+from util.step.updater import Updater, build_updater
+
+log = logging.getLogger(__name__)
 
 Batches = Iterable[tuple[NestedTensor, Targets]]
 
@@ -39,18 +48,18 @@ def train_one_epoch(
     criterion: SetCriterion,
     batches: Batches,
     updater: Updater,
-    log: StepLog,
+    step_log: StepLog,
     amp: str = "off",
 ) -> dict[str, float]:
     """Train on the batches that are left of an epoch.
 
-    A step blocks on the device once, for the matching. `log` reads the losses of a step when those
+    A step blocks on the device once, for the matching. `step_log` reads the losses of a step when those
     of the next one are computed.
 
     Args:
         model: the detector, wrapped in DistributedDataParallel in a job of several processes.
         updater: averages gradients over groups of `accumulate_steps` batches.
-        log: the notes of this epoch; says with which step the epoch resumes.
+        step_log: the notes of this epoch; says with which step the epoch resumes.
         amp: mixed precision of the forward pass: "off", "bf16" or "fp16".
 
     Returns:
@@ -61,9 +70,9 @@ def train_one_epoch(
     """
     model.train()
     criterion.train()
-    for step, (images, targets) in enumerate(batches, log.first_step):
-        group_size, last_of_group = updater.group_of(step, log.num_steps)
-        log.before_forward(step, images, targets)
+    for step, (images, targets) in enumerate(batches, step_log.first_step):
+        group_size, last_of_group = updater.group_of(step, step_log.num_steps)
+        step_log.before_forward(step, images, targets)
 
         with _exchange_of_gradients(model, last_of_group):
             # Forward and losses.
@@ -73,13 +82,13 @@ def train_one_epoch(
             total = criterion.total(losses)
 
             # Backward. The previous step is checked before its weights change.
-            log.before_backward()
+            step_log.before_backward()
             scale = updater.backward(total, group_size)
 
         # Step, once a group.
         norm = updater.step() if last_of_group else None
-        log.after_step(losses, total, norm, scale, updater.lr)
-    return log.close(updater.lr)
+        step_log.after_step(losses, total, norm, scale, updater.lr)
+    return step_log.close(updater.lr)
 
 
 def _exchange_of_gradients(model: nn.Module, wanted: bool) -> contextlib.AbstractContextManager:
@@ -87,6 +96,43 @@ def _exchange_of_gradients(model: nn.Module, wanted: bool) -> contextlib.Abstrac
     if isinstance(model, DistributedDataParallel) and not wanted:
         return model.no_sync()
     return contextlib.nullcontext()
+
+
+@dataclass(frozen=True)
+class Learner:
+    """The detector and what trains it. wrapped: the model as the training loop calls it."""
+
+    model: nn.Module
+    wrapped: nn.Module
+    criterion: SetCriterion
+    postprocessors: Mapping[str, Callable]
+    updater: Updater
+    schedule: LambdaLR
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of trained parameters."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+
+def build_learner(config: Config, device: torch.device, start: Start, classes: ClassMap) -> Learner:
+    """Build the detector on `device`, load the weights of `start`, and build the optimiser.
+
+    Raises UserError if the weights do not fit.
+    """
+    model, criterion, postprocessors = build_model(config, pretrained=start.weights is None)
+    if start.weights is not None and start.resumed:
+        load_checkpoint(model, start.weights, start.source)
+    elif start.weights is not None:
+        log.info("%s", fine_tune(model, config, classes, start.weights, start.source))
+    check_precision(model.to(device), config.run.amp)
+
+    updater = build_updater(model, config)
+    wrapped: nn.Module = model
+    if world_size() > 1:
+        wrapped = data_parallel(model, config, device)
+    schedule = build_schedule(updater.optimizer, config)
+    return Learner(model, wrapped, criterion, postprocessors, updater, schedule)
 
 
 def data_parallel(model: nn.Module, config: Config, device: torch.device) -> DistributedDataParallel:
@@ -137,6 +183,15 @@ class Evaluation:
     stats: dict[str, Any]
     results: list[dict[str, Any]]
     tables: dict[str, Any]
+
+    @property
+    def average_precision(self) -> float:
+        """AP at IoU 0.50:0.95, in [0, 1]; -1 if the data set has no object."""
+        return self.stats["coco_eval_bbox"][0]
+
+    def table(self) -> str:
+        """The metrics in two lines."""
+        return metrics_table(self.stats["coco_eval_bbox"])
 
 
 @torch.no_grad()

@@ -1,0 +1,115 @@
+"""The splits of a run: training and validation data, checked, with their loaders."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from datasets import build_dataset
+from datasets.bad_images import BadImages
+from datasets.coco import CocoDetection
+from datasets.loader import DeviceBatches, build_loader
+from datasets.preflight import quick_check
+from datasets.samplers import EvalBatches, TrainBatches
+from util.checkpoint import weights_of
+from util.class_map import AUTO, ClassMap, classes_of, unnamed_classes
+from util.config import Config
+from util.distributed.processes import broadcast_from_main, is_main, rank, world_size
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Both splits of a training. order: which images the training batches hold."""
+
+    train: CocoDetection
+    val: CocoDetection
+    order: TrainBatches
+    bad_images: BadImages
+    batches: DeviceBatches
+    val_batches: DeviceBatches
+
+    @property
+    def classes(self) -> ClassMap:
+        return self.train.classes
+
+
+def open_training_data(config: Config, device: torch.device) -> TrainingData:
+    """Open and check both splits. Raises UserError for data that would end the run later."""
+    train = build_dataset("train", config)
+    val = build_dataset("val", config, train.classes)
+    _check(train, val, config)
+    order = TrainBatches(len(train), config.optim.batch_size, rank(), world_size(), config.run.seed)
+    bad_images = BadImages(config.data.on_bad_image, config.data.max_bad_images)
+    workers = config.data.num_workers
+    batches = build_loader(train, order, workers, device, bad_images, timeout=_loader_timeout(config))
+    return TrainingData(
+        train, val, order, bad_images, batches, evaluation_loader(val, config, device, bad_images)
+    )
+
+
+def open_evaluation_data(config: Config, checkpoint: Mapping[str, Any], source: str) -> CocoDetection:
+    """The validation split, labelled as the class heads of the checkpoint are.
+
+    Args:
+        source: name of the checkpoint for messages.
+    """
+    classes = None
+    if config.data.num_classes == AUTO:
+        classes = classes_of(checkpoint, source)
+    dataset = build_dataset("val", config, classes)
+    logits = unnamed_classes(weights_of(checkpoint, source)).num_classes
+    if classes or config.data.num_classes != AUTO or dataset.classes.num_classes == logits:
+        return dataset
+
+    # A published checkpoint on data with another number of categories.
+    log.warning(
+        "%s does not name its classes; category ids are taken for the numbers of its %d logits",
+        source,
+        logits,
+    )
+    return build_dataset("val", config.with_flags({"num_classes": logits}))
+
+
+def evaluation_loader(
+    dataset: CocoDetection, config: Config, device: torch.device, bad_images: BadImages | None = None
+) -> DeviceBatches:
+    """The batches of `dataset` that this process evaluates."""
+    bad_images = bad_images or BadImages(config.data.on_bad_image, config.data.max_bad_images)
+    batches = EvalBatches(len(dataset), config.optim.batch_size, rank(), world_size())
+    return build_loader(
+        dataset,
+        batches,
+        config.data.num_workers,
+        device,
+        bad_images,
+        replace=False,
+        timeout=_loader_timeout(config),
+    )
+
+
+def _check(train: CocoDetection, val: CocoDetection, config: Config) -> None:
+    """The quick part of tools/check_data.py on the main process; every process raises what it finds."""
+    error = None
+    if is_main():
+        skip_missing = config.data.on_bad_image == "skip"
+        error = quick_check(train, val, skip_missing, config.transformer.num_queries)
+    error = broadcast_from_main(error)
+    if error:
+        raise error
+
+
+def _loader_timeout(config: Config) -> int:
+    """Seconds to wait for a batch.
+
+    In a job of several processes the exchange between them times out first, and its message names
+    the process that waits for its loader.
+    """
+    if world_size() == 1:
+        return config.run.dist_timeout
+    return 2 * config.run.dist_timeout

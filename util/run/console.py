@@ -1,0 +1,123 @@
+"""What a run prints, beside the progress of its loops: settings at the start, a line after each epoch."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from util.config import Config
+from util.distributed.processes import is_main, rank, world_size
+from util.step.progress import duration
+
+log = logging.getLogger(__name__)
+
+NOTHING_KEPT = "nothing is saved without --output_dir"
+
+
+def start_logging() -> None:
+    """Print everything of the main process, and the warnings of the others with their rank."""
+    form = "%(message)s" if world_size() == 1 else f"[{rank()}] %(message)s"
+    level = logging.INFO if is_main() else logging.WARNING
+    logging.basicConfig(stream=sys.stdout, level=level, format=form, force=True)
+    # A line that can't be written, on a full disk for example, ends no run.
+    logging.raiseExceptions = False
+
+
+def announce(config: Config) -> None:
+    """Print the flags that differ from their defaults, and warn about those that can't work."""
+    flags = " ".join(f"--{name} {shown(value)}" for name, value in config.changed_flags().items())
+    log.info("flags that differ from their defaults: %s", flags or "none")
+    names = config.without_effect()
+    if names:
+        off = "--bf 0"
+        if config.run.eval:
+            off = "evaluation does without it unless --eval_bf is given"
+        listed = ", ".join(f"--{name}" for name in names)
+        log.info("without effect: %s; BatchFormerV2 is off (%s)", listed, off)
+    if not (config.run.output_dir or config.run.eval):
+        log.warning("warning: %s, neither weights nor log.txt", NOTHING_KEPT)
+    if config.batchformer.bf and config.optim.batch_size == 1:
+        log.warning(
+            "warning: BatchFormerV2 relates the images of a process's batch: "
+            "--batch_size 1 gives it nothing to relate"
+        )
+
+
+def what_is_kept(config: Config, saved: str) -> str:
+    """The part of the last line that says what is on the disk, and how to resume."""
+    if config.run.eval:
+        return "the evaluation is not finished"
+    if not config.run.output_dir:
+        return NOTHING_KEPT
+    return f"{saved}; start again with --resume auto"
+
+
+def epoch_title(epoch: int, epochs: int) -> str:
+    """The name of an epoch: its number as in log.txt, from 0, and its place among all."""
+    return f"epoch {epoch} ({epoch + 1}/{epochs})"
+
+
+class EpochSummary:
+    """Prints a line after each epoch and the result after the last. The main process alone prints.
+
+    Args:
+        epochs: number of epochs of the run (--epochs).
+        folder: --output_dir, or "".
+    """
+
+    def __init__(self, epochs: int, folder: str) -> None:
+        self._epochs, self._folder = epochs, folder
+        self._run_start = self._epoch_start = time.perf_counter()
+
+    def epoch(self, line: Mapping[str, Any], best: Mapping[str, Any] | None) -> None:
+        """Print the result of an epoch.
+
+        Args:
+            line: the epoch's entries of log.txt.
+            best: AP, epoch and weights of the best evaluation so far.
+        """
+        now = time.perf_counter()
+        seconds, self._epoch_start = now - self._epoch_start, now
+        epoch = line["epoch"]
+        fields = [f"{epoch_title(epoch, self._epochs)} done in {duration(seconds)}"]
+        if "train_loss" in line:
+            fields.append(f"loss {line['train_loss']:.4f}")
+        if "test_loss" in line:
+            fields.append(f"validation loss {line['test_loss']:.4f}")
+            fields.append(f"AP {100 * line['test_coco_eval_bbox'][0]:.1f}")
+        if best:
+            fields.append(f"best AP {100 * best['AP']:.1f} (epoch {best['epoch']})")
+        if epoch + 1 < self._epochs:
+            fields.append(f"about {duration(seconds * (self._epochs - epoch - 1))} left")
+        if self._folder:
+            fields.append(f"saved {self._folder}/checkpoint.pth")
+        log.info("%s", "  ".join(fields))
+
+    def finish(self, best: Mapping[str, Any] | None) -> None:
+        """Print the result of the run, and the commands that follow."""
+        log.info("training time %s", duration(time.perf_counter() - self._run_start))
+        if not (best and self._folder):
+            return
+        weights = ""
+        if best["weights"] == "ema":
+            weights = ", averaged weights"
+        path = f"{self._folder}/checkpoint_best.pth"
+        log.info("best AP %.1f (epoch %d%s): %s", 100 * best["AP"], best["epoch"], weights, path)
+        log.info("next: python tools/report.py %s", self._folder)
+        log.info("      python tools/predict.py --resume %s <images> --output_dir predictions", path)
+
+
+def shown(value: Any) -> str:
+    """The value of a flag as on a command line."""
+    if isinstance(value, list | tuple):
+        return " ".join(str(item) for item in value)
+    return str(value)
+
+
+def shortened(text: str, longest: int = 200) -> str:
+    if len(text) <= longest:
+        return text
+    return f"{text[:longest]} ..."

@@ -1,0 +1,48 @@
+"""The files of an evaluation: detections in COCO's results format, tables of precision and recall."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from util.checkpoint import write_atomically
+from util.errors import NotSavedError
+
+log = logging.getLogger(__name__)
+
+
+def save_evaluation(
+    run: Path, tables: dict[str, Any], results: Sequence[Any], epoch: int, prefix: str, predictions: bool
+) -> None:
+    """Write the files of an epoch's evaluation. A failure is a warning: training continues.
+
+    Args:
+        run: the run's folder. eval/ in it takes <prefix>latest.json (detections) and
+            <prefix>latest.pth (tables), and every 50 epochs <prefix><epoch>.pth.
+        prefix: "ema_" for the averaged weights, else "".
+        predictions: whether to write the detections to predictions[_ema].json too.
+    """
+    folder = run / "eval"
+    try:
+        folder.mkdir(exist_ok=True)
+        write_results(folder / f"{prefix}latest.json", results)
+        write_atomically(tables, folder / f"{prefix}latest.pth")
+        if epoch % 50 == 0:
+            write_atomically(tables, folder / f"{prefix}{epoch:03}.pth")
+        if predictions:
+            suffix = "_ema" if prefix else ""
+            write_results(run / f"predictions{suffix}.json", results)
+            log.info("%d detections in predictions%s.json", len(results), suffix)
+    except (OSError, NotSavedError) as error:
+        log.warning("%s; training continues", error)
+
+
+def write_results(path: Path, results: Sequence[Any]) -> None:
+    """Write detections in COCO's results format. Raises NotSavedError."""
+    try:
+        path.write_text(json.dumps(results))
+    except OSError as error:
+        raise NotSavedError(f"{path} could not be written ({error.strerror})") from None
