@@ -2,7 +2,7 @@
 
 The tests go through commands and published names only. `tests/fixtures` was written by `tests/fixtures/make.py` at commit
 828990c; write the tables again only for a change that users are meant to see. Exit codes have tests of their own: 2 in
-test_bad_input.py, 74 in test_checkpoint_folder.py, 75 and 130 in test_preemption.py, 76 in test_launch.py.
+test_bad_input.py, 74 in faults/storage.py, 75 and 130 in test_preemption.py, 76 in test_launch.py.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch
 
 from tests.helpers import BATCHFORMER, ROOT, SMALL_IMAGES, SMALL_MODEL, write_coco
 from tests.processes import run_forked, run_main_forked
+from util import errors
 
 FIXTURES = ROOT / "tests" / "fixtures"
 
@@ -134,6 +135,12 @@ def test_names_that_readme_and_docs_import():
 def test_scripts_stay_and_can_be_started(script):
     assert (ROOT / script).is_file()
     assert script.endswith(".py") or os.access(ROOT / script, os.X_OK)
+
+
+def test_exit_codes():
+    """That runs end with them is tested elsewhere, by these names."""
+    names = ("USER_ERROR", "NOT_SAVED", "PREEMPTED", "LOST_PROCESS", "INTERRUPTED")
+    assert [getattr(errors, f"EXIT_{name}") for name in names] == [2, 74, 75, 76, 130]
 
 
 # ---- runs that an earlier version of the program wrote
