@@ -1,8 +1,9 @@
-"""What users rely on: flags, importable names, files of runs and checkpoints. A change of internals must not change these.
+"""What users rely on: flags, importable names, files of runs and checkpoints.
 
-The tests go through commands and published names only. `tests/fixtures` was written by `tests/fixtures/make.py` at commit
-828990c; write the tables again only for a change that users are meant to see. Exit codes have tests of their own: 2 in
-test_bad_input.py, 74 in faults/storage.py, 75 and 130 in test_preemption.py, 76 in test_launch.py.
+A change of internals must not change these, so the tests go through commands and published names.
+`tests/fixtures/make.py` wrote the fixtures at commit 828990c. Write the tables again only for a change
+that users are meant to see. Exit codes have tests of their own: 2 in test_bad_input.py, 74 in
+faults/storage.py, 75 and 130 in test_preemption.py, 76 in test_launch.py.
 """
 
 from __future__ import annotations
@@ -48,7 +49,10 @@ def table(name: str) -> list[str]:
 
 
 class Caught(BaseException):
-    """Ends a command as soon as it has made its parser. No Exception, so that the command does not handle it."""
+    """Ends a command as soon as it has made its parser.
+
+    It is no Exception, so that the command does not handle it.
+    """
 
 
 def parser_of(command: str) -> argparse.ArgumentParser:
@@ -91,7 +95,7 @@ def flags_of(parser: argparse.ArgumentParser) -> Iterator[str]:
 
 
 def plain(value: object) -> object:
-    """A default or choices, without what only the code sees: None or SUPPRESS, tuple or list, text or Path."""
+    """A default or choices. None and SUPPRESS, tuple and list, text and Path are alike for users."""
     if value is None or value == argparse.SUPPRESS:
         return "none"
     if isinstance(value, (tuple, dict)):
@@ -102,7 +106,10 @@ def plain(value: object) -> object:
 
 
 def all_flags() -> list[str]:
-    """The flags of the table's commands, sorted. Where a command has all of main.py's, those that differ are listed."""
+    """The flags of the table's commands, sorted.
+
+    Of a command that has every flag of main.py, only the others and those with another default are listed.
+    """
     of_main = list(flags_of(parser_of("main.py")))
     lines = []
     for command in {line.partition(" | ")[0] for line in table("flags")}:
@@ -185,7 +192,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def resumed(
     request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path]:
-    """The folder of an earlier run of two epochs, and a copy that the present program has resumed for a third epoch."""
+    """The folder of an earlier run of two epochs, and a copy that is resumed for a third epoch."""
     before, out = FIXTURES / request.param, tmp_path_factory.mktemp("runs") / request.param
     shutil.copytree(before, out)
     within_an_epoch = list(out.glob("resume_*.pth"))
