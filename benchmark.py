@@ -39,9 +39,9 @@ from util.config import BatchFormerConfig, Config, make_parser, parse_with_confi
 from util.distributed.processes import choose_device
 from util.errors import UserError, run_as_command
 from util.nested_tensor import NestedTensor
-from util.optim import build_updater
 from util.step.precision import autocast
 from util.step.precision_check import check_precision
+from util.step.updater import build_updater
 
 OBJECTS = 7  # an image of COCO has 7.3 on average
 

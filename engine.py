@@ -1,157 +1,123 @@
-"""One epoch of training, and evaluation. Knows nothing of BatchFormerV2: the outputs carry what the
-criterion must know.
-"""
+"""One epoch of training, and evaluation. BatchFormerV2 does not appear here: it is part of the model."""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from pycocotools.coco import COCO
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from datasets.coco_eval import coco_results, evaluate_boxes, precision_tables
 from datasets.loader import DeviceBatches
 from models.criterion import SetCriterion
 from util.class_map import ClassMap
+from util.config import Config
 from util.distributed.processes import broadcast_from_main, gather_on_main, is_main, world_size
 from util.distributed.watchdog import note
 from util.errors import UserError
 from util.nested_tensor import NestedTensor
-from util.optim import Updater
-from util.step.metrics import MeanOnDevice, Progress, memory_in_use
-from util.step.not_finite import FiniteWatch, Step, Targets
+from util.step.log import StepLog
+from util.step.metrics import published_names
+from util.step.not_finite import Targets
 from util.step.precision import autocast
-from util.step.random_state import torch_state
+from util.step.progress import Progress, Throughput
 from util.step.transfer import HostCopy
+from util.step.updater import Updater
 
-
-@dataclass
-class EpochMeans:
-    """The sums of an epoch so far."""
-
-    losses: MeanOnDevice = field(default_factory=MeanOnDevice)
-    norms: MeanOnDevice = field(default_factory=MeanOnDevice)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"losses": self.losses.state_dict(), "norms": self.norms.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.losses.load_state_dict(state["losses"])
-        self.norms.load_state_dict(state["norms"])
-
-    def load_merged(self, states: Sequence[Mapping[str, Any]]) -> None:
-        self.losses.load_merged([state["losses"] for state in states])
-        self.norms.load_merged([state["norms"] for state in states])
-
-    def reset(self) -> None:
-        self.losses, self.norms = MeanOnDevice(), MeanOnDevice()
+Batches = Iterable[tuple[NestedTensor, Targets]]
 
 
 def train_one_epoch(
     model: nn.Module,
     criterion: SetCriterion,
-    batches: DeviceBatches,
+    batches: Batches,
     updater: Updater,
-    device: torch.device,
-    epoch: int,
-    *,
-    watch: FiniteWatch,
-    means: EpochMeans,
+    log: StepLog,
     amp: str = "off",
-    first_step: int = 0,
-    log_every: int = 10,
-    after_step: Callable[[int], None] = lambda step: None,
-    after_window: Callable[[Mapping[str, float]], None] = lambda means: None,
 ) -> dict[str, float]:
     """Train on the batches that are left of an epoch.
 
-    A step waits for the device once, for the matching. Losses are summed on the device and read
-    every `log_every` steps; whether they were finite is read one step late, when the answer has
-    arrived with the matching of the next step.
+    A step blocks on the device once, for the matching. `log` reads the losses of a step when those
+    of the next one are computed.
 
     Args:
-        model: wrapped, if gradients are exchanged.
-        updater: averages gradients over groups of `accumulate_steps` batches. Each batch goes
-            through BatchFormerV2 by itself, so this does not give it more images to relate.
-        watch: looks for losses and gradients that are not finite.
-        means: the sums, with what an interrupted epoch has already.
-        amp: mixed precision of the forward pass.
-        first_step: how many steps of the epoch have been made.
-        after_step: called with the steps made so far; may save, or end the run by an exception.
-        after_window: called every `log_every` steps, and after the last, with their means in this
-            process (published names).
+        model: the detector, wrapped in DistributedDataParallel in a job of several processes.
+        updater: averages gradients over groups of `accumulate_steps` batches.
+        log: the notes of this epoch; says with which step the epoch resumes.
+        amp: mixed precision of the forward pass: "off", "bf16" or "fp16".
 
     Returns:
-        the epoch's means over all processes, under the published names (without "train_").
+        means of the epoch over all processes, under the names of log.txt without "train_".
 
     Raises:
-        UserError: from `watch`; the weights are those from before that step.
+        UserError: a loss or a gradient was not finite; the weights are those from before that step.
     """
     model.train()
     criterion.train()
-    num_steps = first_step + len(batches)
-    progress = Progress(f"epoch {epoch}", num_steps, log_every, first_step)
-    clock = Throughput()
-    random_before = torch_state(device)
-    for step, (images, targets) in enumerate(batches, first_step):
-        group_start = step - step % updater.accumulate_steps
-        group_size = min(updater.accumulate_steps, num_steps - group_start)
-        last_of_group = step == group_start + group_size - 1
-        with contextlib.nullcontext() if last_of_group else _without_exchange(model):
-            note("epoch %d, step %d: forward", epoch, step)
-            with autocast(amp, device):
+    for step, (images, targets) in enumerate(batches, log.first_step):
+        group_size, last_of_group = updater.group_of(step, log.num_steps)
+        log.before_forward(step, images, targets)
+
+        with _exchange_of_gradients(model, last_of_group):
+            # Forward and losses.
+            with autocast(amp, images.tensors.device):
                 outputs = model(images)
             losses = criterion(outputs, targets)
-            watch.check()
             total = criterion.total(losses)
-            note("epoch %d, step %d: backward and exchange of gradients", epoch, step)
+
+            # Backward. The previous step is checked before its weights change.
+            log.before_backward()
             scale = updater.backward(total, group_size)
-        norm = None
-        if last_of_group:
-            norm = updater.step()
-            means.norms.update({"grad_norm": norm})
-        means.losses.update(losses)
-        watch.expect(Step(epoch, step, images, targets, random_before), losses, total, norm, scale)
-        clock.add(len(images) * world_size())
-        line = None
-        if (
-            progress.due()
-        ):  # the one place of a training step, besides the matching, that waits for the device
-            window = published_names(means.losses.window() | means.norms.window(), criterion.weight_dict)
-            window["images_per_second"] = clock.rate()
-            after_window(window)
-            line = _line(window, updater.lr, device)
-        progress.step(line)
-        after_step(step + 1)
-        random_before = torch_state(device)
-        note("epoch %d, step %d: waiting for the batch", epoch, step + 1)
-    watch.check()
-    progress.close()
-    totals = means.losses.totals() | means.norms.totals()
-    return {"lr": updater.lr} | published_names(totals, criterion.weight_dict)
+
+        # Step, once a group.
+        norm = updater.step() if last_of_group else None
+        log.after_step(losses, total, norm, scale, updater.lr)
+    return log.close(updater.lr)
+
+
+def _exchange_of_gradients(model: nn.Module, wanted: bool) -> contextlib.AbstractContextManager:
+    """Only the last batch of a group exchanges gradients; the others stay in their process."""
+    if isinstance(model, DistributedDataParallel) and not wanted:
+        return model.no_sync()
+    return contextlib.nullcontext()
+
+
+def data_parallel(model: nn.Module, config: Config, device: torch.device) -> DistributedDataParallel:
+    """The model wrapped so that its backward averages the gradients over all processes.
+
+    Needs a process group. Buffers are not synchronised here, but once an epoch (equalise_buffers).
+    """
+    # Only with these two flags do heads exist that no loss reaches.
+    unused = config.loss.no_aux_loss and config.transformer.with_box_refine
+    options: dict[str, Any] = {"find_unused_parameters": unused, "gradient_as_bucket_view": True}
+    if device.type == "cuda":
+        options["device_ids"] = [device]
+    # PyTorch 2.13 renamed the option.
+    known = inspect.signature(DistributedDataParallel).parameters
+    renamed = "forward_sync_buffers" in known
+    options["forward_sync_buffers" if renamed else "broadcast_buffers"] = False
+    return DistributedDataParallel(model, **options)
 
 
 def training_loss(
     model: nn.Module, criterion: SetCriterion, amp: str
 ) -> Callable[[NestedTensor, Targets], Tensor]:
-    """The total loss of a batch as a training step computes it, without an exchange between
-    processes.
-    """
+    """A function that computes the total loss of a batch as a training step does, in this process alone."""
 
     def loss_of(images: NestedTensor, targets: Targets) -> Tensor:
         with autocast(amp, images.tensors.device):
             outputs = model(images)
+        # In evaluation mode the criterion does not wait for the other processes.
         was_training = criterion.training
         try:
-            losses = criterion.eval()(
-                outputs, targets
-            )  # in evaluation it does not wait for the other processes
+            losses = criterion.eval()(outputs, targets)
         finally:
             criterion.train(was_training)
         return criterion.total(losses)
@@ -161,8 +127,11 @@ def training_loss(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """stats: published names (without "test_") to numbers, on every process. On the main process
-    also the detections in COCO's results format and the precision tables of pycocotools.
+    """The result of an evaluation.
+
+    stats: metrics and mean losses under the names of log.txt without "test_", on every process.
+    results: detections in COCO's results format, in the order of the image ids; main process only.
+    tables: precision and recall as in pycocotools' COCOeval.eval; main process only.
     """
 
     stats: dict[str, Any]
@@ -184,45 +153,50 @@ def evaluate(
     title: str = "evaluate",
     evaluator: str = "faster",
 ) -> Evaluation:
-    """COCO's figures and the losses over a data set; the same however many processes share the
-    work.
+    """COCO's metrics and the mean losses over a data set, the same for any number of processes.
 
-    `classes` gives detections the category ids of `ground_truth`. `evaluator` is that of
-    evaluate_boxes. `model` must not be wrapped: processes may have different numbers of batches.
-    While the device works on a batch, the host puts the detections of the batch before into COCO's
-    format.
+    Args:
+        model: not wrapped: processes may have different numbers of batches.
+        postprocessors: by IoU type ("bbox"): outputs and image sizes to detections.
+        classes: maps labels to the category ids of `ground_truth`.
+        evaluator: "faster" or "pycocotools" (datasets.coco_eval.evaluate_boxes).
+
+    Raises:
+        UserError: no image of the data set could be read.
     """
     model.eval()
     criterion.eval()
-    progress = Progress(title, len(batches), log_every)
+    progress, throughput = Progress(title, len(batches), log_every), Throughput()
     done: list[BatchResult] = []
     pending: PendingResult | None = None
-    clock = Throughput()
     for step, (images, targets) in enumerate(batches):
         note("%s, batch %d", title, step)
         with autocast(amp, images.tensors.device):
             outputs = model(images)
-        done += [pending.collect()] if pending else []
+        # The device works on this batch; the host converts the detections of the previous one.
+        if pending:
+            done.append(pending.collect())
         losses = criterion(outputs, targets)
         sizes = torch.stack([target["orig_size"] for target in targets])
         pending = PendingResult(targets, postprocessors["bbox"](outputs, sizes), losses, classes)
-        clock.add(len(images) * world_size())
-        progress.step(f"{clock.rate():.2f} images/s" if progress.due() else None)
-    done += [pending.collect()] if pending else []
+        throughput.add(len(images) * world_size())
+        progress.step([f"{throughput.rate():.2f} images/s"] if progress.due() else [])
+    if pending:
+        done.append(pending.collect())
     progress.close()
-    return _summarise(done, criterion, ground_truth, evaluator)
+    return _summarise(done, criterion.weight_dict, ground_truth, evaluator)
 
 
 @dataclass(frozen=True)
 class BatchResult:
-    """Detections in COCO's results format, and the losses by name."""
+    """What evaluation keeps of a batch: detections in COCO's results format, and losses by name."""
 
     detections: list[dict[str, Any]]
     losses: dict[str, float]
 
 
 class PendingResult:
-    """Detections and losses of a batch on their way to the host."""
+    """Asynchronous copy of detections and losses to the host."""
 
     def __init__(
         self,
@@ -232,90 +206,46 @@ class PendingResult:
         classes: ClassMap,
     ) -> None:
         self._classes = classes
-        self._image_ids = [target["image_id"].item() for target in targets]
-        self._names = list(losses)
+        self._image_ids = [int(target["image_id"]) for target in targets]
+        self._loss_names = list(losses)
         self._losses = HostCopy(torch.stack([loss.float() for loss in losses.values()]))
-        self._detections = HostCopy(torch.stack([_packed(detection) for detection in detections]))
+        self._detections = {
+            name: HostCopy(torch.stack([image[name] for image in detections])) for name in detections[0]
+        }
 
     def collect(self) -> BatchResult:
-        detections = [
-            {"boxes": rows[:, :4], "scores": rows[:, 4], "labels": rows[:, 5].long()}
-            for rows in self._detections.get()
-        ]
-        losses = dict(zip(self._names, self._losses.get().tolist(), strict=True))
-        return BatchResult(coco_results(self._image_ids, detections, self._classes), losses)
-
-
-class Throughput:
-    """Images a second since it was last asked."""
-
-    def __init__(self) -> None:
-        self._start, self._images = time.perf_counter(), 0
-
-    def add(self, images: int) -> None:
-        self._images += images
-
-    def rate(self) -> float:
-        now = time.perf_counter()
-        value = self._images / max(now - self._start, 1e-9)
-        self._start, self._images = now, 0
-        return value
-
-
-def published_names(means: Mapping[str, float], weights: Mapping[str, float]) -> dict[str, float]:
-    """Means of unweighted losses as log.txt has them: `loss`, weighted terms, and every term with
-    `_unscaled`.
-    """
-    scaled = {name: means[name] * weight for name, weight in weights.items() if name in means}
-    named = {name: means[name] for name in ("class_error", "grad_norm") if name in means}
-    unscaled = {f"{name}_unscaled": value for name, value in means.items() if name != "grad_norm"}
-    return named | {"loss": sum(scaled.values())} | scaled | unscaled
-
-
-def _line(window: Mapping[str, float], lr: float, device: torch.device) -> str:
-    norm = f"{window['grad_norm']:.3g}" if "grad_norm" in window else "-"
-    speed = f"{window['images_per_second']:.2f} images/s"
-    return f"loss {window['loss']:.4f}  lr {lr:.1e}  grad norm {norm}  {speed}  mem {memory_in_use(device)}"
-
-
-def _without_exchange(model: nn.Module) -> Any:
-    """Gradients of all but the last batch of a group stay with their process."""
-    return model.no_sync() if hasattr(model, "no_sync") else contextlib.nullcontext()
-
-
-def _packed(detection: dict[str, Tensor]) -> Tensor:
-    """[n, 6]: box, score, label; labels are far below the 2^24 up to which float32 is exact."""
-    boxes = detection["boxes"].float()
-    return torch.cat(
-        [boxes, detection["scores"][:, None].float(), detection["labels"][:, None].to(boxes.dtype)], 1
-    )
+        """The batch on the host; blocks only if the copy has not finished."""
+        losses = dict(zip(self._loss_names, self._losses.get().tolist(), strict=True))
+        batch = {name: copy.get() for name, copy in self._detections.items()}
+        images = [{name: values[i] for name, values in batch.items()} for i in range(len(self._image_ids))]
+        return BatchResult(coco_results(self._image_ids, images, self._classes), losses)
 
 
 def _summarise(
-    done: list[BatchResult], criterion: SetCriterion, ground_truth: COCO, evaluator: str
+    done: list[BatchResult], weights: Mapping[str, float], ground_truth: COCO, evaluator: str
 ) -> Evaluation:
-    """Everything to the main process, in the order of the data set whatever the number of
-    processes.
-    """
+    """Gather the results of all processes on the main one, in the order of the data set."""
     shares = gather_on_main(done)
     if not is_main():
         return Evaluation(broadcast_from_main(None), [], {})
-    # batch k went to process k modulo their number
-    rounds = max(map(len, shares))
+
+    # Batch k went to process k modulo their number.
+    rounds = max(len(share) for share in shares)
     in_order = [share[i] for i in range(rounds) for share in shares if i < len(share)]
     if not in_order:
         raise UserError(
             "not one image of the validation set could be read: there is nothing to evaluate; mend the data"
         )
     results = [detection for batch in in_order for detection in batch.detections]
-    results.sort(
-        key=lambda detection: detection["image_id"]
-    )  # where batches were passed over, the turns have shifted
-    note("COCO's figures of %d detections", len(results))
+    # Skipped batches shift the turns of the processes.
+    results.sort(key=lambda detection: detection["image_id"])
+
+    # Metrics and mean losses.
+    note("COCO metrics of %d detections", len(results))
     evaluation = evaluate_boxes(ground_truth, results, evaluator)
     means = {
         name: math.fsum(batch.losses[name] for batch in in_order) / len(in_order)
         for name in in_order[0].losses
     }
-    stats = published_names(means, criterion.weight_dict) | {"coco_eval_bbox": evaluation.stats.tolist()}
+    stats = published_names(means, weights) | {"coco_eval_bbox": evaluation.stats.tolist()}
     return Evaluation(broadcast_from_main(stats), results, precision_tables(evaluation))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import inspect
 import json
 import logging
 import random
@@ -21,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from datasets import build_dataset
 from datasets.coco import CocoDetection
@@ -29,7 +27,7 @@ from datasets.coco_eval import figures_table
 from datasets.loader import BadImages, DeviceBatches, build_loader, end_workers
 from datasets.preflight import quick_check
 from datasets.samplers import EvalBatches, TrainBatches
-from engine import EpochMeans, Evaluation, evaluate, train_one_epoch, training_loss
+from engine import Evaluation, data_parallel, evaluate, train_one_epoch, training_loss
 from models import build_model
 from models.ops import backends
 from models.weights.architecture import Purpose, adopt
@@ -50,7 +48,7 @@ from util.distributed.processes import (
 )
 from util.distributed.watchdog import note
 from util.errors import NotSavedError, UserError, run_as_command
-from util.optim import GROUPS, build_schedule, build_updater
+from util.optim import GROUPS, build_schedule
 from util.run.checkpoints import BEST, CheckpointFolder, scheduled_name
 from util.run.folder import announce_new, begun, set_aside
 from util.run.history import History
@@ -61,9 +59,12 @@ from util.run.state import Position, TrainingState, position_of
 from util.run.stop import StopRequest, StopVote
 from util.run.tensorboard import Board, check_tensorboard, detection_pictures
 from util.step.deterministic import explaining_refusals, make_deterministic
+from util.step.log import StepLog
+from util.step.metrics import EpochSums
 from util.step.not_finite import FiniteWatch
 from util.step.precision_check import check_precision
 from util.step.random_state import RandomGenerators
+from util.step.updater import build_updater
 
 log = logging.getLogger("main")
 
@@ -210,9 +211,9 @@ class Training:
         self.num_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.updater = build_updater(self.model, config)
         self.schedule = build_schedule(self.updater.optimizer, config)
-        self.wrapped = share_gradients(self.model, config, device)
+        self.wrapped = self.model if world_size() == 1 else data_parallel(self.model, config, device)
 
-        self.position, self.means = Position(), EpochMeans()
+        self.position, self.means = Position(), EpochSums()
         self.history = History(self.folder / "log.txt" if self.folder else None)
         self.watch = FiniteWatch(
             self.model,
@@ -287,20 +288,20 @@ class Training:
         self.order.epoch = self.dataset.epoch = epoch
         self.order.first_image = self.position.images
         with self.stop.deferred():
-            stats = train_one_epoch(
-                self.wrapped,
-                self.criterion,
-                self.batches,
-                self.updater,
-                self.device,
+            first_step = self.position.images // self.order.images_per_step if self.exact else 0
+            notes = StepLog(
                 epoch,
-                watch=self.watch,
-                means=self.means,
-                amp=self.config.run.amp,
+                first_step + len(self.batches),
+                self.means,
+                self.watch,
+                self.criterion.weight_dict,
+                first_step=first_step,
                 log_every=self.config.run.log_every,
-                first_step=self.position.images // self.order.images_per_step if self.exact else 0,
-                after_step=self._after_step,
-                after_window=self._after_window,
+                on_step=self._after_step,
+                on_window=self._after_window,
+            )
+            stats = train_one_epoch(
+                self.wrapped, self.criterion, self.batches, self.updater, notes, self.config.run.amp
             )
             self.schedule.step()
             equalise_buffers(self.model)
@@ -598,28 +599,6 @@ def check_data(train, val, config: Config) -> None:
     error = broadcast_from_main(quick_check(train, val, skip_missing, num_queries) if is_main() else None)
     if error:
         raise error
-
-
-def share_gradients(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
-    """The model whose gradients are averaged over processes; the model itself if there is one."""
-    return model if world_size() == 1 else data_parallel(model, config, device)
-
-
-def data_parallel(model: nn.Module, config: Config, device: torch.device) -> DistributedDataParallel:
-    """The model with an exchange of gradients in its backward; needs a process group."""
-    # only then heads are there that no loss reaches
-    unused = config.loss.no_aux_loss and config.transformer.with_box_refine
-    known = inspect.signature(DistributedDataParallel).parameters
-    sync_buffers = (
-        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    )  # its name before 2.13
-    return DistributedDataParallel(
-        model,
-        device_ids=[device] if device.type == "cuda" else None,
-        **{sync_buffers: False},  # equalised once an epoch
-        find_unused_parameters=unused,
-        gradient_as_bucket_view=True,
-    )
 
 
 def run_facts(config: Config, **datasets) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from tests.helpers import SMALL_IMAGES, SMALL_MODEL, write_coco
 from tests.processes import run_main_forked
 from util.checkpoint import read_checkpoint
 from util.config import parse_config
-from util.optim import AveragedWeights, Updater, build_optimizer
+from util.optim import build_optimizer
+from util.step.updater import AveragedWeights, Updater
 
 
 def test_the_average_is_that_of_the_formula():

@@ -13,13 +13,12 @@ from scipy.optimize import linear_sum_assignment
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import box_convert, generalized_box_iou
 
-import util.optim
 from datasets import build_dataset
 from datasets.coco import read_annotations
 from datasets.coco_eval import evaluate_boxes
 from datasets.loader import build_loader
 from datasets.samplers import EvalBatches
-from engine import EpochMeans, evaluate, published_names, train_one_epoch, training_loss
+from engine import evaluate, train_one_epoch, training_loss
 from models import build_model
 from models.matcher import HungarianMatcher, Targets
 from tests.golden import recipe
@@ -29,11 +28,14 @@ from util.checkpoint import read_checkpoint
 from util.config import parse_config
 from util.errors import UserError
 from util.nested_tensor import NestedTensor
-from util.optim import AveragedWeights, Updater, build_optimizer, lr_factor
-from util.step.metrics import MeanOnDevice
-from util.step.not_finite import FiniteWatch, Step
+from util.optim import build_optimizer, lr_factor
+from util.step import updater as updater_module
+from util.step.log import StepLog
+from util.step.metrics import EpochSums, MeanOnDevice, published_names
+from util.step.not_finite import FiniteWatch, StepInputs
 from util.step.random_state import torch_state
 from util.step.transfer import HostCopy
+from util.step.updater import AveragedWeights, Updater
 
 CPU = torch.device("cpu")
 
@@ -58,7 +60,8 @@ def train(model, criterion, optimizer, data, **options):
     options = {"clip_max_norm": 0.1, "accumulate_steps": 1, "dump_dir": None} | options
     watch = FiniteWatch(model, training_loss(model, criterion, "off"), {}, options.pop("dump_dir"))
     updater = Updater(optimizer, **options)
-    return train_one_epoch(model, criterion, data, updater, CPU, 0, watch=watch, means=EpochMeans())
+    notes = StepLog(0, len(data), EpochSums(), watch, criterion.weight_dict)
+    return train_one_epoch(model, criterion, data, updater, notes)
 
 
 # ---- what a step waits for
@@ -153,7 +156,7 @@ def test_a_step_waits_for_the_device_once(flags, monkeypatch):
         scale = updater.backward(total, 1)
         norm = updater.step()
         meter.update(losses)
-        watch.expect(Step(0, number, images, targets, torch_state(CPU)), losses, total, norm, scale)
+        watch.expect(StepInputs(0, number, images, targets, torch_state(CPU)), losses, total, norm, scale)
 
     step(0)  # the optimiser makes its state
     with counted_waits(monkeypatch) as waits:
@@ -290,7 +293,7 @@ def test_accumulation_averages_gradients(monkeypatch):
     model, criterion, _, optimizer = setup("--dropout", "0", "--sgd", "--clip_max_norm", "0")
     gradients = []
     monkeypatch.setattr(
-        util.optim,
+        updater_module,
         "step_if_finite",
         lambda o, finite: gradients.append(model.query_embed.weight.grad.clone()),
     )
@@ -316,7 +319,7 @@ def test_clipping(clip, expected, monkeypatch):
             torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()
         )
 
-    monkeypatch.setattr(util.optim, "step_if_finite", note)
+    monkeypatch.setattr(updater_module, "step_if_finite", note)
     updater = Updater(optimizer, clip_max_norm=clip)
     images, targets = batches(1)[0]
     updater.backward(criterion.total(criterion(model(images), targets)), 1)
@@ -412,7 +415,7 @@ def test_a_watched_step_that_is_fine_goes_on():
     watch = FiniteWatch(model, training_loss(model, criterion, "off"), {}, None)
     watch.check()
     losses = {"a": torch.tensor(1.0)}
-    watch.expect(Step(0, 0, None, [], {}), losses, losses["a"], torch.tensor(2.0), None)
+    watch.expect(StepInputs(0, 0, None, [], {}), losses, losses["a"], torch.tensor(2.0), None)
     watch.check()
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from tests.golden_cases import FOLDER, case_names, load_case
-from util.optim import build_optimizer, build_updater
+from util.optim import build_optimizer
+from util.step.updater import build_updater
 
 OUTPUTS, LOSSES, GRADIENTS, TRAJECTORY = 1e-4, 1e-5, 1e-3, 1e-3  # bounds of the golden README
 # published: without auxiliary losses the proposals go untrained; here they don't, so the total is

@@ -23,10 +23,10 @@ from tests.helpers import BATCHFORMER, SMALL_MODEL
 from util.config import parse_config
 from util.errors import UserError
 from util.nested_tensor import NestedTensor
-from util.optim import build_updater
 from util.step import precision_check
 from util.step.precision import LOW_TYPES, autocast
 from util.step.precision_check import check_precision
+from util.step.updater import build_updater
 
 CPU = torch.device("cpu")
 LOW = tuple(LOW_TYPES.values())

@@ -43,7 +43,6 @@ from datasets.coco import CocoDetection
 from datasets.coco_eval import evaluate_boxes
 from datasets.loader import BadImages, collate
 from datasets.transforms import train_transform
-from engine import EpochMeans
 from tests.faults import fuzz_mutate
 from tests.faults.compare import differing
 from tests.faults.fuzz_watch import Misbehaviour, Watch
@@ -51,12 +50,14 @@ from util.checkpoint import load_state, read_checkpoint, write_atomically
 from util.class_map import ClassMap
 from util.config import parse_config
 from util.errors import UserError
-from util.optim import Updater, build_schedule, build_updater
+from util.optim import build_schedule
 from util.run.data_identity import DataIdentity
 from util.run.history import History
 from util.run.state import Position, TrainingState
+from util.step.metrics import EpochSums
 from util.step.not_finite import FiniteWatch
 from util.step.random_state import RandomGenerators
+from util.step.updater import Updater, build_updater
 
 SECONDS_PER_CASE = 20
 MEGAPIXELS = 2.0
@@ -342,7 +343,7 @@ def _training(model: nn.Module) -> tuple[TrainingState, Updater]:
     random_state = RandomGenerators(torch.device("cpu"))
     own = {
         "random": random_state,
-        "means": EpochMeans(),
+        "means": EpochSums(),
         "not_finite": watch,
         "bad_images": BadImages("skip", 9),
     }

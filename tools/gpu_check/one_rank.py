@@ -17,15 +17,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from engine import EpochMeans, train_one_epoch, training_loss
-from main import data_parallel
+from engine import data_parallel, train_one_epoch, training_loss
 from models import build_model
 from util.config import Config, parse_config
 from util.distributed.processes import process_group
 from util.nested_tensor import NestedTensor
-from util.optim import build_updater
 from util.step.deterministic import make_deterministic
+from util.step.log import StepLog
+from util.step.metrics import EpochSums
 from util.step.not_finite import FiniteWatch
+from util.step.updater import build_updater
 
 FLAGS = (
     "--backbone",
@@ -99,16 +100,8 @@ def trained(
     model.to(device)
     batches = [noise(device) for _ in range(4)]
     watch = FiniteWatch(model, training_loss(model, criterion, "off"), {}, None)
-    train_one_epoch(
-        wrap(model),
-        criterion,
-        batches,
-        build_updater(model, config),
-        device,
-        0,
-        watch=watch,
-        means=EpochMeans(),
-    )
+    log = StepLog(0, len(batches), EpochSums(), watch, criterion.weight_dict)
+    train_one_epoch(wrap(model), criterion, batches, build_updater(model, config), log)
     return [parameter.detach().cpu() for parameter in model.parameters()]
 
 

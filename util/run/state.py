@@ -20,8 +20,9 @@ from util.class_map import ClassMap
 from util.config import Config
 from util.distributed.processes import gather_on_main, is_main, rank, world_size
 from util.errors import UserError
-from util.optim import Updater, go_to_epoch
+from util.optim import go_to_epoch
 from util.run.data_identity import DataIdentity
+from util.step.updater import Updater
 
 log = logging.getLogger(__name__)
 

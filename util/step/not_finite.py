@@ -1,14 +1,12 @@
-"""Numbers that are not finite: noticing them without waiting for the device, and finding out where
-they come from.
-"""
+"""Losses and gradients that are not finite: noticed without blocking on the device, and diagnosed."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +23,13 @@ from util.step.transfer import HostCopy
 log = logging.getLogger(__name__)
 
 Targets = Sequence[dict[str, Tensor]]
-# a gradient scaler begins at 2^16 and halves: after so many failures in a row the scale is not what
-# is wrong
+# A gradient scaler starts at 2^16 and halves. After so many failures in a row the scale is not the cause.
 SCALE_TRIES = 20
 
 
 @dataclass(frozen=True)
-class Step:
-    """What running a step again needs: the batch, and PyTorch's generators before the forward pass."""
+class StepInputs:
+    """What a rerun of a step needs: its batch, and PyTorch's generators before the forward pass."""
 
     epoch: int
     number: int
@@ -42,13 +39,15 @@ class Step:
 
     @property
     def image_ids(self) -> list[int]:
-        return [target["image_id"].item() for target in self.targets]
+        return [int(target["image_id"]) for target in self.targets]
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What a step gave. norm: of the gradient, None inside an accumulation; scale: of the gradient
-    scaler, 1 without.
+class StepOutcome:
+    """The numbers of a step.
+
+    total: the loss; norm: of the gradient, None inside an accumulation; scale: of the gradient
+    scaler, 1 without one; terms: the loss terms by name.
     """
 
     total: float
@@ -71,16 +70,15 @@ class Verdict:
 
 
 class FiniteWatch:
-    """Looks at loss and gradient norm of every step one step late, when they have arrived anyway.
+    """Checks loss and gradient norm of every step, one step late: by then the copy to the host is done.
 
-    The optimiser has left a step that is not finite out, on all processes, so the weights are good.
-    Such a step ends the run with a diagnosis, or is skipped; its batch, weights and random state
-    are saved for tools/replay.py.
+    A step that is not finite has not changed the weights, in any process (step_if_finite). It ends
+    the run with a diagnosis, or is skipped. Its batch, weights and random state are saved for
+    tools/replay.py.
 
     Args:
-        model: not wrapped: the other processes take no part in a diagnosis.
-        loss_of: maps (images, targets) to the total loss of `model`, as in training and without an
-            exchange.
+        model: not wrapped, because the other processes take no part in a diagnosis.
+        loss_of: maps (images, targets) to the total loss of `model` (engine.training_loss).
         flags: of the run, for the file.
         folder: where the step is saved; None saves nothing.
         skip: skip such steps, at most `max_steps` of them.
@@ -101,36 +99,46 @@ class FiniteWatch:
         self.skipped = 0
         self._scale_failures = 0
         self._saved_in_group = False
-        self._expected: tuple[Step, list[str], bool, HostCopy] | None = None
+        self._expected: tuple[StepInputs, list[str], bool, HostCopy] | None = None
 
     def expect(
-        self, step: Step, losses: dict[str, Tensor], total: Tensor, norm: Tensor | None, scale: Tensor | None
+        self,
+        step: StepInputs,
+        losses: Mapping[str, Tensor],
+        total: Tensor,
+        norm: Tensor | None,
+        scale: Tensor | None,
     ) -> None:
-        """Start fetching a step's verdict, and keep what a diagnosis needs."""
-        total = total.detach()
-        numbers = [total, total if norm is None else norm, torch.ones_like(total) if scale is None else scale]
-        copied = HostCopy(
-            torch.stack([*(x.float() for x in numbers), *(x.detach().float() for x in losses.values())])
-        )
-        self._expected = step, list(losses), norm is not None, copied
+        """Start copying the numbers of a step to the host, and keep its inputs for a diagnosis."""
+        total = total.detach().float()
+        numbers = [total, total, torch.ones_like(total)]
+        if norm is not None:
+            numbers[1] = norm.float()
+        if scale is not None:
+            numbers[2] = scale.float()
+        numbers += [loss.detach().float() for loss in losses.values()]
+        self._expected = step, list(losses), norm is not None, HostCopy(torch.stack(numbers))
 
     def check(self) -> None:
-        """Judge the step before, if there is one.
+        """Check the loss and the gradient norm of the previous step.
 
         Raises:
-            UserError: it was not finite, and is not to be skipped or one too many.
+            UserError: they are not finite, and the step is not to be skipped or is one too many.
         """
         if self._expected is None:
             return
         step, names, has_norm, copied = self._expected
         self._expected = None
         total, norm, scale, *terms = copied.get().tolist()
-        verdict = Verdict(total, norm if has_norm else None, scale, dict(zip(names, terms, strict=True)))
-        if not (verdict.loss_is_finite and verdict.norm_is_finite) and not self._is_the_scaler(verdict):
-            self._judge(step, verdict)
+        outcome = StepOutcome(total, norm if has_norm else None, scale, dict(zip(names, terms, strict=True)))
+
+        finite = outcome.loss_is_finite and outcome.norm_is_finite
+        if not finite and not self._is_the_scaler(outcome):
+            self._handle(step, outcome)
         if has_norm:
             self._saved_in_group = False
-            self._scale_failures = 0 if verdict.norm_is_finite else self._scale_failures
+            if outcome.norm_is_finite:
+                self._scale_failures = 0
 
     def state_dict(self) -> dict[str, Any]:
         return {"skipped": self.skipped, "scale_failures": self._scale_failures}
@@ -139,33 +147,35 @@ class FiniteWatch:
         self.skipped, self._scale_failures = int(state["skipped"]), int(state["scale_failures"])
 
     def load_merged(self, states: Sequence[Mapping[str, Any]]) -> None:
-        self.load_state_dict(states[0])  # all processes skip the same steps
+        # All processes skip the same steps.
+        self.load_state_dict(states[0])
 
-    def _is_the_scaler(self, verdict: Verdict) -> bool:
-        """Whether a gradient overflowed because its scale is still being looked for, which is no
-        failure.
-        """
-        if verdict.scale == 1 or not verdict.loss_is_finite:
+    def _is_the_scaler(self, outcome: StepOutcome) -> bool:
+        """Whether a gradient overflowed only because the scaler is still searching for its scale."""
+        if outcome.scale == 1 or not outcome.loss_is_finite:
             return False
         self._scale_failures += 1
         return self._scale_failures <= SCALE_TRIES
 
-    def _judge(self, step: Step, verdict: Verdict) -> None:
+    def _handle(self, step: StepInputs, outcome: StepOutcome) -> None:
         where = f"epoch {step.epoch}, step {step.number}, process {rank()}"
         if not self._skip:
-            module = self._run_again(step, verdict).module
-            saved = self._save(step, verdict, module)
+            module = self._run_again(step, outcome).module
+            saved = self._save(step, outcome, module)
             raise UserError(
-                f"{where}: {verdict}; images {step.image_ids}; first wrong: {module}; {saved}. "
+                f"{where}: {outcome}; images {step.image_ids}; first wrong: {module}; {saved}. "
                 f"Look at these images and "
                 "their boxes, or lower --lr or --clip_max_norm, and go on with --resume auto"
             )
-        # inside a group the bad loss; at its end the gradient, unless that bad loss has been saved
-        # already
-        saved = "" if self._saved_in_group else f"; {self._save(step, verdict, '')}"
+
+        # One file a group: of the batch with the bad loss, else of the bad gradient at its end.
+        saved = ""
+        if not self._saved_in_group:
+            saved = f"; {self._save(step, outcome, '')}"
         self._saved_in_group = True
-        self.skipped += not verdict.norm_is_finite
-        log.warning("%s: %s; images %s; skipped%s", where, verdict, step.image_ids, saved)
+        if not outcome.norm_is_finite:
+            self.skipped += 1
+        log.warning("%s: %s; images %s; skipped%s", where, outcome, step.image_ids, saved)
         if self.skipped > self._max_steps:
             raise UserError(
                 f"{where}: this is step {self.skipped} that is not finite, more than "
@@ -173,13 +183,13 @@ class FiniteWatch:
                 "run tools/replay.py on what was saved, lower --lr, and go on with --resume auto"
             )
 
-    def _run_again(self, step: Step, verdict: Verdict) -> Rerun:
+    def _run_again(self, step: StepInputs, outcome: StepOutcome) -> Rerun:
         device = step.images.tensors.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             set_torch_state(step.random, device)
-            return run_again(self._model, lambda: self._loss_of(step.images, step.targets), verdict.scale)
+            return run_again(self._model, lambda: self._loss_of(step.images, step.targets), outcome.scale)
 
-    def _save(self, step: Step, verdict: Verdict, module: str) -> str:
+    def _save(self, step: StepInputs, outcome: StepOutcome, module: str) -> str:
         if self._folder is None:
             return "nothing saved without --output_dir"
         path = self._folder / f"nonfinite_{step.epoch:04}_{step.number:06}_process{rank()}.pth"
@@ -189,10 +199,10 @@ class FiniteWatch:
             "process": rank(),
             "processes": world_size(),
             "image_ids": step.image_ids,
-            "loss": verdict.total,
-            "grad_norm": verdict.norm,
-            "scale": verdict.scale,
-            "losses": verdict.terms,
+            "loss": outcome.total,
+            "grad_norm": outcome.norm,
+            "scale": outcome.scale,
+            "losses": outcome.terms,
             "module": module,
             "images": step.images.tensors,
             "mask": step.images.mask,
@@ -210,9 +220,7 @@ class FiniteWatch:
 
 @dataclass(frozen=True)
 class Rerun:
-    """Total loss, norm of the gradient (nan if the loss was not differentiated), and where it first
-    went wrong.
-    """
+    """Total loss, gradient norm (nan if there was no backward), and the module that was not finite first."""
 
     total: float
     norm: float
@@ -220,15 +228,14 @@ class Rerun:
 
 
 def run_again(model: nn.Module, loss_of_model: Callable[[], Tensor], scale: float = 1.0) -> Rerun:
-    """Run a step and name the first module with an output, or gradient of an output, that is not
-    finite.
+    """Run a step and name the first module whose output, or gradient of an output, is not finite.
 
     Args:
-        model: its modules are watched; its gradients are as before afterwards.
-        loss_of_model: runs the model and gives the total loss.
+        model: its modules are watched; its gradients are restored.
+        loss_of_model: runs the model and returns the total loss.
         scale: of the gradient scaler.
     """
-    # an offending module's container is offended too; the innermost reports first
+    # The innermost module reports first, then the modules that contain it.
     forward: list[str] = []
     backward: list[str] = []
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -240,10 +247,8 @@ def run_again(model: nn.Module, loss_of_model: Callable[[], Tensor], scale: floa
             loss = loss_of_model()
             if not forward and torch.isfinite(loss):
                 (loss * scale).backward()
-                norm = (
-                    torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
-                    / scale
-                )
+                gradients = [p.grad for p in parameters if p.grad is not None]
+                norm = torch.nn.utils.get_total_norm(gradients).item() / scale
     finally:
         for parameter, gradient in zip(parameters, before, strict=True):
             parameter.grad = gradient
@@ -264,17 +269,21 @@ def _where(loss: Tensor, norm: float, forward: list[str], backward: list[str]) -
 
 @contextmanager
 def _watched(model: nn.Module, forward: list[str], backward: list[str]) -> Iterator[None]:
+    """Add the names of modules whose outputs, or gradients of outputs, are not finite to the two lists."""
+
     def hook_for(name: str) -> Callable:
-        def watch(module: nn.Module, inputs: Any, output: Any) -> None:
+        def check_gradient(gradient: Tensor) -> None:
+            if not torch.isfinite(gradient).all():
+                backward.append(name)
+
+        def check_output(module: nn.Module, inputs: Any, output: Any) -> None:
             for tensor in _tensors(output):
                 if not torch.isfinite(tensor).all():
                     forward.append(name)
                 if tensor.requires_grad:
-                    tensor.register_hook(
-                        lambda gradient: None if torch.isfinite(gradient).all() else backward.append(name)
-                    )
+                    tensor.register_hook(check_gradient)
 
-        return watch
+        return check_output
 
     handles = [module.register_forward_hook(hook_for(name)) for name, module in model.named_modules() if name]
     try:
@@ -285,14 +294,17 @@ def _watched(model: nn.Module, forward: list[str], backward: list[str]) -> Itera
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """The floating-point tensors in a module's output."""
+    """The floating-point tensors in the output of a module."""
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
+        return
+    items: Iterable[Any] = ()
+    if isinstance(value, list | tuple):
+        items = value
     elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-    elif hasattr(value, "tokens"):
-        yield value.tokens
+        items = value.values()
+    elif is_dataclass(value):
+        items = [getattr(value, item.name) for item in fields(value)]
+    for item in items:
+        yield from _tensors(item)
