@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from util.text_files import replace_text
+from util.atomic import replace_text
 
 log = logging.getLogger(__name__)
 

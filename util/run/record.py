@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from util.atomic import replace_text
 from util.distributed.processes import world_size
 from util.errors import UserError
-from util.text_files import replace_text
 
 log = logging.getLogger(__name__)
 
