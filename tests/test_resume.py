@@ -65,18 +65,15 @@ def test_resume_says_what_changed_and_ends_clearly(tmp_path, data):
     )
     assert done.returncode == 2
     assert "raise --epochs" in done.stderr
-    other = run_main_forked(
-        *data,
-        *BATCHFORMER,
-        "--epochs",
-        "2",
-        "--output_dir",
-        str(out),
-        "--resume",
-        str(out / "checkpoint.pth"),
-    )
+    same = ("--output_dir", str(out), "--resume", str(out / "checkpoint.pth"))
+    detector = run_main_forked(*data, *BATCHFORMER, "--epochs", "2", *same)
+    assert detector.returncode == 2
+    assert "is of another detector: give --bf 0" in detector.stderr
+    other = run_main_forked(*data, "--lr_backbone", "0", "--epochs", "2", *same)
     assert other.returncode == 2
-    told = "its state does not fit this run: --bf was 0 in the checkpoint and is 1 in this run; resume with"
+    told = (
+        "its state does not fit this run: --lr_backbone was 2e-05 in the checkpoint and is 0.0 in this run;"
+    )
     assert told in other.stderr
     assert "ValueError" not in other.stderr
     assert (out / "checkpoint.pth").read_bytes() == before

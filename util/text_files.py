@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,19 +45,17 @@ def read_text(path: Path) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read_lines(path: Path) -> Iterator[TextLine]:
+def read_lines(path: Path) -> list[TextLine]:
     """The lines of a file, without empty ones and those that begin with #.
 
-    Raises UserError like `read_text`, before the first line.
+    Raises UserError like `read_text`.
     """
-    return _lines_of(read_text(path))
-
-
-def _lines_of(text: str) -> Iterator[TextLine]:
-    for number, line in enumerate(text.split("\n"), 1):
-        stripped = line.strip()
-        if stripped and not stripped.startswith("#"):
-            yield TextLine(number, unquoted(stripped))
+    lines = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        text = line.strip()
+        if text and not text.startswith("#"):
+            lines.append(TextLine(number, unquoted(text)))
+    return lines
 
 
 def unquoted(text: str) -> str:

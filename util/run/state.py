@@ -57,8 +57,9 @@ _MAY_DIFFER = (
 )
 
 
-# flags that decide which tensors the optimiser holds, and what it holds of each
-_OF_OPTIMISER = ("bf", "share_bf", "bt_num_layers", "insert_idx", "sgd", "lr_backbone")
+# flags that decide which tensors the optimiser holds, and what it holds of each; those of the
+# architecture are the checkpoint's
+_OF_OPTIMISER = ("sgd", "lr_backbone")
 
 
 class Stateful(Protocol):
