@@ -6,7 +6,7 @@
 | left behind | `.held` names a process that has ended | takes the hold over, then as below |
 | being moved | `earlier-<n>/.moving` lists files | moves the rest of them, then as below |
 | empty | no file of a run | begins a new run |
-| announced | `.new_run`; the files are of the run before | as begun, but never resumes by itself |
+| announced | `.new_run`; the files are of the run before | as begun, but a restart begins anew |
 | begun | files of a run, no `.new_run` | resumes, or begins a new run: see below |
 
 A start resumes from the newest good checkpoint with --resume auto, and by itself if a launcher has
@@ -38,6 +38,8 @@ from util.run.hold import FolderHold
 from util.run.state import TrainingPosition, position_of
 
 log = logging.getLogger(__name__)
+
+Reader = Callable[[str], dict[str, Any]]  # a path or an address -> the content of a checkpoint
 
 _MOVING = ".moving"
 _NEW_RUN = ".new_run"
@@ -72,9 +74,7 @@ class RunFolder:
 
     @classmethod
     @contextlib.contextmanager
-    def open(
-        cls, config: Config, read: Callable[[str], dict[str, Any]] = read_checkpoint
-    ) -> Iterator[RunFolder]:
+    def open(cls, config: Config, read: Reader = read_checkpoint) -> Iterator[RunFolder]:
         """The folder of `config`, held for the length of the block; every process must call.
 
         Args:
@@ -148,44 +148,44 @@ class RunFolder:
         begun = self.path is not None and not (self.path / _NEW_RUN).exists()
         return broadcast_from_main(self._run.resume == "auto" or restarted and begun)
 
-    def _find_checkpoint(self, read: Callable[[str], dict[str, Any]]) -> None:
+    def _find_checkpoint(self, read: Reader) -> None:
         run = self._run
         explicit = "" if run.resume == "auto" else run.resume
+        newest = None
         if self.resumes and not (run.eval and explicit):
-            self._take_newest()
-        if self.from_folder:
-            log.info("%s %s", "evaluating" if run.eval else "resuming from", self.source)
-            return
+            newest = self._newest()
 
-        if self.resumes and not explicit:
-            if run.eval:
-                raise UserError(
-                    f"--resume auto: there is no checkpoint in --output_dir {run.output_dir} to evaluate"
-                )
+        if newest:
+            self.source, self.checkpoint = newest
+            self.from_folder = True
+            log.info("%s %s", "evaluating" if run.eval else "resuming from", self.source)
+        elif explicit:
+            self.source, self.checkpoint = explicit, read(explicit)
+        elif run.eval:
+            raise UserError(
+                f"--resume auto: there is no checkpoint in --output_dir {run.output_dir} to evaluate"
+            )
+        elif self.resumes:
             start = f"starting with {run.finetune}" if run.finetune else "starting a new run"
             log.info("no checkpoint in %s yet: %s", run.output_dir, start)
-        if explicit:
-            self.source, self.checkpoint = explicit, read(explicit)
 
-    def _take_newest(self) -> None:
-        """Take the newest good checkpoint of the folder, if there is one."""
-        found: tuple[Path, dict[str, Any]] | None = None
-        newest: str | UserError = ""
+    def _newest(self) -> tuple[str, dict[str, Any]] | None:
+        """Path and content of the newest good checkpoint in the folder."""
+        found = error = None
         if is_main() and self._run.output_dir:
             try:
                 found = self._checkpoints.newest_good()
-            except UserError as error:  # all processes raise it
-                newest = error
-        if found:
-            newest = str(found[0])
+            except UserError as damaged:
+                error = damaged
+        path = str(found[0]) if found else ""
 
-        newest = broadcast_from_main(newest)
-        if isinstance(newest, UserError):
-            raise newest
-        if newest:
-            # the main process has read the file to verify it
-            self.checkpoint = found[1] if found else read_checkpoint(newest)
-            self.source, self.from_folder = newest, True
+        # all processes raise the error of the main process, or read what it has verified
+        path, error = broadcast_from_main((path, error))
+        if error:
+            raise error
+        if not path:
+            return None
+        return path, found[1] if found else read_checkpoint(path)
 
 
 @contextlib.contextmanager
