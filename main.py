@@ -22,7 +22,6 @@ import torch
 from torch import nn
 
 from datasets import build_dataset
-from datasets.coco import CocoDetection
 from datasets.coco_eval import figures_table
 from datasets.loader import BadImages, DeviceBatches, build_loader, end_workers
 from datasets.preflight import quick_check
@@ -34,7 +33,7 @@ from models.weights.architecture import Purpose, adopt
 from models.weights.finetune import FLAG as FINETUNE
 from models.weights.finetune import fine_tune
 from models.weights.load import read_trained
-from util.checkpoint import BATCHFORMER, load_state, read_checkpoint, weights_of, write_atomically
+from util.checkpoint import BATCHFORMER, load_state, weights_of, write_atomically
 from util.class_map import AUTO, ClassMap, classes_of, unnamed_classes
 from util.config import Config, check_trainable, parse_config, with_classes
 from util.distributed.processes import (
@@ -49,13 +48,11 @@ from util.distributed.processes import (
 from util.distributed.watchdog import note
 from util.errors import NotSavedError, UserError, run_as_command
 from util.optim import GROUPS, build_schedule
-from util.run.checkpoints import BEST, CheckpointFolder, scheduled_name
-from util.run.folder import announce_new, begun, set_aside
+from util.run.checkpoints import BEST, scheduled_name
+from util.run.folder import RunFolder
 from util.run.history import History
-from util.run.hold import FolderHold
 from util.run.record import device_name, environment, write_record
-from util.run.start import Source, find_checkpoint, goes_on, loading, output_folder
-from util.run.state import Position, TrainingState, position_of
+from util.run.state import TrainingPosition, TrainingState
 from util.run.stop import StopRequest, StopVote
 from util.run.tensorboard import Board, check_tensorboard, detection_pictures
 from util.step.deterministic import explaining_refusals, make_deterministic
@@ -94,43 +91,29 @@ def main(config: Config) -> None:
             check_operator(device)
             check_tensorboard(config.run.tensorboard)
             if config.run.eval:
-                evaluate_only(config, device)
+                with RunFolder.open(config, lambda source: read_trained(source, "--resume")) as folder:
+                    evaluate_only(config, device, folder)
                 return
-            with output_folder(config) as hold:
-                training = Training(config, device, stop, hold)
+            with RunFolder.open(config) as folder:
+                training = Training(config, device, stop, folder)
                 with contextlib.closing(training.board):
                     training.run()
     finally:
         end_workers()
 
 
-def evaluate_only(config: Config, device: torch.device) -> None:
-    run = Path(config.run.output_dir) if config.run.output_dir and is_main() else None
-    source = find_checkpoint(config, run, going_on=config.run.resume == "auto")
-    assert source, "--eval needs --resume"
-    checkpoint = read_trained(source.path, "--resume")
-    config = adopt(config, checkpoint, source.path)
+def evaluate_only(config: Config, device: torch.device, folder: RunFolder) -> None:
+    """Evaluate the weights of a checkpoint, and the averaged ones if it has such."""
+    checkpoint, source = folder.checkpoint, folder.source
+    assert checkpoint is not None, "--eval needs --resume"
+    config = adopt(config, checkpoint, source)
     announce(config)
     dataset = evaluation_data(config, checkpoint, source)
     config = settle_classes(config, dataset.classes, checkpoint, source)
-    with output_folder(config) as hold:
-        evaluate_checkpoint(config, device, checkpoint, source, dataset, hold)
-
-
-def evaluate_checkpoint(
-    config: Config,
-    device: torch.device,
-    checkpoint: Mapping[str, Any],
-    source: Source,
-    dataset: CocoDetection,
-    hold: FolderHold | None,
-) -> None:
-    """Evaluate the weights of a checkpoint, and the averaged ones if it has such."""
-    if hold:
-        write_record(
-            hold.folder, run_facts(config, val=dataset), environment(device), {"checkpoint": str(source)}
-        )
-    model, criterion, postprocessors = build_model(config)
+    if folder.path:
+        facts = run_facts(config, val=dataset)
+        write_record(folder.path, facts, environment(device), {"checkpoint": source})
+    model, criterion, postprocessors = build_model(config, pretrained=False)
     load_checkpoint(model, checkpoint, source, may_lack=())
     check_precision(model.to(device), config.run.amp)
     batches = eval_loader(
@@ -151,12 +134,12 @@ def evaluate_checkpoint(
             evaluator=config.run.coco_eval,
         )
         log.info("%s", figures_table(evaluation.stats["coco_eval_bbox"]))
-        if hold:
-            hold.check()
-            save_predictions(hold.folder / f"predictions{suffix}.json", evaluation, config)
-            write_atomically(evaluation.tables, hold.folder / f"eval{suffix}.pth")
-    if hold:
-        log.info("the evaluation is in %s", hold.folder)
+        if folder.path:
+            folder.check()
+            save_predictions(folder.path / f"predictions{suffix}.json", evaluation, config)
+            write_atomically(evaluation.tables, folder.path / f"eval{suffix}.pth")
+    if folder.path:
+        log.info("the evaluation is in %s", folder.path / "eval.pth")
 
 
 class Training:
@@ -164,15 +147,9 @@ class Training:
     `state`.
     """
 
-    def __init__(
-        self, config: Config, device: torch.device, stop: StopRequest, hold: FolderHold | None
-    ) -> None:
-        self.hold, self.folder = hold, hold.folder if hold else None
-        self.goes_on = goes_on(config, self.folder)
-        if self.folder and not self.goes_on:
-            announce_new(self.folder)
-        source = find_checkpoint(config, self.folder, self.goes_on)
-        checkpoint = read_checkpoint(source.path) if source else None
+    def __init__(self, config: Config, device: torch.device, stop: StopRequest, folder: RunFolder) -> None:
+        self.folder = folder
+        checkpoint, source = folder.checkpoint, folder.source
         start = (
             read_trained(config.run.finetune, FINETUNE) if config.run.finetune and not source else checkpoint
         )
@@ -201,9 +178,8 @@ class Training:
         )
         self.val_batches = eval_loader(self.val_dataset, config, device, self.bad_images)
 
-        self.checkpoints = CheckpointFolder(self.folder, config.run.keep) if self.folder else None
-        self.model, self.criterion, self.postprocessors = build_model(loading(config, source))
-        if source:
+        self.model, self.criterion, self.postprocessors = build_model(config, pretrained=start is None)
+        if checkpoint:
             load_checkpoint(self.model, checkpoint, source)
         elif start:
             log.info("%s", fine_tune(self.model, config, self.classes, start, config.run.finetune))
@@ -213,8 +189,8 @@ class Training:
         self.schedule = build_schedule(self.updater.optimizer, config)
         self.wrapped = self.model if world_size() == 1 else data_parallel(self.model, config, device)
 
-        self.position, self.means = Position(), EpochSums()
-        self.history = History(self.folder / "log.txt" if self.folder else None)
+        self.position, self.means = TrainingPosition(), EpochSums()
+        self.history = History(folder.path / "log.txt" if folder.path else None)
         self.watch = FiniteWatch(
             self.model,
             training_loss(self.model, self.criterion, config.run.amp),
@@ -240,29 +216,28 @@ class Training:
                 "bad_images": self.bad_images,
             },
         )
-        self.exact = self.state.restore(checkpoint, str(source))
+        self.exact = self.state.restore(checkpoint, source)
         epoch_anew = self._meet_changed_data()
-        self._prepare_folder(source, checkpoint)
+        folder.begin(self.history)
         finished = self.position.epoch - (self.history.unfinished is not None)
-        wanted = self.folder and config.run.tensorboard
-        self.board = Board(self.folder / "tensorboard" if wanted else None, self._images_trained(), finished)
-        if self.folder:
+        board = folder.path / "tensorboard" if folder.path and config.run.tensorboard else None
+        self.board = Board(board, self._images_trained(), finished)
+        if folder.path:
             start = {
                 "epoch": self.position.epoch,
                 "images": self.position.images,
-                "checkpoint": str(source or ""),
+                "checkpoint": source,
             }
             write_record(
-                self.folder,
+                folder.path,
                 run_facts(config, train=self.dataset, val=self.val_dataset),
                 environment(device),
                 start,
             )
         if epoch_anew:
             self._save(must=True)
-            # not before: who is killed here must still find them
-            if self.checkpoints and self.folder:
-                set_aside(self.folder, self.checkpoints.newer_than(self.position))
+            # after the save: a kill before it must leave a checkpoint to resume from
+            folder.set_aside_after(self.position)
 
     def run(self) -> None:
         log.info(
@@ -372,14 +347,14 @@ class Training:
         is_best = self.history.is_best(figures[0], epoch, prefix.strip("_") or "model")
         if not prefix:
             self.board.pictures(lambda: evaluation_pictures(self.val_dataset, evaluation), epoch)
-        if self.hold and self.checkpoints:
-            self.hold.check()
+        if path := self.folder.path:
+            self.folder.check()
             if is_best:
-                self.checkpoints.name_newest(BEST)
+                self.folder.name_newest(BEST)
             try:
-                save_tables(self.hold.folder / "eval", evaluation, epoch, prefix)
+                save_tables(path / "eval", evaluation, epoch, prefix)
                 suffix = "_ema" if prefix else ""
-                save_predictions(self.hold.folder / f"predictions{suffix}.json", evaluation, self.config)
+                save_predictions(path / f"predictions{suffix}.json", evaluation, self.config)
             except (OSError, NotSavedError) as error:
                 log.warning("%s; training goes on", error)
         return {f"test_{prefix}{name}": value for name, value in evaluation.stats.items()}
@@ -400,9 +375,8 @@ class Training:
             return
         note("saving after %d images of epoch %d", self.position.images, self.position.epoch)
         content = self.state.gather()
-        if self.hold and self.checkpoints and content:
-            self.hold.check()
-            self.checkpoints.save(content, self.position, also or [], must=must)
+        if content:
+            self.folder.save(content, self.position, also or [], must=must)
         broadcast_from_main(None)
 
     def _scheduled(self, epoch: int) -> list[str]:
@@ -411,23 +385,6 @@ class Training:
         drops = optim.lr_drop_epochs
         before_drop = epoch + 1 in drops if drops else (epoch + 1) % optim.lr_drop == 0
         return [scheduled_name(epoch)] if before_drop or (epoch + 1) % 5 == 0 else []
-
-    def _prepare_folder(self, source: Source | None, checkpoint: Mapping[str, Any] | None) -> None:
-        """Nothing of an earlier run may be taken for this one's: what lies there and is not gone on
-        with is set aside.
-        """
-        if not self.folder or not self.checkpoints:
-            return
-        self.checkpoints.sweep()
-        if source is None:
-            if not self.goes_on:
-                set_aside(self.folder)
-        elif not source.by_itself:
-            newer = self.checkpoints.newer_than(position_of(checkpoint or {}))
-            if newer or self.history.lines_beyond():
-                set_aside(self.folder, [*newer, self.folder / "log.txt"])
-        self.history.write()
-        begun(self.folder)
 
     def _meet_changed_data(self) -> bool:
         """What follows if the data are not the checkpoint's; gives whether an interrupted epoch
@@ -454,7 +411,7 @@ class Training:
 
     def _nothing_left(self) -> None:
         epochs = self.config.optim.epochs
-        if self.goes_on:
+        if self.folder.resumes:
             log.info("all %d epochs have been trained and evaluated: nothing is left to do", epochs)
             return
         trained = self.position.epoch
@@ -463,22 +420,22 @@ class Training:
         )
 
 
-def starting_config(config: Config, start: Mapping[str, Any] | None, source: Source | None) -> Config:
+def starting_config(config: Config, start: Mapping[str, Any] | None, source: str) -> Config:
     """The Config with the detector of the checkpoint that a training starts with: that of --resume,
     else that of --finetune.
     """
     if start is None:
         return dataclasses.replace(config, settled=True)
     if source:
-        return adopt(config, start, source.path, purpose=Purpose.RESUME)
+        return adopt(config, start, source, purpose=Purpose.RESUME)
     return adopt(config, start, config.run.finetune, FINETUNE, Purpose.FINE_TUNE, without_heads=True)
 
 
-def evaluation_data(config: Config, checkpoint: Mapping[str, Any], source: Source):
+def evaluation_data(config: Config, checkpoint: Mapping[str, Any], source: str):
     """The validation set, labelled as the checkpoint's class heads are."""
-    classes = classes_of(checkpoint, str(source)) if config.data.num_classes == AUTO else None
+    classes = classes_of(checkpoint, source) if config.data.num_classes == AUTO else None
     dataset = build_dataset("val", config, classes)
-    logits = unnamed_classes(weights_of(checkpoint, str(source))).num_classes
+    logits = unnamed_classes(weights_of(checkpoint, source)).num_classes
     if classes or config.data.num_classes != AUTO or dataset.classes.num_classes == logits:
         return dataset
     log.warning(
@@ -490,14 +447,14 @@ def evaluation_data(config: Config, checkpoint: Mapping[str, Any], source: Sourc
 
 
 def settle_classes(
-    config: Config, classes: ClassMap, checkpoint: Mapping[str, Any] | None, source: Source | None
+    config: Config, classes: ClassMap, checkpoint: Mapping[str, Any] | None, source: str
 ) -> Config:
     """The Config with the number of logits that the data has. Raises UserError if the checkpoint
     was trained on other classes.
     """
-    trained = classes_of(checkpoint, str(source)) if checkpoint and "classes" in checkpoint else None
+    trained = classes_of(checkpoint, source) if checkpoint and "classes" in checkpoint else None
     if trained:
-        classes.require_same(trained, str(source))
+        classes.require_same(trained, source)
     log.info("%d classes: %s", len(classes.categories), shortened(", ".join(classes.names.values())))
     return with_classes(config, classes)
 
@@ -505,14 +462,14 @@ def settle_classes(
 def load_checkpoint(
     model: nn.Module,
     checkpoint: Mapping[str, Any],
-    source: Source,
+    source: str,
     which: str = "",
     may_lack: tuple[str, ...] = (BATCHFORMER,),
 ) -> None:
     """Load weights and say what fitted. Raises UserError for another architecture; `may_lack`:
     beginnings of names.
     """
-    result = load_state(model, checkpoint, str(source))
+    result = load_state(model, checkpoint, source)
     log.info("%s%s", which, result)
     result.require_same_architecture(may_lack)
 

@@ -102,13 +102,15 @@ def load_model(
 
 
 def build_model(
-    config: Config, classes: ClassMap | None = None
+    config: Config, classes: ClassMap | None = None, *, pretrained: bool | None = None
 ) -> tuple[DeformableDETR, SetCriterion, dict[str, PostProcess]]:
     """The detector, its losses, and {"bbox": postprocessor}.
 
     Args:
         classes: those of the data (`build_dataset(...).classes`), in place of --num_classes auto.
             Without them "auto" means COCO's 91 logits, and a warning says so.
+        pretrained: whether the backbone starts with --backbone_weights. By default it does unless
+            --resume or --finetune name a checkpoint, which replaces its weights.
 
     Raises:
         UserError: the backbone's weights can't be had or don't fit.
@@ -129,7 +131,7 @@ def build_model(
         transformer.two_stage,
     )
     model = DeformableDETR(
-        build_backbone(config),
+        build_backbone(config, pretrained),
         build_position(config.backbone, transformer.hidden_dim),
         build_transformer(config),
         class_heads,
@@ -142,10 +144,11 @@ def build_model(
     return model, build_criterion(config), {"bbox": PostProcess()}
 
 
-def build_backbone(config: Config) -> Backbone:
+def build_backbone(config: Config, pretrained: bool | None = None) -> Backbone:
     backbone = config.backbone
-    # a checkpoint replaces the backbone's weights: fetching others first would be for nothing
-    weights = "none" if config.run.resume or config.run.finetune else backbone.backbone_weights
+    if pretrained is None:
+        pretrained = not (config.run.resume or config.run.finetune)
+    weights = backbone.backbone_weights if pretrained else "none"
     resnet = build_resnet(backbone.backbone, backbone.backbone_norm, weights, backbone.dilation)
     starts_random = backbone.backbone_weights == "none" and backbone.backbone_norm != "frozen_bn"
     return Backbone(

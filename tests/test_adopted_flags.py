@@ -304,7 +304,7 @@ def test_a_run_is_evaluated_without_its_flags_and_nothing_of_it_is_replaced(tmp_
         result = run_main_forked(*command, "--output_dir", str(out), "--save_predictions")
         assert result.returncode == 0, result.stderr
         folder = out / f"evaluation-{number}"
-        assert f"the evaluation is in {folder}\n" in result.stdout
+        assert f"the evaluation is in {folder / 'eval.pth'}\n" in result.stdout
         assert read_checkpoint(folder / "eval.pth")["stats"] == figures
         assert {path.name for path in folder.iterdir()} == {"eval.pth", "predictions.json", "run.json"}
     assert contents(out) == before

@@ -21,11 +21,12 @@ from tests.helpers import SMALL_IMAGES, SMALL_MODEL, run, write_coco
 from tests.processes import run_main_forked
 from util import checkpoint
 from util.checkpoint import check_intact, read_checkpoint, write_atomically
+from util.config import parse_config
 from util.errors import NotSavedError, UserError
 from util.run.checkpoints import CheckpointFolder
-from util.run.folder import open_folder, set_aside
+from util.run.folder import RunFolder
 from util.run.history import History
-from util.run.state import Position
+from util.run.state import TrainingPosition
 
 
 @pytest.fixture(autouse=True)
@@ -51,15 +52,17 @@ def names(folder) -> list[str]:
 def test_the_last_few_are_kept_and_those_of_the_schedule_always(tmp_path):
     folder = CheckpointFolder(tmp_path, keep=2)
     for epoch in range(1, 6):
-        folder.save(content(epoch), Position(epoch, 0), ["checkpoint0001.pth"] if epoch == 2 else [])
+        folder.save(content(epoch), TrainingPosition(epoch, 0), ["checkpoint0001.pth"] if epoch == 2 else [])
     folder.name_newest("checkpoint_best.pth")
-    folder.save(content(6), Position(5, 40))
+    folder.save(content(6), TrainingPosition(5, 40))
     rolling = ["resume_0005_000000000.pth", "resume_0005_000000040.pth"]
     assert names(tmp_path) == ["checkpoint.pth", "checkpoint0001.pth", "checkpoint_best.pth", *rolling]
     assert number_in(tmp_path / "checkpoint.pth") == 6
     assert number_in(tmp_path / "checkpoint0001.pth") == 2
     assert number_in(tmp_path / "checkpoint_best.pth") == 5
-    assert CheckpointFolder(tmp_path, 2).newest_good() == tmp_path / rolling[1]
+    path, newest = CheckpointFolder(tmp_path, 2).newest_good()
+    assert path == tmp_path / rolling[1]
+    assert newest == content(6)
 
 
 def test_a_file_system_without_hard_links_gets_copies(tmp_path, monkeypatch):
@@ -67,7 +70,7 @@ def test_a_file_system_without_hard_links_gets_copies(tmp_path, monkeypatch):
         raise OSError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", no_links)
-    CheckpointFolder(tmp_path, 2).save(content(1), Position(1, 0), ["checkpoint0000.pth"])
+    CheckpointFolder(tmp_path, 2).save(content(1), TrainingPosition(1, 0), ["checkpoint0000.pth"])
     assert [number_in(path) for path in tmp_path.glob("*.pth")] == [1, 1, 1]
 
 
@@ -78,7 +81,7 @@ def test_a_file_system_without_hard_links_gets_copies(tmp_path, monkeypatch):
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, caplog, damage):
     folder = CheckpointFolder(tmp_path, keep=3)
     for epoch in (1, 2):
-        folder.save(content(epoch) | {"filler": torch.zeros(5000)}, Position(epoch, 0))
+        folder.save(content(epoch) | {"filler": torch.zeros(5000)}, TrainingPosition(epoch, 0))
     newest = tmp_path / "resume_0002_000000000.pth"
     data = bytearray(newest.read_bytes())
     if damage == "truncated":
@@ -93,7 +96,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, cap
         data[4096:8192] = bytes([1]) * 4096
     newest.write_bytes(data)
     with caplog.at_level(logging.WARNING):
-        assert CheckpointFolder(tmp_path, 3).newest_good() == tmp_path / "resume_0001_000000000.pth"
+        path, _ = CheckpointFolder(tmp_path, 3).newest_good()
+    assert path.name == "resume_0001_000000000.pth"
     assert "resume_0002_000000000.pth is damaged" in caplog.text
     assert "the one before it is taken" in caplog.text
 
@@ -204,7 +208,7 @@ def test_a_file_of_another_format_is_refused_before_pytorch_reads_it(tmp_path, m
 
 
 def test_when_all_are_damaged_nothing_is_started_afresh(tmp_path):
-    CheckpointFolder(tmp_path, 2).save(content(1), Position(1, 0))
+    CheckpointFolder(tmp_path, 2).save(content(1), TrainingPosition(1, 0))
     for path in tmp_path.iterdir():
         path.write_bytes(b"")
     with pytest.raises(UserError, match="all 2 checkpoints.*are damaged.*move them away"):
@@ -214,11 +218,11 @@ def test_when_all_are_damaged_nothing_is_started_afresh(tmp_path):
 def test_damaged_files_do_not_push_out_good_ones(tmp_path):
     folder = CheckpointFolder(tmp_path, keep=2)
     for epoch in (1, 2, 3):
-        folder.save(content(epoch), Position(epoch, 0))
+        folder.save(content(epoch), TrainingPosition(epoch, 0))
     (tmp_path / "resume_0003_000000000.pth").write_bytes(b"")
     again = CheckpointFolder(tmp_path, keep=2)
-    assert again.newest_good() == tmp_path / "resume_0002_000000000.pth"
-    again.save(content(25), Position(2, 50))
+    assert again.newest_good()[0].name == "resume_0002_000000000.pth"
+    again.save(content(25), TrainingPosition(2, 50))
     assert number_in(tmp_path / "resume_0002_000000000.pth") == 2, "one good one beside the newest"
 
 
@@ -242,41 +246,41 @@ def failing(monkeypatch, times: int, error=None):
 
 def test_a_failed_write_is_tried_again(tmp_path, monkeypatch, caplog):
     failing(monkeypatch, 2)
-    assert CheckpointFolder(tmp_path, 2).save(content(1), Position(1, 0))
+    assert CheckpointFolder(tmp_path, 2).save(content(1), TrainingPosition(1, 0))
     assert caplog.text.count("trying again") == 2
     assert names(tmp_path) == ["checkpoint.pth", "resume_0001_000000000.pth"]
 
 
 def test_as_many_lost_saves_as_are_kept_end_the_run_and_no_sooner(tmp_path, monkeypatch, caplog):
     folder = CheckpointFolder(tmp_path, keep=2)
-    folder.save(content(1), Position(1, 0))
+    folder.save(content(1), TrainingPosition(1, 0))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     failing(monkeypatch, 6)
-    assert folder.save(content(2), Position(2, 0)) is None
+    assert folder.save(content(2), TrainingPosition(2, 0)) is None
     assert "training goes on, and ends if 1 more can't be written" in caplog.text
     with pytest.raises(
         NotSavedError, match=r"No space left.*the last good one is .*resume_0001.*--resume auto"
     ):
-        folder.save(content(3), Position(3, 0))
+        folder.save(content(3), TrainingPosition(3, 0))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    assert folder.save(content(3), Position(3, 0)), "room again"
+    assert folder.save(content(3), TrainingPosition(3, 0)), "room again"
     failing(monkeypatch, 3)
-    assert folder.save(content(4), Position(4, 0)) is None, "counted from the last success"
+    assert folder.save(content(4), TrainingPosition(4, 0)) is None, "counted from the last success"
     failing(monkeypatch, 3)
     with pytest.raises(NotSavedError):
-        folder.save(content(4), Position(4, 0), must=True)
+        folder.save(content(4), TrainingPosition(4, 0), must=True)
 
 
 def test_a_rename_that_fails_leaves_nothing(tmp_path, monkeypatch):
     folder = CheckpointFolder(tmp_path, keep=2)
-    folder.save(content(1), Position(1, 0))
+    folder.save(content(1), TrainingPosition(1, 0))
     before = names(tmp_path)
 
     def no_rename(*args):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(checkpoint.os, "replace", no_rename)
-    assert folder.save(content(2), Position(2, 0)) is None
+    assert folder.save(content(2), TrainingPosition(2, 0)) is None
     assert names(tmp_path) == before
 
 
@@ -325,8 +329,8 @@ def test_going_on_from_an_earlier_checkpoint_sets_the_later_ones_aside(tmp_path)
     assert (out / "earlier-1" / "log.txt").read_text() == log
     assert "resume_0004_000000000.pth" in names(out / "earlier-1")
     assert not (out / "earlier-1" / "checkpoint0001.pth").exists()
-    newest = CheckpointFolder(out, 2).newest_good()
-    assert read_checkpoint(newest)["position"] == {"epoch": 3, "images": 0}
+    _, newest = CheckpointFolder(out, 2).newest_good()
+    assert newest["position"] == {"epoch": 3, "images": 0}
 
 
 def test_a_move_that_was_interrupted_is_finished(tmp_path):
@@ -336,10 +340,10 @@ def test_a_move_that_was_interrupted_is_finished(tmp_path):
     earlier.mkdir()
     (earlier / ".moving").write_text("checkpoint.pth\nresume_0001_000000000.pth\nlog.txt")
     (tmp_path / "checkpoint.pth").rename(earlier / "checkpoint.pth")
-    with open_folder(str(tmp_path)):
+    with RunFolder.open(config_for(tmp_path)) as folder:
         pass
     assert names(earlier) == ["checkpoint.pth", "log.txt", "resume_0001_000000000.pth"]
-    set_aside(tmp_path)
+    folder.begin(History(None))
     assert names(tmp_path) == ["earlier-1"], "nothing to move"
 
 
@@ -362,6 +366,39 @@ def test_all_that_a_run_leaves_is_set_aside_together(tmp_path):
     ]
     for name in [*of_a_run, "notes.md"]:
         (tmp_path / name).write_text(name)
-    set_aside(tmp_path)
+    with RunFolder.open(config_for(tmp_path)) as folder:
+        assert names(tmp_path) == sorted([*of_a_run, ".held", ".new_run", "notes.md"]), "not moved yet"
+        folder.begin(History(None))
     assert names(tmp_path) == ["earlier-1", "notes.md"]
     assert sorted(path.name for path in (tmp_path / "earlier-1").iterdir()) == sorted(of_a_run)
+
+
+def test_the_checkpoint_of_the_folder_is_read_once(tmp_path, monkeypatch):
+    CheckpointFolder(tmp_path, 2).save(content(3), TrainingPosition(1, 0))
+    read = []
+    monkeypatch.setattr(
+        util.run.checkpoints, "read_checkpoint", lambda path: read.append(path) or read_checkpoint(path)
+    )
+    with RunFolder.open(config_for(tmp_path, "--resume", "auto")) as folder:
+        assert folder.resumes
+        assert folder.from_folder
+        assert folder.checkpoint == content(3)
+        folder.begin(History(None))
+        assert folder.checkpoint is None, "released"
+    assert len(read) == 1
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_an_evaluation_that_fails_leaves_no_folder(tmp_path, used):
+    out = tmp_path / "out"
+    if used:
+        out.mkdir()
+        (out / "log.txt").touch()
+    config = config_for(out, "--eval", "--resume", str(tmp_path / "none.pth"))
+    with pytest.raises(UserError, match="does not exist"), RunFolder.open(config):
+        pass
+    assert [path.name for path in tmp_path.rglob("*")] == (["out", "log.txt"] if used else [])
+
+
+def config_for(folder: Path, *flags: str):
+    return parse_config(["--output_dir", str(folder), *flags])

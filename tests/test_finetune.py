@@ -346,7 +346,7 @@ def test_a_run_starts_with_the_weights_and_goes_on_after_the_same_command(tmp_pa
     (tmp_path / "a.pth").unlink()  # not needed any more
     second = run_main_forked(*flags, "--epochs", "2")
     assert second.returncode == 0, second.stderr
-    assert "going on with" in second.stdout
+    assert "resuming from" in second.stdout
     assert "fine-tuning" not in second.stdout
     assert [json.loads(line)["epoch"] for line in (out / "log.txt").read_text().splitlines()] == [0, 1]
 

@@ -227,7 +227,7 @@ def test_a_part_of_the_heads_is_another_architecture(tmp_path):
         {"model": without("class_embed.1", flags=flags), "args": trained(*flags)[1].flags()},
         tmp_path / "a.pth",
     )
-    with pytest.raises(UserError, match=r"lacks class_embed\.1\.weight"):
+    with pytest.raises(UserError, match=r"has no class_embed\.1\.weight"):
         load_model(tmp_path / "a.pth", classes=CLASSES)
 
 

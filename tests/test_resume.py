@@ -65,18 +65,17 @@ def test_resume_says_what_changed_and_ends_clearly(tmp_path, data):
     )
     assert done.returncode == 2
     assert "raise --epochs" in done.stderr
-    other = run_main_forked(
-        *data,
-        *BATCHFORMER,
-        "--epochs",
-        "2",
-        "--output_dir",
-        str(out),
-        "--resume",
-        str(out / "checkpoint.pth"),
-    )
+    same = ("--output_dir", str(out), "--resume", str(out / "checkpoint.pth"))
+    detector = run_main_forked(*data, *BATCHFORMER, "--epochs", "2", *same)
+    assert detector.returncode == 2
+    assert "is of another detector: give --bf 0" in detector.stderr
+    other = run_main_forked(*data, "--lr_backbone", "0", "--epochs", "2", *same)
     assert other.returncode == 2
-    assert "--bf" in other.stderr
+    told = (
+        "its state does not fit this run: --lr_backbone was 2e-05 in the checkpoint and is 0.0 in this run;"
+    )
+    assert told in other.stderr
+    assert "ValueError" not in other.stderr
     assert (out / "checkpoint.pth").read_bytes() == before
     changed = run_main_forked(
         *data,
@@ -90,7 +89,11 @@ def test_resume_says_what_changed_and_ends_clearly(tmp_path, data):
         str(out / "checkpoint.pth"),
     )
     assert changed.returncode == 0, changed.stderr
-    assert "--lr was 0.0002 in the checkpoint and is 1e-05" in changed.stdout
+    assert (
+        "resume: --lr was 0.0002 in the checkpoint and is 1e-05 in this run; the new value is used"
+        in changed.stdout
+    )
+    assert "resume: --epochs was 1 in the checkpoint and is 2 in this run" in changed.stdout
     lines = [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
     assert [line["train_lr"] for line in lines] == pytest.approx([2e-4, 1e-5])
 

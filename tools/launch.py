@@ -1,5 +1,5 @@
-"""Run a node's processes under PyTorch's elastic launcher: variables to its options, its exceptions
-to one line and a code.
+"""Run the processes of a node under PyTorch's elastic launcher: environment variables become its
+options, its exceptions become one line and an exit code. tools/run_dist_launch.sh calls it.
 """
 
 import contextlib
@@ -21,74 +21,97 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from util.errors import EXIT_INTERRUPTED, EXIT_LOST_PROCESS, EXIT_PREEMPTED, EXIT_USER_ERROR
 
-# unless ignored, as by nohup
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
-SAVED = ({EXIT_PREEMPTED}, {EXIT_INTERRUPTED})
+SAVED = (EXIT_PREEMPTED, EXIT_INTERRUPTED)
 ANSWER_SECONDS = 30  # in which node 0 must answer the launcher of another node
 
 
 def main(nodes: int, node: int, processes: int, command: list[str]) -> int:
-    address, port = (
-        os.environ["MASTER_ADDR"],
-        int(os.environ.get("MASTER_PORT", 0)),
-    )  # 0: any port of one node
-    join_seconds, restarts = int(os.environ.get("JOIN_SECONDS", 1800)), int(os.environ.get("MAX_RESTARTS", 0))
+    """Run `command` as `processes` processes of this node; the exit code of the job."""
+    endpoint = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', 0)}"
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = os.environ.get("PREEMPT_SECONDS", "120")
-    # A store in the launcher would keep the keys of the processes before a restart (PyTorch issue
-    # 135712).
+    # a store in the launcher would keep the keys of earlier processes (PyTorch issue 135712)
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    # what ends the job is said below
+    restarts, join_seconds = _number("MAX_RESTARTS", 0), _number("JOIN_SECONDS", 1800)
+    # the lines below say what ends the job; PyTorch's say why it starts again
     logging.disable(logging.WARNING if restarts else logging.CRITICAL)
+
     with tempfile.TemporaryDirectory(prefix="run_dist_launch") as notes:
         try:
             config = LaunchConfig(
-                *(nodes, nodes, processes),  # at least, at most, on each
+                min_nodes=nodes,
+                max_nodes=nodes,
+                nproc_per_node=processes,
                 run_id="run_dist_launch",
                 rdzv_backend="c10d",
-                rdzv_endpoint=f"{address}:{port}",
+                rdzv_endpoint=endpoint,
                 rdzv_configs={
                     "is_host": node == 0,
                     "join_timeout": join_seconds,
                     "read_timeout": ANSWER_SECONDS,
                 },
                 max_restarts=restarts,
-                local_addr=reach_node_0(address, port, join_seconds) if node else address,
+                local_addr=address_of_this_node(node, join_seconds),
                 logs_specs=DefaultLogsSpecs(log_dir=notes),
-                signals_to_handle=",".join(
-                    s for s in SIGNALS if signal.getsignal(getattr(signal, s)) != signal.SIG_IGN
-                ),
+                signals_to_handle=",".join(name for name in SIGNALS if not is_ignored(name)),
             )
             elastic_launch(config, command[0])(*command[1:])
         except SignalException as error:
-            ends = max(Path(notes).glob("*/attempt_*"), key=os.path.getmtime).glob("*/error.json")
-            codes = [json.loads(path.read_text())["message"].get("errorCode") for path in ends]
-            what = f"ended by {error.sigval.name}; not every process reported that it had saved"
-            return (
-                codes[0] if len(codes) == processes and set(codes) in SAVED else say(what, 128 + error.sigval)
-            )
+            return after_signal(error.sigval, Path(notes), processes)
         except KeyboardInterrupt:  # before the processes start
             return EXIT_INTERRUPTED
         except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
-            code, what = failure.exitcode, f"rank {rank} (process {failure.pid})"
-            if code < 0:
-                return say(f"{what} was killed by {failure.signal_name()}; all others were ended", 128 - code)
-            line = failure.message["message"] if isinstance(failure.message, dict) else "see its output above"
-            return code if {code} in SAVED else say(f"{what} failed with exit code {code}: {line}", code)
+            return after_failure(error)
         except OSError as error:
             return say(f"{command[0]} can't be started: {error}", EXIT_USER_ERROR)
         except (RendezvousError, RuntimeError) as error:
             what = (
-                f"{nodes} nodes did not meet at {address}:{port} in JOIN_SECONDS={join_seconds}, or lost "
-                "each other"
+                f"{nodes} nodes did not meet at {endpoint} in JOIN_SECONDS={join_seconds}, or lost each other"
             )
             remedy = f"run the command on all, with a free port in MASTER_PORT ({type(error).__name__})"
             return say(f"{what}: {remedy}", EXIT_LOST_PROCESS)
     return 0
 
 
-def reach_node_0(address: str, port: int, seconds: float) -> str:
-    """Wait for node 0; gives the address from which this node reaches it."""
+def _number(variable: str, default: int) -> int:
+    return int(os.environ.get(variable, default))
+
+
+def is_ignored(name: str) -> bool:
+    """Whether this process ignores a signal, as under nohup."""
+    return signal.getsignal(getattr(signal, name)) == signal.SIG_IGN
+
+
+def after_signal(number: signal.Signals, notes: Path, processes: int) -> int:
+    """The exit code after a signal to the launcher: that of the processes if all have saved."""
+    attempt = max(notes.glob("*/attempt_*"), key=os.path.getmtime)
+    codes = []
+    for path in attempt.glob("*/error.json"):
+        codes.append(json.loads(path.read_text())["message"].get("errorCode"))
+    if len(codes) == processes and len(set(codes)) == 1 and codes[0] in SAVED:
+        return codes[0]
+    return say(f"ended by {number.name}; not every process reported that it had saved", 128 + number)
+
+
+def after_failure(error: ChildFailedError) -> int:
+    """The exit code after the end of a process: that of the first one that ended."""
+    rank, failure = error.get_first_failure()
+    code, process = failure.exitcode, f"rank {rank} (process {failure.pid})"
+    if code in SAVED:  # it was asked to leave: that is no failure
+        return code
+    if code < 0:
+        return say(f"{process} was killed by {failure.signal_name()}; all others were ended", 128 - code)
+    line = "see its output above"
+    if isinstance(failure.message, dict):
+        line = failure.message["message"]
+    return say(f"{process} failed with exit code {code}: {line}", code)
+
+
+def address_of_this_node(node: int, seconds: float) -> str:
+    """The address from which this node reaches node 0; waits until node 0 is there."""
+    address, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT", 0)
+    if node == 0:
+        return address
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -102,8 +125,8 @@ def reach_node_0(address: str, port: int, seconds: float) -> str:
 
 
 def limit_silence(port: int) -> None:
-    """Let the system end connections to node 0 that have no answer; the launcher would wait for a
-    quarter of an hour.
+    """Make the system end connections to node 0 that get no answer. The launcher itself would wait
+    for a quarter of an hour.
     """
     time.sleep(ANSWER_SECONDS / 3)  # until the launcher has opened them
     for path in Path("/proc/self/fd").glob("*"):
@@ -118,4 +141,4 @@ def say(message: str, code: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(int, sys.argv[1:4]), sys.argv[4:]))
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]))

@@ -1,6 +1,6 @@
-"""Submits main.py to Slurm through submitit, and goes on from its own checkpoint when Slurm
-requeues the job.
-"""
+"""Submit main.py to Slurm through submitit; the run resumes by itself when Slurm requeues the job."""
+
+from __future__ import annotations
 
 import argparse
 import os
@@ -15,9 +15,8 @@ from submitit import AutoExecutor, Job, JobEnvironment
 from submitit.core.utils import FailedJobError, UncompletedJobError
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # a script sees only its own folder, not the project
+# Python looks for modules beside the script only
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from util.config import make_parser, parse_config
 from util.errors import Preempted, UserError, run_as_command
 
@@ -29,16 +28,15 @@ MAX_TIMEOUTS = 1000  # a run of weeks in jobs of an hour
 
 
 @dataclass(frozen=True)
-class Training:
-    """main.py with `flags` as one task of a job; `restarts` counts how often submitit has started
-    it again.
-    """
+class TrainingJob:
+    """main.py with `flags` as one task of a job; `restarts` counts its starts by submitit."""
 
     flags: tuple[str, ...]
     threads: int
     restarts: int = 0
 
     def __call__(self) -> None:
+        """Run in each task."""
         job = JobEnvironment()
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         if job.num_nodes == 1:
@@ -49,48 +47,45 @@ class Training:
 
         import main  # found because jobs start in the folder of their submission, which is the root
 
-        number = getattr(signal, f"SIG{job.USR_SIG}")
-        requeue = signal.getsignal(number)  # submitit's handler; main.py installs its own
+        name = f"SIG{job.USR_SIG}"
+        requeue = signal.getsignal(getattr(signal, name))  # of submitit; main.py installs its own
 
         def train() -> None:
             try:
                 main.main(parse_config(self.flags))
             except Preempted as reason:
-                # --cluster debug has no handler
-                if reason.signal != number.name or not callable(requeue):
+                # without a handler (--cluster debug) nothing can requeue the job
+                if reason.signal != name or not callable(requeue):
                     raise
                 print(reason, file=sys.stderr, flush=True)
                 # requeues the job and exits in rank 0, only logs in the others
-                requeue(number, None)
+                requeue(getattr(signal, name), None)
                 # with another status Slurm would end rank 0 before it has requeued the job
                 sys.exit(0)
 
         run_as_command(train)
 
     def checkpoint(self) -> DelayedSubmission:
-        """What submitit runs after it has requeued the job. main.py has saved its state by itself."""
+        """submitit calls this after it has requeued the job. main.py has saved its state by itself."""
         return DelayedSubmission(replace(self, restarts=self.restarts + 1))
 
 
 def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The arguments of this script, and main.py's flags, which stand behind `--`. Raises UserError."""
+    """The arguments of this script, and the flags of main.py, which follow `--`. Raises UserError."""
     parser = make_parser(
         "tools/run_with_submitit.py",
-        "Submit main.py to Slurm, and resume it when Slurm requeues it.",
+        "Submit main.py to Slurm, and resume it when Slurm requeues it. Further options of sbatch: "
+        "by its variables, such as SBATCH_ACCOUNT.",
         EXAMPLE,
     )
     parser.usage = "python tools/run_with_submitit.py --job_dir DIR [options] -- <main.py's flags>"
-    parser.description += " Further options of sbatch: by its variables, such as SBATCH_ACCOUNT."
 
     def add(name: str, **options: Any) -> None:
-        parser.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), **options)
+        spellings = {f"--{name}": None, f"--{name.replace('_', '-')}": None}
+        parser.add_argument(*spellings, **options)
 
-    add(
-        "job_dir",
-        type=Path,
-        required=True,
-        help="main.py's --output_dir; the job's logs go to its folder submitit",
-    )
+    folder = "main.py's --output_dir; the job's logs go to its folder submitit"
+    add("job_dir", type=Path, required=True, help=folder)
     add("nodes", type=int, default=1, help="machines")
     add("gpus_per_node", type=int, default=8, help="0 for none")
     add("tasks_per_node", type=int, help="processes on each node; one for each GPU if not given")
@@ -98,13 +93,11 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add("timeout", type=int, default=4320, help="minutes, after which the job is requeued")
     add("partition", help="of Slurm")
     add("constraint", help="features that the nodes must have, as in sbatch")
-    add(
-        "cluster",
-        choices=("slurm", "local", "debug"),
-        default="slurm",
-        help="local: several processes on this "
-        "machine; debug: in this process, with pdb after an error; both wait for the end",
+    kinds = (
+        "local: several processes on this machine; debug: in this process, with pdb after an error; both "
+        "wait for the end"
     )
+    add("cluster", choices=("slurm", "local", "debug"), default="slurm", help=kinds)
 
     split = argv.index("--") if "--" in argv else len(argv)
     args, flags = parser.parse_args(argv[:split]), list(argv[split + 1 :])
@@ -117,7 +110,7 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return args, flags
 
 
-def submit(args: argparse.Namespace, training: Training) -> Job[None]:
+def submit(args: argparse.Namespace, training: TrainingJob) -> Job[None]:
     """Raises UserError with the reason if submitit or Slurm refuses the job."""
     try:
         executor = AutoExecutor(
@@ -148,7 +141,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"run this from the project's root: cd {ROOT}")
     args.job_dir = args.job_dir.resolve()
     threads = 1 if args.gpus_per_node else args.cpus_per_task
-    training = Training((*flags, "--output_dir", str(args.job_dir)), threads)
+    training = TrainingJob((*flags, "--output_dir", str(args.job_dir)), threads)
     parse_config(training.flags)  # a wrong flag shows here, not after hours in a queue
 
     job = submit(args, training)

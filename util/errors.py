@@ -1,13 +1,13 @@
-"""How the program ends: mistakes that the user can mend, and the exit codes that launchers and
-schedulers see.
+"""How the program ends: mistakes that a user can correct, and the exit codes that launchers and
+schedulers get.
 
 | code | meaning |
 |---|---|
 | 0 | done |
-| 2 | a mistake in flags, files or data, told in one line |
+| 2 | a mistake in flags, files or data, described in one line |
 | 74 | checkpoints can't be written any more; the earlier ones are intact |
 | 75 | a signal asked to leave: all is saved, start again with --resume auto |
-| 76 | another process died, hung or can't be reached; start again with --resume auto |
+| 76 | another process died, hangs or can't be reached; start again with --resume auto |
 | 130 | interrupted from the keyboard; a training run has saved first, as with 75 |
 """
 
@@ -22,20 +22,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-# what schedulers, launchers and a closed terminal send; main.py saves and leaves
-# (util/run/stop.py)
+# sent by schedulers, launchers and a closed terminal; main.py saves and leaves (util/run/stop.py)
 ASK_TO_LEAVE = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 EXIT_USER_ERROR = 2
 EXIT_NOT_SAVED = 74  # EX_IOERR of sysexits.h
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL: the same command again goes on
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: the same command again resumes
 EXIT_LOST_PROCESS = 76  # EX_PROTOCOL: the other side failed
 EXIT_INTERRUPTED = 130
 
 
 class UserError(ValueError):
-    """A mistake in flags, files or data. Its message is one line that names the culprit and the
-    remedy.
-    """
+    """A mistake in flags, files or data. Its message is one line with the culprit and the remedy."""
 
     exit_code = EXIT_USER_ERROR
 
@@ -47,14 +44,14 @@ class NotSavedError(UserError):
 
 
 class LostProcessError(UserError):
-    """Another process of the job is dead, hung or out of reach."""
+    """Another process of the job is dead, hangs or can't be reached."""
 
     exit_code = EXIT_LOST_PROCESS
 
 
 class Preempted(BaseException):
-    """A signal asked the program to leave, and it is ready to. No Exception, so that nobody takes
-    it for a failure.
+    """A signal asked the program to leave, and all is saved. It is no Exception, so that code that
+    handles failures does not catch it.
 
     signal: the name of the signal; "" if another process got it, and after Ctrl-C.
     """
@@ -65,46 +62,34 @@ class Preempted(BaseException):
 
 
 def run_as_command(command: Callable[[], object]) -> None:
-    """Run `command`; an end that is no success costs one line on stderr, without a traceback, and
-    its exit code.
+    """Run `command`. A UserError, a request to leave and Ctrl-C end it with one line on stderr, no
+    traceback, and their exit code.
     """
     try:
         command()
     except UserError as error:
         _leave(f"error: {error}", error.exit_code)
     except Preempted as reason:
-        _leave(
-            str(reason), reason.exit_code, silent=os.environ.get("RANK", "0") != "0"
-        )  # the same for all processes
+        # the line is the same for all processes
+        _leave(str(reason), reason.exit_code, silent=os.environ.get("RANK", "0") != "0")
     except KeyboardInterrupt:
         _leave("interrupted", EXIT_INTERRUPTED)
     finally:
-        _give_up_lost_output()
+        # output that can't be written, to a full disk for example, must not fail at Python's end
+        try:
+            sys.stdout.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _leave(message: str, code: int, silent: bool = False) -> None:
-    _write_error_file(message, code)
-    if not silent:
-        sys.stderr.write(
-            f"{message}\n"
-        )  # print() writes the end of the line by itself, between the words of other processes
-        sys.stderr.flush()
-    sys.exit(code)
-
-
-def _write_error_file(message: str, code: int) -> None:
-    """Tell PyTorch's elastic launcher (torchrun) how this process ends, in the format of its error
-    files.
-    """
+    # PyTorch's elastic launcher (torchrun) reads how a process ends from this file
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         reason = {"message": message, "errorCode": code, "extraInfo": {"timestamp": str(int(time.time()))}}
         with contextlib.suppress(OSError):
             Path(path).write_text(json.dumps({"message": reason}))
-
-
-def _give_up_lost_output() -> None:
-    """What could not be printed, to a full disk say, must not make Python's own end a failure."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if not silent:
+        # print() would write the line's end separately, between the words of other processes
+        sys.stderr.write(f"{message}\n")
+        sys.stderr.flush()
+    sys.exit(code)

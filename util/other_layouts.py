@@ -1,5 +1,5 @@
-"""Checkpoints as other programs write them: where in the file the weights of a Deformable DETR are,
-and what a file holds that has none.
+"""Checkpoints of other programs: where in the file the weights of a Deformable DETR are, and what a
+file without them holds.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
+Place = tuple[str, ...]  # keys that lead to a dict of tensors, then a prefix of the names there
+
 _MARK = "transformer.level_embed"  # every Deformable DETR has this tensor
 _AVERAGED = re.compile(r"(^|[._])(ema|swa|shadow|averaged?|teacher)([._]|$)")
 _DEEPEST = 3  # dicts in dicts
 _STATES = ("state_dict", "model_state_dict")
 
-# part of a tensor's name -> what has such
+# part of a tensor's name (a pattern) -> what a file with such names holds
 _KINDS = (
     (r"\bbbox_head\.", "it holds a detector of MMDetection, whose tensors have other names and shapes"),
     (
@@ -39,59 +41,76 @@ _KINDS = (
 
 
 def in_our_layout(content: dict[str, Any], source: str) -> dict[str, Any]:
-    """The content of a checkpoint file with a detector's weights in the entry `model`, averaged
-    ones in `ema`.
+    """The content of a checkpoint file with the weights of a detector in the entry `model`, and
+    averaged weights in `ema`.
 
-    They are looked for under any name and any prefix of their names, as wrappers
-    (DistributedDataParallel, torch.compile), Lightning, mmcv and others leave them. What has no
-    Deformable DETR stays as it is, but for its weights' place.
+    They may have any name, and any prefix of the tensors' names, as wrappers
+    (DistributedDataParallel, torch.compile), Lightning, mmcv and others leave them. A file without
+    a Deformable DETR keeps its content; its weights are copied to `model`.
     """
-    found = dict(_detectors(content))
-    averaged = [place for place in found if _AVERAGED.search(".".join(place))]
-    plain = [place for place in found if place not in averaged]
+    plain: dict[Place, dict[str, Any]] = {}
+    averaged: dict[Place, dict[str, Any]] = {}
+    for place, state in _detectors(content):
+        kind = averaged if _AVERAGED.search(".".join(place)) else plain
+        kind[place] = state
+    found = plain | averaged
     if not found:
-        state = next((content[key] for key in _STATES if isinstance(content.get(key), Mapping)), None)
-        return content if state is None or "model" in content else {**content, "model": state}
-    if plain in ([("",)], [("model", "")]) and averaged in ([], [("ema", "model", "")]):
+        if "model" not in content:
+            for key in _STATES:
+                if isinstance(content.get(key), Mapping):
+                    return {**content, "model": content[key]}
         return content
-    chosen = (plain or averaged)[0]
-    log.info("%s: the weights of %s are taken%s", source, _said(chosen), _also(found.keys() - {chosen}))
-    rest = {} if len(chosen) == 1 else {key: value for key, value in content.items() if key != "ema"}
-    ours = {**rest, "model": found[chosen]}
-    return {**ours, "ema": {"model": found[averaged[0]]}} if plain and averaged else ours
+    if list(plain) in ([("",)], [("model", "")]) and list(averaged) in ([], [("ema", "model", "")]):
+        return content
+
+    # without plain weights the averaged ones are the model
+    chosen = next(iter(plain or averaged))
+    others = ", ".join(sorted(_describe(place) for place in found if place != chosen))
+    also = f"; there are also {others}" if others else ""
+    log.info("%s: the weights of %s are taken%s", source, _describe(chosen), also)
+    # weights at the top level would stay beside their copy
+    ours = dict(content) if len(chosen) > 1 else {}
+    ours.pop("ema", None)
+    ours["model"] = found[chosen]
+    if plain and averaged:
+        ours["ema"] = {"model": next(iter(averaged.values()))}
+    return ours
 
 
 def kind_of(names: Iterable[str]) -> str | None:
-    """What a file holds whose tensors have these names, if we know it."""
+    """What a file with tensors of these names holds, if it is a known kind."""
     names = list(names)
-    return next((kind for pattern, kind in _KINDS if any(re.search(pattern, name) for name in names)), None)
+    for pattern, kind in _KINDS:
+        if any(re.search(pattern, name) for name in names):
+            return kind
+    return None
 
 
-def _detectors(
-    content: Mapping[Any, Any], keys: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
-    """(keys that lead to a dict of tensors, and the prefix of the names there; the tensors without
-    it) of every detector.
-    """
+def _detectors(content: Mapping[Any, Any], keys: Place = ()) -> Iterator[tuple[Place, dict[str, Any]]]:
+    """The place of every detector in `content`, and its tensors without the prefix."""
     names = [name for name in content if isinstance(name, str)]
-    prefixes = [name.removesuffix(_MARK) for name in names if name.endswith(_MARK)]
-    states: dict[str, dict[str, Any]] = {prefix: {} for prefix in prefixes}
-    for name in names if prefixes else ():
-        owner = max((prefix for prefix in prefixes if name.startswith(prefix)), key=len, default=None)
-        if owner is not None:
-            states[owner][name.removeprefix(owner)] = content[name]
-    yield from (((*keys, prefix), state) for prefix, state in states.items())
-    for name in names if not prefixes and len(keys) < _DEEPEST else ():
-        if isinstance(content[name], Mapping):
-            yield from _detectors(content[name], (*keys, name))
+    states: dict[str, dict[str, Any]] = {}
+    for name in names:
+        if name.endswith(_MARK):
+            states[name.removesuffix(_MARK)] = {}
+    if not states and len(keys) < _DEEPEST:
+        for name in names:
+            if isinstance(content[name], Mapping):
+                yield from _detectors(content[name], (*keys, name))
+        return
+
+    # a prefix may begin with another one: the longest that fits counts
+    longest_first = sorted(states, key=len, reverse=True)
+    for name in names:
+        for prefix in longest_first:
+            if name.startswith(prefix):
+                states[prefix][name.removeprefix(prefix)] = content[name]
+                break
+    for prefix, state in states.items():
+        yield (*keys, prefix), state
 
 
-def _said(place: tuple[str, ...]) -> str:
+def _describe(place: Place) -> str:
     *keys, prefix = place
     where = ".".join(keys) or "the file"
     return f"{where} under {prefix!r}" if prefix else where
-
-
-def _also(others: Iterable[tuple[str, ...]]) -> str:
-    told = ", ".join(sorted(map(_said, others)))
-    return f"; there are also {told}" if told else ""

@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.weights.hugging_face_names import Converted, from_hugging_face, to_hugging_face
-from util.checkpoint import folder_given, is_address, local_file, read_checkpoint, temporary_name
+from util.atomic import temporary_name
+from util.checkpoint import folder_given, is_address, local_file, read_checkpoint
 from util.class_map import AUTO, ClassMap
 from util.config import RESNETS, BackboneConfig, BatchFormerConfig, Config
 from util.errors import NotSavedError, UserError

@@ -53,7 +53,7 @@ from util.errors import UserError
 from util.optim import build_schedule
 from util.run.data_identity import DataIdentity
 from util.run.history import History
-from util.run.state import Position, TrainingState
+from util.run.state import TrainingPosition, TrainingState
 from util.step.metrics import EpochSums
 from util.step.not_finite import FiniteWatch
 from util.step.random_state import RandomGenerators
@@ -350,7 +350,9 @@ def _training(model: nn.Module) -> tuple[TrainingState, Updater]:
     schedule = build_schedule(updater.optimizer, config)
     classes = ClassMap.of([{"id": 1, "name": "one"}], _NUM_CLASSES, "")
     data = dict.fromkeys(("train", "val"), DataIdentity.of([{"id": 1, "file_name": "1.jpg"}], []))
-    return TrainingState(config, classes, data, model, updater, schedule, Position(), shared, own), updater
+    return TrainingState(
+        config, classes, data, model, updater, schedule, TrainingPosition(), shared, own
+    ), updater
 
 
 def main() -> int:

@@ -26,7 +26,7 @@ from tests.helpers import ROOT, SMALL_IMAGES, SMALL_MODEL, environment, write_co
 from util.checkpoint import read_checkpoint
 from util.errors import EXIT_NOT_SAVED, NotSavedError
 from util.run.checkpoints import CheckpointFolder
-from util.run.state import Position
+from util.run.state import TrainingPosition
 
 RENAME = """#define _GNU_SOURCE
 #include <dlfcn.h>
@@ -130,7 +130,7 @@ def few_megabytes(work: Path) -> str:
     try:
         for i in range(10):
             noise = torch.full((300_000,), float(i))
-            saved += checkpoints.save({"model": {"noise": noise}}, Position(0, i)) is not None
+            saved += checkpoints.save({"model": {"noise": noise}}, TrainingPosition(0, i)) is not None
     except NotSavedError as error:
         assert "no space left" in str(error).lower(), error
         good = [path for path in folder.glob("resume_*.pth") if read_checkpoint(path)]

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tools.gpu_check.steps import CHECKS_TAKE, Step, checks, preparation, timings
-from util.text_files import replace_text
+from util.atomic import replace_text
 
 LAST_WORDS = 15  # seconds kept for ending what runs, and for the results
 TOOLS = ("ncu", "compute-sanitizer", "nvidia-smi")

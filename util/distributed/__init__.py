@@ -1,3 +1,3 @@
-"""The processes of one run: the process group, what starts them, and the watchdog that explains a hang.
-Every layer above may use this room; it knows nothing of training.
+"""The processes of one run: the process group, the launchers that start them, and the watchdog that
+explains a failed exchange. Every room above may use this one; it does not depend on training.
 """

@@ -1,6 +1,4 @@
-"""Processes that something else than torchrun has started: each would take itself for the only one,
-and train by itself.
-"""
+"""Processes that another launcher than torchrun has started: each would take itself for the only one."""
 
 from __future__ import annotations
 
@@ -10,11 +8,9 @@ from util.errors import UserError
 
 _SLURM = "./tools/run_dist_slurm.sh <partition> <job name> {count} main.py, or one alone with srun --ntasks=1"
 _OTHERS = "torchrun or ./tools/run_dist_launch.sh {count} main.py"
-# who sets them, the variables for a process's number and for how many there are, what to start
-# instead
+# launcher; its variables for the rank of a process and for their number; what to start instead
 _VARIABLES = (
-    # in the script of a batch job, which is one process, SLURM_NTASKS says how many tasks its steps
-    # may have
+    # SLURM_NTASKS would be wrong: the script of a batch job has it too, and is one process
     ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", _SLURM),
     ("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", _OTHERS),  # Open MPI
     ("mpirun", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", _OTHERS),  # MVAPICH
@@ -26,12 +22,11 @@ _VARIABLES = (
 
 
 def require_single_process() -> None:
-    """Raise UserError if this process, which no WORLD_SIZE tells of others, was started as one of
-    several.
-    """
+    """Raise UserError if this process was started as one of several. Call it without WORLD_SIZE."""
     for launcher, rank, count, instead in _VARIABLES:
+        # a shell on a node (srun --pty) is one process, however many tasks it asked for
         if launcher == "srun" and "SLURM_PTY_PORT" in os.environ:
-            continue  # a shell on a node (srun --pty): one, however many tasks it asked for
+            continue
         number, processes = _number(rank), _number(count)
         if number > 0 or processes > 1:
             several = str(processes) if processes > 1 else "<processes>"

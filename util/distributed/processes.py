@@ -1,14 +1,13 @@
-"""Processes: who am I, which device is mine, and the few exchanges that training and evaluation
-need.
+"""The processes of a run: rank and device of this one, and the few exchanges that training and
+evaluation need.
 
 The variables of torchrun (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) say whether there
-are several; without them everything here is the single-process case.
+are several. Without them every function here handles the single process.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import re
 import signal
@@ -32,7 +31,12 @@ from util.distributed.launchers import require_single_process
 from util.distributed.watchdog import Watchdog, waiting
 from util.errors import ASK_TO_LEAVE, LostProcessError, UserError
 
-log = logging.getLogger(__name__)
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+_SIOCGIFADDR = 0x8915  # Linux's request for the address of an interface
 
 
 def rank() -> int:
@@ -49,14 +53,14 @@ def is_main() -> bool:
 
 @contextmanager
 def process_group(device_flag: str, timeout: float = 1800) -> Iterator[torch.device]:
-    """Join the other processes, if there are any, for the length of the block; gives this process's
-    device.
+    """Join the other processes, if there are any, for the length of the block; gives the device of
+    this process.
 
     An exchange that takes longer than `timeout` seconds fails. After a failed exchange
     util/distributed/watchdog.py names the process at fault.
 
     Raises:
-        UserError: a device that is not there, or a process that knows nothing of the others.
+        UserError: the device does not exist, or the variables of the launcher are incomplete.
         LostProcessError: another process did not come, or is lost.
         Preempted: another process was asked to leave.
     """
@@ -67,37 +71,39 @@ def process_group(device_flag: str, timeout: float = 1800) -> Iterator[torch.dev
         require_single_process()
         yield device
         return
+
     watchdog = _join(device, timeout)
     code, last_words = 0, ""
     try:
         yield device
     except BaseException as error:
-        reason = error
+        reason: BaseException = error
         if isinstance(error, RuntimeError) and _lost_a_process(error):
             _ignore_requests()
             reason = watchdog.explain(_first_sentence(error))
+        # what the other processes will quote
         code, last_words = getattr(reason, "exit_code", 1), str(reason)
         if not hasattr(reason, "exit_code"):
             last_words = f"{type(reason).__name__}: {last_words.strip()}".splitlines()[0]
-        if reason is not error:
-            raise reason from None
-        raise
+        if reason is error:
+            raise
+        raise reason from None
     finally:
         watchdog.stop(code, last_words)
         dist.destroy_process_group()
 
 
 def _join(device: torch.device, timeout: float) -> Watchdog:
-    """Initialise the process group by what the launcher says in the environment."""
-    texts = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_PORT")]
-    own_rank, world, port = [int(text) if text.isdecimal() else -1 for text in texts]
-    host = os.environ.get("MASTER_ADDR")
+    """Initialise the process group with the variables of the launcher."""
+    own_rank, world, port = map(_whole_number, ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    host = os.environ.get("MASTER_ADDR", "")
     if not (0 <= own_rank < world and 0 < port < 65536 and host):
         raise UserError(
             "WORLD_SIZE is set, so RANK (from 0 to WORLD_SIZE - 1), MASTER_ADDR and MASTER_PORT "
             "must be too; start with tools/run_dist_launch.sh or torchrun, or unset WORLD_SIZE for "
             "a single process"
         )
+
     limit = timedelta(seconds=timeout)
     backend, warn_after = "gloo", None
     if device.type == "cuda":
@@ -107,10 +113,8 @@ def _join(device: torch.device, timeout: float) -> Watchdog:
     try:
         _choose_interface(host, port)
         store, *_ = next(dist.rendezvous("env://", timeout=limit))
-        if (
-            os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-            and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
-        ):
+        shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        if shared and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
             store = _store_of_this_attempt(store, host, own_rank, world, limit)
         dist.init_process_group(backend, store=store, rank=own_rank, world_size=world, timeout=limit)
     except RuntimeError as error:
@@ -124,15 +128,20 @@ def _join(device: torch.device, timeout: float) -> Watchdog:
     return Watchdog(store.clone(), own_rank, world, f"{host}:{port}", warn_after)
 
 
+def _whole_number(variable: str) -> int:
+    text = os.environ.get(variable, "")
+    return int(text) if text.isdecimal() else -1
+
+
 def _store_of_this_attempt(
     launchers: dist.Store, host: str, own_rank: int, world: int, limit: timedelta
 ) -> dist.Store:
-    """A store in the process of rank 0, whose port it tells the others through the launcher's
+    """A store in the process of rank 0, which sends its port to the others through the launcher's
     store.
 
-    With restarts torchrun's own store keeps the keys of the processes before (PyTorch issue
-    135712), and no number that torchrun gives is the same on all nodes and another after each
-    restart. So rank 0 answers names that are new.
+    With restarts the store of torchrun keeps the keys of the processes before (PyTorch issue
+    135712), and torchrun has no number that is equal on all nodes and changes with each restart. So
+    every other process takes a new name, and rank 0 answers to these names.
     """
     if own_rank > 0:
         name = uuid.uuid4().hex
@@ -140,6 +149,8 @@ def _store_of_this_attempt(
         store = dist.TCPStore(host, int(launchers.get(f"port for {name}")), is_master=False, timeout=limit)
         store.set(f"rank {own_rank}", "here")
         return store
+
+    # until all have connected: names of earlier attempts are answered too, which does no harm
     store = dist.TCPStore(host, 0, is_master=True, timeout=limit, wait_for_workers=False)
     missing, deadline = list(range(1, world)), time.monotonic() + limit.total_seconds()
     while missing:
@@ -155,86 +166,67 @@ def _store_of_this_attempt(
 
 def _start_flight_recorder() -> None:
     """Record NCCL's exchanges, to be written to a file after a time-out."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     prefix = str(Path(tempfile.gettempdir()) / "flight_recorder_rank_")
-    settings = {
-        "TORCH_FR_BUFFER_SIZE": "2000",
-        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-        "TORCH_FR_DUMP_TEMP_FILE": prefix,
-    }
-    for name, value in settings.items():
-        os.environ.setdefault(name, value)
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", prefix)
 
 
 def _ignore_requests() -> None:
-    """The launcher asks the survivors to leave while they still find out why. They leave anyway."""
+    """Ignore the launcher's request to leave while this process still finds out what has failed."""
     if threading.current_thread() is threading.main_thread():
         for number in ASK_TO_LEAVE:
             signal.signal(number, signal.SIG_IGN)
 
 
 def _lost_a_process(error: RuntimeError) -> bool:
-    """Whether an exchange failed because of another process. The backends have no error type of
-    their own.
-    """
-    return (
-        isinstance(error, dist.DistError)
-        or re.search(r"\bgloo\b|caused pair closure|\bNCCL\b", str(error)) is not None
-    )
+    """Whether an exchange failed because of another process."""
+    # the backends have no error type of their own
+    by_message = re.search(r"\bgloo\b|caused pair closure|\bNCCL\b", str(error))
+    return isinstance(error, dist.DistError) or by_message is not None
 
 
 def _first_sentence(error: BaseException) -> str:
-    """Without the place in the source and the advice that gloo adds."""
+    """The message without the place in the source and the advice that gloo adds."""
     return re.sub(r"^\[\S*\] |\. .*|\n.*", "", str(error), flags=re.DOTALL)
 
 
 def _choose_interface(host: str, port: int) -> None:
-    """Let gloo use the interface that leads to rank 0. It would take the one of this machine's
-    name, which need not reach the others: on many systems the name stands for 127.0.1.1.
+    """Make gloo use the interface that leads to rank 0.
+
+    It would take the one of this machine's name, which on many systems stands for 127.0.1.1, where
+    the others can't reach it.
     """
-    if "GLOO_SOCKET_IFNAME" in os.environ:
+    if "GLOO_SOCKET_IFNAME" in os.environ or fcntl is None:
         return
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, port))  # sends nothing
         own_address = socket.inet_aton(probe.getsockname()[0])
         for _, name in socket.if_nameindex():
-            if _address_of(name, probe) == own_address:
-                os.environ["GLOO_SOCKET_IFNAME"] = name
-                return
-
-
-def _address_of(interface: str, any_socket: socket.socket) -> bytes:
-    """The four bytes of an interface's IPv4 address; none if it has none, or on a system other than
-    Linux.
-    """
-    try:
-        import fcntl
-
-        get_address = 0x8915  # SIOCGIFADDR
-        return fcntl.ioctl(any_socket, get_address, struct.pack("256s", interface.encode()))[20:24]
-    except (ImportError, OSError):
-        return b""
+            with contextlib.suppress(OSError):  # an interface without an IPv4 address
+                request = struct.pack("256s", name.encode())
+                if fcntl.ioctl(probe, _SIOCGIFADDR, request)[20:24] == own_address:
+                    os.environ["GLOO_SOCKET_IFNAME"] = name
+                    return
 
 
 def choose_device(flag: str) -> torch.device:
-    """`--device`, by default CUDA where there is one, else the CPU. Raises UserError if it is not
-    there.
-    """
+    """`--device`, by default CUDA if it is available, else the CPU. Raises UserError."""
+    if not flag:
+        flag = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(flag or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(flag)
     except RuntimeError:
         raise UserError(f"--device {flag!r} is no device; use cuda, cuda:<index>, cpu or mps") from None
-    if device.type == "cuda":
-        return _cuda_device(device)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps is not available on this machine; use --device cpu")
-    return device
+    if device.type != "cuda":
+        return device
 
-
-def _cuda_device(device: torch.device) -> torch.device:
+    # every process of a machine has a GPU of its own
     if not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no CUDA device on this machine; use --device cpu")
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    index = device.index if device.index is not None else local
+    index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
     count = torch.cuda.device_count()
     if index >= count:
         raise UserError(
@@ -245,10 +237,8 @@ def _cuda_device(device: torch.device) -> torch.device:
 
 
 def average_number(number: float, device: torch.device) -> Tensor:
-    """The mean of a host number over all processes, as a scalar on `device` and without waiting for
-    the device.
-    """
-    # full() launches a kernel; tensor(number, device=...) would be a copy that waits
+    """The mean of a host number over all processes, as a scalar on `device`, without synchronising."""
+    # full() launches a kernel; tensor(number, device=...) would be a copy, which synchronises
     value = torch.full((), float(number), device=device)
     if world_size() > 1:
         with waiting("average_number"):
@@ -265,9 +255,7 @@ def sum_over_processes(values: Tensor) -> Tensor:
 
 
 def gather_on_main(item: Any) -> list[Any]:
-    """The items of all processes in order of rank, on the main process; an empty list on the
-    others.
-    """
+    """The items of all processes by rank, on the main process; an empty list on the others."""
     if world_size() == 1:
         return [item]
     items = [None] * world_size() if is_main() else None
@@ -287,9 +275,7 @@ def broadcast_from_main(item: Any) -> Any:
 
 
 def equalise_buffers(model: nn.Module) -> None:
-    """Give every process the main process's buffers: running statistics differ, as each sees its
-    own images.
-    """
+    """Copy the main process's buffers to all: their running statistics are of different images."""
     if world_size() == 1:
         return
     with waiting("equalise_buffers"):

@@ -1,6 +1,4 @@
-"""Which Slurm job this is, and how often it was started again: what Slurm tells the tasks of all
-entry points.
-"""
+"""Which Slurm job this is, and how often it was started again."""
 
 from __future__ import annotations
 

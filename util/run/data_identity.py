@@ -1,6 +1,4 @@
-"""Which data a run trains on, small enough for a checkpoint: a run that goes on says what has
-changed since.
-"""
+"""Which data a run trains on, small enough for a checkpoint: a resumed run says what has changed."""
 
 from __future__ import annotations
 
@@ -14,10 +12,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class DataIdentity:
-    """How many images and annotations a data set has, and checksums of what they are.
+    """How many images and annotations a data set has, and checksums of them.
 
-    images_sum: of ids and file names in the order of the items, which an interrupted epoch's order
-    refers to. annotations_sum: of every object's image, category, box and crowd flag.
+    images_sum: of ids and file names in the order of the items, which the order of an interrupted
+    epoch refers to. annotations_sum: of image, category, box and crowd flag of every object.
     """
 
     images: int
@@ -31,14 +29,13 @@ class DataIdentity:
     ) -> DataIdentity:
         """Of COCO's `images` and `annotations` in the order of the items."""
         names = [f"{image['id']} {image['file_name']}\n" for image in images]
-        objects = list(annotations)
-        fields = np.array(
-            [(item["image_id"], item["category_id"], item["iscrowd"]) for item in objects], np.int64
-        )
-        boxes = np.array([item["bbox"] for item in objects], np.float64)
-        return cls(
-            len(names), len(objects), _sum("".join(names).encode()), _sum(fields.tobytes() + boxes.tobytes())
-        )
+        fields, boxes = [], []
+        for item in annotations:
+            fields.append((item["image_id"], item["category_id"], item["iscrowd"]))
+            boxes.append(item["bbox"])
+        # fixed types: how a number is written in the file does not matter
+        objects = np.array(fields, np.int64).tobytes() + np.array(boxes, np.float64).tobytes()
+        return cls(len(names), len(boxes), _sum("".join(names).encode()), _sum(objects))
 
     def to_plain(self) -> dict[str, Any]:
         """As a checkpoint holds it."""
@@ -46,14 +43,12 @@ class DataIdentity:
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> DataIdentity:
-        """The reverse of `to_plain`. Raises TypeError, KeyError or ValueError for what it never
-        gives.
-        """
+        """The reverse of `to_plain`. Raises TypeError, KeyError or ValueError for damaged entries."""
         sums = str(plain["images_sum"]), str(plain["annotations_sum"])
         return cls(int(plain["images"]), int(plain["annotations"]), *sums)
 
     def changes_since(self, before: DataIdentity) -> list[str]:
-        """What is different, to be read after "now"."""
+        """What is different, for a message after the word "now"."""
         changes = []
         if self.images != before.images:
             changes.append(f"{self.images} images instead of {before.images}")

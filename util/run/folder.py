@@ -1,24 +1,51 @@
-"""A run's output folder: who may write into it, and what is done with an earlier run in it."""
+"""The output folder of a run (--output_dir): its states, and the checkpoint that a run starts from.
+
+| state | recognised by | what the next start does |
+|---|---|---|
+| held | `.held` names a process that is alive (hold.py) | exits with code 2 |
+| left behind | `.held` names a process that has ended | takes the hold over, then as below |
+| being moved | `earlier-<n>/.moving` lists files | moves the rest of them, then as below |
+| empty | no file of a run | begins a new run |
+| announced | `.new_run`; the files are of the run before | as begun, but a restart begins anew |
+| begun | files of a run, no `.new_run` | resumes, or begins a new run: see below |
+
+A start resumes from the newest good checkpoint with --resume auto, and by itself if a launcher has
+restarted it (RunFolder.resumes). Otherwise it begins a new run: it announces itself, reads the data,
+moves the files of the run before into `earlier-<n>`, and removes the marker.
+
+A kill leaves the folder in one of these states, so the table says what follows. At every moment a
+file belongs to one run only, and none is overwritten. An evaluation in a folder with checkpoints or
+a log.txt writes into a new folder `evaluation-<n>` in it, beside a training that may hold the folder.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+from util.checkpoint import read_checkpoint
+from util.config import Config, RunConfig
+from util.distributed.processes import broadcast_from_main, gather_on_main, is_main
+from util.distributed.slurm_job import restart_count
 from util.errors import UserError
+from util.run.checkpoints import CheckpointFolder
+from util.run.history import History
 from util.run.hold import FolderHold
+from util.run.state import TrainingPosition, position_of
 
 log = logging.getLogger(__name__)
 
-_MARKER = ".moving"  # in a folder into which an earlier run is being moved
-_NEW = ".new_run"  # in the folder of a run that has not set an earlier one aside yet
+Reader = Callable[[str], dict[str, Any]]  # a path or an address -> the content of a checkpoint
+
+_MOVING = ".moving"
+_NEW_RUN = ".new_run"
+_TRAINING = ("checkpoint*.pth", "resume_*.pth", "log.txt")
 _FILES = (
-    "checkpoint*.pth",
-    "resume_*.pth",
-    "log.txt",
+    *_TRAINING,
     "run.json",
     "eval",
     "eval*.pth",
@@ -28,94 +55,202 @@ _FILES = (
 )
 
 
-@contextlib.contextmanager
-def open_folder(name: str) -> Iterator[FolderHold]:
-    """The folder of --output_dir, made if need be, and held for the length of the block.
+class RunFolder:
+    """The folder that this run writes into, and the checkpoint that it starts from.
 
-    Raises UserError if it can't be written to, or another process holds it.
+    path: the folder; None on all processes but the main one, and without --output_dir.
+    resumes: whether the run continues what the folder holds. The same on all processes.
+    checkpoint: the content, read and verified; None for a new run. source: its path or address,
+        else "". from_folder: it is the newest one in the folder, not one that --resume names.
     """
-    folder = Path(name)
+
+    def __init__(self, run: RunConfig, hold: FolderHold | None) -> None:
+        self.path = hold.folder if hold else None
+        self._hold, self._run = hold, run
+        self._checkpoints = CheckpointFolder(Path(run.output_dir), run.keep)
+        self.resumes = self._decide_to_resume()
+        self.checkpoint: dict[str, Any] | None = None
+        self.source, self.from_folder = "", False
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, config: Config, read: Reader = read_checkpoint) -> Iterator[RunFolder]:
+        """The folder of `config`, held for the length of the block; every process must call.
+
+        Args:
+            read: reads the checkpoint that --resume names.
+
+        Raises:
+            UserError: the folder can't be written to or is held by another process; the checkpoint
+                can't be read, or is missing in an evaluation.
+        """
+        with _held(config.run) as hold:
+            folder = cls(config.run, hold)
+            # before anything is read: a restart of this run must not resume the earlier run
+            if folder.path and not folder.resumes and not config.run.eval:
+                with _writing_to(folder.path):
+                    (folder.path / _NEW_RUN).touch()
+            folder._find_checkpoint(read)
+            yield folder
+
+    def begin(self, history: History) -> None:
+        """Make the folder this run's own: move files of other runs aside, write log.txt.
+
+        After this a restart resumes from this folder. Releases `checkpoint`.
+        """
+        checkpoint, self.checkpoint = self.checkpoint, None
+        if self.path is None:
+            return
+        self._checkpoints.sweep()
+
+        # nothing of an earlier run may be taken for this one's
+        if checkpoint is None and not self.resumes:
+            _set_aside(self.path, _found(self.path, _FILES))
+        elif checkpoint is not None and not self.from_folder:
+            newer = self._checkpoints.newer_than(position_of(checkpoint))
+            if newer or history.lines_beyond():
+                _set_aside(self.path, [*newer, self.path / "log.txt"])
+
+        history.write()
+        # a marker that stays makes a restart begin anew, which loses nothing
+        with contextlib.suppress(OSError):
+            (self.path / _NEW_RUN).unlink(missing_ok=True)
+
+    def save(
+        self,
+        content: dict[str, Any],
+        position: TrainingPosition,
+        also: Sequence[str] = (),
+        must: bool = False,
+    ) -> None:
+        """Write a checkpoint (`CheckpointFolder.save`). Raises NotSavedError."""
+        self.check()
+        self._checkpoints.save(content, position, also, must)
+
+    def name_newest(self, name: str) -> None:
+        """Give the newest checkpoint another name."""
+        self._checkpoints.name_newest(name)
+
+    def set_aside_after(self, position: TrainingPosition) -> None:
+        """Move the checkpoints aside that are newer than `position`."""
+        if self.path:
+            _set_aside(self.path, self._checkpoints.newer_than(position))
+
+    def check(self) -> None:
+        """Call before writing. Raises NotSavedError if another process holds the folder now."""
+        if self._hold:
+            self._hold.check()
+
+    def _decide_to_resume(self) -> bool:
+        # torchrun counts restarts for each node: one count above 0 decides for all processes
+        by_torchrun = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
+        restarted = any(gather_on_main(bool(by_torchrun or restart_count())))
+        begun = self.path is not None and not (self.path / _NEW_RUN).exists()
+        return broadcast_from_main(self._run.resume == "auto" or restarted and begun)
+
+    def _find_checkpoint(self, read: Reader) -> None:
+        run = self._run
+        explicit = "" if run.resume == "auto" else run.resume
+        newest = None
+        if self.resumes and not (run.eval and explicit):
+            newest = self._newest()
+
+        if newest:
+            self.source, self.checkpoint = newest
+            self.from_folder = True
+            log.info("%s %s", "evaluating" if run.eval else "resuming from", self.source)
+        elif explicit:
+            self.source, self.checkpoint = explicit, read(explicit)
+        elif run.eval:
+            raise UserError(
+                f"--resume auto: there is no checkpoint in --output_dir {run.output_dir} to evaluate"
+            )
+        elif self.resumes:
+            start = f"starting with {run.finetune}" if run.finetune else "starting a new run"
+            log.info("no checkpoint in %s yet: %s", run.output_dir, start)
+
+    def _newest(self) -> tuple[str, dict[str, Any]] | None:
+        """Path and content of the newest good checkpoint in the folder."""
+        found = error = None
+        if is_main() and self._run.output_dir:
+            try:
+                found = self._checkpoints.newest_good()
+            except UserError as damaged:
+                error = damaged
+        path = str(found[0]) if found else ""
+
+        # all processes raise the error of the main process, or read what it has verified
+        path, error = broadcast_from_main((path, error))
+        if error:
+            raise error
+        if not path:
+            return None
+        return path, found[1] if found else read_checkpoint(path)
+
+
+@contextlib.contextmanager
+def _held(run: RunConfig) -> Iterator[FolderHold | None]:
+    """The folder to write to, made if need be and held. None on processes that write nothing."""
+    if not run.output_dir or not is_main():
+        yield None
+        return
+    folder = Path(run.output_dir)
     with contextlib.ExitStack() as stack:
-        try:
+        with _writing_to(folder):
             folder.mkdir(parents=True, exist_ok=True)
+            # an evaluation never overwrites the files of a training
+            if run.eval and _found(folder, _TRAINING):
+                folder = _new_folder(folder, "evaluation")
+            if run.eval:
+                stack.callback(_remove_if_empty, folder)
             hold = stack.enter_context(FolderHold(folder))
             _finish_moving(folder)
-        except OSError as error:
-            raise _not_writable(folder, error) from None
         yield hold
 
 
-def evaluation_folder(name: str) -> contextlib.AbstractContextManager[FolderHold]:
-    """`open_folder` for an evaluation: a new folder `evaluation-<n>` in --output_dir if a training
-    has its files there.
-    """
-    folder = Path(name)
-    if not _holds_training(folder):
-        return open_folder(name)
+@contextlib.contextmanager
+def _writing_to(folder: Path) -> Iterator[None]:
+    """Raise UserError for an OSError in the block."""
     try:
-        return open_folder(str(_new_folder(folder, "evaluation")))
+        yield
     except OSError as error:
-        raise _not_writable(folder, error) from None
+        raise UserError(
+            f"--output_dir {folder} can't be written to ({error.strerror}); choose another"
+        ) from None
 
 
-def _holds_training(folder: Path) -> bool:
-    return any(any(folder.glob(pattern)) for pattern in ("checkpoint*.pth", "resume_*.pth", "log.txt"))
-
-
-def announce_new(folder: Path) -> None:
-    """Note that a new run is about to begin: until `begun`, what the folder holds is not this
-    run's. Raises UserError.
-    """
-    try:
-        (folder / _NEW).touch()
-    except OSError as error:
-        raise _not_writable(folder, error) from None
-
-
-def is_announced(folder: Path) -> bool:
-    return (folder / _NEW).exists()
-
-
-def begun(folder: Path) -> None:
-    """From now on what the folder holds belongs to the run."""
-    # a leftover makes a restarted run begin anew, which loses nothing
+def _remove_if_empty(folder: Path) -> None:
+    """Remove the folder of an evaluation that failed."""
     with contextlib.suppress(OSError):
-        (folder / _NEW).unlink(missing_ok=True)
+        folder.rmdir()
 
 
-def set_aside(folder: Path, files: Iterable[Path] | None = None) -> None:
-    """Move `files`, or all of an earlier run, into `earlier-<n>`; a process that is killed
-    meanwhile leaves no mixture.
-    """
-    files = list(files if files is not None else _of_a_run(folder))
+def _found(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    return sorted({path for pattern in patterns for path in folder.glob(pattern)})
+
+
+def _set_aside(folder: Path, files: Sequence[Path]) -> None:
+    """Move `files` into a new folder `earlier-<n>`. A kill meanwhile leaves no mixture."""
     if not files:
         return
-    try:
+    with _writing_to(folder):
         earlier = _new_folder(folder, "earlier")
-        (earlier / _MARKER).write_text("\n".join(file.name for file in files))
+        (earlier / _MOVING).write_text("\n".join(file.name for file in files))
         _finish_moving(folder)
-    except OSError as error:
-        raise _not_writable(folder, error) from None
     log.warning("%s held an earlier run; it is now in %s (to go on with it, use --resume)", folder, earlier)
 
 
-def _not_writable(folder: Path, error: OSError) -> UserError:
-    return UserError(f"--output_dir {folder} can't be written to ({error.strerror}); choose another")
-
-
-def _of_a_run(folder: Path) -> list[Path]:
-    return [file for pattern in _FILES for file in sorted(folder.glob(pattern))]
-
-
 def _new_folder(folder: Path, name: str) -> Path:
-    number = next(i for i in range(1, 10**6) if not (folder / f"{name}-{i}").exists())
+    number = 1
+    while (folder / f"{name}-{number}").exists():
+        number += 1
     new = folder / f"{name}-{number}"
     new.mkdir()
     return new
 
 
 def _finish_moving(folder: Path) -> None:
-    for marker in folder.glob(f"earlier-*/{_MARKER}"):
+    for marker in folder.glob(f"earlier-*/{_MOVING}"):
         for name in marker.read_text().splitlines():
             if (folder / name).exists():
                 os.replace(folder / name, marker.parent / name)

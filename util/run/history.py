@@ -1,4 +1,4 @@
-"""What a run has to tell of its epochs: the lines of log.txt, and the best result."""
+"""The history of a run: the lines of log.txt, and the best result."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from util.text_files import replace_text
+from util.atomic import replace_text
 
 log = logging.getLogger(__name__)
 
 
 class History:
-    """The lines of log.txt, one JSON object an epoch, kept in the checkpoints too, from which a
-    resumed run writes the file anew.
+    """The lines of log.txt, one JSON object an epoch. Checkpoints hold them too, and a resumed run
+    writes the file from its checkpoint.
 
-    A log that can't be written costs a warning and is caught up on later; it never ends a run.
+    If the file can't be written, a warning says so and the next epoch tries again; the run goes on.
 
     Args:
         path: log.txt, or None to keep the lines only.
@@ -26,13 +26,13 @@ class History:
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._lines: list[str] = []
-        # an epoch that is trained and not yet evaluated: its part of the line
+        # the entries of an epoch that is trained and not evaluated yet
         self.unfinished: dict[str, Any] | None = None
         self.best: dict[str, Any] | None = None
         self._written = 0
 
     def finish_epoch(self, entries: Mapping[str, Any]) -> dict[str, Any]:
-        """Complete the unfinished epoch's line with `entries`, write it, and give it."""
+        """Complete the line of the unfinished epoch with `entries`, write it, and return it."""
         line = {**(self.unfinished or {}), **entries}
         self._lines.append(json.dumps(line))
         self.unfinished = None
@@ -40,35 +40,31 @@ class History:
         return line
 
     def is_best(self, average_precision: float, epoch: int, weights: str) -> bool:
-        """Note a result, and whether it is better than all before."""
+        """Whether a result is better than all before; it is kept then."""
         if self.best is not None and average_precision <= self.best["AP"]:
             return False
         self.best = {"AP": average_precision, "epoch": epoch, "weights": weights}
         return True
 
     def write(self) -> None:
-        """Append what the file lacks; after a failure or a resume, all of it."""
+        """Append the new lines to the file. After a failure or a resume, write all lines."""
         if self._path is None:
             return
+        new = "".join(f"{line}\n" for line in self._lines[self._written :])
         try:
-            if 0 < self._written <= len(self._lines):
+            if self._written:
                 with open(self._path, "a") as file:
-                    file.writelines(f"{line}\n" for line in self._lines[self._written :])
+                    file.write(new)
             else:
-                self._rewrite()
+                replace_text(self._path, new)
             self._written = len(self._lines)
         except OSError as error:
             self._written = 0
-            log.warning(
-                "%s could not be written (%s); training goes on, the next epoch tries again",
-                self._path,
-                error.strerror,
-            )
+            told = "%s could not be written (%s); training goes on, the next epoch tries again"
+            log.warning(told, self._path, error.strerror)
 
     def lines_beyond(self) -> bool:
-        """Whether the file has lines that this history has not, other than one for the epoch it is
-        in.
-        """
+        """Whether the file has more lines than this history and the epoch that it is in."""
         try:
             lines = self._path.read_text().splitlines() if self._path else []
         except (OSError, ValueError):
@@ -81,7 +77,3 @@ class History:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._lines, self.unfinished, self.best = list(state["lines"]), state["unfinished"], state["best"]
         self._written = 0
-
-    def _rewrite(self) -> None:
-        assert self._path is not None
-        replace_text(self._path, "".join(f"{line}\n" for line in self._lines))

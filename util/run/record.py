@@ -1,4 +1,4 @@
-"""run.json in a run's output folder: its flags, classes, data and machine, for tools/report.py and
+"""run.json in the output folder: flags, classes, data and machine of a run, for tools/report.py and
 for people.
 """
 
@@ -16,47 +16,65 @@ from typing import Any
 
 import torch
 
+from util.atomic import replace_text
 from util.distributed.processes import world_size
 from util.errors import UserError
-from util.text_files import replace_text
 
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "run.json"
-KEPT_STARTS = 100  # a run that is preempted every hour for months still has a small record
+KEPT_STARTS = 100  # beside the first: a run may be preempted every hour for months
 
 
 def write_record(
     folder: Path, content: Mapping[str, Any], environment: Mapping[str, Any], start: Mapping[str, Any]
 ) -> None:
-    """Replace the record, and keep what it says of the run's earlier starts. What goes wrong is a
-    warning, never an end.
+    """Replace the record, and keep its list of starts. A failure is a warning.
 
     Args:
-        folder: the run's.
-        content: what holds of the run as it is now, as plain data: flags, classes, data.
+        folder: the folder of the run.
+        content: plain data about the run as it is now: flags, classes, data.
         environment: of this start: versions, device, processes.
-        start: where this start went on: epoch, images, resume.
+        start: where this start resumes: epoch, images, checkpoint.
     """
-    before = _record_before(folder)
-    starts, changed = _starts(before), _changes(before, content.get("flags", {}))
+    earlier, flags_before = _starts_and_flags(folder)
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    starts = [*starts, {"at": now, **start, **environment, **({"changed_flags": changed} if changed else {})}]
-    record = {
-        **content,
-        "environment": dict(environment),
-        "starts": [*starts[:1], *starts[1:][-KEPT_STARTS:]],
-    }
+    this = {"at": now, **start, **environment}
+
+    # the earlier values of flags that have changed since
+    changed = {}
+    for name, value in content.get("flags", {}).items():
+        if flags_before.get(name, value) != value:
+            changed[name] = flags_before[name]
+    if changed:
+        this["changed_flags"] = changed
+
+    starts = [*earlier, this]
+    starts = starts[:1] + starts[1:][-KEPT_STARTS:]
+    record = {**content, "environment": dict(environment), "starts": starts}
     try:
         replace_text(folder / NAME, json.dumps(record, indent=1) + "\n")
     except OSError as error:
         log.warning("%s could not be written (%s); training goes on", folder / NAME, error.strerror)
 
 
+def _starts_and_flags(folder: Path) -> tuple[list[Any], dict[str, Any]]:
+    """What the record of `folder` says; empty where it is damaged."""
+    record = {}
+    try:
+        record = read_record(folder)
+    except UserError as error:
+        log.warning("%s; it is written anew", error)
+    starts, flags = record.get("starts"), record.get("flags")
+    if not isinstance(starts, list):
+        starts = []
+    return starts, flags if isinstance(flags, dict) else {}
+
+
 def environment(device: torch.device) -> dict[str, Any]:
-    """What this process runs on: versions, device, processes, host, and the project's commit where
-    git knows it.
+    """What this process runs on: versions, device, processes, host, and the commit of the project
+    if git knows it.
     """
     facts = {
         "torch": torch.__version__,
@@ -66,23 +84,19 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": str(device),
         "device_name": device_name(device),
     }
+    command = ["git", "rev-parse", "HEAD"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        command = ["git", "rev-parse", "HEAD"]
-        told = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-        facts["commit"] = told
+        output = subprocess.check_output(command, cwd=ROOT, stderr=subprocess.DEVNULL, text=True, timeout=10)
+        facts["commit"] = output.strip()
     return facts
 
 
 def device_name(device: torch.device) -> str:
-    """A GPU's name, or how many threads of a CPU are used."""
+    """The name of a GPU, or the number of threads that a CPU uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    return (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{threads} thread{'s' if threads > 1 else ''}"
-    )
+    return "1 thread" if threads == 1 else f"{threads} threads"
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -93,30 +107,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} can't be read ({getattr(error, 'strerror', None) or 'not JSON'}); move it away"
-        ) from None
+        reason = getattr(error, "strerror", None) or "not JSON"
+        raise UserError(f"{path} can't be read ({reason}); move it away") from None
     if not isinstance(record, dict):
         raise UserError(f"{path} is no record of a run: it must be a JSON object; move it away")
     return record
-
-
-def _record_before(folder: Path) -> dict[str, Any]:
-    try:
-        return read_record(folder)
-    except UserError as error:
-        log.warning("%s; it is written anew", error)
-        return {}
-
-
-def _starts(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    starts = record.get("starts", [])
-    return [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
-
-
-def _changes(record: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags that were others at the start before, with their values then."""
-    before = record.get("flags", {})
-    if not isinstance(before, dict):
-        return {}
-    return {name: before[name] for name, value in flags.items() if name in before and before[name] != value}

@@ -1,9 +1,9 @@
-"""Everything that a run must get back to go on as if it had never stopped.
+"""Everything that a run must restore to continue as if it had never stopped.
 
-Each part is an object with `state_dict()` and `load_state_dict()`. Some parts are the same on all
-processes (weights, optimiser, position); of others every process has its own (random generators,
-sums of losses, gradients of an unfinished group), and they are gathered by rank. What loader
-workers draw needs no saving: it depends on seed, epoch and image alone.
+Every entry is an object with `state_dict()` and `load_state_dict()`. Some are the same on all
+processes (weights, optimiser, position). Of others every process has its own (random generators,
+sums of losses, gradients of an unfinished accumulation); they are gathered by rank. Loader workers
+have no state: what they draw depends on seed, epoch and image alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from util.step.updater import Updater
 
 log = logging.getLogger(__name__)
 
-# flags that change nothing of what is learned
+# flags that change nothing of what is learned: no warning if they differ
 _MAY_DIFFER = (
     "resume",
     "output_dir",
@@ -47,7 +47,6 @@ _MAY_DIFFER = (
     "eval_every",
     "coco_eval",
     "backbone_weights",
-    "epochs",
     "save_every",
     "keep",
     "dist_timeout",
@@ -58,7 +57,9 @@ _MAY_DIFFER = (
 )
 
 
-_PARTS = {"train": "training", "val": "validation"}
+# flags that decide which tensors the optimiser holds, and what it holds of each; those of the
+# architecture are the checkpoint's
+_OF_OPTIMISER = ("sgd", "lr_backbone")
 
 
 class Stateful(Protocol):
@@ -68,8 +69,8 @@ class Stateful(Protocol):
 
 
 @dataclass(order=True)
-class Position:
-    """Where a run is: `images` of the order of `epoch` have been trained on."""
+class TrainingPosition:
+    """Where a run is: in `epoch`, after `images` images of its order."""
 
     epoch: int = 0
     images: int = 0
@@ -84,16 +85,16 @@ class Position:
 
 
 class TrainingState:
-    """The parts of a run, and their one dictionary for a checkpoint.
+    """All that a checkpoint of a run holds.
 
     Args:
-        data: of the parts "train" and "val".
-        shared: name -> part that all processes have alike; the main process's is saved.
-        own: name -> part of which every process has its own.
+        data: identities of the splits "train" and "val".
+        shared: entries that all processes have alike; the main process's are saved.
+        own: entries of which every process has its own.
 
-    After `restore`: `other_images` if the training images are not the checkpoint's, so that the
-    order of an interrupted epoch means nothing any more; `other_validation` if results before and
-    after can't be compared.
+    After `restore`, `other_images` says that the training images differ from the checkpoint's: the
+    order of an interrupted epoch is meaningless then. `other_validation` says that results before
+    and after can't be compared.
     """
 
     def __init__(
@@ -104,18 +105,18 @@ class TrainingState:
         model: nn.Module,
         updater: Updater,
         schedule: LambdaLR,
-        position: Position,
+        position: TrainingPosition,
         shared: Mapping[str, Stateful],
         own: Mapping[str, Stateful],
     ) -> None:
-        self._config, self._classes, self._data = config, classes, data
-        self.other_images = self.other_validation = False
+        self._config, self._flags, self._classes, self._data = config, config.flags(), classes, data
         self._model, self._updater, self._schedule, self._position = model, updater, schedule, position
-        self._shared, self._own = dict(shared), dict(own)
+        self._shared, self._own = shared, own
+        self.other_images = self.other_validation = False
 
     def gather(self) -> dict[str, Any] | None:
-        """The contents of a checkpoint, on the main process; every process must call."""
-        own = {name: part.state_dict() for name, part in self._own.items()}
+        """The content of a checkpoint, on the main process; every process must call."""
+        own = {name: entry.state_dict() for name, entry in self._own.items()}
         processes = gather_on_main({**own, "gradients": self._updater.pending_gradients()})
         if not is_main():
             return None
@@ -124,89 +125,108 @@ class TrainingState:
             **self._updater.state_dict(),
             "lr_scheduler": self._schedule.state_dict(),
             "epoch": self._position.epoch - 1,  # as published: the last finished one
-            "args": self._config.flags(),
+            "args": self._flags,
             "classes": self._classes.to_plain(),
-            "data": {part: identity.to_plain() for part, identity in self._data.items()},
+            "data": {split: identity.to_plain() for split, identity in self._data.items()},
             "position": self._position.state_dict(),
-            **{name: part.state_dict() for name, part in self._shared.items()},
+            **{name: entry.state_dict() for name, entry in self._shared.items()},
             "processes": processes,
         }
 
     def restore(self, checkpoint: Mapping[str, Any] | None, source: str) -> bool:
-        """Put back all but the model's weights, which are loaded elsewhere; gives whether the run
-        goes on exactly.
+        """Restore all but the weights of the model; gives whether the run continues exactly.
 
         Without a checkpoint, or with one that was not written for resuming, the run starts at
-        --start_epoch. This run's flags hold: where they differ from the checkpoint's, a warning
-        says so.
+        --start_epoch. The values of this run's flags are used; a warning names those that differ.
 
         Raises:
-            UserError: the checkpoint's optimiser belongs to other parameters, or an entry is not
-            what it should be.
+            UserError: the optimiser of the checkpoint belongs to other parameters, or an entry has
+                a wrong type.
         """
-        if checkpoint is None or not is_own(checkpoint):
-            if checkpoint is not None:
-                log.warning(
-                    "resume: not a checkpoint of this program; its weights are loaded, the "
-                    "optimiser starts afresh"
-                )
-            self._position.epoch = self._config.run.start_epoch
-            go_to_epoch(self._schedule, self._position.epoch)
-            return True
-        try:
-            return self._restore(checkpoint)
-        except UserError:
-            raise
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
-            raise UserError(
-                f"--resume {source}: its state does not fit this run ({type(error).__name__}: "
-                f"{_first_line(error)}); resume with "
-                "the flags that it was trained with (--bf, --sgd, --lr_backbone and the like)"
-            ) from None
+        if checkpoint is not None and is_own(checkpoint):
+            try:
+                return self._restore(checkpoint)
+            except UserError:
+                raise
+            except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+                reason = self._why_it_does_not_fit(checkpoint["args"], error)
+                raise UserError(f"--resume {source}: its state does not fit this run: {reason}") from None
+        if checkpoint is not None:
+            log.warning(
+                "resume: not a checkpoint of this program; its weights are loaded, "
+                "the optimiser starts afresh"
+            )
+        self._position.epoch = self._config.run.start_epoch
+        go_to_epoch(self._schedule, self._position.epoch)
+        return True
 
     def _restore(self, checkpoint: Mapping[str, Any]) -> bool:
-        warn_about_changes(checkpoint["args"], self._config.flags())
-        base_lrs = list(self._schedule.base_lrs)
+        warn_about_changes(checkpoint["args"], self._flags)
         self._updater.load_state_dict(checkpoint)
+
+        # the rates follow this run's flags, from the epoch of the checkpoint
+        base_lrs = list(self._schedule.base_lrs)
         self._schedule.load_state_dict(checkpoint["lr_scheduler"])
         self._schedule.base_lrs = base_lrs
         go_to_epoch(self._schedule, self._schedule.last_epoch)
+
         self._position.load_state_dict(checkpoint["position"])
         self._compare_data(checkpoint.get("data", {}))
-        for name, part in self._shared.items():
-            part.load_state_dict(checkpoint[name])
+        for name, entry in self._shared.items():
+            entry.load_state_dict(checkpoint[name])
         return self._restore_own(checkpoint["processes"], checkpoint["args"])
 
+    def _why_it_does_not_fit(self, saved: Mapping[str, Any], error: Exception) -> str:
+        remedy = "resume with the flags that it was trained with"
+        for name in _OF_OPTIMISER:
+            if name in saved and saved[name] != self._flags[name]:
+                return (
+                    f"--{name} was {saved[name]} in the checkpoint and is {self._flags[name]} in this run; "
+                    f"{remedy}, or start from its weights with --finetune"
+                )
+        first_line = (str(error).splitlines() or ["no message"])[0][:200]
+        return f"{type(error).__name__}: {first_line}; {remedy}"
+
     def _compare_data(self, saved: Mapping[str, Any]) -> None:
-        """Say which data are not the checkpoint's, if it says which it had."""
-        for part, plain in saved.items():
-            before, now = DataIdentity.from_plain(plain), self._data[part]
+        """Warn about data that differ from the checkpoint's, if it says which it had."""
+        kinds = {"train": "training", "val": "validation"}
+        for split, plain in saved.items():
+            before, now = DataIdentity.from_plain(plain), self._data[split]
             changes = now.changes_since(before)
             if changes:
-                log.warning(
-                    "resume: the %s data are not the checkpoint's: now %s", _PARTS[part], ", ".join(changes)
-                )
-            if part == "train":
+                told = "resume: the %s data are not the checkpoint's: now %s"
+                log.warning(told, kinds[split], ", ".join(changes))
+            if split == "train":
                 self.other_images = now.images_sum != before.images_sum
             else:
                 self.other_validation = bool(changes)
         self.other_images |= self._position.images > self._data["train"].images
 
-    def _restore_own(self, processes: Sequence[Mapping[str, Any]], flags: Mapping[str, Any]) -> bool:
-        """This process's part; with another number of processes what can be kept of it."""
-        same_step = all(
-            flags[name] == self._config.flags()[name] for name in ("batch_size", "accumulate_steps")
-        )
-        if len(processes) == world_size() and same_step:
+    def _restore_own(self, processes: Sequence[Mapping[str, Any]], saved: Mapping[str, Any]) -> bool:
+        """Restore the entries of this process; gives whether all could be restored."""
+        same_batches = all(saved[name] == self._flags[name] for name in ("batch_size", "accumulate_steps"))
+        if len(processes) == world_size() and same_batches:
             mine = processes[rank()]
-            for name, part in self._own.items():
-                part.load_state_dict(mine[name])
+            for name, entry in self._own.items():
+                entry.load_state_dict(mine[name])
             self._updater.load_pending_gradients(mine["gradients"])
             return True
-        for name, part in self._own.items():
-            if hasattr(part, "load_merged"):
-                part.load_merged([process[name] for process in processes])
-        _tell_what_changes(processes)
+
+        # with other processes or batches some entries can be merged
+        for name, entry in self._own.items():
+            if hasattr(entry, "load_merged"):
+                entry.load_merged([process[name] for process in processes])
+        dropped = ""
+        if any(process["gradients"] for process in processes):
+            dropped = ". Dropped: the gradients of an unfinished accumulation"
+        log.warning(
+            "resume: the checkpoint is of %d process(es), this run has %d or other batches. Kept: the "
+            "epoch continues with the images that it has not seen, and its means include those that it "
+            "has seen. No longer exact: which images share a batch, and random numbers (dropout)%s",
+            len(processes),
+            world_size(),
+            dropped,
+        )
         return False
 
 
@@ -215,37 +235,21 @@ def is_own(checkpoint: Mapping[str, Any]) -> bool:
     return "processes" in checkpoint and isinstance(checkpoint.get("args"), dict)
 
 
-def position_of(checkpoint: Mapping[str, Any]) -> Position:
-    """Where a run goes on with a checkpoint of any origin."""
-    position = Position()
+def position_of(checkpoint: Mapping[str, Any]) -> TrainingPosition:
+    """Where a run resumes from a checkpoint of any origin."""
+    position = TrainingPosition()
     if is_own(checkpoint):
         position.load_state_dict(checkpoint["position"])
     return position
 
 
 def warn_about_changes(saved: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
+    """Warn about flags whose value differs from the checkpoint's."""
     for name, value in flags.items():
         if name in saved and saved[name] != value and name not in _MAY_DIFFER:
             log.warning(
-                "resume: --%s was %s in the checkpoint and is %s in this run, which holds",
+                "resume: --%s was %s in the checkpoint and is %s in this run; the new value is used",
                 name,
                 saved[name],
                 value,
             )
-
-
-def _tell_what_changes(processes: Sequence[Mapping[str, Any]]) -> None:
-    log.warning(
-        "resume: the checkpoint is of %d process(es), this run has %d or other batches. Kept: the "
-        "epoch goes on with the images that it has not seen, and its means count those that it "
-        "has. No longer exact: which images share a batch, and what processes draw (dropout)%s",
-        len(processes),
-        world_size(),
-        ". Dropped: the gradients of an unfinished accumulation"
-        if any(process["gradients"] for process in processes)
-        else "",
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or ["no message"])[0][:200]

@@ -1,11 +1,10 @@
-"""Being asked to leave: by a scheduler that needs the machine, because the time is over, or from
-the keyboard.
+"""Requests to stop: from a scheduler that needs the machine, at a time limit, or from the keyboard.
 
-SIGTERM, SIGUSR1, SIGUSR2, SIGHUP (a closed terminal) and SIGINT (Ctrl-C) ask. In the training loop
-the request is noted, all processes agree on the step after which they stop (any of them may have
-been asked), the state is saved, and `Preempted` ends the program: with exit code 75, or 130 after
-Ctrl-C. Everywhere else nothing is left to save, and the program leaves at once. A second Ctrl-C
-waits for nothing.
+SIGTERM, SIGUSR1, SIGUSR2, SIGHUP (a closed terminal) and SIGINT (Ctrl-C) are requests. In the
+training loop a request is only noted: all processes agree on the step after which they stop (any of
+them may have got a signal), the state is saved, and `Preempted` ends the program with exit code 75,
+or 130 after Ctrl-C. Everywhere else nothing needs saving, and the program exits at once. A second
+Ctrl-C ends the process immediately.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ SIGNALS = (*ASK_TO_LEAVE, signal.SIGINT)
 
 
 class StopRequest:
-    """What the signals have asked for. `signal` is the first one's name, "" without; `interrupted`:
-    Ctrl-C, here or elsewhere.
+    """The requests so far.
 
-    saved: what to say of the state when the program leaves where nothing is left to save.
+    signal: the name of the first signal, or "". interrupted: by Ctrl-C, here or in another process.
+    saved: what the last line says about the state if the program exits where nothing needs saving.
     """
 
     def __init__(self, saved: str) -> None:
@@ -40,33 +39,34 @@ class StopRequest:
 
     @contextmanager
     def installed(self) -> Iterator[StopRequest]:
-        """Listen to the signals for the length of the block; after a request all but Ctrl-C are
-        ignored, to leave undisturbed.
+        """Handle the signals for the length of the block. After a request all of them but Ctrl-C
+        are ignored, so that nothing disturbs the exit.
         """
-        # the only one that may listen
+        # only the main thread may set handlers
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        # a shell lets what it runs in the background ignore Ctrl-C, and nohup lets it ignore a
-        # closed terminal
-        may_be_ignored = (signal.SIGINT, signal.SIGHUP)
-        wanted = [n for n in SIGNALS if n not in may_be_ignored or signal.getsignal(n) != signal.SIG_IGN]
-        before = {number: signal.signal(number, self._handle) for number in wanted}
+        before = {}
+        for number in SIGNALS:
+            # a shell makes background commands ignore Ctrl-C, and nohup a closed terminal: keep that
+            ignored = signal.getsignal(number) == signal.SIG_IGN
+            if not (ignored and number in (signal.SIGINT, signal.SIGHUP)):
+                before[number] = signal.signal(number, self._handle)
         try:
             yield self
         finally:
             for number, handler in before.items():
-                after_request = signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN
-                signal.signal(number, after_request if self.signal else handler)
+                if not self.signal:
+                    signal.signal(number, handler)
+                else:
+                    signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within the block a request is only noted; whoever runs there asks `agreed`, saves and
-        leaves.
+        """In the block a request is only noted: the code in it calls `agreed`, saves and leaves.
 
-        Who comes to the end has saved everything. A request since the last vote is followed there,
-        as one a moment later would be: without a vote, as the other processes have nothing to save
-        either.
+        At its end everything is saved. A request since the last vote is then followed without
+        another vote, because the other processes have nothing to save either.
         """
         self._deferred += 1
         try:
@@ -77,19 +77,17 @@ class StopRequest:
             self.leave(self.saved)
 
     def leave(self, saved: str) -> NoReturn:
-        """Raise Preempted; `saved` says what is on the disk, and how to go on."""
+        """Raise Preempted; `saved` says what is on the disk, and how to resume."""
         if self.interrupted:
             raise Preempted(f"interrupted; {saved}", EXIT_INTERRUPTED)
-        raise Preempted(
-            f"asked to leave by {self.signal or 'a signal to another process'}; {saved}", signal=self.signal
-        )
+        asked_by = self.signal or "a signal to another process"
+        raise Preempted(f"asked to leave by {asked_by}; {saved}", signal=self.signal)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
-            signal.signal(
-                number, signal.SIG_DFL
-            )  # even where Python is not asked, in an exchange that hangs, say
-        if self.signal:  # is leaving already, or about to
+            # the next Ctrl-C ends the process, even in an exchange that hangs
+            signal.signal(number, signal.SIG_DFL)
+        if self.signal:  # it is about to exit already
             return
         self.signal, self.interrupted = signal.Signals(number).name, number == signal.SIGINT
         if not self._deferred:
@@ -97,9 +95,9 @@ class StopRequest:
 
 
 class StopVote:
-    """Whether any process has been asked to leave; all get the same answer in the same step.
+    """Whether any process has a request. All processes get the same answer in the same step.
 
-    The votes of a step are counted while the next one runs, so nobody waits for them.
+    The votes of a step are added up during the next step, so no process waits for them.
     """
 
     def __init__(self, request: StopRequest) -> None:
@@ -107,19 +105,19 @@ class StopVote:
         self._running: tuple[dist.Work, torch.Tensor] | None = None
 
     def agreed(self) -> bool:
-        """To be called once a step by every process."""
+        """Whether to stop, by the votes of the step before. Every process must call it every step."""
         if world_size() == 1:
             return bool(self._request.signal)
         stop = self._result()
-        vote = 2.0 if self._request.interrupted else 1.0 if self._request.signal else 0.0
+        vote = 2.0 if self._request.interrupted else float(bool(self._request.signal))
         votes = torch.tensor([vote])
         self._running = dist.all_reduce(votes, dist.ReduceOp.MAX, async_op=True), votes
         return stop
 
     def agreed_now(self) -> bool:
-        """The same, waiting for the votes of this very moment."""
+        """Like `agreed`, but waits for the votes of this moment."""
         earlier = self.agreed()
-        return self._result() or earlier if world_size() > 1 else earlier
+        return self._result() or earlier
 
     def _result(self) -> bool:
         if self._running is None:

@@ -1,13 +1,13 @@
-"""What a run tells TensorBoard: losses and rates of its steps, all figures of its epochs, pictures
+"""TensorBoard's event files of a run: losses and rates of its steps, metrics of its epochs, pictures
 of its detections.
 
-Two event files under <output_dir>/tensorboard: `steps`, over the images trained on, and `epochs`.
-So a run that goes on from a checkpoint can take back exactly the points that it will write again.
-Nothing that goes wrong here ends a run.
+There are two under <output_dir>/tensorboard: `steps`, over the images trained on, and `epochs`. So a
+resumed run can remove exactly the points that it will write again. No error here ends a run.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import threading
@@ -20,7 +20,7 @@ from PIL import Image
 
 from util.draw.curves import FIGURES
 from util.errors import UserError
-from util.images.files import as_rgb
+from util.images.prepare import read_picture
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 PICTURES = 4
 PICTURE_SIDE = 640  # pixels of the longer side
 THRESHOLD = 0.3  # detections that score less are not drawn
+MEGAPIXELS = 200  # larger files are not drawn
 FLUSH_SECONDS = 30
 
 
@@ -45,11 +46,10 @@ class Board:
     """The event files of a run.
 
     Args:
-        folder: for the two files; None writes nothing (other processes than the main one, or
-            without --tensorboard).
-        images: how many images the run has been trained on. Points of later steps are of a run that
-            was interrupted, and are taken back; likewise those of epochs from `epochs` on, the
-            number of finished ones.
+        folder: for the two files; None writes nothing.
+        images: how many images the run has been trained on. Later points, of a run that was
+            interrupted, are removed; so are those of epochs from `epochs` on, the number of
+            finished ones.
     """
 
     def __init__(self, folder: Path | None, images: int = 0, epochs: int = 0) -> None:
@@ -62,13 +62,9 @@ class Board:
         self._write("steps", lambda writer: _add_scalars(writer, values, images))
 
     def epoch(self, row: Mapping[str, Any]) -> None:
-        """The figures of an epoch, a line of log.txt."""
-
-        def write(writer: SummaryWriter) -> None:
-            _add_scalars(writer, epoch_scalars(row), row["epoch"])
-            writer.flush()
-
-        self._write("epochs", write)
+        """The metrics of an epoch, a line of log.txt."""
+        self._write("epochs", lambda writer: _add_scalars(writer, epoch_scalars(row), row["epoch"]))
+        self._write("epochs", lambda writer: writer.flush())
 
     def pictures(self, make: Callable[[], Mapping[str, Image.Image]], epoch: int) -> None:
         """Pictures by name; `make` is called only if they are to be written."""
@@ -88,45 +84,36 @@ class Board:
         if self._folder is None:
             return
         try:
-            write(self._writer(name))
-        except (
-            Exception
-        ) as error:  # of a full disk, of a picture, of protocol buffers: none of it may end a run
-            log.warning(
-                "TensorBoard gets no more of this run: %s could not be written (%s)", self._folder, error
-            )
+            if name not in self._writers:
+                self._writers[name] = _new_writer(self._folder / name, self._first[name])
+            write(self._writers[name])
+        except Exception as error:  # a full disk, a picture, protocol buffers: none may end a run
+            told = "TensorBoard gets no more of this run: %s could not be written (%s)"
+            log.warning(told, self._folder, error)
             self._folder = None
-
-    def _writer(self, name: str) -> SummaryWriter:
-        if name not in self._writers:
-            from torch.utils.tensorboard import SummaryWriter  # takes a second
-
-            _quiet_writer_threads()
-            self._writers[name] = SummaryWriter(
-                str(self._folder / name), purge_step=self._first[name], flush_secs=FLUSH_SECONDS
-            )
-        return self._writers[name]
 
 
 def epoch_scalars(row: Mapping[str, Any]) -> dict[str, float]:
-    """A line of log.txt by TensorBoard's names: "train/loss", "val/loss", "val/AP50", "val
-    averaged/AP50". COCO's -1, which says that there is nothing to measure, is left out, and so are
-    the unscaled losses, which have the shape of the others.
+    """A line of log.txt by TensorBoard's names: "train/loss", "val/loss", "val/AP50",
+    "val averaged/AP50".
+
+    Metrics of -1 are left out, which COCO gives where nothing can be measured, and so are the
+    unscaled losses, which have the shape of the scaled ones.
     """
-    scalars = {}
+    groups = {"train": "train", "test": "val", "test_ema": "val averaged"}
+    scalars: dict[str, float] = {}
     for key, value in row.items():
-        part, _, name = key.partition("_")
-        if part == "test" and name.startswith("ema_"):
-            part, name = "test averaged", name.removeprefix("ema_")
-        part = part.replace("test", "val")
+        group, _, name = key.partition("_")
+        if key.startswith("test_ema_"):
+            group, name = "test_ema", key.removeprefix("test_ema_")
+        if group not in groups or name.endswith("_unscaled"):
+            continue
         if name == "coco_eval_bbox":
-            scalars |= {f"{part}/{figure}": v for figure, v in zip(FIGURES, value, strict=True) if v >= 0}
-        elif (
-            part.startswith(("train", "val"))
-            and isinstance(value, int | float)
-            and not name.endswith("_unscaled")
-        ):
-            scalars[f"{part}/{name}"] = value
+            for metric, number in zip(FIGURES, value, strict=True):
+                if number >= 0:
+                    scalars[f"{groups[group]}/{metric}"] = number
+        elif isinstance(value, int | float):
+            scalars[f"{groups[group]}/{name}"] = value
     return scalars
 
 
@@ -147,31 +134,26 @@ def detection_pictures(
     from util.draw.boxes import draw_coco, side_by_side  # takes most of a second
 
     ids = sorted(images)
-    chosen = [ids[i] for i in np.linspace(0, len(ids) - 1, min(PICTURES, len(ids))).round().astype(int)]
-    found: dict[int, list[Mapping[str, Any]]] = {image_id: [] for image_id in chosen}
+    places = np.linspace(0, len(ids) - 1, min(PICTURES, len(ids))).round().astype(int)
+    found: dict[int, list[Mapping[str, Any]]] = {ids[place]: [] for place in places}
     for result in results:
         if result["image_id"] in found and result["score"] >= THRESHOLD:
             found[result["image_id"]].append(result)
+
     pictures = {}
-    for image_id in chosen:
+    for image_id, detections in found.items():
+        path = images[image_id]
         try:
-            with Image.open(images[image_id]) as image:
-                picture = as_rgb(image)
-            pair = [
-                draw_coco(picture, entries, names) for entries in (truth.get(image_id, []), found[image_id])
-            ]
-        except (
-            OSError,
-            SyntaxError,
-            ValueError,
-            Image.DecompressionBombError,
-        ) as error:  # SyntaxError: a broken PNG
-            log.warning("no picture of %s for TensorBoard (%s)", images[image_id], error)
+            picture = read_picture(path, MEGAPIXELS, "it has no picture", upright=False)
+        except UserError as error:
+            log.warning("no picture for TensorBoard: %s", error)
             continue
-        for drawn in pair:
+        left = draw_coco(picture, truth.get(image_id, []), names)
+        right = draw_coco(picture, detections, names)
+        for drawn in (left, right):
             drawn.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
         titles = "Ground truth", f"Detections, score >= {THRESHOLD}"
-        pictures[f"detections/{images[image_id].name}"] = side_by_side(*pair, titles)
+        pictures[f"detections/{path.name}"] = side_by_side(left, right, titles)
     return pictures
 
 
@@ -180,17 +162,20 @@ def _add_scalars(writer: SummaryWriter, values: Mapping[str, float], at: int) ->
         writer.add_scalar(name, value, at)
 
 
+def _new_writer(folder: Path, first: int) -> SummaryWriter:
+    from torch.utils.tensorboard import SummaryWriter  # takes a second
+
+    _quiet_writer_threads()
+    return SummaryWriter(str(folder), purge_step=first, flush_secs=FLUSH_SECONDS)
+
+
+@functools.cache  # once is enough
 def _quiet_writer_threads() -> None:
-    """What a writer's thread meets, `Board` hears of when it writes next and says in one line; not
-    a traceback, too.
-    """
+    """Hide tracebacks of the writers' threads: `Board` gets the same error when it writes next."""
     before = threading.excepthook
-    if getattr(before, "quiet_writers", False):
-        return
 
     def hook(args: threading.ExceptHookArgs) -> None:
         if type(args.thread).__name__ != "_AsyncWriterThread":
             before(args)
 
-    hook.quiet_writers = True
     threading.excepthook = hook

@@ -350,7 +350,7 @@ class Case:
         self.disturb(run)
         end = self.end(run)
         if self.identical and self.when == MIDDLE and self.disturb is not nothing:
-            expect("going on with" in run.text, f"{run.output} does not say that the run goes on")
+            expect("resuming from" in run.text, f"{run.output} does not say that the run goes on")
         if not self.asked:
             return end
         found = re.search(
