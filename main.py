@@ -24,11 +24,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from datasets import build_dataset
+from datasets.bad_images import BadImages
 from datasets.coco import CocoDetection
 from datasets.coco_eval import figures_table
-from datasets.loader import BadImages, DeviceBatches, build_loader, end_workers
+from datasets.loader import DeviceBatches, build_loader
 from datasets.preflight import quick_check
 from datasets.samplers import EvalBatches, TrainBatches
+from datasets.workers import end_workers
 from engine import EpochMeans, Evaluation, evaluate, train_one_epoch, training_loss
 from models import build_model
 from models.ops import backends

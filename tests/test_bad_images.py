@@ -19,9 +19,10 @@ import torch
 from PIL import Image
 
 from datasets import build_dataset
+from datasets.bad_images import BadImages
 from datasets.coco import CocoDetection
 from datasets.coco_eval import evaluate_boxes
-from datasets.loader import BadImages, build_loader
+from datasets.loader import build_loader
 from datasets.samplers import EvalBatches, TrainBatches
 from engine import evaluate
 from models import build_model

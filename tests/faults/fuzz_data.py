@@ -39,9 +39,10 @@ import torch
 from PIL import Image
 from torch import nn
 
+from datasets.bad_images import BadImages
 from datasets.coco import CocoDetection
 from datasets.coco_eval import evaluate_boxes
-from datasets.loader import BadImages, collate
+from datasets.loader import collate
 from datasets.transforms import train_transform
 from engine import EpochMeans
 from tests.faults import fuzz_mutate
