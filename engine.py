@@ -15,7 +15,7 @@ import torch
 from pycocotools.coco import COCO
 from torch import Tensor, nn
 
-from datasets.coco_eval import coco_results, evaluate_boxes, precision_tables
+from datasets.coco_eval import coco_results, evaluate_results, precision_tables
 from datasets.loader import DeviceBatches
 from models.criterion import SetCriterion
 from util.class_map import ClassMap
@@ -188,7 +188,7 @@ def evaluate(
     work.
 
     `classes` gives detections the category ids of `ground_truth`. `evaluator` is that of
-    evaluate_boxes. `model` must not be wrapped: processes may have different numbers of batches.
+    evaluate_results. `model` must not be wrapped: processes may have different numbers of batches.
     While the device works on a batch, the host puts the detections of the batch before into COCO's
     format.
     """
@@ -312,7 +312,7 @@ def _summarise(
         key=lambda detection: detection["image_id"]
     )  # where batches were passed over, the turns have shifted
     note("COCO's figures of %d detections", len(results))
-    evaluation = evaluate_boxes(ground_truth, results, evaluator)
+    evaluation = evaluate_results(ground_truth, results, evaluator)
     means = {
         name: math.fsum(batch.losses[name] for batch in in_order) / len(in_order)
         for name in in_order[0].losses

@@ -41,7 +41,7 @@ from torch import nn
 
 from datasets.bad_images import BadImages
 from datasets.coco import CocoDetection
-from datasets.coco_eval import evaluate_boxes
+from datasets.coco_eval import evaluate_results
 from datasets.loader import collate
 from datasets.transforms import train_transform
 from engine import EpochMeans
@@ -173,7 +173,7 @@ class AnnotationCase:
         ]
         detections += [{**a, "score": 0.9} for a in truth.anns.values()]
         for some in (detections, []):
-            stats = evaluate_boxes(truth, some).stats
+            stats = evaluate_results(truth, some).stats
             assert len(stats) == 12
             assert all(-1 <= value <= 1 for value in stats), stats
 
