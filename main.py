@@ -28,7 +28,7 @@ from datasets.bad_images import BadImages
 from datasets.coco import CocoDetection
 from datasets.coco_eval import figures_table
 from datasets.loader import DeviceBatches, build_loader
-from datasets.preflight import quick_check
+from datasets.preflight.quick import quick_check
 from datasets.samplers import EvalBatches, TrainBatches
 from datasets.workers import end_workers
 from engine import EpochMeans, Evaluation, evaluate, train_one_epoch, training_loss
