@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
-from datasets.coco_eval import coco_results, evaluate_boxes, metrics_table, precision_tables
+from datasets.coco_eval import coco_results, evaluate_results, metrics_table, precision_tables
 from datasets.loader import DeviceBatches
 from models import build_model
 from models.criterion import SetCriterion
@@ -214,7 +214,7 @@ def evaluate(
         model: not wrapped: processes may have different numbers of batches.
         postprocessors: by IoU type ("bbox"): outputs and image sizes to detections.
         classes: maps labels to the category ids of `ground_truth`.
-        evaluator: "faster" or "pycocotools" (datasets.coco_eval.evaluate_boxes).
+        evaluator: "faster" or "pycocotools" (datasets.coco_eval.evaluate_results).
 
     Raises:
         UserError: no image of the data set could be read.
@@ -297,7 +297,7 @@ def _summarise(
 
     # Metrics and mean losses.
     note("COCO metrics of %d detections", len(results))
-    evaluation = evaluate_boxes(ground_truth, results, evaluator)
+    evaluation = evaluate_results(ground_truth, results, evaluator)
     means = {
         name: math.fsum(batch.losses[name] for batch in in_order) / len(in_order)
         for name in in_order[0].losses

@@ -1,24 +1,71 @@
-"""Data sets, transforms, loading and COCO evaluation; knows nothing of models."""
+"""Data sets, transforms, loading and COCO evaluation; knows nothing of models.
+
+A format of data sets is one module and one entry of FORMATS. The module has a function
+`build(image_set, config.data, seed, classes)`, which returns a DetectionData.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from util.errors import UserError
+
+if TYPE_CHECKING:  # datasets.synthetic starts without torch
+    from pycocotools.coco import COCO
+    from torch import Tensor
+
+    from util.class_map import ClassMap
+    from util.run.data_identity import DataIdentity
+
+# --dataset_file -> module
+FORMATS = {"coco": "datasets.coco"}
 
 
-def build_dataset(image_set: str, config: Any, classes: Any = None):
+class DetectionData(Protocol):
+    """What training and evaluation use of a data set: (image, target) items, and the attributes here.
+
+    An item is a float image [3, H, W] and a target with `boxes` [n, 4] cxcywh in [0, 1], `labels`
+    [n] int64, `area` [n], `iscrowd` [n], `image_id` [1], `orig_size` and `size` [2] (height, width).
+    It raises BadImageError for a file that can't be used.
+
+    epoch: set before each epoch; random choices depend on it, the seed and the index alone.
+    classes: labels <-> category ids. coco: ground truth, as evaluation compares it. images,
+    annotations: folder and file, for messages. image_ids: in the order of the items.
+    """
+
+    epoch: int
+    classes: ClassMap
+    coco: COCO
+    images: Path
+    annotations: Path
+    image_ids: list[int]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+    def identity(self) -> DataIdentity: ...
+
+    def file_of(self, image_id: int) -> Path: ...
+
+
+def build_dataset(image_set: str, config: Any, classes: ClassMap | None = None) -> DetectionData:
     """The "train" or "val" data set of a Config: (image, target) items, transformed.
 
     `classes` is the ClassMap to label by, that of the training data or of a checkpoint; without it,
     and without classes in the Config, the annotations and --num_classes decide.
 
     Raises:
-        UserError: a folder or file is missing or unusable, or its categories fit neither `classes`
-        nor --num_classes.
+        UserError: --dataset_file is unknown; a folder or file is missing or unusable, or its
+        categories fit neither `classes` nor --num_classes.
     """
-    # imported here so that datasets.synthetic starts without torch
-    from datasets.coco import build_coco
+    name = config.data.dataset_file
+    if name not in FORMATS:
+        raise UserError(f"--dataset_file {name!r} is unknown; use {' or '.join(FORMATS)}")
+    module = import_module(FORMATS[name])
+    return module.build(image_set, config.data, config.run.seed, classes or config.classes)
 
-    return build_coco(image_set, config.data, config.run.seed, classes or config.classes)
 
-
-__all__ = ["build_dataset"]
+__all__ = ["FORMATS", "DetectionData", "build_dataset"]

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.ops import box_convert, clip_boxes_to_image
 from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
@@ -31,23 +30,20 @@ log = logging.getLogger(__name__)
 class CocoDetection(Dataset):
     """(image, target) items of a folder of images and a COCO instances file.
 
+    Items and targets are those of datasets.DetectionData. Crowds, and boxes without width or height,
+    are left out.
+
     Args:
-        images: folder of the images. A name that no file below it has may be spelled otherwise, or
-            have other folders before it.
+        images: folder of the images. A name that no file in it has may be spelled otherwise, or have
+            other folders before it.
         annotations: COCO JSON.
         transform: maps (PIL image, {"boxes", "labels", "area", "iscrowd"}) to the same with a [3,
             H, W] float image.
         classes: labels of the category ids; without it the annotations' categories and
             `num_classes` (see ClassMap.of) make it.
-        seed: with the epoch and the index it decides the random choices of `transform`, whatever
-            process makes them: those that it draws from torch, from NumPy's global generator and
-            from Python's.
+        seed: with the epoch and the index it decides the random choices of `transform` in any
+            process: those drawn from torch, from NumPy's global generator and from Python's.
         max_megapixels: larger images are refused before they are decoded.
-        cache: keep the bytes of the files in memory.
-
-    A target has `boxes` [n, 4] cxcywh in [0, 1], `labels` [n] int64 (by `classes`), `area` [n],
-    `iscrowd` [n], `image_id` [1], `orig_size` and `size` [2] (height, width). Crowds, and boxes
-    without width or height, are left out.
 
     Raises:
         UserError: as the message says; an item whose file can't be used raises BadImageError.
@@ -63,8 +59,8 @@ class CocoDetection(Dataset):
         classes: ClassMap | None = None,
         num_classes: int | str = AUTO,
         max_megapixels: float = DataConfig.max_image_megapixels,
-        cache: bool = False,
     ) -> None:
+        # annotations, with the names of the files as they are here
         if not images.is_dir():
             raise UserError(f"{images} does not exist; it must be the folder of the images: {_FLAGS}")
         self.images, self.annotations = images, annotations
@@ -74,20 +70,25 @@ class CocoDetection(Dataset):
         self.image_ids = sorted(self.coco.imgs)
         if not self.image_ids:
             raise UserError(f"{annotations} has no images: {_FLAGS}")
+
+        # classes: those given must know all categories
         categories = list(self.coco.cats.values())
         self.classes = classes or ClassMap.of(categories, num_classes, str(annotations))
         if classes:
             classes.check(categories, str(annotations))
+
         self.epoch = 0
         self._transform, self._seed, self._max_megapixels = transform, seed, max_megapixels
-        self._cache: dict[str, bytes] | None = {} if cache else None
+        self._cache: dict[str, bytes] = {}
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         image_id = self.image_ids[index]
-        image = self._read(self.coco.imgs[image_id])
+        info = self.coco.imgs[image_id]
+        path = self.images / info["file_name"]
+        image = decode(self._bytes(info), path, self._max_megapixels, self._remedy(info))
         width, height = image.size
         target = _target(self.coco.imgToAnns[image_id], self.classes, height, width)
         # seeded per item: the same augmentation for any number of processes and workers, and after
@@ -109,40 +110,37 @@ class CocoDetection(Dataset):
         return self.images / self.coco.imgs[image_id]["file_name"]
 
     def fill_cache(self, leave_out_bad: bool) -> None:
-        """Read every file into memory now, so that worker processes share the bytes instead of
-        reading them each.
+        """Read every file into memory now, because worker processes share what is there.
 
-        Files that can't be read raise BadImageError, here or, with `leave_out_bad`, as items.
+        Files that can't be read raise BadImageError here or, with `leave_out_bad`, as items.
         """
-        if self._cache is None:
-            return
         for info in self.coco.imgs.values():
-            with contextlib.suppress(BadImageError) if leave_out_bad else contextlib.nullcontext():
+            try:
                 self._cache[info["file_name"]] = self._bytes(info)
-
-    def _read(self, info: dict[str, Any]) -> Image.Image:
-        return decode(
-            self._bytes(info), self.images / info["file_name"], self._max_megapixels, self._otherwise(info)
-        )
+            except BadImageError:
+                if not leave_out_bad:
+                    raise
 
     def _bytes(self, info: dict[str, Any]) -> bytes:
         name = info["file_name"]
-        if self._cache is not None and name in self._cache:
+        if name in self._cache:
             return self._cache[name]
-        return read_image_file(self.images / name, self._max_megapixels, self._otherwise(info))
+        return read_image_file(self.images / name, self._max_megapixels, self._remedy(info))
 
-    def _otherwise(self, info: dict[str, Any]) -> str:
+    def _remedy(self, info: dict[str, Any]) -> str:
         return f"take image {info['id']} out of {self.annotations}, or add --on_bad_image skip"
 
 
-def build_coco(image_set: str, data: DataConfig, seed: int, classes: ClassMap | None = None) -> CocoDetection:
-    """The "train" or "val" part of the published folder layout, or of the flags in its place."""
+def build(image_set: str, data: DataConfig, seed: int, classes: ClassMap | None = None) -> CocoDetection:
+    """The "train" or "val" split in the published folder layout, or where the flags say."""
+    # a missing --coco_path is reported before the folder in it
     images = data.images_folder(image_set)
     root = Path(data.coco_path)
     if root in images.parents and not root.is_dir():
         raise UserError(
             f"--coco_path {root} does not exist; it must be a folder with train2017, val2017 and annotations"
         )
+
     if image_set == "train":
         transform = train_transform(
             data.train_sizes, data.max_size, data.crop_resize_sizes, data.crop_sizes, data.augmentation
@@ -157,9 +155,9 @@ def build_coco(image_set: str, data: DataConfig, seed: int, classes: ClassMap | 
         classes=classes,
         num_classes=data.num_classes,
         max_megapixels=data.max_image_megapixels,
-        cache=data.cache_mode,
     )
-    dataset.fill_cache(leave_out_bad=data.on_bad_image == "skip")
+    if data.cache_mode:
+        dataset.fill_cache(leave_out_bad=data.on_bad_image == "skip")
     return dataset
 
 
@@ -168,9 +166,7 @@ _FLAGS = "check --coco_path, or --train_images, --train_annotations, --val_image
 
 @contextlib.contextmanager
 def _random_choices(seed: int) -> Iterator[None]:
-    """Seed torch's, NumPy's and Python's generators for the block; afterwards they go on as if it
-    had not been.
-    """
+    """Seed torch's, NumPy's and Python's generators for the block, and restore them afterwards."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - a transform may draw from it
     try:
         with torch.random.fork_rng(devices=[]):
@@ -189,11 +185,10 @@ def _target(annotations: list[dict[str, Any]], classes: ClassMap, height: int, w
     """Boxes clamped to the image, without crowds."""
     kept = [annotation for annotation in annotations if not annotation["iscrowd"]]
     boxes = torch.tensor([annotation["bbox"] for annotation in kept], dtype=torch.float32).reshape(-1, 4)
+    labels = [classes.label_of(annotation["category_id"]) for annotation in kept]
     target = {
         "boxes": clip_boxes_to_image(box_convert(boxes, "xywh", "xyxy"), (height, width)),
-        "labels": torch.tensor(
-            [classes.label_of(annotation["category_id"]) for annotation in kept], dtype=torch.int64
-        ),
+        "labels": torch.tensor(labels, dtype=torch.int64),
         "area": torch.tensor([annotation["area"] for annotation in kept], dtype=torch.float32),
         "iscrowd": torch.zeros(len(kept), dtype=torch.int64),
     }
@@ -212,12 +207,11 @@ def _without_empty(target: dict[str, Any]) -> dict[str, Any]:
 
 
 def _normalized(target: dict[str, Any], height: int, width: int) -> dict[str, Any]:
-    """Boxes of pixels to cxcywh in [0, 1], without those that a crop has emptied."""
+    """Boxes in pixels to cxcywh in [0, 1], without those that a crop has emptied."""
     target = {name: values.as_subclass(torch.Tensor) for name, values in target.items()}
     target = _without_empty(target)
-    target["boxes"] = box_convert(target["boxes"], "xyxy", "cxcywh") / torch.tensor(
-        [width, height, width, height]
-    )
+    sides = torch.tensor([width, height, width, height])
+    target["boxes"] = box_convert(target["boxes"], "xyxy", "cxcywh") / sides
     target["size"] = torch.tensor([height, width])
     return target
 

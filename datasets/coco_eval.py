@@ -1,4 +1,8 @@
-"""COCO's bounding-box figures, from detections that several processes made."""
+"""COCO's metrics, from detections that several processes made.
+
+The metrics are computed by IoU type ("bbox"). A further type, say "segm" for masks, is one more entry
+of IOU_TYPES.
+"""
 
 from __future__ import annotations
 
@@ -6,61 +10,84 @@ import contextlib
 import functools
 import io
 import logging
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
+from torchvision.ops import box_convert
 
 from util.class_map import ClassMap
 from util.draw.curves import FIGURES
 
 log = logging.getLogger(__name__)
 
-IOU_TYPE = "bbox"
+
+def _xywh(boxes: Tensor) -> list[list[float]]:
+    return box_convert(boxes, "xyxy", "xywh").tolist()
+
+
+class IouType(NamedTuple):
+    """What COCO compares under an IoU type.
+
+    field: its name in COCO's annotations and results. output: its name in a detection of the
+    detector. to_coco: a tensor [n, ...] of the detector to n values of `field`.
+    """
+
+    field: str
+    output: str
+    to_coco: Callable[[Tensor], list[Any]]
+
+
+IOU_TYPES = {"bbox": IouType("bbox", "boxes", _xywh)}
 
 
 def coco_results(
     image_ids: Sequence[int], detections: Sequence[dict[str, Tensor]], classes: ClassMap
 ) -> list[dict[str, Any]]:
-    """Detections (host tensors; boxes x0, y0, x1, y1 in pixels; labels) in COCO's results format
-    (x, y, width, height; category ids of the data set).
+    """Detections in COCO's results format: category ids of the data set, boxes x, y, width, height.
+
+    Args:
+        detections: of each image, on the host: labels [n], scores [n], and the outputs of IOU_TYPES
+            that the detector has: boxes [n, 4] as x0, y0, x1, y1 in pixels.
     """
     results = []
     for image_id, detection in zip(image_ids, detections, strict=True):
-        boxes = detection["boxes"].clone()
-        boxes[:, 2:] -= boxes[:, :2]
-        for box, label, score in zip(
-            boxes.tolist(), detection["labels"].tolist(), detection["scores"].tolist(), strict=True
-        ):
-            results.append(
-                {"image_id": image_id, "category_id": classes.id_of(label), "bbox": box, "score": score}
-            )
+        columns: dict[str, list[Any]] = {
+            "image_id": [image_id] * len(detection["labels"]),
+            "category_id": [classes.id_of(label) for label in detection["labels"].tolist()],
+        }
+        for kind in IOU_TYPES.values():
+            if kind.output in detection:
+                columns[kind.field] = kind.to_coco(detection[kind.output])
+        columns["score"] = detection["scores"].tolist()
+        results += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return results
 
 
-def evaluate_boxes(ground_truth: COCO, results: list[dict[str, Any]], evaluator: str = "faster") -> COCOeval:
-    """COCOeval after accumulate and summarize; `stats` holds the twelve FIGURES (-1 where nothing
-    can be said).
+def evaluate_results(
+    ground_truth: COCO, results: list[dict[str, Any]], evaluator: str = "faster", iou_type: str = "bbox"
+) -> COCOeval:
+    """COCOeval after accumulate and summarize; `stats` holds the twelve FIGURES (-1: undefined).
 
-    The outcome does not depend on which process found a detection: results are put in order of
-    their image.
+    They do not depend on which process found a detection, because results are sorted by image.
 
     Args:
         evaluator: "pycocotools", or "faster" for faster-coco-eval, which gives a COCOeval_faster.
-            Its precision, recall, scores and figures have the same bits.
+            Its precision, recall, scores and metrics have the same bits.
+        iou_type: of IOU_TYPES.
     """
     faster = _faster_coco_eval() if evaluator == "faster" else None
     with contextlib.redirect_stdout(io.StringIO()):
-        truth, detections = _prepared(ground_truth, results)
+        truth, detections = _prepared(ground_truth, results, iou_type)
         if faster and _fits_faster(truth, detections):
-            evaluation = faster(truth, detections, IOU_TYPE, print_function=print)
+            evaluation = faster(truth, detections, iou_type, print_function=print)
             _accumulate_as_pycocotools(evaluation)
         else:
-            evaluation = COCOeval(truth, detections, IOU_TYPE)
+            evaluation = COCOeval(truth, detections, iou_type)
             evaluation.evaluate()
             evaluation.accumulate()
         evaluation.summarize()
@@ -68,14 +95,13 @@ def evaluate_boxes(ground_truth: COCO, results: list[dict[str, Any]], evaluator:
 
 
 def match_boxes(ground_truth: COCO, results: list[dict[str, Any]], iou: float) -> COCOeval:
-    """COCOeval after evaluate alone, at one IoU threshold and all sizes: its evalImgs say which
-    detection found which object.
+    """COCOeval after `evaluate` at one IoU threshold and all sizes.
 
-    Objects have the ids 1.. in the order of the annotations, detections 1.. in the order of their
-    images.
+    Its evalImgs tell which detection found which object. Objects have the ids 1.. in the order of
+    the annotations, detections 1.. in the order of their images.
     """
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(*_prepared(ground_truth, results), IOU_TYPE)
+        evaluation = COCOeval(*_prepared(ground_truth, results, "bbox"), "bbox")
         evaluation.params.iouThrs = np.array([iou])
         evaluation.params.areaRng, evaluation.params.areaRngLbl = evaluation.params.areaRng[:1], ["all"]
         evaluation.evaluate()
@@ -83,33 +109,26 @@ def match_boxes(ground_truth: COCO, results: list[dict[str, Any]], iou: float) -
 
 
 def precision_tables(evaluation: COCOeval) -> dict[str, Any]:
-    """What plots of precision and recall need, as plain tensors: precision [T, R, K, A, M], recall
-    [T, K, A, M], scores.
+    """What plots of precision and recall need, as plain data.
+
+    precision and scores [T, R, K, A, M], recall [T, K, A, M]: T IoU thresholds, R recalls, K
+    categories, A ranges of areas, M limits of detections an image.
     """
-    tables = {
-        name: torch.from_numpy(np.ascontiguousarray(evaluation.eval[name]))
-        for name in ("precision", "recall", "scores")
-    }
-    return tables | {
-        "category_ids": [int(i) for i in evaluation.params.catIds],
-        "stats": evaluation.stats.tolist(),
-    }
+    tables: dict[str, Any] = {}
+    for name in ("precision", "recall", "scores"):
+        tables[name] = torch.from_numpy(np.ascontiguousarray(evaluation.eval[name]))
+    tables["category_ids"] = [int(i) for i in evaluation.params.catIds]
+    tables["stats"] = evaluation.stats.tolist()
+    return tables
 
 
 def figures_table(stats: Sequence[float]) -> str:
-    """The twelve figures in two lines."""
-    cells = [
-        f"{name} {value * 100:.1f}" if value >= 0 else f"{name} -"
-        for name, value in zip(FIGURES, stats, strict=True)
-    ]
+    """The twelve metrics in two lines, in percent."""
+    cells = []
+    for name, value in zip(FIGURES, stats, strict=True):
+        shown = f"{value * 100:.1f}" if value >= 0 else "-"
+        cells.append(f"{name} {shown}")
     return "  ".join(cells[:6]) + "\n" + "  ".join(cells[6:])
-
-
-_USED = {
-    "images": ("id",),
-    "annotations": ("image_id", "category_id", "bbox", "area", "iscrowd"),
-    "categories": ("id", "name"),
-}
 
 
 @functools.cache  # one warning
@@ -119,7 +138,7 @@ def _faster_coco_eval() -> Any:
         from faster_coco_eval import COCOeval_faster
     except ImportError as error:
         log.warning(
-            "faster-coco-eval can't be imported (%s): pycocotools computes COCO's figures, the "
+            "faster-coco-eval can't be imported (%s): pycocotools computes COCO's metrics, the "
             "same but slower; pip install 'faster-coco-eval>=1.8'",
             error,
         )
@@ -128,10 +147,8 @@ def _faster_coco_eval() -> Any:
 
 
 def _fits_faster(truth: COCO, detections: COCO) -> bool:
-    """Whether faster-coco-eval can compute the same: it keeps ids as float64, and refuses a score
-    of NaN.
-    """
-    ids = [entry["id"] for name in ("images", "categories") for entry in truth.dataset[name]]
+    """Whether faster-coco-eval computes the same: it keeps ids as float64, and refuses NaN scores."""
+    ids = [*truth.imgs, *truth.cats]
     numbers = [(*entry["bbox"], entry["score"]) for entry in detections.dataset["annotations"]]
     return max(map(abs, ids), default=0) <= 2**53 and bool(np.isfinite(numbers).all())
 
@@ -140,30 +157,35 @@ def _accumulate_as_pycocotools(evaluation: Any) -> None:
     """`evaluate` and `accumulate` of a COCOeval_faster, with pycocotools' precision to the bit.
 
     pycocotools divides the true positives by the number of detections + 2^-52. In float64 that sum
-    is the number itself, unless it is 1: for one right detection pycocotools has 1 - 2^-52, and
-    faster-coco-eval has
-    1. The precision at a recall is the highest at this recall or above. So pycocotools has 1 -
-      2^-52 where
-    the first detection is right and the second is not, and 1 where both are. The two cases differ
-    at a recall that two of the n objects reach and one does not: the power of two in (1 / n, 2 /
-    n]. These recalls are added to COCO's.
+    is the number itself, unless it is 1. So for one right detection the precision is 1 - 2^-52 in
+    pycocotools, and 1 in faster-coco-eval.
+
+    The precision at a recall is the highest at this recall or above. So pycocotools has 1 - 2^-52
+    where the first detection is right and the second is not, and 1 where both are. The two cases
+    differ at a recall that two of the n objects reach and one does not: the power of two in
+    (1 / n, 2 / n]. These recalls are added to COCO's.
     """
+    # evaluate with the added recalls
     params = evaluation.params
     recalls, power = params.recThrs, np.frexp(_count_objects(evaluation) - 1)[1]
     params.recThrs = np.append(recalls, 2.0 ** (1 - np.arange(power.max(initial=0) + 1)))
     evaluation.evaluate()
     evaluation.accumulate()
     params.recThrs = recalls
+
+    # correct the precision where it shows that only the first detection is right
     precision, added = np.split(evaluation.eval["precision"], [len(recalls)], axis=1)
     with_two = np.take_along_axis(added, power[None, None, :, :, None], axis=1)
     precision[(precision == 1) & (with_two < 1)] = 1 - 2**-52
+
+    # the tables without the added recalls
     counts = [*precision.shape]
     scores = evaluation.eval["scores"][:, : len(recalls)]
     evaluation.eval |= {"params": params, "counts": counts, "precision": precision, "scores": scores}
 
 
 def _count_objects(evaluation: Any) -> np.ndarray:
-    """[K, A]: objects of every class and range of areas, without crowds."""
+    """[K, A]: number of objects by class and range of areas, without crowds."""
     params = evaluation.params
     objects = [entry for entry in evaluation.cocoGt.dataset["annotations"] if not entry["iscrowd"]]
     place = np.searchsorted(params.catIds, [entry["category_id"] for entry in objects])
@@ -172,37 +194,38 @@ def _count_objects(evaluation: Any) -> np.ndarray:
     return np.stack([np.bincount(places, minlength=len(params.catIds)) for places in in_range], axis=1)
 
 
-def _prepared(ground_truth: COCO, results: list[dict[str, Any]]) -> tuple[COCO, COCO]:
-    """What COCOeval takes: objects, and the detections of classes that are known."""
-    known = [
-        dict(r) for r in results if r["category_id"] in ground_truth.cats
-    ]  # loadRes adds entries to them
+def _prepared(ground_truth: COCO, results: list[dict[str, Any]], iou_type: str) -> tuple[COCO, COCO]:
+    """What COCOeval takes: objects, and the detections of known classes."""
+    truth = _essence(ground_truth, IOU_TYPES[iou_type].field)
+    # copied, because loadRes adds entries to them
+    known = [dict(r) for r in results if r["category_id"] in truth.cats]
     known.sort(key=lambda r: r["image_id"])  # stable: the order within an image stays
-    truth = _essence(ground_truth)
-    return truth, _detections(truth, known)
+    if known:
+        return truth, truth.loadRes(known)
+    return truth, _indexed({**truth.dataset, "annotations": []})  # loadRes can't take an empty list
 
 
-def _essence(ground_truth: COCO) -> COCO:
-    """What COCOeval uses of the annotations, numbered from 1: it takes a detection matched with an
-    object of id 0 for unmatched.
+def _essence(ground_truth: COCO, field: str) -> COCO:
+    """A copy of what COCOeval uses of the annotations, because COCOeval changes it.
 
-    Its own, because COCOeval writes into the objects and copies all else of the file, however deep.
+    Objects are numbered from 1: COCOeval takes a detection matched with an object of id 0 for
+    unmatched.
     """
-    essence = COCO()
-    essence.dataset = {
-        name: [{key: entry[key] for key in keys} for entry in ground_truth.dataset[name]]
-        for name, keys in _USED.items()
+    used = {
+        "images": ("id",),
+        "annotations": ("image_id", "category_id", field, "area", "iscrowd"),
+        "categories": ("id", "name"),
     }
-    for number, annotation in enumerate(essence.dataset["annotations"], 1):
+    content = {}
+    for name, keys in used.items():
+        content[name] = [{key: entry[key] for key in keys} for entry in ground_truth.dataset[name]]
+    for number, annotation in enumerate(content["annotations"], 1):
         annotation["id"] = number
-    essence.createIndex()
-    return essence
+    return _indexed(content)
 
 
-def _detections(ground_truth: COCO, results: list[dict[str, Any]]) -> COCO:
-    if results:
-        return ground_truth.loadRes(results)
-    empty = COCO()  # loadRes can't take an empty list
-    empty.dataset = {**ground_truth.dataset, "annotations": []}
-    empty.createIndex()
-    return empty
+def _indexed(content: dict[str, list[dict[str, Any]]]) -> COCO:
+    coco = COCO()
+    coco.dataset = content
+    coco.createIndex()
+    return coco

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import PIL.Image
@@ -13,7 +13,7 @@ from torchvision.tv_tensors import Image, TVTensor
 
 from util.images.prepare import normalize, resize, resized
 
-# has no say for an image less than 50 times as long as wide; one of a single column would grow to
+# matters only for images more than 50 times as long as wide: one of a single column would grow to
 # gigabytes
 _LONGEST_BEFORE_CROP = 2**15
 
@@ -35,15 +35,18 @@ def train_transform(
         crop_sizes: smallest and largest side of the crop.
         augmentation: "published"; "flip" leaves out the crop, "none" the flip too.
     """
+    steps: list[Callable] = []
+    if augmentation != "none":
+        steps.append(v2.RandomHorizontalFlip())
     scale = RandomShorterSide(sizes, max_size)
-    if augmentation == "none":
-        return v2.Compose([scale, normalize()])
-    if augmentation == "flip":
-        return v2.Compose([v2.RandomHorizontalFlip(), scale, normalize()])
-    crop = v2.Compose(
-        [RandomShorterSide(crop_resize_sizes, _LONGEST_BEFORE_CROP), RandomCrop(*crop_sizes), scale]
-    )
-    return v2.Compose([v2.RandomHorizontalFlip(), v2.RandomChoice([scale, crop]), normalize()])
+    if augmentation == "published":
+        before_crop = RandomShorterSide(crop_resize_sizes, _LONGEST_BEFORE_CROP)
+        crop = v2.Compose([before_crop, RandomCrop(*crop_sizes), scale])
+        steps.append(v2.RandomChoice([scale, crop]))
+    else:
+        steps.append(scale)
+    # further augmentations go here: before the normalisation, on a PIL image
+    return v2.Compose([*steps, normalize()])
 
 
 def eval_transform(size: int, max_size: int) -> v2.Transform:
@@ -52,15 +55,14 @@ def eval_transform(size: int, max_size: int) -> v2.Transform:
 
 
 class Area(TVTensor):
-    """[n] areas in pixels of the image beside them; resizing scales them, cropping leaves them, as
-    published.
+    """[n] areas in pixels of the image beside them.
+
+    Resizing scales them. Cropping leaves them unchanged, as published.
     """
 
 
 class RandomShorterSide(v2.Transform):
-    """Resize so that the shorter side is one of `sizes`, chosen anew for every image, and the
-    longer at most about `max_size`.
-    """
+    """Resize the shorter side to a random one of `sizes`; the longer is at most about `max_size`."""
 
     def __init__(self, sizes: Sequence[int], max_size: int | None) -> None:
         super().__init__()
@@ -68,7 +70,7 @@ class RandomShorterSide(v2.Transform):
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         height, width = _size(flat_inputs)
-        size = self.sizes[torch.randint(len(self.sizes), ()).item()]
+        size = self.sizes[_random_int(0, len(self.sizes) - 1)]
         new_height, new_width = resized(height, width, size, self.max_size)
         return {"size": [new_height, new_width], "area_scale": new_height * new_width / (height * width)}
 
@@ -88,20 +90,26 @@ class RandomCrop(v2.Transform):
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         height, width = _size(flat_inputs)
         crop_height, crop_width = self._side(height), self._side(width)
-        top = torch.randint(height - crop_height + 1, ()).item()
-        left = torch.randint(width - crop_width + 1, ()).item()
+        top = _random_int(0, height - crop_height)
+        left = _random_int(0, width - crop_width)
         return {"top": top, "left": left, "height": crop_height, "width": crop_width}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return inpt if isinstance(inpt, Area) else F.crop(inpt, **params)
+        if isinstance(inpt, Area):
+            return inpt
+        return F.crop(inpt, **params)
 
     def _side(self, side: int) -> int:
-        low, high = min(self.smallest, side), min(self.largest, side)
-        return torch.randint(low, high + 1, ()).item()
+        return _random_int(min(self.smallest, side), min(self.largest, side))
+
+
+def _random_int(low: int, high: int) -> int:
+    """Uniform, both ends included. Drawn from torch, which the data set seeds for every item."""
+    return int(torch.randint(low, high + 1, ()))
 
 
 def _size(flat_inputs: list[Any]) -> tuple[int, int]:
     """(height, width) of the image among the inputs."""
     image = next(x for x in flat_inputs if isinstance(x, (PIL.Image.Image, Image)))
     height, width = F.get_size(image)
-    return height, width
+    return int(height), int(width)

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from pycocotools.coco import COCO
 
-from datasets.coco_eval import evaluate_boxes, precision_tables
+from datasets.coco_eval import evaluate_results, precision_tables
 from datasets.coco_format import read_annotations
 from util.checkpoint import write_atomically
 from util.config import parse_config
@@ -104,7 +104,7 @@ def write_run(
     prefix: str = "",
 ) -> Path:
     """A finished run of `epochs` epochs whose last evaluation gave `detections`."""
-    evaluation = evaluate_boxes(read_annotations(annotations), detections)
+    evaluation = evaluate_results(read_annotations(annotations), detections)
     (folder / "eval").mkdir(parents=True, exist_ok=True)
     write_atomically(precision_tables(evaluation), folder / "eval" / f"{prefix}latest.pth")
     (folder / "eval" / f"{prefix}latest.json").write_text(json.dumps(detections))

@@ -19,9 +19,10 @@ import torch
 from PIL import Image
 
 from datasets import build_dataset
+from datasets.bad_images import BadImages
 from datasets.coco import CocoDetection
-from datasets.coco_eval import evaluate_boxes
-from datasets.loader import BadImages, build_loader
+from datasets.coco_eval import evaluate_results
+from datasets.loader import build_loader
 from datasets.samplers import EvalBatches, TrainBatches
 from engine import evaluate
 from models import build_model
@@ -183,7 +184,7 @@ def test_in_evaluation_it_counts_as_an_image_without_detections(data, caplog, wo
         {"image_id": a["image_id"], "category_id": a["category_id"], "bbox": a["bbox"], "score": 1.0}
         for a in truth
     ]
-    found = evaluate_boxes(dataset.coco, perfect).eval["recall"][0, :, 0, 2]
+    found = evaluate_results(dataset.coco, perfect).eval["recall"][0, :, 0, 2]
     objects = [sum(a["category_id"] == c for a in dataset.coco.anns.values()) for c in (1, 2, 3)]
     seen = [sum(a["category_id"] == c for a in truth) for c in (1, 2, 3)]
     assert found == pytest.approx([s / n for s, n in zip(seen, objects, strict=True)]), (

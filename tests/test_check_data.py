@@ -19,7 +19,9 @@ from PIL import Image
 
 from datasets import build_dataset
 from datasets.coco_format import read_annotations
-from datasets.preflight import check_part, quick_check
+from datasets.preflight.annotations import CheckedSplit, check_annotations, check_classes
+from datasets.preflight.quick import quick_check
+from datasets.preflight.report import write_report
 from tests.faults.fuzz_mutate import json_text, mutate_json
 from tests.faults.large_annotations import write_large
 from tests.helpers import SMALL_IMAGES, SMALL_MODEL, run, run_main
@@ -232,7 +234,7 @@ PLANTED: dict[str, tuple[str, Callable[[Data, int], dict]]] = {
 def test_a_sound_data_set_has_no_faults(data):
     said, findings = data.check(code=0)
     assert findings == []
-    assert said.splitlines()[-1] == "faults: 0, warnings: 0"
+    assert said.splitlines()[-1] == "problems: 0, warnings: 0"
     rows = [line.split() for line in said.splitlines()]
     assert ["train", "80", "0", "160", "0", "64..64..64", "48..48..48"] in rows
     # 4/5 of 20 x 16 pixels are small, of 44 x 38 medium
@@ -266,19 +268,23 @@ def test_each_planted_fault_alone_is_found_alone(data, name):
         _, findings = data.check("--workers", "1", code=1)
         assert [(f["kind"], f["is_fault"]) for f in findings] == [(kind, True)]
     else:
-        findings = [vars(f) for part in checked(data) for f in part.findings]
+        findings = report_of(checked(data), data.root / "report.json")
         assert [(f["kind"], f["is_fault"]) for f in findings] == [(kind, True)]
     assert wanted.items() <= findings[0].items()
 
 
-def checked(data: Data) -> list:
-    from datasets.preflight import check_classes
-
-    parts = [
-        check_part(split, data.root / f"{split}2017", data.annotations(split)) for split in ("train", "val")
+def checked(data: Data) -> list[CheckedSplit]:
+    splits = [
+        check_annotations(name, data.root / f"{name}2017", data.annotations(name))
+        for name in ("train", "val")
     ]
-    check_classes(parts, "auto")
-    return parts
+    check_classes(splits, "auto")
+    return splits
+
+
+def report_of(splits: list[CheckedSplit], path: Path) -> list[dict[str, Any]]:
+    write_report(path, {}, [problem for split in splits for problem in split.problems])
+    return json.loads(path.read_text())["findings"]
 
 
 def crowds(annotations) -> None:
@@ -377,7 +383,7 @@ def test_files_that_are_no_annotations_are_one_fault(data, content, kind):
     said, findings = data.check("--no_images", code=1)
     assert [f["kind"] for f in findings] == [kind]
     assert findings[0]["split"] == "val"
-    assert "faults: 1, " in said
+    assert "problems: 1, " in said
 
 
 def test_boxes_that_are_shares_of_the_image_are_one_fault(data):
@@ -385,9 +391,8 @@ def test_boxes_that_are_shares_of_the_image_are_one_fault(data):
         x, y, width, height = annotation["bbox"]
         annotation["bbox"] = [x / SIZE[0], y / SIZE[1], width / SIZE[0], height / SIZE[1]]
     data.write()
-    assert [(f.kind, f.split) for part in checked(data) for f in part.findings] == [
-        ("boxes_in_shares", "train")
-    ]
+    problems = [problem for split in checked(data) for problem in split.problems]
+    assert [(problem.kind, problem.split) for problem in problems] == [("boxes_in_shares", "train")]
 
 
 def test_what_training_refuses_of_damaged_annotations_is_among_the_faults(data):
@@ -396,13 +401,13 @@ def test_what_training_refuses_of_damaged_annotations_is_among_the_faults(data):
     for number in range(150):
         rng = random.Random(number)
         path.write_bytes(json_text(rng, mutate_json(rng, data.content["val"])))
-        findings = check_part("val", data.root / "val2017", path).findings
-        assert all(len(finding.message.splitlines()) == 1 for finding in findings)
+        problems = check_annotations("val", data.root / "val2017", path).problems
+        assert all(len(problem.message.splitlines()) == 1 for problem in problems)
         try:
             read_annotations(path)
         except UserError as error:
             refused += 1
-            assert str(error) in [finding.message for finding in findings]
+            assert str(error) in [problem.message for problem in problems]
     assert 30 < refused < 150
 
 
@@ -411,13 +416,14 @@ def test_entries_that_are_no_objects_and_broken_images_cause_no_further_faults(d
     data.content["train"]["images"][0]["id"] = "100"
     data.content["train"]["images"][1]["height"] = -1
     data.write()
-    found = [(f.kind, f.image_id, f.annotation_id) for part in checked(data) for f in part.findings]
+    findings = report_of(checked(data), data.root / "report.json")
+    found = [(f["kind"], f["image_id"], f["annotation_id"]) for f in findings]
     assert found == [
-        ("wrong_id", "100", None),
-        ("wrong_height", 101, None),
         ("missing_field", None, None),
         ("unknown_image", 100, 1000),
         ("unknown_image", 100, 1001),
+        ("wrong_height", 101, None),
+        ("wrong_id", "100", None),
     ]
 
 
@@ -473,20 +479,18 @@ def test_ids_that_do_not_fit_a_given_number_of_classes_are_a_fault(data):
 
 def test_real_annotations_have_no_fault(tiny_coco):
     for split in ("train", "val"):
-        part = check_part(
-            split, tiny_coco / f"{split}2017", tiny_coco / f"annotations/instances_{split}2017.json"
-        )
-        assert [f.kind for f in part.findings] == ["unused_category"]
+        annotations = tiny_coco / f"annotations/instances_{split}2017.json"
+        checked = check_annotations(split, tiny_coco / f"{split}2017", annotations)
+        assert [problem.kind for problem in checked.problems] == ["unused_category"]
 
 
 def test_generated_annotations_of_cocos_kind_have_no_fault(tmp_path):
     write_large(tmp_path, 0.002)
     for split, count in (("train", 1720), ("val", 74)):
-        part = check_part(
-            split, tmp_path / f"{split}2017", tmp_path / f"annotations/instances_{split}2017.json"
-        )
-        assert not any(f.is_fault for f in part.findings)
-        assert len(part.boxes.ids) == count
+        annotations = tmp_path / f"annotations/instances_{split}2017.json"
+        checked = check_annotations(split, tmp_path / f"{split}2017", annotations)
+        assert all(problem.is_warning for problem in checked.problems)
+        assert len(checked.boxes.area) == count
 
 
 def test_mistakes_in_flags_cost_one_line(data):

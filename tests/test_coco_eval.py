@@ -17,7 +17,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from datasets import coco_eval
-from datasets.coco_eval import evaluate_boxes, precision_tables
+from datasets.coco_eval import evaluate_results, precision_tables
 from tests.helpers import SMALL_IMAGES, SMALL_MODEL, run_main, write_coco
 from util.run.state import warn_about_changes
 
@@ -121,10 +121,10 @@ def test_faster_coco_eval_gives_the_bits_of_pycocotools():
     seen = Counter()
     for seed in range(150):
         truth, detections = random_data(seed)
-        expected, evaluation = judge(truth, detections), evaluate_boxes(truth, detections)
+        expected, evaluation = judge(truth, detections), evaluate_results(truth, detections)
         assert type(evaluation).__module__.startswith("faster_coco_eval")
         assert bits(evaluation) == bits(expected), f"seed {seed}"
-        assert bits(evaluate_boxes(truth, detections, "pycocotools")) == bits(expected), f"seed {seed}"
+        assert bits(evaluate_results(truth, detections, "pycocotools")) == bits(expected), f"seed {seed}"
         annotated = truth.dataset["annotations"]
         of_a_class = Counter((entry["image_id"], entry["category_id"]) for entry in detections)
         without_objects = truth.imgs.keys() - {entry["image_id"] for entry in annotated}
@@ -189,7 +189,7 @@ def in_a_row(objects: int, found: str) -> tuple[COCO, Entries]:
 )
 def test_the_precision_of_one_right_detection_is_that_of_pycocotools(objects, found, first):
     truth, detections = in_a_row(objects, found)
-    evaluation, expected = evaluate_boxes(truth, detections), judge(truth, detections)
+    evaluation, expected = evaluate_results(truth, detections), judge(truth, detections)
     assert evaluation.eval["precision"][0, 0, 0, 0, 2] == first
     assert bits(evaluation) == bits(expected)
 
@@ -206,15 +206,15 @@ def test_what_faster_coco_eval_can_not_take_is_left_to_pycocotools(odd):
         detections[0]["bbox"] = [10.0, 10, float("inf"), 40]
     else:
         detections[0]["score"] = float("nan")
-    evaluation = evaluate_boxes(truth, detections)
+    evaluation = evaluate_results(truth, detections)
     assert isinstance(evaluation, COCOeval)
     assert bits(evaluation) == bits(judge(truth, detections))
 
 
 def test_tables_are_those_of_either():
     truth, detections = random_data(5)
-    ours = precision_tables(evaluate_boxes(truth, detections, "faster"))
-    theirs = precision_tables(evaluate_boxes(truth, detections, "pycocotools"))
+    ours = precision_tables(evaluate_results(truth, detections, "faster"))
+    theirs = precision_tables(evaluate_results(truth, detections, "pycocotools"))
     assert list(ours) == [*TABLES, "category_ids", "stats"] == list(theirs)
     assert all(ours[name].equal(theirs[name]) and ours[name].is_contiguous() for name in TABLES)
     assert (ours["category_ids"], ours["stats"]) == (theirs["category_ids"], theirs["stats"])
@@ -229,7 +229,7 @@ def test_without_faster_coco_eval_pycocotools_is_used_and_one_warning_says_so(mo
     coco_eval._faster_coco_eval.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
-            evaluations = [evaluate_boxes(truth, detections) for _ in range(2)]
+            evaluations = [evaluate_results(truth, detections) for _ in range(2)]
     finally:
         coco_eval._faster_coco_eval.cache_clear()
     assert all(isinstance(evaluation, COCOeval) for evaluation in evaluations)

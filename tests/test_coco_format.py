@@ -10,7 +10,7 @@ import json
 import pytest
 
 from datasets.coco import CocoDetection
-from datasets.coco_eval import evaluate_boxes
+from datasets.coco_eval import evaluate_results
 from datasets.coco_format import read_annotations
 from tests.helpers import write_coco
 from util.errors import UserError
@@ -202,7 +202,7 @@ def test_strange_values_in_fields_that_nobody_uses_do_no_harm(tmp_path):
         content[name][1]["score"] = float("inf")
     truth = read(tmp_path, content)
     perfect = [{"image_id": 1, "category_id": 1, "bbox": [0, 1.5, 20, 30], "score": 1.0}]
-    assert evaluate_boxes(truth, perfect).stats[0] == pytest.approx(1)
+    assert evaluate_results(truth, perfect).stats[0] == pytest.approx(1)
 
 
 def perfect_detections(truth) -> list[dict]:
@@ -224,7 +224,8 @@ def test_annotations_without_area_and_iscrowd_train_and_evaluate_alike(tmp_path)
     assert filled.anns == whole.anns, "the area is the box's, as in this data set"
     detections = perfect_detections(filled)[1:]
     assert (
-        evaluate_boxes(filled, detections).stats.tolist() == evaluate_boxes(whole, detections).stats.tolist()
+        evaluate_results(filled, detections).stats.tolist()
+        == evaluate_results(whole, detections).stats.tolist()
     )
 
 
@@ -239,5 +240,5 @@ def test_an_object_of_id_0_is_found_like_any_other(tmp_path):
     truth = read_annotations(path)
     assert 0 in truth.anns
     before = copy.deepcopy(truth.dataset)
-    assert evaluate_boxes(truth, perfect_detections(truth)).stats[0] == pytest.approx(1)
+    assert evaluate_results(truth, perfect_detections(truth)).stats[0] == pytest.approx(1)
     assert truth.dataset == before, "evaluating changes nothing of the annotations"

@@ -15,7 +15,7 @@ from torchvision.ops import box_convert, generalized_box_iou
 
 from datasets import build_dataset
 from datasets.coco import read_annotations
-from datasets.coco_eval import evaluate_boxes
+from datasets.coco_eval import evaluate_results
 from datasets.loader import build_loader
 from datasets.samplers import EvalBatches
 from engine import evaluate, train_one_epoch, training_loss
@@ -461,13 +461,16 @@ def test_perfect_detections_have_ap_1_and_none_have_0(tmp_path):
         {"image_id": a["image_id"], "category_id": a["category_id"], "bbox": a["bbox"], "score": 1.0}
         for a in truth.anns.values()
     ]
-    assert evaluate_boxes(truth, perfect).stats[0] == pytest.approx(1)
+    assert evaluate_results(truth, perfect).stats[0] == pytest.approx(1)
     assert (
-        evaluate_boxes(truth, perfect[::-1]).stats.tolist() == evaluate_boxes(truth, perfect).stats.tolist()
+        evaluate_results(truth, perfect[::-1]).stats.tolist()
+        == evaluate_results(truth, perfect).stats.tolist()
     )
-    assert evaluate_boxes(truth, []).stats[0] == 0
+    assert evaluate_results(truth, []).stats[0] == 0
     unknown = [{**perfect[0], "category_id": 0}]
-    assert evaluate_boxes(truth, unknown).stats[0] == 0, "a class that the data does not have is no detection"
+    assert evaluate_results(truth, unknown).stats[0] == 0, (
+        "a class that the data does not have is no detection"
+    )
 
 
 def test_published_names_weigh():

@@ -128,7 +128,7 @@ def test_real_images_of_three_classes(tiny_coco, given, tmp_path):
         "--output_dir",
         data,
     )
-    assert "faults: 0" in command("check_data.py", "--coco_path", data)
+    assert "problems: 0" in command("check_data.py", "--coco_path", data)
     command(
         "finetune.py",
         "--coco_path",

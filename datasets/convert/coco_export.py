@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from datasets.coco_format import format_faults, is_area, is_id
+from datasets.coco_format import format_problems, is_area, is_id
 from datasets.convert.common import Corners, Faults, as_stored
-from datasets.preflight import box_fault, box_faults, describe_box, sizes_of, wrong_areas
+from datasets.preflight.boxes import box_problem, box_problems, describe_box, sizes_of, wrong_areas
 from util.errors import UserError
 from util.images.files import Header
 
@@ -186,7 +186,7 @@ def _check_format(content: Content, path: Path, faults: Faults) -> None:
     """One fault for an entry, however much of it is wrong."""
     objects = len(content["annotations"])
     told: dict[int, Any] = {}  # with the entries, or their numbers could come again
-    for fault in format_faults(content, path, sizes_known=False):
+    for fault in format_problems(content, path, sizes_known=False):
         if not fault.section:
             raise UserError(fault.message)
         if not isinstance(fault.entry, dict) or id(fault.entry) not in told:
@@ -249,7 +249,7 @@ def _check_boxes(content: Content, path: Path, faults: Faults) -> None:
     images = {image["id"]: image for image in content["images"]}
     owners = [images[annotation["image_id"]] for annotation in annotations]
     out: set[int] = set()
-    for kind, flagged in box_faults(xywh, sizes_of(owners)).items():
+    for kind, flagged in box_problems(xywh, sizes_of(owners)).items():
         wrong = flagged.nonzero()[0].tolist()
         out.update(i for i in wrong if not _is_mended(annotations[i], owners[i], kind, path, faults))
     content["annotations"] = [annotation for i, annotation in enumerate(annotations) if i not in out]
@@ -262,7 +262,7 @@ def _is_mended(
         _cut(annotation, image)
         faults.notes["boxes cut at the border of their image"] += 1
         return True
-    what = box_fault(kind, image)
+    what = box_problem(kind, image)
     faults.add(describe_box(path, annotation["id"], annotation["bbox"], image, what), kind)
     return False
 

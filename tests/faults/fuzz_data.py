@@ -39,9 +39,10 @@ import torch
 from PIL import Image
 from torch import nn
 
+from datasets.bad_images import BadImages
 from datasets.coco import CocoDetection
-from datasets.coco_eval import evaluate_boxes
-from datasets.loader import BadImages, collate
+from datasets.coco_eval import evaluate_results
+from datasets.loader import collate
 from datasets.transforms import train_transform
 from tests.faults import fuzz_mutate
 from tests.faults.compare import differing
@@ -173,7 +174,7 @@ class AnnotationCase:
         ]
         detections += [{**a, "score": 0.9} for a in truth.anns.values()]
         for some in (detections, []):
-            stats = evaluate_boxes(truth, some).stats
+            stats = evaluate_results(truth, some).stats
             assert len(stats) == 12
             assert all(-1 <= value <= 1 for value in stats), stats
 

@@ -27,7 +27,7 @@ sys.path.insert(
 
 import numpy as np
 
-from datasets.coco_eval import evaluate_boxes, figures_table
+from datasets.coco_eval import evaluate_results, figures_table
 from datasets.coco_format import read_annotations
 from util.class_map import COCO_CLASSES
 
@@ -124,7 +124,7 @@ def evaluate(path: Path, evaluator: str) -> None:
             score = float(rng.random())
             detections.append({"image_id": image, "category_id": category, "bbox": moved, "score": score})
     before, start = _peak_mebibytes(), time.perf_counter()
-    stats = evaluate_boxes(coco, detections, evaluator).stats
+    stats = evaluate_results(coco, detections, evaluator).stats
     seconds = time.perf_counter() - start
     print(
         f"{evaluator}: {len(detections)} detections of {len(coco.imgs)} images, {seconds:.1f} s, "

@@ -18,7 +18,7 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 from pycocotools.coco import COCO
 
-from datasets.coco_eval import evaluate_boxes, precision_tables
+from datasets.coco_eval import evaluate_results, precision_tables
 from datasets.coco_format import read_annotations
 from datasets.detection_errors import Errors, find_errors
 from datasets.file_index import respell
@@ -217,7 +217,7 @@ def _errors(
         )
         return None
     if result.tables is None:
-        tables = precision_tables(evaluate_boxes(truth.coco, result.detections))
+        tables = precision_tables(evaluate_results(truth.coco, result.detections))
         arrays = (tables[key].numpy() for key in ("precision", "recall", "scores"))
         result.tables = Tables(*arrays, tables["category_ids"], tables["stats"])
         result.stats = result.stats or result.tables.stats

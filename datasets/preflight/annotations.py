@@ -1,0 +1,214 @@
+"""First stage of the check: everything that the annotations alone tell."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datasets.coco_format import Problem, format_problems, read_json, shown
+from datasets.preflight.boxes import (
+    BOX_TOLERANCE,
+    Boxes,
+    box_problem,
+    box_problems,
+    describe_box,
+    sizes_of,
+    wrong_areas,
+)
+from util.class_map import ClassMap
+from util.errors import UserError
+
+# COCO counts so many detections an image, and the detector gives so many
+COUNTED_DETECTIONS = 100
+
+_CROWDS = "crowd regions (iscrowd 1), which neither train nor count"
+_UNCROWD = "set iscrowd to 0 where they are single objects, or convert Pascal VOC's with --difficult keep"
+
+
+@dataclass
+class CheckedSplit:
+    """A split of a data set, its sound entries, and all problems found so far.
+
+    name: "train" or "val". folder: of its images. annotations: the file. boxes: one for each object.
+    """
+
+    name: str
+    folder: Path
+    annotations: Path
+    images: list[dict[str, Any]] = field(default_factory=list)
+    categories: list[dict[str, Any]] = field(default_factory=list)
+    objects: list[dict[str, Any]] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.boxes = Boxes.of(self.images, self.objects)
+
+    def add(self, problem: Problem, file: Path | None = None) -> None:
+        """`file`: where the problem is, if not in the annotations."""
+        problem.split, problem.file = self.name, str(file or self.annotations)
+        self.problems.append(problem)
+
+    def warn(
+        self, kind: str, message: str, section: str = "", entry: Any = None, file: Path | None = None
+    ) -> None:
+        """Add a warning."""
+        self.add(Problem(kind, message, section, entry, is_warning=True), file)
+
+
+def check_annotations(
+    name: str, folder: Path, annotations: Path, box_tolerance: float = BOX_TOLERANCE
+) -> CheckedSplit:
+    """Everything that the annotations alone tell. Never raises for a problem in them."""
+    # read; fields of the wrong form
+    try:
+        content = read_json(annotations, without=("segmentation",))
+    except UserError as error:
+        split = CheckedSplit(name, folder, annotations)
+        split.add(Problem("unreadable_annotations", str(error)))
+        return split
+    problems = list(format_problems(content, annotations))
+    if not isinstance(content, dict):
+        content = {"images": [], "categories": [], "annotations": []}
+    split = CheckedSplit(
+        name, folder, annotations, content["images"], content["categories"], content["annotations"]
+    )
+    for problem in problems:
+        split.add(problem)
+
+    # the meaning of what is left
+    if not split.images and not split.problems:
+        split.add(Problem("no_images", f"{annotations} has no images"))
+    _check_file_names(split)
+    _check_categories(split)
+    _check_boxes(split, box_tolerance)
+    return split
+
+
+def check_classes(splits: Sequence[CheckedSplit], num_classes: int | str) -> None:
+    """Whether categories fit --num_classes, and those of later splits the first's, as in training."""
+    trained, *others = splits
+    if not trained.categories:
+        return  # which has been reported
+    try:
+        classes = ClassMap.of(trained.categories, num_classes, str(trained.annotations))
+    except UserError as error:
+        trained.add(Problem("wrong_num_classes", str(error)))
+        return
+    for split in others:
+        for category in split.categories:
+            try:
+                classes.check([category], str(split.annotations))
+            except UserError as error:
+                split.add(Problem("other_category", str(error), "categories", category))
+
+
+def check_objects(split: CheckedSplit, num_queries: int) -> None:
+    """Add a warning if objects can be neither learnt nor measured."""
+    if split.images and split.categories:
+        for kind, message in object_warnings(split, num_queries):
+            split.warn(kind, f"{split.annotations}: {message}")
+
+
+def object_warnings(split: CheckedSplit, num_queries: int) -> Iterator[tuple[str, str]]:
+    """(kind, message) of objects that can be neither learnt nor measured."""
+    # objects that are none
+    purpose = "learn" if split.name == "train" else "measure"
+    boxes, single = split.boxes, ~split.boxes.crowd
+    crowds_only = set(boxes.category_id.tolist()) - set(boxes.category_id[single].tolist())
+    if not len(single):
+        yield "no_objects", f"no object in {len(split.images)} images: there is nothing to {purpose}"
+    elif not single.any():
+        message = f"all {len(single)} objects are {_CROWDS}, so there is nothing to {purpose}"
+        yield "only_crowds", f"{message}; {_UNCROWD}"
+    elif crowds_only:
+        names = _listed([category["name"] for category in split.categories if category["id"] in crowds_only])
+        yield "class_of_crowds", f"{len(crowds_only)} categories have but {_CROWDS}: {names}; {_UNCROWD}"
+
+    # more objects in an image than can be found
+    limits = [("more_than_queries", num_queries, f"the {num_queries} of --num_queries can find; raise it")]
+    if split.name == "val":
+        counted = f"the {COUNTED_DETECTIONS} detections that count"
+        meaning = f"{counted}: not even a perfect detector has an AP of 1"
+        limits.append(("more_than_detections", COUNTED_DETECTIONS, meaning))
+    counts = np.bincount(boxes.image[single], minlength=len(split.images))
+    for kind, limit, meaning in limits:
+        if counts.max() > limit:
+            most = f"up to {counts.max()} (image {split.images[int(counts.argmax())]['id']})"
+            yield kind, f"{(counts > limit).sum()} images have more objects, {most}, than {meaning}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(shown, names[:5])) + ", ..." * (len(names) > 5)
+
+
+def _check_file_names(split: CheckedSplit) -> None:
+    first: dict[str, Any] = {}
+    for image in split.images:
+        name = os.path.normpath(image["file_name"])
+        other = first.setdefault(name, image)
+        if other is not image:
+            message = (
+                f"{split.annotations}: images {other['id']} and {image['id']} have the same file "
+                f"{image['file_name']}; merge them"
+            )
+            split.add(Problem("duplicate_file", message, "images", image), split.folder / name)
+
+
+def _check_categories(split: CheckedSplit) -> None:
+    first: dict[str, Any] = {}
+    for category in split.categories:
+        name, number = category["name"], category["id"]
+        other = first.setdefault(name, number)
+        if other != number:
+            message = (
+                f"{split.annotations}: categories {other} and {number} are both named {shown(name)}; "
+                "rename or merge them"
+            )
+            split.add(Problem("duplicate_category_name", message, "categories", category))
+
+    # without any object at all, only that is reported
+    used = set(split.boxes.category_id.tolist())
+    unused = [category["name"] for category in split.categories if category["id"] not in used]
+    if used and unused:
+        meaning = "can never be learned" if split.name == "train" else "are not measured"
+        message = f"{len(unused)} categories have no object and {meaning}: {_listed(unused)}"
+        split.warn("unused_category", f"{split.annotations}: {message}")
+
+
+def _check_boxes(split: CheckedSplit, tolerance: float) -> None:
+    boxes = split.boxes
+    if not split.objects:
+        return
+    if (boxes.xywh <= 1).all():
+        message = "no box exceeds 1; boxes must be in pixels, not shares of the image"
+        split.add(Problem("boxes_in_shares", f"{split.annotations}: {message}"))
+        return
+
+    for kind, flagged in box_problems(boxes.xywh, sizes_of(split.images)[boxes.image], tolerance).items():
+        for i in flagged.nonzero()[0].tolist():
+            split.add(_problem(split, kind, i, box_problem(kind, split.images[boxes.image[i]], tolerance)))
+    for i in wrong_areas(boxes.xywh, boxes.area).nonzero()[0].tolist():
+        what = f"an area of {boxes.area[i]:g}, which no object in that box can have; give its pixels"
+        split.add(_problem(split, "wrong_area", i, what))
+
+    # objects with the same image, category, box and crowd flag
+    rows = np.column_stack([boxes.image, boxes.category_id, boxes.crowd, boxes.xywh])
+    _, first, number = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+    first = first[number.reshape(-1)]
+    for i in (first != np.arange(len(first))).nonzero()[0].tolist():
+        what = f"the box and the category of annotation {split.objects[first[i]]['id']} too"
+        problem = _problem(split, "duplicate_box", i, what)
+        problem.is_warning = True
+        split.add(problem)
+
+
+def _problem(split: CheckedSplit, kind: str, i: int, what: str) -> Problem:
+    """A problem of object i."""
+    image, entry = split.images[split.boxes.image[i]], split.objects[i]
+    message = describe_box(split.annotations, entry["id"], split.boxes.xywh[i], image, what)
+    return Problem(kind, message, "annotations", entry)

@@ -1,0 +1,71 @@
+"""What every training checks by itself, in seconds."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from datasets.file_index import absent_names
+from datasets.preflight.annotations import CheckedSplit, object_warnings
+from datasets.preflight.boxes import BOX_TOLERANCE, box_problems, sizes_of
+from util.config import TransformerConfig
+from util.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_COUNTED = {
+    "degenerate_box": "boxes without width or height (training leaves them out)",
+    "box_outside": "boxes outside of their image (training leaves them out)",
+    "box_reaches_out": f"boxes that reach more than {BOX_TOLERANCE:g} pixels out of their "
+    "image (training cuts them)",
+}
+
+
+def quick_check(
+    train: Any, val: Any, skip_missing: bool = False, num_queries: int = TransformerConfig.num_queries
+) -> UserError | None:
+    """Check two CocoDetection data sets before a run; log one warning with everything found.
+
+    Returns the error to end with if image files are missing, for the caller to raise in all
+    processes. With `skip_missing` that is only a part of the warning.
+    """
+    notes = []
+    for name, dataset in (("train", train), ("val", val)):
+        missing = _missing_files(dataset)
+        if missing:
+            message = f"missing image files of {dataset.annotations}: {len(missing)}, first {missing[0]}"
+            if not skip_missing:
+                return UserError(f"{message}; add them, take them out, or add --on_bad_image skip")
+            notes.append(message)
+        content = dataset.coco.dataset
+        lists = content["images"], content["categories"], content["annotations"]
+        notes += _doubts(CheckedSplit(name, dataset.images, dataset.annotations, *lists), num_queries)
+    shared = len(_paths(train) & _paths(val))
+    if shared:
+        notes.append(f"images in both train and val: {shared}")
+    if notes:
+        log.warning("data: %s; python tools/check_data.py with these flags lists them", "; ".join(notes))
+    return None
+
+
+def _missing_files(dataset: Any) -> list[Path]:
+    names = [image["file_name"] for image in dataset.coco.imgs.values()]
+    absent = absent_names(dataset.images, names)
+    return [dataset.images / name for name in names if name in absent]
+
+
+def _doubts(split: CheckedSplit, num_queries: int) -> Iterator[str]:
+    sizes = sizes_of(split.images)[split.boxes.image]
+    for kind, flagged in box_problems(split.boxes.xywh, sizes).items():
+        if flagged.any():
+            yield f"{_COUNTED[kind]} in {split.name}: {flagged.sum()}"
+    for _, message in object_warnings(split, num_queries):
+        yield f"{split.name}: {message}"
+
+
+def _paths(dataset: Any) -> set[str]:
+    folder = str(dataset.images.resolve())
+    return {os.path.normpath(f"{folder}/{image['file_name']}") for image in dataset.coco.imgs.values()}
