@@ -22,7 +22,7 @@ from models.weights.finetune import fine_tune
 from models.weights.load import choose_weights, read_trained
 from util.checkpoint import load_state
 from util.class_map import AUTO, COCO_CLASSES, ClassMap, classes_of, unnamed_classes
-from util.config import LEARNED_POSITIONS, BackboneConfig, Config, all_flags, with_classes
+from util.config import FLAGS, LEARNED_POSITIONS, BackboneConfig, Config, with_classes
 from util.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -68,9 +68,8 @@ def load_model(
         than `flags` say; a flag is unknown or can't be.
     """
     source, flag = os.fspath(checkpoint), "checkpoint"
-    known = {item.name for group, item in all_flags() if group.name not in ("run", "segmentation")} - {
-        "num_classes"
-    }
+    known = {name for name, item in FLAGS.items() if item.group not in ("run", "segmentation")}
+    known.remove("num_classes")
     if unknown := sorted(flags.keys() - known):
         raise UserError(
             f"{unknown[0]} is no flag that load_model takes; see python main.py --help, and "

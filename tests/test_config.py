@@ -1,17 +1,19 @@
-"""Flags: published names and defaults, both spellings, and help."""
+"""Flags: published names and defaults, both spellings, help, and the page of flags."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
+import re
 import subprocess
 import sys
 
 import pytest
 
 from tests.helpers import ROOT
-from util.config import Config, parse_config
+from util.config import FLAGS, Config, parse_config
+from util.errors import UserError
 
 # spec of the published program: name -> default
 PUBLISHED = {
@@ -106,14 +108,43 @@ def test_a_config_is_frozen_and_plain():
     assert config.flags()["lr_drop_epochs"] == [3, 5]
 
 
-def test_help_names_every_flag_and_needs_no_torch():
+def test_the_flags_that_differ_from_their_defaults():
+    assert parse_config([]).non_default_flags() == {}
+    flags = ["--lr_drop_epochs", "3", "--eval_size", "800", "--sgd"]
+    assert parse_config(flags).non_default_flags() == {"lr_drop_epochs": [3], "sgd": True}
+
+
+def test_help_shows_every_flag_once_and_needs_no_torch():
     code = "import sys; import util.config as c; c.parse_config([]); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-    shown = subprocess.run(
-        [sys.executable, "main.py", "--help"], cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout
-    shown = " ".join(shown.split())
-    for name, value in parse_config([]).flags().items():
-        assert f"--{name}" in shown
-        if isinstance(value, float) and value:
-            assert f"(default: {value})" in shown
+    code = "from util.config import parse_config; parse_config(['--help'])"
+    shown = " ".join(output_of("-c", code).split())
+    for name, flag in FLAGS.items():
+        assert f"--{name.replace('_', '-')} " not in shown or "_" not in name
+        assert bool(re.search(rf" --{name} ", shown)) == (not flag.refused)
+        if isinstance(flag.default, float) and not flag.refused:
+            assert f"(default: {flag.default})" in shown
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [("--batch_sise", "--batch_size"), ("--batch-siz=3", "--batch_size"), ("--epoch", "--epochs")],
+)
+def test_a_wrong_flag_gets_the_right_one_in_the_message(wrong, meant):
+    with pytest.raises(UserError, match=rf"{wrong} 3; did you mean {meant}\?"):
+        parse_config([wrong, "3"])
+
+
+def test_a_flag_like_no_other_gets_no_suggestion():
+    with pytest.raises(UserError, match=r"unrecognized arguments: --zzz \("):
+        parse_config(["--zzz"])
+
+
+def test_the_page_of_flags_is_what_the_command_prints():
+    page = ROOT / "docs" / "flags.md"
+    assert page.read_text() == output_of("-m", "util.config"), "python -m util.config > docs/flags.md"
+
+
+def output_of(*arguments: str) -> str:
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout

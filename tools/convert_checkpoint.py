@@ -19,10 +19,10 @@ sys.path.insert(
 from util.config import (
     BatchFormerConfig,
     Config,
-    add_untold_flags,
+    add_detector_flags,
     add_weights_flag,
+    detector_flags,
     make_parser,
-    untold_flags,
 )
 from util.errors import UserError, run_as_command
 
@@ -41,10 +41,10 @@ def main(argv: Sequence[str]) -> None:
     )
     add("target", help="the folder or .pth file to write; nothing may have that name yet")
     add_weights_flag(parser)
-    add_untold_flags(parser)
+    add_detector_flags(parser)
     args = parser.parse_args(argv)
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
-    convert(args.source, Path(args.target), args.weights, **untold_flags(args))
+    convert(args.source, Path(args.target), args.weights, **detector_flags(args))
 
 
 def convert(source: str, target: Path, which: str = "auto", **architecture: Any) -> None:

@@ -24,11 +24,11 @@ sys.path.insert(
 
 from util.config import (
     DataConfig,
+    add_detector_flags,
     add_score_threshold_flag,
-    add_untold_flags,
     add_weights_flag,
+    detector_flags,
     make_parser,
-    untold_flags,
 )
 from util.errors import UserError, run_as_command
 
@@ -347,7 +347,7 @@ def _detector(args: argparse.Namespace, batchformer: bool = False) -> Detector:
     from models import load_detector
 
     return load_detector(
-        args.resume, device=args.device, weights=args.weights, batchformer=batchformer, **untold_flags(args)
+        args.resume, device=args.device, weights=args.weights, batchformer=batchformer, **detector_flags(args)
     )
 
 
@@ -439,7 +439,7 @@ def _add_attention(parser: argparse.ArgumentParser) -> None:
         help="decoder layers (with --pixel encoder layers), from 0; default: the last",
     )
     add("--head", type=int, nargs="+", help="draw the points of these heads alone, from 0; default: all")
-    add_untold_flags(parser)
+    add_detector_flags(parser)
 
 
 def _add_batchformer(parser: argparse.ArgumentParser) -> None:
@@ -463,7 +463,7 @@ def _add_batchformer(parser: argparse.ArgumentParser) -> None:
         help="levels whose tokens at the positions are shown; 0 is the finest",
     )
     add_score_threshold_flag(parser, "leave out detections that score less")
-    add_untold_flags(parser)
+    add_detector_flags(parser)
 
 
 if __name__ == "__main__":

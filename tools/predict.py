@@ -30,11 +30,11 @@ sys.path.insert(
 
 from util.config import (
     DataConfig,
+    add_detector_flags,
     add_score_threshold_flag,
-    add_untold_flags,
     add_weights_flag,
+    detector_flags,
     make_parser,
-    untold_flags,
 )
 from util.errors import UserError, run_as_command
 
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         batch_size=args.batch_size,
         weights=args.weights,
         max_image_megapixels=args.max_image_megapixels,
-        **untold_flags(args),
+        **detector_flags(args),
     )
     if args.annotations:
         sources = with_annotated_ids(sources, args.annotations, detector)
@@ -563,7 +563,7 @@ def _parser() -> argparse.ArgumentParser:
         default=DataConfig.max_image_megapixels,
         help="refuse larger pictures before they are decoded",
     )
-    add_untold_flags(parser)
+    add_detector_flags(parser)
     return parser
 
 

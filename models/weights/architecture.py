@@ -1,11 +1,9 @@
-"""Which detector a checkpoint holds: from the flags in it, and from the shapes of its weights where
-it has none.
+"""Which detector a checkpoint holds: from the flags in it, and from the shapes of its weights.
 
-Weights tell how many classes, queries, layers, levels and sampling points there are, all widths,
-the backbone and its norm, and whether boxes are refined, or in two stages. Flags alone tell
-dilation, nheads, position_embedding_scale, eval_size, max_size, and num_queries in two stages. What
-the weights tell goes before the flags in the file. A flag of the caller's that contradicts either
-is refused; image sizes are the caller's to choose.
+The weights show the numbers of classes, queries, layers, levels and sampling points, all widths, the
+backbone and its norm, and whether boxes are refined, or in two stages. They count more than the flags
+in the file. Only flags show the rest (`Flag.in_tools`). A flag of the caller that contradicts either
+is refused; image sizes are the caller's choice.
 """
 
 from __future__ import annotations
@@ -14,7 +12,6 @@ import argparse
 import logging
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import fields
 from enum import Enum
 from typing import Any
 
@@ -22,25 +19,16 @@ import torch
 from torch import Tensor
 
 from util.checkpoint import weights_of
-from util.config import (
-    BackboneConfig,
-    BatchFormerConfig,
-    Config,
-    DataConfig,
-    LossConfig,
-    OptimConfig,
-    RunConfig,
-    TransformerConfig,
-)
+from util.config import FLAGS, Config, RunConfig, flags_of
 from util.errors import UserError
 from util.other_layouts import kind_of
 
 log = logging.getLogger(__name__)
 
-# blocks of the four stages; width of the 3x3 convolutions of the first stage and their inputs ->
-# network of torchvision
-_BASIC = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet34"}
-_BOTTLENECK = {
+# blocks of the four stages -> network of torchvision
+_BASIC: dict[tuple[int, ...], str] = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet34"}
+# the same, then width of the 3x3 convolutions of the first stage and their inputs
+_BOTTLENECK: dict[tuple[int, ...], str] = {
     (3, 4, 6, 3, 64, 64): "resnet50",
     (3, 4, 23, 3, 64, 64): "resnet101",
     (3, 8, 36, 3, 64, 64): "resnet152",
@@ -50,60 +38,35 @@ _BOTTLENECK = {
     (3, 4, 6, 3, 128, 128): "wide_resnet50_2",
     (3, 4, 23, 3, 128, 128): "wide_resnet101_2",
 }
-# the flags that decide what a detector computes from its weights
-_ARCHITECTURE = (
-    "backbone",
-    "backbone_norm",
-    "dilation",
-    "position_embedding",
-    "position_embedding_scale",
-    "num_feature_levels",
-    "enc_layers",
-    "dec_layers",
-    "dim_feedforward",
-    "hidden_dim",
-    "nheads",
-    "num_queries",
-    "dec_n_points",
-    "enc_n_points",
-    "with_box_refine",
-    "two_stage",
-)
 _BODY = "backbone.0.body."
-HEADS = (
-    "class_embed.",
-    "bbox_embed.",
-)  # what is often removed from a checkpoint that others are to start from
+# often removed from a checkpoint that others are to start from
+HEADS = ("class_embed.", "bbox_embed.")
 
-
-def _names(*groups: type, without: Collection[str] = ()) -> frozenset[str]:
-    return frozenset(f.name for group in groups for f in fields(group)) - frozenset(without)
-
-
-_SIZES = frozenset({"eval_size", "max_size"})
-_MODULES = _names(BatchFormerConfig)
-_UNAVAILABLE = (
-    "mask_loss_coef",
-    "dice_loss_coef",
-    "dataset_file",
-    "coco_panoptic_path",
-    "remove_difficult",
-    "num_classes",
-)
-_LOSSES = _names(LossConfig, without=_UNAVAILABLE)
+_MODULES = frozenset(name for name, flag in FLAGS.items() if flag.group == "batchformer")
+_ARCHITECTURE = tuple(name for name in flags_of("architecture") if name not in _MODULES)
+_SIZES = flags_of("evaluation")
+# a value of the type of a flag's default, read from a file
+_SOUND: dict[type, tuple[type, ...]] = {
+    bool: (bool, int),
+    int: (bool, int),
+    float: (int, float),
+    str: (str,),
+    tuple: (list, tuple),
+}
 
 
 class Purpose(Enum):
-    """What a checkpoint is taken for, and the flags that it decides where the caller does not."""
+    """What a checkpoint is loaded for. The value: flags that it decides if the caller does not."""
 
-    EVALUATE = _names(BackboneConfig, TransformerConfig) | _LOSSES | _SIZES | _MODULES
-    # these decide which parameters train
-    RESUME = frozenset(_ARCHITECTURE) | _MODULES | {"backbone_weights"}
-    FINE_TUNE = frozenset(_ARCHITECTURE) | {"backbone_weights"}
-    BUILD = (
-        _names(OptimConfig, BackboneConfig, TransformerConfig, DataConfig, without=_UNAVAILABLE)
-        | _LOSSES
-        | _MODULES
+    EVALUATE = frozenset(flags_of("architecture", "model", "evaluation"))
+    # backbone_weights: whether they were random decides which parameters are trained
+    RESUME = frozenset((*flags_of("architecture"), "backbone_weights"))
+    FINE_TUNE = frozenset((*_ARCHITECTURE, "backbone_weights"))
+    # the data set decides its kind and its classes
+    BUILD = frozenset(
+        name
+        for name, flag in FLAGS.items()
+        if flag.group != "run" and not flag.refused and name not in ("dataset_file", "num_classes")
     )
 
 
@@ -115,8 +78,7 @@ def config_of(
     batchformer: bool = False,
     **overrides: Any,
 ) -> Config:
-    """The Config of the detector in a checkpoint, published or ours, for prediction: that of its
-    evaluation.
+    """The Config to predict with the detector in a checkpoint, published or ours.
 
     Args:
         checkpoint: as `read_checkpoint` gives it.
@@ -127,29 +89,28 @@ def config_of(
 
     Raises:
         UserError: it holds no Deformable DETR, or none with BatchFormerV2; an override is no such
-        flag or can't be.
+        flag or has a value that is not possible.
     """
-    known = _names(BackboneConfig, TransformerConfig) | _SIZES
-    if unknown := sorted(overrides.keys() - known):
-        raise UserError(
-            f"{unknown[0]} is no flag of a detector's architecture; there are {', '.join(sorted(known))}"
-        )
+    known = [name for name, item in FLAGS.items() if item.group in ("backbone", "transformer")]
+    known = sorted((*known, *_SIZES))
+    for name in overrides:
+        if name not in known:
+            raise UserError(f"{name} is no flag of a detector's architecture; there are {', '.join(known)}")
     config = adopt(as_given(overrides, resume=source, eval=True), checkpoint, source, flag)
-    return config.with_flags(_batchformer_in(checkpoint, source, flag)) if batchformer else config
+    if not batchformer:
+        return config
+
+    modules = _flags_in(checkpoint, _MODULES, f"{flag} {source}")
+    if not modules.get("bf"):
+        raise UserError(
+            f"{flag} {source} was trained without BatchFormerV2 (--bf), or does not say how it was trained"
+        )
+    return config.with_flags({**modules, "eval_bf": False})
 
 
 def as_given(flags: Mapping[str, Any], **run: Any) -> Config:
     """A Config whose other flags are left to a checkpoint."""
     return Config(run=RunConfig(**run)).with_flags(flags, given=frozenset(flags), settled=False)
-
-
-def _batchformer_in(checkpoint: Mapping[str, Any], source: str, flag: str) -> dict[str, Any]:
-    flags = _flags_in(checkpoint, _MODULES)
-    if not flags.get("bf"):
-        raise UserError(
-            f"{flag} {source} was trained without BatchFormerV2 (--bf), or does not say how it was trained"
-        )
-    return {**flags, "eval_bf": False}
 
 
 def adopt(
@@ -165,118 +126,70 @@ def adopt(
     the checkpoint's, as far as `purpose` says. A line of the log lists them.
 
     Args:
-        config: the run's, whose `given` flags hold.
+        config: the run's, whose `given` flags are kept.
         source, flag: the file and the flag that named it, for messages.
         without_heads: the weights of the heads may have been removed.
 
     Raises:
-        UserError: the file holds no Deformable DETR, or only a part of one; a flag that was given
-        contradicts it (the message has those to give); together they can't be.
+        UserError: the file holds no complete Deformable DETR; a flag that was given contradicts it
+        (the message lists the flags to give); the flags do not fit together.
     """
+    named = f"{flag} {source}"
     given = {name: value for name, value in config.flags().items() if config.is_given(name)}
-    there = known_flags(checkpoint, source, flag, given)
+    state = weights_of(checkpoint, source, flag)
+    saved = _flags_in(checkpoint, purpose.value, named)
+    # the weights count more than the flags in the file
+    there = saved | _flags_shown_by(state, {**given, **saved}, named)
     if not without_heads:
-        _require_heads(weights_of(checkpoint, source, flag), source, flag)
-    modules_off = purpose is Purpose.EVALUATE and (
-        given.get("bf") == 0 or not {**there, **given}.get("eval_bf")
-    )
-    decided = purpose.value - (_MODULES if modules_off or not there.get("bf") else frozenset())
-    _require_sound({name: there[name] for name in sorted(decided & there.keys())}, f"{flag} {source}")
+        _require_heads(state, named)
+
+    # BatchFormerV2 acts in evaluation only with --eval_bf
+    evaluate = purpose is Purpose.EVALUATE
+    acts = {**there, **given}.get("eval_bf") and given.get("bf") != 0
     is_own_run = purpose is Purpose.RESUME and "processes" in checkpoint
-    _require_same(
-        there,
-        given,
-        f"{flag} {source}",
-        modules=is_own_run or purpose is Purpose.EVALUATE and not modules_off,
-    )
+    _require_same(there, given, named, modules=bool(acts) if evaluate else is_own_run)
+
+    decided = purpose.value
+    if not there.get("bf") or evaluate and not acts:
+        decided -= _MODULES
     taken = {name: value for name, value in there.items() if name in decided and name not in given}
-    if purpose is Purpose.EVALUATE:
-        taken |= _other_size(given, there, source)
-    off = {f.name: f.default for f in fields(BatchFormerConfig)} if modules_off else {}
+    if evaluate:
+        taken |= _fitting_size(given, there, source)
+    changes = dict(taken)
+    if evaluate and not acts:
+        changes |= {name: FLAGS[name].default for name in _MODULES}
     try:
-        settled = config.with_flags({**taken, **off}, settled=True)
+        settled = config.with_flags(changes, settled=True)
     except UserError as error:
-        raise UserError(f"{flag} {source} can't be used: {error}") from None
-    _tell(config, settled, taken, source)
-    if not _flags_in(checkpoint, purpose.value):
+        raise UserError(f"{named} can't be used: {error}") from None
+
+    _log_changes(config, settled, taken, source)
+    if not saved:
         _warn_of_guesses(settled, source)
     return settled
 
 
-def _other_size(given: Mapping[str, Any], there: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Where --eval_size or --max_size was given alone, the other one, if it must be another than
-    the checkpoint's to fit.
-    """
-    flags = {"eval_size": DataConfig.eval_size, "max_size": DataConfig.max_size, **there, **given}
-    shorter, longest = flags["eval_size"], flags["max_size"]
-    if shorter <= longest or {"eval_size", "max_size"} <= given.keys():
+def _flags_in(checkpoint: Mapping[str, Any], names: Collection[str], named: str) -> dict[str, Any]:
+    """These flags among the checkpoint's `args`: a dict, or a published file's Namespace."""
+    args = checkpoint.get("args", {})
+    if isinstance(args, argparse.Namespace):
+        args = vars(args)
+    if not isinstance(args, Mapping):
         return {}
-    if "eval_size" not in given:
-        return {"eval_size": longest}  # no side may be longer, so this changes nothing
-    raised = max(shorter, round(longest * shorter / there.get("eval_size", DataConfig.eval_size)))
-    log.warning(
-        "--eval_size %d is above --max_size %d of %s; taken: --max_size %d", shorter, longest, source, raised
-    )
-    return {"max_size": raised}
+    flags = {name: args[name] for name in sorted(names) if args.get(name) is not None}
+    for name, value in flags.items():
+        if type(value) not in _SOUND[type(FLAGS[name].default)]:
+            kind = type(value).__name__
+            raise UserError(f"{named} is damaged: its --{name} can't be {kind} {str(value)[:60]!a}")
+    return flags
 
 
-def _tell(config: Config, settled: Config, taken: Mapping[str, Any], source: str) -> None:
-    before, told = config.flags(), {*_ARCHITECTURE, *_SIZES, *_MODULES} & taken.keys()
-    changed = {
-        name: value for name, value in settled.flags().items() if name in told and value != before[name]
-    }
-    if changed:
-        log.info("taken from %s: %s", source, _given_as(changed))
-
-
-def _warn_of_guesses(config: Config, source: str) -> None:
-    names = ("nheads", "dilation", *(("eval_size",) if config.run.eval else ()))
-    guessed = ", ".join(f"{name} {config.flags()[name]}" for name in names)
-    log.warning("%s does not say how it was trained; taken for granted: %s", source, guessed)
-
-
-def known_flags(
-    checkpoint: Mapping[str, Any], source: str, flag: str, given: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Flags that the weights of a checkpoint tell, and its own in all else; `given` helps to read
-    the weights.
-
-    Raises UserError if it holds no Deformable DETR.
-    """
-    state = weights_of(checkpoint, source, flag)
-    said = _flags_in(checkpoint, frozenset().union(*(purpose.value for purpose in Purpose)))
-    try:
-        return {**said, **_seen_in(state, {**given, **said})}
-    except KeyError as error:
-        what = kind_of(state) or f"it lacks {error}"
+def _require_heads(state: Mapping[str, Tensor], named: str) -> None:
+    removed = [f"{head}*" for head in HEADS if not any(name.startswith(head) for name in state)]
+    if removed:
         raise UserError(
-            f"{flag} {source} holds no Deformable DETR under the published names: {what}"
-        ) from None
-    except (IndexError, TypeError) as error:
-        raise UserError(f"{flag} {source} holds no Deformable DETR: {error}") from None
-
-
-def _require_sound(flags: Mapping[str, Any], named: str) -> None:
-    """Raise UserError for a flag of a checkpoint whose value is of another type than the flag's."""
-    for name, default in Config().flags().items():
-        kinds = next(
-            (kinds for kinds in ((bool, int), (int, float), (list, tuple)) if type(default) in kinds),
-            (type(default),),
-        )
-        if name in flags and type(flags[name]) not in kinds:
-            raise UserError(
-                f"{named} is damaged: its --{name} can't be {type(flags[name]).__name__} "
-                f"{str(flags[name])[:60]!a}"
-            )
-
-
-def _require_heads(state: Mapping[str, Tensor], source: str, flag: str) -> None:
-    lacking = [f"{part}*" for part in HEADS if not any(name.startswith(part) for name in state)]
-    if lacking:
-        raise UserError(
-            f"{flag} {source} has no {' and no '.join(lacking)}: somebody removed these weights, "
-            f"and it can only be the start of "
-            "a training; use --finetune"
+            f"{named} has no {' and no '.join(removed)}: somebody removed these weights, and it can "
+            "only be the start of a training; use --finetune"
         )
 
 
@@ -284,60 +197,109 @@ def _require_same(there: Mapping[str, Any], given: Mapping[str, Any], named: str
     """Raise UserError, with the flags to give, if those that were given contradict the detector in
     a checkpoint.
 
-    What neither its weights nor its own flags tell is not compared. modules: those of BatchFormerV2
-    count.
+    Only what its weights or its own flags show is compared. modules: BatchFormerV2's too.
     """
     here = {**there, **given}
     names = [name for name in _ARCHITECTURE if name in there and not _alike(name, there, here)]
     if modules and not _same_modules(there, here):
-        names += ["bf", "share_bf", "bt_num_layers", "insert_idx"] if there.get("bf") else ["bf"]
+        names.append("bf")
+        if there.get("bf"):
+            names += _MODULE_WEIGHTS
     differ = {name: there.get(name, 0) for name in names}
-    give, leave_out = (
-        _given_as(differ),
-        " ".join(f"--{name}" for name, value in differ.items() if value is False),
-    )
-    remedy = [f"give {give}"] * bool(give) + [f"leave out {leave_out}"] * bool(leave_out)
-    if remedy:
-        raise UserError(f"{named} is of another detector: {' and '.join(remedy)}")
+    remedies = []
+    if give := _as_typed(differ):
+        remedies.append(f"give {give}")
+    if leave_out := " ".join(f"--{name}" for name, value in differ.items() if value is False):
+        remedies.append(f"leave out {leave_out}")
+    if remedies:
+        raise UserError(f"{named} is of another detector: {' and '.join(remedies)}")
 
 
-def _given_as(flags: Mapping[str, Any]) -> str:
-    """Flags as on a command line; one that is off can't be given."""
-    texts = []
-    for name, value in flags.items():
-        values = value if isinstance(value, list | tuple) else [] if value is True else [value]
-        texts += [" ".join([f"--{name}", *map(str, values)])] if value is not False else []
-    return " ".join(texts)
-
-
-def _alike(name: str, there: Mapping[str, Any], flags: Mapping[str, Any]) -> bool:
+def _alike(name: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
     if name == "num_queries" and there["two_stage"]:
         return True  # proposals have no weights
     if name == "with_box_refine" and there["dec_layers"] == 1:
         return True  # there is no next layer
-    if name == "backbone_norm" and "gn" not in (there[name], flags[name]):
+    if name == "backbone_norm" and "gn" not in (there[name], here[name]):
         return True  # statistics may be frozen or go on
-    return bool(there[name] == flags[name])
+    return bool(there[name] == here[name])
+
+
+# flags of BatchFormerV2 that decide which weights there are, be there one stream or two
+_MODULE_WEIGHTS = ("share_bf", "bt_num_layers", "insert_idx")
 
 
 def _same_modules(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
-    """Whether BatchFormerV2's modules have the same weights, be there one stream or two."""
-    if not here.get("bf") or not there.get("bf"):
-        return bool(here.get("bf")) == bool(there.get("bf"))
-    return all(here.get(name) == there.get(name) for name in ("share_bf", "bt_num_layers", "insert_idx"))
+    if here.get("bf") and there.get("bf"):
+        return all(here.get(name) == there.get(name) for name in _MODULE_WEIGHTS)
+    return bool(here.get("bf")) == bool(there.get("bf"))
 
 
-def _flags_in(checkpoint: Mapping[str, Any], known: frozenset[str]) -> dict[str, Any]:
-    """The known flags among the checkpoint's `args`: a dict, or a published file's Namespace."""
-    args = checkpoint.get("args", {})
-    flags = vars(args) if isinstance(args, argparse.Namespace) else args
-    if not isinstance(flags, Mapping):
+def _fitting_size(given: Mapping[str, Any], there: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """If only one of --eval_size and --max_size was given, and the other one of the checkpoint does
+    not fit it: one that does.
+    """
+    trained = {name: there.get(name, FLAGS[name].default) for name in _SIZES}
+    sizes = {name: given.get(name, trained[name]) for name in _SIZES}
+    shorter, longest = sizes["eval_size"], sizes["max_size"]
+    if shorter <= longest or given.keys() >= sizes.keys():
         return {}
-    return {name: flags[name] for name in known if flags.get(name) is not None}
+    if "eval_size" not in given:
+        return {"eval_size": longest}  # no side may be longer, so this changes nothing
+    raised = max(shorter, round(longest * shorter / trained["eval_size"]))
+    log.warning(
+        "--eval_size %d is above --max_size %d of %s; used: --max_size %d", shorter, longest, source, raised
+    )
+    return {"max_size": raised}
+
+
+def _log_changes(config: Config, settled: Config, taken: Collection[str], source: str) -> None:
+    before, changed = config.flags(), {}
+    for name, value in settled.flags().items():
+        logged = FLAGS[name].of in ("architecture", "evaluation")
+        if logged and name in taken and value != before[name]:
+            changed[name] = value
+    if changed:
+        log.info("taken from %s: %s", source, _as_typed(changed))
+
+
+def _warn_of_guesses(config: Config, source: str) -> None:
+    names = ["nheads", "dilation"]
+    if config.run.eval:
+        names.append("eval_size")
+    flags = config.flags()
+    guessed = ", ".join(f"{name} {flags[name]}" for name in names)
+    log.warning("%s does not say how it was trained; assumed: %s", source, guessed)
+
+
+def _as_typed(flags: Mapping[str, Any]) -> str:
+    """Flags as on a command line, without switches that are off."""
+    words = []
+    for name, value in flags.items():
+        if value is False:
+            continue
+        words.append(f"--{name}")
+        if value is not True:
+            words += map(str, value if isinstance(value, list | tuple) else [value])
+    return " ".join(words)
+
+
+def _flags_shown_by(state: Mapping[str, Tensor], flags: Mapping[str, Any], named: str) -> dict[str, Any]:
+    """The flags that the weights show. `flags` have the number of heads, if it is known.
+
+    Raises UserError if this is no Deformable DETR.
+    """
+    try:
+        return _seen_in(state, flags)
+    except KeyError as error:
+        what = kind_of(state) or f"it has no {error}"
+        raise UserError(f"{named} holds no Deformable DETR under the published names: {what}") from None
+    except (IndexError, TypeError) as error:
+        raise UserError(f"{named} holds no Deformable DETR: {error}") from None
 
 
 def _seen_in(state: Mapping[str, Tensor], flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Flags that the weights tell. Raises KeyError for a tensor that every Deformable DETR has."""
+    """Raises KeyError for a tensor that every Deformable DETR has."""
     two_stage = "transformer.enc_output.weight" in state
     num_levels = state["transformer.level_embed"].shape[0]
     seen = {
@@ -354,7 +316,7 @@ def _seen_in(state: Mapping[str, Tensor], flags: Mapping[str, Any]) -> dict[str,
         seen["with_box_refine"] = two_stage or _heads_differ(state)
     if "query_embed.weight" in state:
         seen["num_queries"] = state["query_embed.weight"].shape[0]
-    heads = flags.get("nheads", TransformerConfig.nheads)
+    heads = flags.get("nheads", FLAGS["nheads"].default)
     for flag, module in (
         ("enc_n_points", "encoder.layers.0.self_attn"),
         ("dec_n_points", "decoder.layers.0.cross_attn"),

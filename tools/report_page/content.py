@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pycocotools.coco import COCO
 
 from tools.report_page.runs import Result, Run, Tables
-from util.config import all_flags
+from util.config import FLAGS
 from util.draw.curves import series
 
 # of a class: its name, and its places among IoU thresholds, sizes and numbers of detections; the
@@ -71,7 +71,7 @@ def total_batch(flags: Mapping[str, Any], environment: Mapping[str, Any]) -> int
 
 def flag_table(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Every flag, its meaning and its value in each run, in the order of --help."""
-    meanings = {item.name: item.metadata["help"] for _, item in all_flags()}
+    meanings = {name: flag.help for name, flag in FLAGS.items()}
     names = [*meanings, *sorted({name for run in runs for name in run.flags} - set(meanings))]
     known = [name for name in names if any(name in run.flags for run in runs)]
     return [

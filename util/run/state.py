@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from util.class_map import ClassMap
-from util.config import Config
+from util.config import FLAGS, Config
 from util.distributed.processes import gather_on_main, is_main, rank, world_size
 from util.errors import UserError
 from util.optim import go_to_epoch
@@ -26,40 +26,10 @@ from util.step.updater import Updater
 
 log = logging.getLogger(__name__)
 
-# flags that change nothing of what is learned: no warning if they differ
-_MAY_DIFFER = (
-    "resume",
-    "output_dir",
-    "eval",
-    "device",
-    "num_workers",
-    "log_every",
-    "start_epoch",
-    "save_predictions",
-    "coco_path",
-    "train_images",
-    "train_annotations",
-    "val_images",
-    "val_annotations",
-    "finetune",
-    "tensorboard",
-    "cache_mode",
-    "eval_every",
-    "coco_eval",
-    "backbone_weights",
-    "save_every",
-    "keep",
-    "dist_timeout",
-    "checkpoint_encoder",
-    "max_bad_images",
-    "max_nan_steps",
-    "max_image_megapixels",
-)
-
-
 # flags that decide which tensors the optimiser holds, and what it holds of each; those of the
 # architecture are the checkpoint's
 _OF_OPTIMISER = ("sgd", "lr_backbone")
+
 
 
 class Stateful(Protocol):
@@ -246,7 +216,7 @@ def position_of(checkpoint: Mapping[str, Any]) -> TrainingPosition:
 def warn_about_changes(saved: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
     """Warn about flags whose value differs from the checkpoint's."""
     for name, value in flags.items():
-        if name in saved and saved[name] != value and name not in _MAY_DIFFER:
+        if name in saved and saved[name] != value and not FLAGS[name].free_on_resume:
             log.warning(
                 "resume: --%s was %s in the checkpoint and is %s in this run; the new value is used",
                 name,

@@ -1,0 +1,111 @@
+"""All flags of a run as one frozen object, which is valid by construction."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from util.class_map import ClassMap
+from util.config import checks
+from util.config.fields import FLAGS, GROUPS, DataConfig, OptimConfig, RunConfig
+from util.config.model_fields import (
+    BackboneConfig,
+    BatchFormerConfig,
+    LossConfig,
+    SegmentationConfig,
+    TransformerConfig,
+)
+from util.errors import UserError
+
+
+@dataclass(frozen=True)
+class Config:
+    """All flags, by group. Raises UserError for a combination that can't work.
+
+    classes: those of the data or of a checkpoint, once they are known; --num_classes is their
+        number then.
+    given: the flags that were given on a command line; None: all of them.
+    settled: False until the checkpoint of --resume or --finetune has decided the flags that were not
+        given (models/weights/architecture.py). Only then it is checked whether they fit together.
+    """
+
+    batchformer: BatchFormerConfig = field(default_factory=BatchFormerConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    transformer: TransformerConfig = field(default_factory=TransformerConfig)
+    segmentation: SegmentationConfig = field(default_factory=SegmentationConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    classes: ClassMap | None = None
+    given: frozenset[str] | None = None
+    settled: bool = True
+
+    def __post_init__(self) -> None:
+        checks.check_values(self.flags(), self.run.eval)
+        checks.check_loss(self.loss)
+        checks.check_run(self.run, self.optim.epochs)
+        if not self.run.eval:
+            checks.check_optim(self.optim)
+
+        # flags that were not given may be others in the checkpoint
+        if self.settled:
+            checks.check_architecture(self.backbone, self.transformer, self.run)
+            bf_given = self.is_given("bf")
+            checks.check_batchformer(self.batchformer, self.transformer.enc_layers, bf_given)
+            checks.check_val_data(self.data)
+            if not self.run.eval:
+                checks.check_train_data(self.data)
+
+    def is_given(self, name: str) -> bool:
+        return self.given is None or name in self.given
+
+    def flags(self) -> dict[str, Any]:
+        """Flag name -> value, as plain data (lists for tuples), for logs and checkpoints."""
+        values = {}
+        for name, flag in FLAGS.items():
+            value = getattr(getattr(self, flag.group), name)
+            values[name] = list(value) if isinstance(value, tuple) else value
+        return values
+
+    def non_default_flags(self) -> dict[str, Any]:
+        """The flags whose value is not the default, as `flags` gives them."""
+        defaults = Config().flags()
+        return {name: value for name, value in self.flags().items() if value != defaults[name]}
+
+    def with_flags(self, flags: Mapping[str, Any], **fields: Any) -> Config:
+        """The Config with other values for some flags, and for `fields` of its own; names that are
+        no flags are ignored.
+
+        Raises UserError for values that no Config can have.
+        """
+        changes: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
+        for name in FLAGS.keys() & flags.keys():
+            value = flags[name]
+            changes[FLAGS[name].group][name] = tuple(value) if isinstance(value, list) else value
+        groups = {
+            group: dataclasses.replace(getattr(self, group), **values) for group, values in changes.items()
+        }
+        try:
+            return dataclasses.replace(self, **groups, **fields)
+        except TypeError as error:
+            raise UserError(f"these flags of a checkpoint can't be used: {error}") from None
+
+    def without_effect(self) -> list[str]:
+        """Flags of BatchFormerV2 that were given though it is off."""
+        if self.batchformer.bf or self.given is None:
+            return []
+        names = [name for name, flag in FLAGS.items() if flag.group == "batchformer" and name != "bf"]
+        return [name for name in names if name in self.given]
+
+
+def check_trainable(config: Config) -> None:
+    """Raise UserError for what a model may be built with, but a training can't start from."""
+    checks.check_start(config.backbone, config.data, config.run)
+
+
+def with_classes(config: Config, classes: ClassMap) -> Config:
+    """The Config with the classes of a data set or a checkpoint, in place of --num_classes auto."""
+    return config.with_flags({"num_classes": classes.num_classes}, classes=classes)
