@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
+from datasets import DetectionData
 from datasets.coco_eval import coco_results, evaluate_results, metrics_table, precision_tables
 from datasets.loader import DeviceBatches
 from models import build_model
 from models.criterion import SetCriterion
+from models.ops import backends
 from models.weights.finetune import fine_tune
 from models.weights.start import Start, load_checkpoint
 from util.class_map import ClassMap
-from util.config import Config
+from util.config import Config, RunConfig
 from util.distributed.processes import broadcast_from_main, gather_on_main, is_main, world_size
 from util.distributed.watchdog import note
 from util.errors import UserError
@@ -96,6 +98,14 @@ def _exchange_of_gradients(model: nn.Module, wanted: bool) -> contextlib.Abstrac
     if isinstance(model, DistributedDataParallel) and not wanted:
         return model.no_sync()
     return contextlib.nullcontext()
+
+
+def check_operator(device: torch.device) -> None:
+    """Compare the attention kernels with the reference before a run starts. Raises UserError."""
+    try:
+        backends.choose(None, device)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -189,9 +199,10 @@ class Evaluation:
         """AP at IoU 0.50:0.95, in [0, 1]; -1 if the data set has no object."""
         return self.stats["coco_eval_bbox"][0]
 
-    def table(self) -> str:
-        """The metrics in two lines."""
-        return metrics_table(self.stats["coco_eval_bbox"])
+    def print_metrics(self) -> None:
+        """Log the twelve metrics, in two lines."""
+        for line in metrics_table(self.stats["coco_eval_bbox"]).splitlines():
+            log.info("%s", line)
 
 
 @torch.no_grad()
@@ -200,46 +211,43 @@ def evaluate(
     criterion: SetCriterion,
     postprocessors: Mapping[str, Callable],
     batches: DeviceBatches,
-    ground_truth: COCO,
-    classes: ClassMap,
-    log_every: int = 10,
-    *,
-    amp: str = "off",
+    dataset: DetectionData,
+    run: RunConfig,
     title: str = "evaluate",
-    evaluator: str = "faster",
 ) -> Evaluation:
     """COCO's metrics and the mean losses over a data set, the same for any number of processes.
 
     Args:
         model: not wrapped: processes may have different numbers of batches.
         postprocessors: by IoU type ("bbox"): outputs and image sizes to detections.
-        classes: maps labels to the category ids of `ground_truth`.
-        evaluator: "faster" or "pycocotools" (datasets.coco_eval.evaluate_results).
+        batches: this process's batches of `dataset`.
+        dataset: its classes map labels to category ids, its `coco` is the ground truth.
+        run: --amp, --log_every and --coco_eval.
 
     Raises:
         UserError: no image of the data set could be read.
     """
     model.eval()
     criterion.eval()
-    progress, throughput = Progress(title, len(batches), log_every), Throughput()
+    progress, throughput = Progress(title, len(batches), run.log_every), Throughput()
     done: list[BatchResult] = []
     pending: PendingResult | None = None
     for step, (images, targets) in enumerate(batches):
         note("%s, batch %d", title, step)
-        with autocast(amp, images.tensors.device):
+        with autocast(run.amp, images.tensors.device):
             outputs = model(images)
         # The device works on this batch; the host converts the detections of the previous one.
         if pending:
             done.append(pending.collect())
         losses = criterion(outputs, targets)
         sizes = torch.stack([target["orig_size"] for target in targets])
-        pending = PendingResult(targets, postprocessors["bbox"](outputs, sizes), losses, classes)
+        pending = PendingResult(targets, postprocessors["bbox"](outputs, sizes), losses, dataset.classes)
         throughput.add(len(images) * world_size())
         progress.step([f"{throughput.rate():.2f} images/s"] if progress.due() else [])
     if pending:
         done.append(pending.collect())
     progress.close()
-    return _summarise(done, criterion.weight_dict, ground_truth, evaluator)
+    return _summarise(done, criterion.weight_dict, dataset.coco, run.coco_eval)
 
 
 @dataclass(frozen=True)

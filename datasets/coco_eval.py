@@ -122,13 +122,16 @@ def precision_tables(evaluation: COCOeval) -> dict[str, Any]:
     return tables
 
 
-def figures_table(stats: Sequence[float]) -> str:
+def metrics_table(stats: Sequence[float]) -> str:
     """The twelve metrics in two lines, in percent."""
     cells = []
     for name, value in zip(FIGURES, stats, strict=True):
         shown = f"{value * 100:.1f}" if value >= 0 else "-"
         cells.append(f"{name} {shown}")
-    return "  ".join(cells[:6]) + "\n" + "  ".join(cells[6:])
+    first, second = "  ".join(cells[:6]), "  ".join(cells[6:])
+    if min(stats) < 0:
+        second += "  (-: no such objects)"
+    return f"{first}  (AP: IoU 0.50:0.95, in percent)\n{second}"
 
 
 @functools.cache  # one warning

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 
-from datasets import build_dataset
+from datasets import DetectionData, build_dataset
 from datasets.bad_images import BadImages
-from datasets.coco import CocoDetection
 from datasets.loader import DeviceBatches, build_loader
-from datasets.preflight import quick_check
+from datasets.preflight.quick import quick_check
 from datasets.samplers import EvalBatches, TrainBatches
 from util.checkpoint import weights_of
 from util.class_map import AUTO, ClassMap, classes_of, unnamed_classes
@@ -27,8 +26,8 @@ log = logging.getLogger(__name__)
 class TrainingData:
     """Both splits of a training. order: which images the training batches hold."""
 
-    train: CocoDetection
-    val: CocoDetection
+    train: DetectionData
+    val: DetectionData
     order: TrainBatches
     bad_images: BadImages
     batches: DeviceBatches
@@ -53,7 +52,7 @@ def open_training_data(config: Config, device: torch.device) -> TrainingData:
     )
 
 
-def open_evaluation_data(config: Config, checkpoint: Mapping[str, Any], source: str) -> CocoDetection:
+def open_evaluation_data(config: Config, checkpoint: Mapping[str, Any], source: str) -> DetectionData:
     """The validation split, labelled as the class heads of the checkpoint are.
 
     Args:
@@ -77,7 +76,7 @@ def open_evaluation_data(config: Config, checkpoint: Mapping[str, Any], source: 
 
 
 def evaluation_loader(
-    dataset: CocoDetection, config: Config, device: torch.device, bad_images: BadImages | None = None
+    dataset: DetectionData, config: Config, device: torch.device, bad_images: BadImages | None = None
 ) -> DeviceBatches:
     """The batches of `dataset` that this process evaluates."""
     bad_images = bad_images or BadImages(config.data.on_bad_image, config.data.max_bad_images)
@@ -93,7 +92,19 @@ def evaluation_loader(
     )
 
 
-def _check(train: CocoDetection, val: CocoDetection, config: Config) -> None:
+def check_classes(classes: ClassMap, checkpoint: Mapping[str, Any] | None, source: str) -> None:
+    """Print the classes of the data. Raises UserError if the checkpoint was trained on others."""
+    if checkpoint and "classes" in checkpoint:
+        trained = classes_of(checkpoint, source)
+        if trained:
+            classes.require_same(trained, source)
+    names = ", ".join(classes.names.values())
+    if len(names) > 200:
+        names = f"{names[:200]} ..."
+    log.info("%d classes: %s", len(classes.categories), names)
+
+
+def _check(train: DetectionData, val: DetectionData, config: Config) -> None:
     """The quick part of tools/check_data.py on the main process; every process raises what it finds."""
     error = None
     if is_main():

@@ -175,7 +175,7 @@ def test_in_evaluation_it_counts_as_an_image_without_detections(data, caplog, wo
         "an empty batch is passed over"
     )
     caplog.clear()
-    result = evaluate(model, criterion, postprocessors, loader, dataset.coco, dataset.classes)
+    result = evaluate(model, criterion, postprocessors, loader, dataset, config.run)
     assert {r["image_id"] for r in result.results} == {13, 14}
     assert record.count == 3
     assert "3 images of this pass were left out" in caplog.text

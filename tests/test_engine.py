@@ -429,7 +429,7 @@ def test_evaluation_is_that_of_pycocotools_by_hand(tmp_path):
     model, criterion, postprocessors, _ = setup()
     recipe.fill(model)
     loader = build_loader(dataset, EvalBatches(5, 2, 0, 1), 0, CPU)
-    result = evaluate(model, criterion, postprocessors, loader, dataset.coco, dataset.classes)
+    result = evaluate(model, criterion, postprocessors, loader, dataset, config.run)
     model.eval()
     expected, losses = [], []
     for group in EvalBatches(5, 2, 0, 1):

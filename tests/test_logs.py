@@ -19,8 +19,14 @@ from tests.helpers import BATCHFORMER, ROOT, SMALL_IMAGES, SMALL_MODEL, run_main
 from util.step.metrics import MeanOnDevice
 
 LINE = re.compile(
-    r"epoch 0 \[ *\d+/3\]  loss [\d.]+  lr [\de.+-]+  grad norm [\d.e+]+  [\d.]+ images/s  mem "
+    r"\d\d:\d\d:\d\d  epoch 0 \(1/1\) \[ *\d+/3\]  "
+    r"loss [\d.]+  lr [\de.+-]+  grad norm [\d.e+]+  [\d.]+ images/s  mem "
     r"[\d.]+ GiB  left \d:\d\d:\d\d"
+)
+
+SUMMARY = (
+    r"epoch 0 \(1/1\) done in \d:\d\d:\d\d  loss [\d.]+  validation loss [\d.]+  AP [\d.]+  "
+    r"best AP [\d.]+ \(epoch 0\)  saved .*checkpoint.pth"
 )
 
 
@@ -42,11 +48,14 @@ def flags(tmp_path):
 def test_plain_lines_every_so_many_steps(flags, tmp_path):
     result = run_main(*flags, *BATCHFORMER, "--output_dir", str(tmp_path / "out"))
     assert result.returncode == 0, result.stderr
-    lines = [line for line in result.stdout.splitlines() if line.startswith("epoch 0")]
+    lines = [line for line in result.stdout.splitlines() if "epoch 0 (1/1) [" in line]
     assert len(lines) == 2, "after step 2 and after the last"
     assert all(LINE.fullmatch(line) for line in lines), lines
     assert "multi-scale deformable attention on cpu: " in result.stdout, "the operator's backend is said"
     assert "device: cpu" in result.stdout
+    assert re.search(SUMMARY, result.stdout), result.stdout
+    assert re.search(r"best AP [\d.]+ \(epoch 0\): .*checkpoint_best.pth", result.stdout)
+    assert "flags that differ from their defaults: --lr" not in result.stdout
     assert result.stderr == "", "no warnings"
     entry = json.loads((tmp_path / "out" / "log.txt").read_text())
     assert entry["n_parameters"] > 1e6
@@ -81,9 +90,9 @@ def test_a_bar_on_a_terminal(flags):
         if not part:
             break
         shown += part
-    assert "epoch 0 [" not in output, "no lines beside the bar"
+    assert "epoch 0 (1/1) [" not in output, "no lines beside the bar"
     bar = (
-        r"epoch 0 3/3 \|█+\| left 00:00, loss [\d.]+  lr [\d.e-]+  grad norm [\d.e+]+  [\d.]+ "
+        r"epoch 0 \(1/1\) 3/3 \|█+\| left 00:00, loss [\d.]+  lr [\d.e-]+  grad norm [\d.e+]+  [\d.]+ "
         r"images/s  mem [\d.]+ GiB"
     )
     assert re.search(bar, shown.decode()), shown.decode()

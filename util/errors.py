@@ -21,6 +21,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn, TypeVar
+
+T = TypeVar("T")
 
 # sent by schedulers, launchers and a closed terminal; main.py saves and leaves (util/run/stop.py)
 ASK_TO_LEAVE = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
@@ -61,12 +64,14 @@ class Preempted(BaseException):
         self.exit_code, self.signal = exit_code, signal
 
 
-def run_as_command(command: Callable[[], object]) -> None:
-    """Run `command`. A UserError, a request to leave and Ctrl-C end it with one line on stderr, no
-    traceback, and their exit code.
+def run_as_command(command: Callable[[], T]) -> T:
+    """Run `command` and return its value.
+
+    A UserError, a request to exit and Ctrl-C end the program with one line on stderr, without a
+    traceback, and with their exit code.
     """
     try:
-        command()
+        return command()
     except UserError as error:
         _leave(f"error: {error}", error.exit_code)
     except Preempted as reason:
@@ -82,7 +87,7 @@ def run_as_command(command: Callable[[], object]) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _leave(message: str, code: int, silent: bool = False) -> None:
+def _leave(message: str, code: int, silent: bool = False) -> NoReturn:
     # PyTorch's elastic launcher (torchrun) reads how a process ends from this file
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         reason = {"message": message, "errorCode": code, "extraInfo": {"timestamp": str(int(time.time()))}}

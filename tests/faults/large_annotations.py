@@ -27,7 +27,7 @@ sys.path.insert(
 
 import numpy as np
 
-from datasets.coco_eval import evaluate_results, figures_table
+from datasets.coco_eval import evaluate_results, metrics_table
 from datasets.coco_format import read_annotations
 from util.class_map import COCO_CLASSES
 
@@ -130,7 +130,7 @@ def evaluate(path: Path, evaluator: str) -> None:
         f"{evaluator}: {len(detections)} detections of {len(coco.imgs)} images, {seconds:.1f} s, "
         f"peak memory {before:.0f} MiB before and {_peak_mebibytes():.0f} MiB after"
     )
-    print(figures_table(stats))
+    print(metrics_table(stats))
 
 
 def _peak_mebibytes() -> float:

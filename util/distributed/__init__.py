@@ -1,3 +1,28 @@
-"""The processes of one run: the process group, the launchers that start them, and the watchdog that
-explains a failed exchange. Every room above may use this one; it does not depend on training.
+"""The processes of one run: the process group, what starts them, and the watchdog that explains a hang.
+
+Every layer above may use this room; it knows nothing of training.
 """
+
+from util.distributed.processes import (
+    broadcast_from_main,
+    equalise_buffers,
+    gather_on_main,
+    is_main,
+    process_group,
+    rank,
+    sum_over_processes,
+    world_size,
+)
+from util.distributed.watchdog import note
+
+__all__ = [
+    "broadcast_from_main",
+    "equalise_buffers",
+    "gather_on_main",
+    "is_main",
+    "note",
+    "process_group",
+    "rank",
+    "sum_over_processes",
+    "world_size",
+]

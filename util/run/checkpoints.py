@@ -38,6 +38,19 @@ def scheduled_name(epoch: int) -> str:
     return f"checkpoint{epoch:04}.pth"
 
 
+def scheduled_names(epoch: int, lr_drop: int, lr_drop_epochs: Sequence[int]) -> list[str]:
+    """The published name of the checkpoint after `epoch`, if the published schedule keeps one.
+
+    It keeps those before a drop of the learning rates, and one every 5 epochs.
+    """
+    before_drop = (epoch + 1) % lr_drop == 0
+    if lr_drop_epochs:
+        before_drop = epoch + 1 in lr_drop_epochs
+    if before_drop or (epoch + 1) % 5 == 0:
+        return [scheduled_name(epoch)]
+    return []
+
+
 class CheckpointFolder:
     """Writes and finds the checkpoints in `folder`. Only the main process has one.
 

@@ -8,8 +8,11 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from util.config import Config
 from util.distributed.processes import is_main, rank, world_size
+from util.run.record import device_name
 from util.step.progress import duration
 
 log = logging.getLogger(__name__)
@@ -17,18 +20,20 @@ log = logging.getLogger(__name__)
 NOTHING_KEPT = "nothing is saved without --output_dir"
 
 
-def start_logging() -> None:
+def start_logging(device: torch.device) -> None:
     """Print everything of the main process, and the warnings of the others with their rank."""
     form = "%(message)s" if world_size() == 1 else f"[{rank()}] %(message)s"
     level = logging.INFO if is_main() else logging.WARNING
     logging.basicConfig(stream=sys.stdout, level=level, format=form, force=True)
     # A line that can't be written, on a full disk for example, ends no run.
     logging.raiseExceptions = False
+    name = device_name(device)
+    log.info("device: %s (%s), %d process(es), torch %s", device, name, world_size(), torch.__version__)
 
 
 def announce(config: Config) -> None:
     """Print the flags that differ from their defaults, and warn about those that can't work."""
-    flags = " ".join(f"--{name} {shown(value)}" for name, value in config.changed_flags().items())
+    flags = " ".join(f"--{name} {shown(value)}" for name, value in config.non_default_flags().items())
     log.info("flags that differ from their defaults: %s", flags or "none")
     names = config.without_effect()
     if names:
@@ -115,9 +120,3 @@ def shown(value: Any) -> str:
     if isinstance(value, list | tuple):
         return " ".join(str(item) for item in value)
     return str(value)
-
-
-def shortened(text: str, longest: int = 200) -> str:
-    if len(text) <= longest:
-        return text
-    return f"{text[:longest]} ..."

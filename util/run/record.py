@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from util.atomic import replace_text
+from util.config import Config
 from util.distributed.processes import world_size
 from util.errors import UserError
 
@@ -25,6 +26,18 @@ log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "run.json"
 KEPT_STARTS = 100  # beside the first: a run may be preempted every hour for months
+
+
+def record_start(
+    folder: Path, config: Config, device: torch.device, start: Mapping[str, Any], **splits: Any
+) -> None:
+    """Write the record of a run that starts now.
+
+    Args:
+        start: where it resumes: epoch, images, checkpoint.
+        splits: data sets by "train" and "val".
+    """
+    write_record(folder, run_facts(config, **splits), environment(device), start)
 
 
 def write_record(
@@ -70,6 +83,19 @@ def _starts_and_flags(folder: Path) -> tuple[list[Any], dict[str, Any]]:
     if not isinstance(starts, list):
         starts = []
     return starts, flags if isinstance(flags, dict) else {}
+
+
+def run_facts(config: Config, **splits: Any) -> dict[str, Any]:
+    """Flags, classes and data of a run for its record. splits: data sets by "train" and "val"."""
+    data = {
+        name: {
+            "images": str(split.images.resolve()),
+            "annotations": str(split.annotations.resolve()),
+            "num_images": len(split),
+        }
+        for name, split in splits.items()
+    }
+    return {"flags": config.flags(), "classes": splits["val"].classes.to_plain(), "data": data}
 
 
 def environment(device: torch.device) -> dict[str, Any]:

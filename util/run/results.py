@@ -40,6 +40,20 @@ def save_evaluation(
         log.warning("%s; training continues", error)
 
 
+def write_evaluation(
+    folder: Path, tables: dict[str, Any], results: Sequence[Any], suffix: str, predictions: bool
+) -> None:
+    """Write the files of --eval: eval<suffix>.pth and, if asked for, predictions<suffix>.json.
+
+    Raises NotSavedError.
+    """
+    if predictions:
+        path = folder / f"predictions{suffix}.json"
+        write_results(path, results)
+        log.info("%d detections in %s", len(results), path)
+    write_atomically(tables, folder / f"eval{suffix}.pth")
+
+
 def write_results(path: Path, results: Sequence[Any]) -> None:
     """Write detections in COCO's results format. Raises NotSavedError."""
     try:

@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 _OF_OPTIMISER = ("sgd", "lr_backbone")
 
 
-
 class Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 

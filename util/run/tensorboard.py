@@ -61,6 +61,14 @@ class Board:
         """Scalars after so many images."""
         self._write("steps", lambda writer: _add_scalars(writer, values, images))
 
+    def window(self, means: Mapping[str, float], rates: Mapping[str, float], images: int) -> None:
+        """Means of weighted losses, and learning rates by group, after so many images."""
+        values = {f"lr/{name}": rate for name, rate in rates.items()}
+        for name, value in means.items():
+            if not name.endswith("_unscaled"):
+                values[f"steps/{name}"] = value
+        self.step(values, images)
+
     def epoch(self, row: Mapping[str, Any]) -> None:
         """The metrics of an epoch, a line of log.txt."""
         self._write("epochs", lambda writer: _add_scalars(writer, epoch_scalars(row), row["epoch"]))
@@ -115,6 +123,13 @@ def epoch_scalars(row: Mapping[str, Any]) -> dict[str, float]:
         elif isinstance(value, int | float):
             scalars[f"{groups[group]}/{name}"] = value
     return scalars
+
+
+def evaluation_pictures(dataset: Any, results: Sequence[Mapping[str, Any]]) -> dict[str, Image.Image]:
+    """Pictures of an evaluation by name. results: detections in COCO's results format."""
+    files = {image_id: dataset.file_of(image_id) for image_id in dataset.image_ids}
+    names = {category.id: category.name for category in dataset.classes.categories}
+    return detection_pictures(files, dataset.coco.imgToAnns, results, names)
 
 
 def detection_pictures(

@@ -48,7 +48,8 @@ class Progress:
             self._update_bar(self._bar, fields)
         elif fields and is_main():
             count = f"[{self._done:{len(str(self._steps))}}/{self._steps}]"
-            log.info("%s %s  %s  left %s", self._title, count, "  ".join(fields), self._left())
+            now, text = time.strftime("%H:%M:%S"), "  ".join(fields)
+            log.info("%s  %s %s  %s  left %s", now, self._title, count, text, self._left())
 
     def close(self) -> None:
         if self._bar is not None:

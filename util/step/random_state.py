@@ -29,6 +29,13 @@ class RandomGenerators:
         np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
 
 
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of PyTorch, Python and NumPy."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries may draw from it
+
+
 def torch_state(device: torch.device) -> dict[str, Tensor]:
     """PyTorch's generators, of which dropout draws; nobody waits for the device."""
     state = {"torch": torch.get_rng_state()}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from util.config import Config
-from util.optim import build_optimizer
+from util.optim import GROUPS, build_optimizer
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +95,11 @@ class Updater:
     def lr(self) -> float:
         """Learning rate of the transformer and the heads."""
         return self.optimizer.param_groups[0]["lr"]
+
+    def rates(self) -> dict[str, float]:
+        """Learning rates by the name of their parameter group."""
+        groups = self.optimizer.param_groups
+        return {name: group["lr"] for name, group in zip(GROUPS, groups, strict=True)}
 
     def group_of(self, step: int, num_steps: int) -> tuple[int, bool]:
         """Number of batches in the group of `step`, and whether `step` is the last of them.
