@@ -240,10 +240,7 @@ def average_number(number: float, device: torch.device) -> Tensor:
     """The mean of a host number over all processes, as a scalar on `device`, without synchronising."""
     # full() launches a kernel; tensor(number, device=...) would be a copy, which synchronises
     value = torch.full((), float(number), device=device)
-    if world_size() > 1:
-        with waiting("average_number"):
-            dist.all_reduce(value)
-    return value / world_size()
+    return sum_over_processes(value) / world_size()
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
