@@ -99,7 +99,7 @@ class FolderHold:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._left.set()
+        self._left.set()  # ends the touching
         # a file that stays names a process that has ended
         with contextlib.suppress(OSError):
             if _holder_in(self._path) == self._own:
@@ -125,6 +125,7 @@ class FolderHold:
 
     def _create(self) -> bool:
         """Whether this process holds the folder now. If several try, one succeeds."""
+        # O_EXCL holds over NFS too; locks do not on every server
         try:
             file = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
@@ -207,6 +208,7 @@ class FolderHold:
 
     def _beat(self) -> None:
         while not self._left.wait(BEAT):
+            # never touch the file of a process that has taken over
             with contextlib.suppress(OSError):
                 if _holder_in(self._path) == self._own:
                     os.utime(self._path)
