@@ -178,7 +178,7 @@ def test_sanitizers_find_nothing_in_the_cpu_kernels(copy, tmp_path, sanitizer):
     done = make(copy, MS_DEFORM_ATTN_CFLAGS=flags, MS_DEFORM_ATTN_DEVICES="cpu")
     assert done.returncode == 0, done.stderr
     (tmp_path / "tests").mkdir()
-    for name in ("conftest.py", "helpers.py", "process_identity.py", "test_ops_property.py"):
+    for name in ("conftest.py", "helpers.py", "processes.py", "test_ops_property.py"):
         shutil.copy(ROOT / "tests" / name, tmp_path / "tests")
     env = {**sanitizer, "PYTHONPATH": str(tmp_path)}
     chosen = "(compiled or finite or conversions) and not gpu"

@@ -31,11 +31,6 @@ from util.distributed.launchers import require_single_process
 from util.distributed.watchdog import Watchdog, waiting
 from util.errors import ASK_TO_LEAVE, LostProcessError, UserError
 
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
-
 _SIOCGIFADDR = 0x8915  # Linux's request for the address of an interface
 
 
@@ -81,7 +76,7 @@ def process_group(device_flag: str, timeout: float = 1800) -> Iterator[torch.dev
         if isinstance(error, RuntimeError) and _lost_a_process(error):
             _ignore_requests()
             reason = watchdog.explain(_first_sentence(error))
-        # what the other processes will quote
+        # the watchdog of the others will quote it
         code, last_words = getattr(reason, "exit_code", 1), str(reason)
         if not hasattr(reason, "exit_code"):
             last_words = f"{type(reason).__name__}: {last_words.strip()}".splitlines()[0]
@@ -197,10 +192,13 @@ def _choose_interface(host: str, port: int) -> None:
     It would take the one of this machine's name, which on many systems stands for 127.0.1.1, where
     the others can't reach it.
     """
-    if "GLOO_SOCKET_IFNAME" in os.environ or fcntl is None:
+    if "GLOO_SOCKET_IFNAME" in os.environ:
         return
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    with contextlib.suppress(ImportError, OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        import fcntl  # not on Windows
+
         probe.connect((host, port))  # sends nothing
+        # the system has chosen the interface: look for its name
         own_address = socket.inet_aton(probe.getsockname()[0])
         for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError):  # an interface without an IPv4 address
@@ -240,10 +238,7 @@ def average_number(number: float, device: torch.device) -> Tensor:
     """The mean of a host number over all processes, as a scalar on `device`, without synchronising."""
     # full() launches a kernel; tensor(number, device=...) would be a copy, which synchronises
     value = torch.full((), float(number), device=device)
-    if world_size() > 1:
-        with waiting("average_number"):
-            dist.all_reduce(value)
-    return value / world_size()
+    return sum_over_processes(value) / world_size()
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
@@ -279,5 +274,6 @@ def equalise_buffers(model: nn.Module) -> None:
     if world_size() == 1:
         return
     with waiting("equalise_buffers"):
+        # a few small tensors, once an epoch: no need to join them
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)

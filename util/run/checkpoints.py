@@ -60,7 +60,7 @@ class CheckpointFolder:
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self._keep = folder, keep
-        self._failed = 0
+        self._failed = 0  # saves in a row
         self._damaged: set[Path] = set()
 
     def save(
@@ -78,17 +78,20 @@ class CheckpointFolder:
         Raises:
             NotSavedError: as many saves in a row as are kept have failed, or, with `must`, this one.
         """
+        # names sort like positions
         path = self.folder / f"resume_{position.epoch:04}_{position.images:09}.pth"
         try:
             _write_patiently(content, path)
         except NotSavedError as error:
             self._failed += 1
+            # after that every kept checkpoint would be older than what it is kept for
             left = self._keep - self._failed
             if must or left <= 0:
                 raise NotSavedError(f"{error}; {self._remedy()}") from None
             log.warning("%s; training goes on, and ends if %d more can't be written", error, left)
             return None
 
+        # the other names are links, so only the oldest rolling files free room
         self._failed = 0
         self._damaged.discard(path)
         for name in (NEWEST, *also):
@@ -127,10 +130,12 @@ class CheckpointFolder:
         candidates = self._candidates()
         for path in candidates:
             try:
+                # the whole file: its checksum is compared, and nothing else is proof
                 return path, read_checkpoint(path)
             except UserError as error:
                 log.warning("%s; the one before it is taken", error)
                 self._damaged.add(path)
+        # a new run would hide that there was one
         if candidates:
             raise UserError(
                 f"--resume auto: all {len(candidates)} checkpoints in {self.folder} are damaged, "
@@ -142,6 +147,7 @@ class CheckpointFolder:
         """Checkpoints from which a run would resume later than at `position`, and unreadable ones."""
         newer = []
         for path in self._candidates():
+            # checkpoint.pth and checkpoint_best.pth do not say it in their names
             found = _position_in(path.name) or _position_inside(path)
             if found is None or position < found:
                 newer.append(path)
@@ -155,6 +161,7 @@ class CheckpointFolder:
 
     def _candidates(self) -> list[Path]:
         """Checkpoints whose name has a position, newest first; then those whose name has none."""
+        # of equal positions resume_* comes before checkpoint*, which is the same file
         found = []
         for path in self.folder.glob("*.pth"):
             if position := _position_in(path.name):
@@ -166,6 +173,7 @@ class CheckpointFolder:
         """The good ones among the `resume_*` files, oldest first."""
         rolling = []
         for path in reversed(self._candidates()):
+            # a damaged file must not push out a good one
             if _ROLLING.fullmatch(path.name) and path not in self._damaged:
                 rolling.append(path)
         return rolling
@@ -181,6 +189,7 @@ def _position_in(name: str) -> TrainingPosition | None:
     if match := _ROLLING.fullmatch(name):
         return TrainingPosition(int(match[1]), int(match[2]))
     if match := _SCHEDULED.fullmatch(name):
+        # its number is the epoch that it finished
         return TrainingPosition(int(match[1]) + 1, 0)
     return None
 

@@ -28,6 +28,7 @@ class DataIdentity:
         cls, images: Iterable[Mapping[str, Any]], annotations: Iterable[Mapping[str, Any]]
     ) -> DataIdentity:
         """Of COCO's `images` and `annotations` in the order of the items."""
+        # the line ends keep "1 2" + "3" apart from "1" + "23"
         names = [f"{image['id']} {image['file_name']}\n" for image in images]
         fields, boxes = [], []
         for item in annotations:
@@ -49,6 +50,7 @@ class DataIdentity:
 
     def changes_since(self, before: DataIdentity) -> list[str]:
         """What is different, for a message after the word "now"."""
+        # one reason for each kind: other numbers imply other sums
         changes = []
         if self.images != before.images:
             changes.append(f"{self.images} images instead of {before.images}")

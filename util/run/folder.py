@@ -41,8 +41,9 @@ log = logging.getLogger(__name__)
 
 Reader = Callable[[str], dict[str, Any]]  # a path or an address -> the content of a checkpoint
 
-_MOVING = ".moving"
-_NEW_RUN = ".new_run"
+_MOVING = ".moving"  # in the folder that files are moved into: their names
+_NEW_RUN = ".new_run"  # a new run has started and not begun yet
+# patterns of the files that a training resumes from, and of all files of a run
 _TRAINING = ("checkpoint*.pth", "resume_*.pth", "log.txt")
 _FILES = (
     *_TRAINING,
@@ -67,6 +68,7 @@ class RunFolder:
     def __init__(self, run: RunConfig, hold: FolderHold | None) -> None:
         self.path = hold.folder if hold else None
         self._hold, self._run = hold, run
+        # of the training, also where an evaluation writes elsewhere
         self._checkpoints = CheckpointFolder(Path(run.output_dir), run.keep)
         self.resumes = self._decide_to_resume()
         self.checkpoint: dict[str, Any] | None = None
@@ -98,6 +100,7 @@ class RunFolder:
 
         After this a restart resumes from this folder. Releases `checkpoint`.
         """
+        # its tensors would stay in memory for the whole run
         checkpoint, self.checkpoint = self.checkpoint, None
         if self.path is None:
             return
@@ -106,11 +109,13 @@ class RunFolder:
         # nothing of an earlier run may be taken for this one's
         if checkpoint is None and not self.resumes:
             _set_aside(self.path, _found(self.path, _FILES))
+        # a run that resumes from an earlier checkpoint writes the later ones again
         elif checkpoint is not None and not self.from_folder:
             newer = self._checkpoints.newer_than(position_of(checkpoint))
             if newer or history.lines_beyond():
                 _set_aside(self.path, [*newer, self.path / "log.txt"])
 
+        # the file may have lines that the checkpoint does not have
         history.write()
         # a marker that stays makes a restart begin anew, which loses nothing
         with contextlib.suppress(OSError):
@@ -151,6 +156,7 @@ class RunFolder:
     def _find_checkpoint(self, read: Reader) -> None:
         run = self._run
         explicit = "" if run.resume == "auto" else run.resume
+        # an evaluation evaluates what it names
         newest = None
         if self.resumes and not (run.eval and explicit):
             newest = self._newest()
@@ -203,6 +209,7 @@ def _held(run: RunConfig) -> Iterator[FolderHold | None]:
                 folder = _new_folder(folder, "evaluation")
             if run.eval:
                 stack.callback(_remove_if_empty, folder)
+            # what follows is for the holder alone
             hold = stack.enter_context(FolderHold(folder))
             _finish_moving(folder)
         yield hold
@@ -234,6 +241,7 @@ def _set_aside(folder: Path, files: Sequence[Path]) -> None:
     if not files:
         return
     with _writing_to(folder):
+        # the list comes first: after a kill the next start moves the rest
         earlier = _new_folder(folder, "earlier")
         (earlier / _MOVING).write_text("\n".join(file.name for file in files))
         _finish_moving(folder)
@@ -252,6 +260,6 @@ def _new_folder(folder: Path, name: str) -> Path:
 def _finish_moving(folder: Path) -> None:
     for marker in folder.glob(f"earlier-*/{_MOVING}"):
         for name in marker.read_text().splitlines():
-            if (folder / name).exists():
+            if (folder / name).exists():  # else it was moved before a kill
                 os.replace(folder / name, marker.parent / name)
         marker.unlink()

@@ -29,6 +29,7 @@ class History:
         # the entries of an epoch that is trained and not evaluated yet
         self.unfinished: dict[str, Any] | None = None
         self.best: dict[str, Any] | None = None
+        # lines in the file; 0: it has to be written anew
         self._written = 0
 
     def finish_epoch(self, entries: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,6 +60,7 @@ class History:
                 replace_text(self._path, new)
             self._written = len(self._lines)
         except OSError as error:
+            # part of a line may be there: the next attempt replaces the file
             self._written = 0
             told = "%s could not be written (%s); training goes on, the next epoch tries again"
             log.warning(told, self._path, error.strerror)
@@ -69,6 +71,7 @@ class History:
             lines = self._path.read_text().splitlines() if self._path else []
         except (OSError, ValueError):
             return False
+        # one more is of the epoch that the checkpoint is in the middle of
         return len(lines) > len(self._lines) + 1
 
     def state_dict(self) -> dict[str, Any]:

@@ -89,7 +89,9 @@ class FolderHold:
     def __enter__(self) -> FolderHold:
         while not self._create():
             holder = _holder_in(self._path)
-            if holder is not None and self._take_from(holder):
+            reason = self._why_ended(holder) if holder else ""
+            if holder and reason and self._replace(holder):
+                log.warning("%s was held by %s, %s: taken over", self.folder, holder, reason)
                 break
         self._beating.start()
         return self
@@ -97,7 +99,7 @@ class FolderHold:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._left.set()
+        self._left.set()  # ends the touching
         # a file that stays names a process that has ended
         with contextlib.suppress(OSError):
             if _holder_in(self._path) == self._own:
@@ -123,6 +125,7 @@ class FolderHold:
 
     def _create(self) -> bool:
         """Whether this process holds the folder now. If several try, one succeeds."""
+        # O_EXCL holds over NFS too; locks do not on every server
         try:
             file = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
@@ -139,43 +142,36 @@ class FolderHold:
     def _text(self) -> str:
         return json.dumps(asdict(self._own))
 
-    def _take_from(self, holder: Holder) -> bool:
-        """Take the folder over from a process that has ended; False: look again.
+    def _why_ended(self, holder: Holder) -> str:
+        """Why `holder` counts as ended; "" if it no longer holds the folder.
 
-        Raises UserError if that process is alive.
+        Raises UserError if it is alive.
         """
-        # why the holder counts as ended
         if holder.machine == self._own.machine:
-            reason = "" if still_runs(holder.pid, holder.born) else "which has ended"
+            if not still_runs(holder.pid, holder.born):
+                return "which has ended"
         elif holder.job and holder.job == self._own.job and holder.attempt < self._own.attempt:
-            reason = "before this job was requeued"
-        else:
-            reason = self._watch(holder)
-            if not reason and _holder_in(self._path) != holder:
-                return False
-        if not reason:
-            raise UserError(
-                f"--output_dir {self.folder} is held by {holder}, and only one run may write there; "
-                "wait for its end, or give another --output_dir"
-            )
+            return "before this job was requeued"
+        elif self._is_silent(holder):
+            return f"without a sign of life for {LOOKS * LOOK_EVERY:.0f} s"
+        elif _holder_in(self._path) != holder:
+            return ""
+        raise UserError(
+            f"--output_dir {self.folder} is held by {holder}, and only one run may write there; "
+            "wait for its end, or give another --output_dir"
+        )
 
-        taken = self._replace(holder)
-        if taken:
-            log.warning("%s was held by %s, %s: taken over", self.folder, holder, reason)
-        return taken
-
-    def _watch(self, holder: Holder) -> str:
-        """Why a process of another machine counts as dead; "" if it touches its file."""
-        seconds = LOOKS * LOOK_EVERY
+    def _is_silent(self, holder: Holder) -> bool:
+        """Watch the file of a process on another machine: whether it is not touched."""
         waiting = "%s is held by %s: waiting up to %.0f s for a sign of life"
-        log.warning(waiting, self.folder, holder, seconds)
+        log.warning(waiting, self.folder, holder, LOOKS * LOOK_EVERY)
         before = self._touched()
         for look in range(LOOKS):
             note("waiting for a sign of life of the process that holds the folder, look %d", look)
             time.sleep(LOOK_EVERY)
             if self._touched() != before:
-                return ""
-        return f"without a sign of life for {seconds:.0f} s"
+                return False
+        return True
 
     def _touched(self) -> float:
         """When the file was touched, by the server's clock; 0 if it does not exist."""
@@ -212,6 +208,7 @@ class FolderHold:
 
     def _beat(self) -> None:
         while not self._left.wait(BEAT):
+            # never touch the file of a process that has taken over
             with contextlib.suppress(OSError):
                 if _holder_in(self._path) == self._own:
                     os.utime(self._path)

@@ -63,6 +63,7 @@ def write_record(
     if changed:
         this["changed_flags"] = changed
 
+    # the first start is the beginning of the run: it stays
     starts = [*earlier, this]
     starts = starts[:1] + starts[1:][-KEPT_STARTS:]
     record = {**content, "environment": dict(environment), "starts": starts}
@@ -74,6 +75,7 @@ def write_record(
 
 def _starts_and_flags(folder: Path) -> tuple[list[Any], dict[str, Any]]:
     """What the record of `folder` says; empty where it is damaged."""
+    # a person may have edited it; it never stops a run
     record = {}
     try:
         record = read_record(folder)
@@ -110,6 +112,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": str(device),
         "device_name": device_name(device),
     }
+    # a copy of the project without git has no commit
     command = ["git", "rev-parse", "HEAD"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         output = subprocess.check_output(command, cwd=ROOT, stderr=subprocess.DEVNULL, text=True, timeout=10)
@@ -130,7 +133,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     path = folder / NAME
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except FileNotFoundError:  # a run of an earlier version
         return {}
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not JSON"

@@ -49,6 +49,7 @@ class TrainingPosition:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch, self.images = int(state["epoch"]), int(state["images"])
+        # a damaged checkpoint: an order has no negative place
         if min(self.epoch, self.images) < 0:
             raise ValueError(f"a position of {self.epoch} epochs and {self.images} images")
 
@@ -93,8 +94,10 @@ class TrainingState:
             "model": self._model.state_dict(),
             **self._updater.state_dict(),
             "lr_scheduler": self._schedule.state_dict(),
-            "epoch": self._position.epoch - 1,  # as published: the last finished one
+            # names and meanings of the published checkpoints
+            "epoch": self._position.epoch - 1,
             "args": self._flags,
+            # ours
             "classes": self._classes.to_plain(),
             "data": {split: identity.to_plain() for split, identity in self._data.items()},
             "position": self._position.state_dict(),
@@ -117,6 +120,7 @@ class TrainingState:
                 return self._restore(checkpoint)
             except UserError:
                 raise
+            # a damaged or foreign entry can fail in any of these ways
             except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
                 reason = self._why_it_does_not_fit(checkpoint["args"], error)
                 raise UserError(f"--resume {source}: its state does not fit this run: {reason}") from None
@@ -139,6 +143,7 @@ class TrainingState:
         self._schedule.base_lrs = base_lrs
         go_to_epoch(self._schedule, self._schedule.last_epoch)
 
+        # before the entries: these follow from the position and the data
         self._position.load_state_dict(checkpoint["position"])
         self._compare_data(checkpoint.get("data", {}))
         for name, entry in self._shared.items():
@@ -159,6 +164,7 @@ class TrainingState:
     def _compare_data(self, saved: Mapping[str, Any]) -> None:
         """Warn about data that differ from the checkpoint's, if it says which it had."""
         kinds = {"train": "training", "val": "validation"}
+        # checkpoints of earlier versions do not say it
         for split, plain in saved.items():
             before, now = DataIdentity.from_plain(plain), self._data[split]
             changes = now.changes_since(before)
@@ -169,6 +175,7 @@ class TrainingState:
                 self.other_images = now.images_sum != before.images_sum
             else:
                 self.other_validation = bool(changes)
+        # a position behind the last image can only be of other images
         self.other_images |= self._position.images > self._data["train"].images
 
     def _restore_own(self, processes: Sequence[Mapping[str, Any]], saved: Mapping[str, Any]) -> bool:
@@ -185,6 +192,7 @@ class TrainingState:
         for name, entry in self._own.items():
             if hasattr(entry, "load_merged"):
                 entry.load_merged([process[name] for process in processes])
+        # gradients of other batches can't be completed
         dropped = ""
         if any(process["gradients"] for process in processes):
             dropped = ". Dropped: the gradients of an unfinished accumulation"

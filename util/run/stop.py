@@ -35,7 +35,7 @@ class StopRequest:
     def __init__(self, saved: str) -> None:
         self.signal, self.interrupted = "", False
         self.saved = saved
-        self._deferred = 0
+        self._deferred = 0  # blocks may be nested
 
     @contextmanager
     def installed(self) -> Iterator[StopRequest]:
@@ -55,6 +55,7 @@ class StopRequest:
         try:
             yield self
         finally:
+            # a scheduler and a launcher may both ask: the second one must not disturb the exit
             for number, handler in before.items():
                 if not self.signal:
                     signal.signal(number, handler)
@@ -78,6 +79,7 @@ class StopRequest:
 
     def leave(self, saved: str) -> NoReturn:
         """Raise Preempted; `saved` says what is on the disk, and how to resume."""
+        # a launcher must see the difference between a person and a scheduler
         if self.interrupted:
             raise Preempted(f"interrupted; {saved}", EXIT_INTERRUPTED)
         asked_by = self.signal or "a signal to another process"
@@ -108,6 +110,7 @@ class StopVote:
         """Whether to stop, by the votes of the step before. Every process must call it every step."""
         if world_size() == 1:
             return bool(self._request.signal)
+        # the maximum of the votes: 2 Ctrl-C, 1 another signal, 0 no request
         stop = self._result()
         vote = 2.0 if self._request.interrupted else float(bool(self._request.signal))
         votes = torch.tensor([vote])

@@ -54,6 +54,7 @@ class Board:
 
     def __init__(self, folder: Path | None, images: int = 0, epochs: int = 0) -> None:
         self._folder = folder
+        # TensorBoard hides points from these on that were written before
         self._first = {"steps": images + 1, "epochs": epochs}
         self._writers: dict[str, SummaryWriter] = {}
 
@@ -92,6 +93,7 @@ class Board:
         if self._folder is None:
             return
         try:
+            # not before the first point: the package takes a second to load
             if name not in self._writers:
                 self._writers[name] = _new_writer(self._folder / name, self._first[name])
             write(self._writers[name])
@@ -163,6 +165,7 @@ def detection_pictures(
         except UserError as error:
             log.warning("no picture for TensorBoard: %s", error)
             continue
+        # equal sizes, so that the eye can compare
         left = draw_coco(picture, truth.get(image_id, []), names)
         right = draw_coco(picture, detections, names)
         for drawn in (left, right):
