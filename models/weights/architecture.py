@@ -45,14 +45,6 @@ HEADS = ("class_embed.", "bbox_embed.")
 _MODULES = frozenset(name for name, flag in FLAGS.items() if flag.group == "batchformer")
 _ARCHITECTURE = tuple(name for name in flags_of("architecture") if name not in _MODULES)
 _SIZES = flags_of("evaluation")
-# a value of the type of a flag's default, read from a file
-_SOUND: dict[type, tuple[type, ...]] = {
-    bool: (bool, int),
-    int: (bool, int),
-    float: (int, float),
-    str: (str,),
-    tuple: (list, tuple),
-}
 
 
 class Purpose(Enum):
@@ -91,15 +83,17 @@ def config_of(
         UserError: it holds no Deformable DETR, or none with BatchFormerV2; an override is no such
         flag or has a value that is not possible.
     """
-    known = [name for name, item in FLAGS.items() if item.group in ("backbone", "transformer")]
-    known = sorted((*known, *_SIZES))
-    for name in overrides:
-        if name not in known:
-            raise UserError(f"{name} is no flag of a detector's architecture; there are {', '.join(known)}")
+    known = {name for name, item in FLAGS.items() if item.group in ("backbone", "transformer")}
+    known |= set(_SIZES)
+    for name in sorted(overrides.keys() - known):
+        raise UserError(
+            f"{name} is no flag of a detector's architecture; there are {', '.join(sorted(known))}"
+        )
     config = adopt(as_given(overrides, resume=source, eval=True), checkpoint, source, flag)
     if not batchformer:
         return config
 
+    # as it was trained, but detections do not depend on the other images of a batch
     modules = _flags_in(checkpoint, _MODULES, f"{flag} {source}")
     if not modules.get("bf"):
         raise UserError(
@@ -149,20 +143,22 @@ def adopt(
     is_own_run = purpose is Purpose.RESUME and "processes" in checkpoint
     _require_same(there, given, named, modules=bool(acts) if evaluate else is_own_run)
 
+    # then the flags of the command line count
     decided = purpose.value
     if not there.get("bf") or evaluate and not acts:
         decided -= _MODULES
     taken = {name: value for name, value in there.items() if name in decided and name not in given}
     if evaluate:
         taken |= _fitting_size(given, there, source)
-    changes = dict(taken)
+    off = {}
     if evaluate and not acts:
-        changes |= {name: FLAGS[name].default for name in _MODULES}
+        off = {name: FLAGS[name].default for name in _MODULES}
     try:
-        settled = config.with_flags(changes, settled=True)
+        settled = config.with_flags({**taken, **off}, settled=True)
     except UserError as error:
         raise UserError(f"{named} can't be used: {error}") from None
 
+    # what the user could not know from the command
     _log_changes(config, settled, taken, source)
     if not saved:
         _warn_of_guesses(settled, source)
@@ -177,10 +173,13 @@ def _flags_in(checkpoint: Mapping[str, Any], names: Collection[str], named: str)
     if not isinstance(args, Mapping):
         return {}
     flags = {name: args[name] for name in sorted(names) if args.get(name) is not None}
+    defaults = Config().flags()
     for name, value in flags.items():
-        if type(value) not in _SOUND[type(FLAGS[name].default)]:
-            kind = type(value).__name__
-            raise UserError(f"{named} is damaged: its --{name} can't be {kind} {str(value)[:60]!a}")
+        kind = type(defaults[name])
+        # 1 may stand for 1.0 and for a switch that is on
+        if not isinstance(value, kind) and not (kind in (float, bool) and isinstance(value, int)):
+            found = f"{type(value).__name__} {str(value)[:60]!a}"
+            raise UserError(f"{named} is damaged: its --{name} can't be {found}")
     return flags
 
 
@@ -200,12 +199,14 @@ def _require_same(there: Mapping[str, Any], given: Mapping[str, Any], named: str
     Only what its weights or its own flags show is compared. modules: BatchFormerV2's too.
     """
     here = {**there, **given}
+    # what neither weights nor saved flags show can't contradict
     names = [name for name in _ARCHITECTURE if name in there and not _alike(name, there, here)]
     if modules and not _same_modules(there, here):
         names.append("bf")
         if there.get("bf"):
             names += _MODULE_WEIGHTS
     differ = {name: there.get(name, 0) for name in names}
+    # a switch that is off can't be given
     remedies = []
     if give := _as_typed(differ):
         remedies.append(f"give {give}")
@@ -246,6 +247,7 @@ def _fitting_size(given: Mapping[str, Any], there: Mapping[str, Any], source: st
         return {}
     if "eval_size" not in given:
         return {"eval_size": longest}  # no side may be longer, so this changes nothing
+    # the same proportion as in training
     raised = max(shorter, round(longest * shorter / trained["eval_size"]))
     log.warning(
         "--eval_size %d is above --max_size %d of %s; used: --max_size %d", shorter, longest, source, raised
@@ -256,6 +258,7 @@ def _fitting_size(given: Mapping[str, Any], there: Mapping[str, Any], source: st
 def _log_changes(config: Config, settled: Config, taken: Collection[str], source: str) -> None:
     before, changed = config.flags(), {}
     for name, value in settled.flags().items():
+        # the others change no result
         logged = FLAGS[name].of in ("architecture", "evaluation")
         if logged and name in taken and value != before[name]:
             changed[name] = value
@@ -300,6 +303,7 @@ def _flags_shown_by(state: Mapping[str, Tensor], flags: Mapping[str, Any], named
 
 def _seen_in(state: Mapping[str, Tensor], flags: Mapping[str, Any]) -> dict[str, Any]:
     """Raises KeyError for a tensor that every Deformable DETR has."""
+    # shapes, as models/build.py makes them
     two_stage = "transformer.enc_output.weight" in state
     num_levels = state["transformer.level_embed"].shape[0]
     seen = {
@@ -312,10 +316,12 @@ def _seen_in(state: Mapping[str, Tensor], flags: Mapping[str, Any]) -> dict[str,
         "position_embedding": "learned" if "backbone.1.row_embed.weight" in state else "sine",
         "backbone_norm": _norm(state),
     }
+    # heads may have been removed
     if two_stage or any(name.startswith(HEADS) for name in state):
         seen["with_box_refine"] = two_stage or _heads_differ(state)
     if "query_embed.weight" in state:
         seen["num_queries"] = state["query_embed.weight"].shape[0]
+    # the number of points needs the number of heads, which weights do not show
     heads = flags.get("nheads", FLAGS["nheads"].default)
     for flag, module in (
         ("enc_n_points", "encoder.layers.0.self_attn"),
@@ -352,6 +358,7 @@ def _norm(state: Mapping[str, Tensor]) -> str:
 def _backbone(state: Mapping[str, Tensor]) -> str | None:
     """The ResNet of these weights; None if it is none that we know."""
     blocks = tuple(_count(state, rf"{re.escape(_BODY)}layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4))
+    # bottleneck blocks have three convolutions
     if f"{_BODY}layer1.0.conv3.weight" not in state:
         return _BASIC.get(blocks)
     width, inputs = state[f"{_BODY}layer1.0.conv2.weight"].shape[:2]

@@ -32,6 +32,7 @@ def main() -> None:
 
 
 def _row(flag: Flag) -> str:
+    # ranges are for numbers, choices for names
     default, values = plain_text(flag.default) or "none", ""
     if isinstance(flag.default, bool):
         default, values = "off", "switch"
@@ -40,6 +41,7 @@ def _row(flag: Flag) -> str:
     elif flag.parse is not str:
         values = flag.range
 
+    # --help does not list these, so the page says why
     meaning = flag.help
     if flag.refused:
         meaning += f" ({flag.refused})"

@@ -21,7 +21,7 @@ from util.config.model_fields import (
 from util.errors import UserError
 
 
-def require(condition: bool, message: str) -> None:
+def require(condition: object, message: str) -> None:
     if not condition:
         raise UserError(message)
 
@@ -34,15 +34,18 @@ def plain_text(value: Any) -> str:
 
 
 def check_values(values: Mapping[str, Any], evaluate: bool) -> None:
-    """The rules of the table: what is available, choices and ranges."""
+    """The rules of the table: what is available, choices and ranges; `values` as `Config.flags`."""
     for name, value in values.items():
         flag = FLAGS[name]
+        # a flag without effect would let a user believe that it had one
         require(not flag.refused or value == flag.default, f"--{name} {flag.refused}")
+        # the command of a training, with --eval added, is to evaluate
         if evaluate and flag.of == "training":
             continue
         require(
             flag.choices is None or value in flag.choices, f"--{name} {value!r} must be one of {flag.choices}"
         )
+        # limits are for each of several numbers
         numbers = value if isinstance(value, list) else [value]
         for number in numbers:
             if isinstance(number, int | float):
@@ -51,14 +54,9 @@ def check_values(values: Mapping[str, Any], evaluate: bool) -> None:
                 require(flag.in_range(number), f"{given} must be {flag.range}")
 
 
-def check_optim(optim: OptimConfig) -> None:
-    drops = optim.lr_drop_epochs
-    require(list(drops) == sorted(set(drops)), f"--lr_drop_epochs {plain_text(drops)} must be increasing")
-
-
 def check_loss(loss: LossConfig) -> None:
     require(
-        bool(loss.set_cost_class or loss.set_cost_bbox or loss.set_cost_giou),
+        loss.set_cost_class or loss.set_cost_bbox or loss.set_cost_giou,
         "--set_cost_class, --set_cost_bbox and --set_cost_giou can't all be 0: nothing is left to match by",
     )
 
@@ -72,6 +70,7 @@ def check_architecture(backbone: BackboneConfig, transformer: TransformerConfig,
         f"--hidden_dim {dim} must be a multiple of 32, the groups of the projection's GroupNorm, "
         "and at least 64",
     )
+    # one map is the last stage, three are the last three stages; more are convolutions of these
     require(
         backbone.num_feature_levels != 2,
         "--num_feature_levels 2 can't be used: the backbone gives one map or three; take 1, 3 or more",
@@ -81,12 +80,15 @@ def check_architecture(backbone: BackboneConfig, transformer: TransformerConfig,
         "--two_stage needs --with_box_refine: its proposals are boxes that the decoder refines; "
         "add --with_box_refine",
     )
+    # torchvision has no dilated BasicBlock
     require(
         not (backbone.dilation and backbone.backbone in ("resnet18", "resnet34")),
         f"--dilation can't be used with --backbone {backbone.backbone}: its blocks have no "
         "dilated form; use resnet50 or larger",
     )
-    require(bool(backbone.backbone_weights), "--backbone_weights is empty; use imagenet, none or a file")
+    # a shell variable that is not set gives an empty text
+    require(backbone.backbone_weights, "--backbone_weights is empty; use imagenet, none or a file")
+    # weights of a checkpoint were trained with its own norm
     require(
         backbone.backbone_norm != "gn" or backbone.backbone_weights != "imagenet" or run.starts_from_weights,
         "--backbone_norm gn can't use ImageNet weights, which belong to batch normalisation; add "
@@ -94,8 +96,8 @@ def check_architecture(backbone: BackboneConfig, transformer: TransformerConfig,
     )
 
 
-def check_batchformer(config: BatchFormerConfig, enc_layers: int, bf_given: bool) -> None:
-    """bf_given: --bf 0 on the command line turns the module off, whatever its other flags say."""
+def check_batchformer(config: BatchFormerConfig, transformer: TransformerConfig, bf_given: bool) -> None:
+    """bf_given: with --bf 0 on the command line the module is off, whatever its other flags say."""
     if not config.bf:
         for name, flag in FLAGS.items():
             if flag.group == "batchformer" and not bf_given:
@@ -106,9 +108,9 @@ def check_batchformer(config: BatchFormerConfig, enc_layers: int, bf_given: bool
                 )
         return
 
-    places = config.insert_idx
+    places, enc_layers = config.insert_idx, transformer.enc_layers
     require(
-        bool(places),
+        places,
         f"--bf {config.bf} needs --insert_idx: the encoder layer after which to insert, e.g. --insert_idx 0",
     )
     for place in places:
@@ -119,25 +121,28 @@ def check_batchformer(config: BatchFormerConfig, enc_layers: int, bf_given: bool
     require(len(set(places)) == len(places), f"--insert_idx {plain_text(places)} names a layer twice")
 
 
-def check_val_data(data: DataConfig) -> None:
+def check_data(data: DataConfig, evaluate: bool) -> None:
     require(
         data.dataset_file == "coco",
         f"--dataset_file {data.dataset_file!r} is unknown or not available yet; use coco",
     )
     _check_both("val", data.val_images, data.val_annotations)
+    # else no image would reach the shorter side
     require(
         data.max_size >= data.eval_size,
         f"--max_size {data.max_size} must be at least --eval_size {data.eval_size}",
     )
+    if evaluate:
+        return
 
-
-def check_train_data(data: DataConfig) -> None:
+    # the same for training, with each size that may be drawn
     _check_both("train", data.train_images, data.train_annotations)
     for name in ("train_sizes", "crop_resize_sizes"):
-        require(bool(getattr(data, name)), f"--{name} must be sizes in pixels")
+        require(getattr(data, name), f"--{name} must be sizes in pixels")
+    sides = data.crop_sizes
     require(
-        len(data.crop_sizes) == 2 and data.crop_sizes[0] <= data.crop_sizes[1],
-        f"--crop_sizes {plain_text(data.crop_sizes)} must be two numbers, the smallest and the largest side",
+        len(sides) == 2 and sides[0] <= sides[1],
+        f"--crop_sizes {plain_text(sides)} must be two numbers, the smallest and the largest side",
     )
     largest = max(data.train_sizes)
     require(
@@ -147,20 +152,26 @@ def check_train_data(data: DataConfig) -> None:
 
 
 def _check_both(image_set: str, images: str, annotations: str) -> None:
+    # one alone is a forgotten flag: the other would be of the published folder
     images_flag, annotations_flag = f"--{image_set}_images", f"--{image_set}_annotations"
-    require(bool(annotations) or not images, f"{images_flag} needs {annotations_flag}: add it")
-    require(bool(images) or not annotations, f"{annotations_flag} needs {images_flag}: add it")
+    require(annotations or not images, f"{images_flag} needs {annotations_flag}: add it")
+    require(images or not annotations, f"{annotations_flag} needs {images_flag}: add it")
 
 
-def check_run(run: RunConfig, epochs: int) -> None:
+def check_run(run: RunConfig, optim: OptimConfig) -> None:
     require(
-        bool(run.resume) or not run.eval,
+        run.resume or not run.eval,
         "--eval needs --resume: the checkpoint to evaluate; add --resume <file>",
     )
-    require(
-        run.eval or run.start_epoch < epochs,
-        f"--start_epoch {run.start_epoch} must be below --epochs {epochs}, else nothing is left to train",
-    )
+    if not run.eval:
+        require(
+            run.start_epoch < optim.epochs,
+            f"--start_epoch {run.start_epoch} must be below --epochs {optim.epochs}, else nothing is "
+            "left to train",
+        )
+        drops = optim.lr_drop_epochs
+        # a repeated epoch would divide only once
+        require(list(drops) == sorted(set(drops)), f"--lr_drop_epochs {plain_text(drops)} must be increasing")
     if not run.output_dir:
         _check_without_folder(run)
     if run.finetune:
@@ -181,6 +192,7 @@ def _check_finetune(run: RunConfig) -> None:
         "--finetune starts a run and --resume goes on with one; give one of them (--resume auto "
         "may stand beside --finetune)",
     )
+    # its checkpoints would be replaced by those of the new run
     own_folder = os.path.dirname(os.path.abspath(run.finetune))
     require(
         not run.output_dir or os.path.abspath(run.output_dir) != own_folder,
@@ -192,6 +204,7 @@ def _check_finetune(run: RunConfig) -> None:
 
 def check_start(backbone: BackboneConfig, data: DataConfig, run: RunConfig) -> None:
     """What a model may be built with, but a training can't start from."""
+    # frozen statistics are 0 and 1 until weights are loaded
     from_random = backbone.backbone_weights == "none" and not run.starts_from_weights
     require(
         not (from_random and backbone.backbone_norm == "frozen_bn"),

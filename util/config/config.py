@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from util.class_map import ClassMap
@@ -31,33 +31,30 @@ class Config:
         given (models/weights/architecture.py). Only then it is checked whether they fit together.
     """
 
-    batchformer: BatchFormerConfig = field(default_factory=BatchFormerConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    transformer: TransformerConfig = field(default_factory=TransformerConfig)
-    segmentation: SegmentationConfig = field(default_factory=SegmentationConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    run: RunConfig = field(default_factory=RunConfig)
+    batchformer: BatchFormerConfig = BatchFormerConfig()
+    optim: OptimConfig = OptimConfig()
+    backbone: BackboneConfig = BackboneConfig()
+    transformer: TransformerConfig = TransformerConfig()
+    segmentation: SegmentationConfig = SegmentationConfig()
+    loss: LossConfig = LossConfig()
+    data: DataConfig = DataConfig()
+    run: RunConfig = RunConfig()
+    # what is known beyond the flags
     classes: ClassMap | None = None
     given: frozenset[str] | None = None
     settled: bool = True
 
     def __post_init__(self) -> None:
+        # these hold for each flag or group alone
         checks.check_values(self.flags(), self.run.eval)
         checks.check_loss(self.loss)
-        checks.check_run(self.run, self.optim.epochs)
-        if not self.run.eval:
-            checks.check_optim(self.optim)
+        checks.check_run(self.run, self.optim)
 
         # flags that were not given may be others in the checkpoint
         if self.settled:
             checks.check_architecture(self.backbone, self.transformer, self.run)
-            bf_given = self.is_given("bf")
-            checks.check_batchformer(self.batchformer, self.transformer.enc_layers, bf_given)
-            checks.check_val_data(self.data)
-            if not self.run.eval:
-                checks.check_train_data(self.data)
+            checks.check_batchformer(self.batchformer, self.transformer, self.is_given("bf"))
+            checks.check_data(self.data, self.run.eval)
 
     def is_given(self, name: str) -> bool:
         return self.given is None or name in self.given
@@ -67,6 +64,7 @@ class Config:
         values = {}
         for name, flag in FLAGS.items():
             value = getattr(getattr(self, flag.group), name)
+            # JSON has no tuples, and flags read from a log must compare equal
             values[name] = list(value) if isinstance(value, tuple) else value
         return values
 
@@ -81,15 +79,18 @@ class Config:
 
         Raises UserError for values that no Config can have.
         """
+        # group -> its fields that change
         changes: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
         for name in FLAGS.keys() & flags.keys():
             value = flags[name]
+            # frozen, as all of a Config is
             changes[FLAGS[name].group][name] = tuple(value) if isinstance(value, list) else value
         groups = {
             group: dataclasses.replace(getattr(self, group), **values) for group, values in changes.items()
         }
         try:
             return dataclasses.replace(self, **groups, **fields)
+        # a check could not compare the value of a damaged checkpoint
         except TypeError as error:
             raise UserError(f"these flags of a checkpoint can't be used: {error}") from None
 
@@ -97,8 +98,8 @@ class Config:
         """Flags of BatchFormerV2 that were given though it is off."""
         if self.batchformer.bf or self.given is None:
             return []
-        names = [name for name, flag in FLAGS.items() if flag.group == "batchformer" and name != "bf"]
-        return [name for name in names if name in self.given]
+        given = [name for name in FLAGS if name in self.given]
+        return [name for name in given if FLAGS[name].group == "batchformer" and name != "bf"]
 
 
 def check_trainable(config: Config) -> None:

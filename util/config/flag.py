@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+# docs/flags.md prints this
 ROLES = {
     "architecture": "which detector it is. A checkpoint decides, and refuses another value.",
     "model": "losses, dropout, starting weights. With `--eval` a checkpoint decides what is not given.",
@@ -52,6 +53,7 @@ class Flag:
     @property
     def range(self) -> str:
         """The limits in words."""
+        # no flag accepts negative numbers
         limits = "at least 0" if self.above is None else f"above {self.above}"
         if self.below < math.inf:
             limits += f" and below {self.below}"
@@ -73,6 +75,7 @@ def table_of(groups: Mapping[str, Any]) -> dict[str, Flag]:
 
     `of` and `free_on_resume` of a dataclass are for all its flags that say nothing else.
     """
+    # annotations are texts: `from __future__ import annotations`
     table = {}
     for group, fields in groups.items():
         types = typing.get_type_hints(fields)

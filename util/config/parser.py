@@ -20,6 +20,7 @@ from util.errors import UserError
 
 WEIGHTS = ("auto", "model", "ema")  # of a checkpoint
 
+# of main.py; other programs pass theirs
 _DESCRIPTION = "Train and evaluate Deformable DETR with BatchFormerV2 on COCO-format data."
 _EXAMPLE = """\
   python main.py --coco_path data/coco --output_dir exps/batchformer \\
@@ -31,6 +32,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Shows defaults, and one spelling of each flag. Keeps the line breaks of descriptions."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
+        # spellings with dashes are accepted, and would double the length of --help
         shown = copy.copy(action)
         shown.option_strings = [text for text in action.option_strings if "-" not in text.lstrip("-")]
         return super()._format_action_invocation(shown)
@@ -38,7 +40,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         default = action.default
         # an empty text and a switch that is off say nothing
-        if default is None or default is False or default in ("", argparse.SUPPRESS):
+        if default is False or default in (None, "", argparse.SUPPRESS):
             return action.help
         return f"{action.help} (default: {plain_text(default) or 'none'})"
 
@@ -55,6 +57,7 @@ class _Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
+        # argparse lists unknown flags and their values in the message
         words = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
         if message.startswith("unrecognized") and words:
             wrong = f"--{words[0][2:].replace('-', '_')}"
@@ -93,9 +96,11 @@ def parse_with_config(
     # argparse keeps the values of a namespace for flags that are absent
     not_given: list[Any] = []
     args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(FLAGS, not_given)))
+    # a flag that was given has another object than the marker, even if its value is the default
     given = frozenset(name for name in FLAGS if getattr(args, name) is not not_given)
     for name in FLAGS.keys() - given:
         setattr(args, name, parser.get_default(name))
+    # a checkpoint decides the flags that were not given
     settled = not (args.resume or args.finetune)
     return args, Config().with_flags(vars(args), given=given, settled=settled)
 
@@ -109,7 +114,7 @@ def _score(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        value = float("nan")
+        value = float("nan")  # which is in no range
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} must be a number from 0 to 1")
     return value
@@ -135,6 +140,7 @@ def add_detector_flags(parser: argparse.ArgumentParser) -> None:
     )
     for name, flag in FLAGS.items():
         if flag.in_tools:
+            # absent means that the checkpoint decides
             group.add_argument(f"--{name}", **{**_options(flag), "default": argparse.SUPPRESS})
 
 
@@ -147,8 +153,10 @@ def _add_config_flags(parser: argparse.ArgumentParser) -> None:
     """Every flag of the table, spelt with underscores and with dashes."""
     sections = {name: parser.add_argument_group(config.__doc__) for name, config in GROUPS.items()}
     for name, flag in FLAGS.items():
+        # a name of one word has one spelling
         spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
         sections[flag.group].add_argument(*spellings, dest=name, **_options(flag))
+    # launchers pass it, and no user
     parser.add_argument("--local_rank", "--local-rank", type=_local_rank, help=argparse.SUPPRESS)
 
 
@@ -163,6 +171,7 @@ def _options(flag: Flag) -> dict[str, Any]:
     if not flag.choices:
         options["metavar"] = flag.placeholder
     if flag.repeat:
+        # "+": without a value the flag would do nothing
         options |= {"action": "extend", "nargs": "+"}
     elif isinstance(flag.default, tuple):
         options["nargs"] = "*"
