@@ -1,13 +1,12 @@
-"""Runs every command and all Python of README.md and docs/, each page in a copy of the project of
-its own and at a small size.
+"""Runs every command and all Python of README.md and docs/ at a small size.
 
     python -m tests.run_docs [docs/own_data.md ...]
 
-What is made small: the configurations get a small network, few epochs and small images; 8 processes
-become 2; COCO is a synthetic data set in the same layout; placeholders get a value. What a page
-takes for given (pictures, a folder in Pascal VOC's layout, checkpoints) is laid out before. What
-only a cluster or a GPU takes is not run: tests/faults/slurm/run.py and the tests marked gpu do
-that. Prints a line a command, and ends with exit code 1 if any failed.
+Each page runs in its own copy of the project. Configurations get a small network, few epochs and
+small images; 8 processes become 2; COCO is a synthetic data set in the same layout; placeholders
+get a value. Files that a page assumes (pictures, a folder in Pascal VOC's layout, checkpoints) are
+made before. Commands that need a cluster or a GPU are not run: tests/faults/slurm/run.py and the
+tests marked gpu do that. Prints one line per command. The exit code is 1 if any failed.
 """
 
 from __future__ import annotations
@@ -36,14 +35,14 @@ from util.config import parse_config
 from util.images.video import VideoWriter
 
 SECONDS = 900
-# what the Python of a page takes for given
+# names that the Python of a page assumes
 GIVEN = {"fine_tuning.md": "from PIL import Image\nimage = Image.open('street.jpg').convert('RGB')\n"}
 SMALL = (*SMALL_IMAGES, *SMALL_MODEL[:-2], "--epochs", "1", "--num_workers", "0", "--batch_size", "2")
 ELSEWHERE = {
     "cluster": ("run_dist_slurm", "sbatch", "scancel"),
     "gpu": ("gpu_check.sh", "test.sh -m gpu"),
 }
-# what is made small; the order counts
+# replacements that make a command small; their order matters
 REPLACED = (
     (r"<ip of node 1>", "127.0.0.1"),
     (r"<path to a checkpoint>", "exps/small/checkpoint.pth"),
@@ -85,7 +84,7 @@ def main(arguments: list[str]) -> int:
 
 
 def lay_out(root: Path) -> None:
-    """The project as git has it, kernels and environment beside, and what the pages take for given."""
+    """Copy the project with kernels and environment, and make the files that the pages assume."""
     ls = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     for name in subprocess.run(ls, cwd=ROOT, check=True, capture_output=True).stdout.decode().split("\0"):
         if name and (ROOT / name).is_file():
@@ -109,13 +108,13 @@ def lay_out(root: Path) -> None:
     ]
     for command in here:
         if not run(command, root):
-            raise SystemExit("the pages can't be tried")
+            raise SystemExit("the files that the pages need can't be made")
     write_published(root / "r50_deformable_detr.pth", SMALL_MODEL)
     write_pictures(root)
 
 
 def write_published(path: Path, flags: Sequence[str]) -> None:
-    """A checkpoint as those that were published: frozen statistics, COCO's 91 logits, a Namespace."""
+    """Write a checkpoint like the published ones: frozen statistics, COCO's 91 logits, a Namespace."""
     config = parse_config([*flags, "--backbone_norm", "frozen_bn", "--num_classes", "91"])
     torch.save(
         {"model": build_model(config)[0].state_dict(), "args": argparse.Namespace(**config.flags())}, path
@@ -123,7 +122,7 @@ def write_published(path: Path, flags: Sequence[str]) -> None:
 
 
 def write_pictures(root: Path) -> None:
-    """A folder of pictures, a picture and a video."""
+    """Write a folder of pictures, single pictures and a video."""
     pictures = sorted((root / "data/small/val2017").iterdir())
     shutil.copytree(root / "data/small/val2017", root / "photos")
     for picture, name in zip(pictures, ("street", "a", "b", "c"), strict=False):
@@ -167,7 +166,7 @@ def run(command: str, root: Path) -> bool:
 
 
 def run_python(page: Path, root: Path) -> bool:
-    """All blocks of a page, one after another: they go on from each other."""
+    """Run all blocks of a page as one program, because later blocks use names of earlier ones."""
     code = "".join(blocks(page, "python"))
     if "transformers" in code and not all(
         importlib.util.find_spec(name) for name in ("transformers", "timm")
@@ -179,7 +178,7 @@ def run_python(page: Path, root: Path) -> bool:
 
 
 def made_small(command: str) -> str:
-    """The command as it is tried."""
+    """The command at its small size."""
     for pattern, value in REPLACED:
         command = re.sub(pattern, value, command)
     command = command.replace("ln -s ", "ln -sfn ")
@@ -195,7 +194,7 @@ def made_small(command: str) -> str:
 
 
 def small_flags(command: str) -> str:
-    """Flags behind a run of main.py, which replace those before."""
+    """Flags to append to a training or evaluation; they replace earlier ones."""
     if (
         not re.search(r"configs/|main\.py|finetune\.py|run_with_submitit|benchmark\.py", command)
         or " op" in command

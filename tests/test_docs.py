@@ -1,6 +1,4 @@
-"""The documentation: links lead somewhere, messages are the program's, commands are such as it
-takes.
-"""
+"""Links of the documentation exist, quoted messages are the program's, and commands use its flags."""
 
 from __future__ import annotations
 
@@ -23,7 +21,8 @@ def by_name(path: Path) -> str:
 
 @pytest.mark.parametrize("page", PAGES, ids=by_name)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+    for target in re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", page.read_text()):
+        target = target[0] or target[1]
         if target.startswith(("http://", "https://")):
             continue
         name, _, anchor = target.partition("#")
@@ -65,7 +64,7 @@ def _in_order(parts: list[str], text: str) -> bool:
 
 
 def _texts() -> list[str]:
-    """Every text in the program; what an f-string puts in is left out."""
+    """Every text in the program; … stands for the values of an f-string."""
     files = [file for name in SOURCES for file in sorted((ROOT / name).rglob("*.py")) or [ROOT / name]]
     texts = [(ROOT / "tools/env.sh").read_text()]
     for file in files:
@@ -79,9 +78,7 @@ def _texts() -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=by_name)
 def test_flags_in_commands_are_flags_of_their_programs(page):
-    """Of those in running text too; whether commands and Python in blocks work tests.run_docs
-    tries.
-    """
+    """Also for commands in running text. Whether commands in blocks work is tested by tests.run_docs."""
     program_names = r"-m datasets\.\w+|tools/explain\.py \w+|(?:tools/\w+|main|benchmark)\.py"
     for command in commands(page) + re.findall(r"`([^`\n]+ --[^`\n]+)`", page.read_text()):
         program = re.search(rf"python ({program_names})|\./configs/", command)
@@ -92,7 +89,7 @@ def test_flags_in_commands_are_flags_of_their_programs(page):
 
 @functools.cache
 def _flags(program: str) -> set[str]:
-    """Spelt with underscores."""
+    """All flags of a program, spelled with underscores."""
     result = run("python", *program.split(), "--help")
     assert result.returncode == 0, result.stderr
     return {flag.replace("-", "_") for flag in re.findall(r"--([\w-]+)", result.stdout)}

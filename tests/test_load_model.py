@@ -170,7 +170,7 @@ def test_a_backbone_that_would_be_frozen_unseen_is_refused():
     assert all(name.startswith(("body.layer2", "body.layer3", "body.layer4")) for name in trains)
 
 
-# ---- README
+# ---- Python of README and docs/first_steps.md
 
 
 @pytest.fixture(scope="module")
@@ -210,8 +210,9 @@ def checkout(tmp_path_factory, trained) -> Path:
     return root
 
 
-@pytest.mark.parametrize("block", blocks(ROOT / "README.md", "python"), ids=["detector", "model"])
-def test_the_readmes_python_runs_as_printed_from_any_folder(checkout, tmp_path, block):
+@pytest.mark.parametrize("page", ["README.md", "docs/first_steps.md"])
+def test_the_pages_python_runs_as_printed_from_any_folder(checkout, tmp_path, page):
+    (block,) = blocks(ROOT / page, "python")
     (tmp_path / "script.py").write_text(block)
     result = run(
         "python", "script.py", cwd=tmp_path, env={"PYTHONPATH": str(checkout), "CUDA_VISIBLE_DEVICES": ""}
