@@ -17,6 +17,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         UserError: the file is missing, not JSON, or not a list of detections; the message names the
         entry.
     """
+    # files of millions of detections: the first wrong entry ends it
     results = read_json(path)
     problem = f"{path} is not in COCO's results format"
     if not isinstance(results, list):
@@ -30,6 +31,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 def _is_result(entry: Any) -> bool:
     if not isinstance(entry, dict) or not is_finite(entry.get("score")):
         return False
+    # a bool is an int, too
     if type(entry.get("image_id")) is not int or type(entry.get("category_id")) is not int:
         return False
     box = entry.get("bbox")

@@ -59,9 +59,12 @@ def find_files(inputs: Sequence[Path]) -> list[InputFile]:
         if not inside:
             suffixes = ", ".join(IMAGE_SUFFIXES)
             raise UserError(f"{path} holds no pictures ({suffixes}); videos are given by name")
+        # the same folder by two names, or a file that is named beside its folder
         for file in map(os.path.abspath, inside):
             folder, name = os.path.split(file)
             found.setdefault((os.path.realpath(folder), name), Path(file))
+
+    # Copies keep the folders below what all inputs have in common.
     folders = [path if path.is_dir() else path.parent for path in inputs]
     common = os.path.commonpath([os.path.abspath(folder) for folder in folders])
     return [InputFile(file, file.relative_to(common).as_posix()) for file in found.values()]
@@ -72,6 +75,7 @@ def _natural(path: Path) -> list[list[Any]]:
     key: list[list[Any]] = []
     for part in path.parts:
         words: list[Any] = re.split(r"([0-9]+)", part.casefold())
+        # every second word is a number
         words[1::2] = map(int, words[1::2])
         key.append(words)
     return key
@@ -79,6 +83,7 @@ def _natural(path: Path) -> list[list[Any]]:
 
 def check_output(output_dir: Path, inputs: Sequence[str], files: Sequence[InputFile]) -> None:
     """Raise UserError if the output would replace an input, or be an input of the next run."""
+    # real paths: a link must not hide that two places are one
     output = os.path.realpath(output_dir)
     if os.path.exists(output) and not os.path.isdir(output):
         raise UserError(f"--output_dir {output_dir} is a file; name a folder")
@@ -88,6 +93,8 @@ def check_output(output_dir: Path, inputs: Sequence[str], files: Sequence[InputF
             raise UserError(
                 f"--output_dir {output_dir} lies in the input folder {path}; name a folder outside of it"
             )
+
+    # A copy has another suffix where its format can't be written, so two inputs may have one copy.
     originals = {os.path.realpath(file.path) for file in files}
     copies: dict[str, InputFile] = {}
     for file in files:
@@ -147,6 +154,7 @@ def _annotated_names(
     For the others, an image that no picture has yet is searched for by another spelling or by the
     end of its name. How many were found so is printed.
     """
+    # Names as they are, at first: the longest end, as a/1.jpg and 1.jpg may both be annotated.
     sizes = {image["file_name"]: annotated_size(image) for image in images}
     names: dict[Path, str] = {}
     for path in paths:
@@ -156,6 +164,7 @@ def _annotated_names(
                 names[path] = end
                 break
 
+    # Names of other systems and machines, among the images without a picture.
     others = [(path.parts[1:], path) for path in paths if path not in names]
     for name in names.values():
         sizes.pop(name, None)

@@ -118,8 +118,9 @@ def percent(value: float) -> str:
     return "–" if value < 0 else f"{100 * value:.1f}"
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [360, 768, 1280, 1920])
+@pytest.mark.parametrize(
+    ("width", "scheme"), [(360, "light"), (768, "dark"), (1280, "light"), (1920, "dark")]
+)
 def test_every_section_is_drawn_at_any_width(show, report, scheme, width):
     page = show(report, width, scheme)
     sections = page.locator("main > section")

@@ -47,10 +47,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> None:
     args = parser().parse_args(argv)
+    # Read and check everything before the first picture is written.
     coco = read_annotations(args.annotations)
     predictions = read_predictions(args.predictions, coco)
     chosen = choose_images(coco, args.num_images, getattr(args, "image_ids", None))
     respell([coco.imgs[image_id] for image_id in chosen], args.images)
+
     try:
         args.output_dir.mkdir(parents=True, exist_ok=True)
         pairs = []
@@ -72,6 +74,7 @@ def read_predictions(path: Path, coco: COCO) -> dict[int, list[dict[str, Any]]]:
     by_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for result in read_results(path):
         by_image[result["image_id"]].append(result)
+    # results of another data set would give pictures without detections
     if unknown := by_image.keys() - coco.imgs.keys():
         listed = _listed(unknown)
         raise UserError(f"{path} has {listed}, which the annotations do not have: another data set?")
@@ -80,6 +83,7 @@ def read_predictions(path: Path, coco: COCO) -> dict[int, list[dict[str, Any]]]:
 
 def choose_images(coco: COCO, num_images: int, image_ids: Sequence[int] | None) -> list[int]:
     """The wanted ids, or `num_images` spread evenly over the ids in order. Raises UserError."""
+    # --image_ids replaces --num_images
     if image_ids is not None:
         if unknown := set(image_ids) - coco.imgs.keys():
             raise UserError(f"the annotations do not have {_listed(unknown)}")
@@ -89,6 +93,7 @@ def choose_images(coco: COCO, num_images: int, image_ids: Sequence[int] | None) 
     if not coco.imgs:
         raise UserError("the annotations have no images")
     known = sorted(coco.imgs)
+    # first and last are among them
     places = np.linspace(0, len(known) - 1, min(num_images, len(known))).round().astype(int)
     return [known[i] for i in places]
 
@@ -107,6 +112,7 @@ def draw_pair(
     """The annotations of an image beside its detections."""
     info, truth = coco.imgs[image_id], coco.imgToAnns[image_id]
     image = open_image(folder, info)
+    # all names, so that a class has the same colour in every picture
     names = {i: category["name"] for i, category in coco.cats.items()}
     left, right = draw_coco(image, truth, names), draw_coco(image, found, names)
     titles = (

@@ -40,6 +40,7 @@ def read_runs(paths: Sequence[Path]) -> dict[str, list[Row]]:
     """Rows by the name of the run. Raises OSError, or UserError for a log that is broken or has no
     row.
     """
+    # resolved, because "." has no name
     names = [_run_name(path.resolve()) for path in paths]
     logs = {}
     for path, name in zip(paths, names, strict=True):
@@ -56,6 +57,7 @@ def read_runs(paths: Sequence[Path]) -> dict[str, list[Row]]:
 def _run_name(path: Path) -> str:
     if path.name == "log.txt":
         return path.parent.name
+    # a copied log may have any name
     return path.name if path.is_dir() else path.stem
 
 

@@ -99,6 +99,7 @@ def parser() -> argparse.ArgumentParser:
         default=DataConfig.max_image_megapixels,
         help="refuse larger pictures before they are decoded",
     )
+    # what a published checkpoint does not say of its detector
     add_untold_flags(made)
     return made
 
@@ -139,6 +140,7 @@ def predict(detector: Detector, files: Sequence[InputFile], args: argparse.Names
 
     folder = args.output_dir
     folder.mkdir(parents=True, exist_ok=True)
+    # the frames of a video are added when it is opened
     pictures = [file for file in files if not file.is_video]
     # disable=None: no bar if the output is not a terminal
     with tqdm(total=len(pictures), unit="picture", disable=None) as progress:
@@ -156,6 +158,7 @@ def predict(detector: Detector, files: Sequence[InputFile], args: argparse.Names
 
 def report(done: Prediction) -> None:
     """Print what was done and which files were left out. Raises UserError if those are all."""
+    # The files that were left out, one a line, then the counts.
     for error in done.bad:
         print(f"left out: {error.path} {error.reason}", file=sys.stderr)
     if not done.images:
@@ -220,10 +223,12 @@ class Prediction:
                     self._predict_video(file)
 
     def _predict(self, shots: Generator[Shot], write: Callable[[Shot, Detections], None]) -> None:
+        # one thread reads ahead, one detects, and this one draws and writes
         size = self.detector.batch_size
         predicted = ahead(self._detect(ahead(shots, 2 * size)), size)
         with contextlib.closing(predicted):
             for shot, found in predicted:
+                # noted first, so that a picture that can't be written is in the JSON files
                 self._note(shot, found)
                 if not self.args.no_pictures:
                     write(shot, found)
@@ -280,12 +285,14 @@ class Prediction:
             for batch in batches(shots, self.detector.batch_size):
                 every = self.detector.detect([shot.prepared for shot in batch])
                 for shot, found in zip(batch, every, strict=True):
+                    # the first detection of an image has the highest score
                     self.best_score = max([self.best_score, *found.scores[:1].tolist()])
                     yield shot, found.above(self.args.score_threshold)
 
     def _note(self, shot: Shot, found: Detections) -> None:
         from datasets.coco_eval import coco_results
 
+        # the format of the postprocessor, as in evaluation
         detections = {"boxes": found.boxes, "scores": found.scores, "labels": found.labels}
         self.results += coco_results([shot.entry["id"]], [detections], self.detector.classes)
         self.images.append(shot.entry)
@@ -331,6 +338,7 @@ def ahead(items: Generator[T], depth: int) -> Generator[T]:
 
 def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
     """Lists of `size` items, the last one shorter. If `items` raises, what it gave before comes first."""
+    # What was read before an error is still predicted.
     batch: list[T] = []
     failure: Exception | None = None
     try:

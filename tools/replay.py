@@ -90,9 +90,11 @@ def replay(step: Mapping[str, Any], device: torch.device, source: str) -> Rerun:
     """The step once more: same weights, batch, random state, precision and scale of the gradient."""
     flags = {**step["args"], "backbone_weights": "none", "resume": "", "eval": False}
     config = Config().with_flags(flags)
+    # the weights come from the file
     model, criterion, _ = build_model(config)
     load_state(model, {"model": step["model"]}, source)
     check_precision(model.to(device).train(), config.run.amp)
+    # the batch, as the loader would give it
     images = NestedTensor(step["images"], step["mask"]).to(device)
     targets = [{name: value.to(device) for name, value in target.items()} for target in step["targets"]]
     loss_of = training_loss(model, criterion, config.run.amp)

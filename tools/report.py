@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> None:
     args = parser().parse_args(argv)
+    # before anything is read, which may take minutes
     if args.num_pictures < 0:
         raise UserError(f"--num_pictures {args.num_pictures} must not be negative")
     if args.output.is_dir():

@@ -31,6 +31,7 @@ def main() -> int:
         remedy = "run this on a machine that has one, or try the steps with --device cpu"
         raise UserError(f"no GPU: torch {torch.__version__} sees no CUDA device here; {remedy}")
 
+    # data, checkpoints and logs go into a temporary folder; only results are kept
     with tempfile.TemporaryDirectory() as work:
         passed = Check(args.folder, Path(work), args.device, args.minutes).run()
     print((args.folder / "summary.md").read_text())

@@ -59,6 +59,7 @@ def main() -> int:
 def training_agrees(device: torch.device) -> bool:
     """Two updates of two batches each: the first batch of an update runs under no_sync."""
     config = parse_config(FLAGS.split())
+    # the same seed gives both the same weights and batches
     plain = trained(config, device, lambda model: model)
     exchanged = trained(config, device, lambda model: data_parallel(model, config, device))
     return all(map(torch.equal, plain, exchanged))
@@ -93,6 +94,7 @@ def noise(device: torch.device) -> tuple[NestedTensor, list[dict[str, torch.Tens
 def exchanges_agree(device: torch.device) -> bool:
     """What util/distributed/processes.py sends: sums and buffers on the device, objects on the host."""
     number, buffer = torch.full((), 3.0, device=device), torch.arange(4.0, device=device)
+    # in a group of one every exchange gives back what was sent
     dist.all_reduce(number)
     dist.broadcast(buffer, 0)
     gathered: list[object] = [None]

@@ -66,6 +66,7 @@ def kernels_fit(device: str) -> bool:
 
 def build_kernels(device: str) -> None:
     """As models/ops/make.sh, but with this Python: the machine may have no `python` on PATH."""
+    # in place, where models.ops looks for the libraries
     command = [sys.executable, "models/ops/setup.py", "-q", "build_ext", "--inplace"]
     devices = "cpu" if device == "cpu" else "cpu cuda"
     subprocess.run(command, env={**os.environ, "MS_DEFORM_ATTN_DEVICES": devices}, check=False)
@@ -79,6 +80,8 @@ def build_plain() -> bool:
     if nvcc is None:
         print("plain.cu can't be compiled: there is no nvcc on PATH or in CUDA_HOME")
         return False
+
+    # one call of the compiler: no build system is needed for one file
     command = f"{nvcc} -std=c++20 -O3 -arch=native -shared -Xcompiler -fPIC -DUSE_CUDA".split()
     command += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # PyTorch 2.10, as in models/ops/setup.py
     for folder in include_paths():

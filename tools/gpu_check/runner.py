@@ -41,6 +41,7 @@ class Check:
     """
 
     def __init__(self, folder: Path, work: Path, device: str, minutes: float) -> None:
+        # Only `folder` is kept: logs are packed into it.
         self.folder, self.work, self.device = folder, work, device
         self.logs = work / "logs"
         self.end = time.monotonic() + 60 * minutes - LAST_SECONDS
@@ -83,8 +84,10 @@ class Check:
 
     def do(self, step: CheckStep, end: float, before: Future | None = None) -> None:
         """Wait for the step before, run this one if possible, and write the results."""
+        # its result decides whether this step can run
         if before is not None:
             before.result()
+
         left = int(end - time.monotonic())
         if reason := self._obstacle(step):
             outcome = Outcome(f"skipped: {reason}")
@@ -92,6 +95,8 @@ class Check:
             outcome = Outcome(f"left out: takes {step.usual} s, {max(left, 0)} s left")
         else:
             outcome = self._execute(step, left)
+
+        # Steps run side by side, and each rewrites the same files.
         with self._writing:
             self.results[step.name] = outcome
             self._write()
@@ -158,8 +163,10 @@ class Check:
 
 
 def _failure(code: int, seconds: float, limit: int, step: CheckStep) -> str:
+    # `timeout` has its own exit statuses, but so may a command have
     if seconds < limit:
         return f"FAILED: exit status {code}"
+    # not the step's fault: the time of the whole check was over
     if limit < step.limit:
         return f"left out: cut off after {limit} s"
     return f"FAILED: ended after {limit} s"

@@ -39,6 +39,7 @@ NCU = (
     " --section SpeedOfLight --section MemoryWorkloadAnalysis --section WarpStateStats"
     " --metrics smsp__inst_executed.sum,lts__t_sectors_op_red.sum,l1tex__t_sector_hit_rate.pct"
 )
+# The cpu sizes only show that the commands work.
 SIZES = {
     "cuda": {
         "model": "--size 800 1333",
@@ -81,10 +82,12 @@ SANITIZER = (
 )
 TRITON = "import torch; from models.ops import backends; backends.choose('triton', torch.device('cuda', 0))"
 
+# what is imported, for `modules`
 DETECTOR = "scipy tqdm"
 TRAINING = f"{DETECTOR} pycocotools safetensors"
 TESTING = "pytest hypothesis"
 
+# lines with times or results, for `shows`
 BENCHMARK_LINES = r"training step|inference|Self CUDA time total"
 OPERATOR_LINES = r"encoder|decoder| +compiled "
 PYTEST_LINES = r"(=+ )?\d+.* (passed|failed|collected|deselected)"
@@ -99,6 +102,7 @@ PREPARE = CheckStep(
 
 # They run alone on the GPU, the most useful ones first.
 TIMINGS = (
+    # wrong kernels would make all times of them useless
     CheckStep(
         "kernels",
         30,
@@ -108,6 +112,7 @@ TIMINGS = (
         TESTING,
         needs_gpu=True,
     ),
+    # float32 and bfloat16, with a profile: how long the GPU waits for the host
     CheckStep(
         "training step",
         40,
@@ -116,9 +121,11 @@ TIMINGS = (
         BENCHMARK_LINES,
         DETECTOR,
     ),
+    # all backends side by side
     CheckStep(
         "operator", 55, 80, "python3 benchmark.py op --device {device} {operator} {repeats}", OPERATOR_LINES
     ),
+    # what float32 would take with tensor cores
     CheckStep(
         "training step, TF32",
         25,
@@ -127,6 +134,7 @@ TIMINGS = (
         BENCHMARK_LINES,
         DETECTOR,
     ),
+    # the whole network with and without the compiled operator
     CheckStep(
         "inference",
         20,
@@ -135,6 +143,7 @@ TIMINGS = (
         BENCHMARK_LINES,
         DETECTOR,
     ),
+    # half the bytes: is it faster?
     CheckStep(
         "operator, bfloat16",
         50,
@@ -142,6 +151,7 @@ TIMINGS = (
         "python3 benchmark.py op --device {device} --type bfloat16 {operator} --batch 1 {repeats}",
         OPERATOR_LINES,
     ),
+    # kernels without optimisation, as a measure of ours
     CheckStep(
         "plain kernels",
         15,
@@ -150,6 +160,7 @@ TIMINGS = (
         "encoder|decoder| +(times faster|ordered)",
         needs_gpu=True,
     ),
+    # why the operator takes the time that it takes
     CheckStep(
         "counters",
         30,
@@ -161,6 +172,7 @@ TIMINGS = (
 
 # They run side by side, after the timings.
 CHECKS = (
+    # the other steps train, predict and evaluate on it
     CheckStep(
         "data",
         10,
@@ -169,6 +181,7 @@ CHECKS = (
         "python3 -m datasets.synthetic --output_dir {data} --train_images 16 --val_images 8",
         modules=TRAINING,
     ),
+    # bit-identical weights after a resume in the middle of an epoch
     CheckStep(
         "stop and resume",
         100,
@@ -179,6 +192,7 @@ CHECKS = (
         TRAINING,
         after="data",
     ),
+    # Triton's tests compile for minutes
     CheckStep(
         "tests",
         100,
@@ -187,6 +201,7 @@ CHECKS = (
         PYTEST_LINES,
         f"{TESTING} {TRAINING}",
     ),
+    # without a cache each array is an allocation, so that a wrong access is seen
     CheckStep(
         "wrong accesses",
         90,
@@ -197,6 +212,7 @@ CHECKS = (
         TESTING,
         needs_gpu=True,
     ),
+    # DDP, which main.py does not use for one process
     CheckStep(
         "one process of NCCL",
         20,
@@ -205,10 +221,13 @@ CHECKS = (
         "one process|True|False",
         TRAINING,
     ),
+    # compiles the kernels and compares them with the reference
     CheckStep("triton", 15, 60, f'python3 -c "{TRITON}"', needs_gpu=True),
+    # as a user runs it after a build
     CheckStep(
         "self-test", 20, 60, "env MS_DEFORM_ATTN_BACKEND=compiled python3 models/ops/test.py", r"\* False"
     ),
+    # two commands on the weights of the run above
     CheckStep(
         "prediction",
         25,

@@ -92,6 +92,7 @@ def _chart(over: str, axis: dict[str, Any], panels: list[Drawn], runs: Sequence[
     x_axis = {"title": {"text": over, "standoff": 4}, "unifiedhovertitle": {"text": f"{over} %{{x}}"}}
     # no room below 0 for what is never negative
     y_axis = {"hoverformat": ".4~g", "rangemode": "nonnegative"}
+    # With many curves a list of all values would cover the panels.
     hover = "closest"
     if max(len(found) for _, found in panels) <= MAX_READ:
         hover = "x unified"

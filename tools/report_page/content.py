@@ -40,10 +40,13 @@ def results_of(runs: Sequence[Run]) -> list[tuple[int, Run, Result]]:
 
 def summary(run: Run) -> dict[str, Any]:
     """State, best result, size and machine of a run."""
+    # Most runs evaluate only every few epochs.
     evaluated, ap = series(run.rows, "AP")
     best = None
     if len(ap):
         best = {"AP": ap.max() / 100, "epoch": int(evaluated[ap.argmax()])}
+
+    # A run that has only begun has neither rows nor a complete record.
     last = run.rows[-1] if run.rows else {}
     starts = run.record.get("starts") or [{}]
     return {
@@ -68,6 +71,7 @@ def basis(run: Run) -> str:
     data = run.record.get("data") or {}
     train = data.get("train", {}).get("num_images")
     val = data.get("val", {}).get("num_images")
+    # a folder of main.py --eval has no epochs
     words = []
     if run.rows:
         words.append(f"{run.num_epochs} epochs" if run.num_epochs > 1 else "1 epoch")
@@ -90,6 +94,7 @@ def total_batch(run: Run) -> int | None:
 def flag_table(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Every flag, its meaning and its value in each run, in the order of --help."""
     meanings = {item.name: item.metadata["help"] for _, item in all_flags()}
+    # runs may be of different versions, with different flags
     given = {name for run in runs for name in run.flags}
     # flags of other versions come last
     names = [name for name in meanings if name in given] + sorted(given - set(meanings))
@@ -110,6 +115,8 @@ def class_table(results: Sequence[Result], truth: COCO | None, names: Mapping[in
     """Classes with their numbers of objects, and each result's metrics of every class."""
     tables = [result.tables for result in results]
     ids = sorted({i for one in tables if one for i in one.category_ids})
+
+    # Without annotations the numbers of objects are not known.
     classes = [{"id": i, "name": names.get(i, f"class {i}"), "objects": None} for i in ids]
     if truth is not None:
         counts = Counter(a["category_id"] for a in truth.anns.values() if not a["iscrowd"])
@@ -126,10 +133,13 @@ def class_metrics(tables: Tables, ids: Sequence[int]) -> dict[str, list[float | 
     """COCO's metrics of single classes: the means of the defined values, in the order of `ids`."""
     metrics: dict[str, list[float | None]] = {name: [] for name in (*PRECISIONS, RECALL)}
     for category in ids:
+        # a class that this result's data set does not have
         if category not in tables.category_ids:
             for values in metrics.values():
                 values.append(None)
             continue
+
+        # the last index: the largest number of detections an image
         k = tables.category_ids.index(category)
         for name, (ious, size) in PRECISIONS.items():
             metrics[name].append(_defined_mean(tables.precision[ious, :, k, size, -1]))
@@ -138,7 +148,7 @@ def class_metrics(tables: Tables, ids: Sequence[int]) -> dict[str, list[float | 
 
 
 def _defined_mean(values: NDArray[np.float64]) -> float | None:
-    values = values[values > -1]
+    values = values[values > -1]  # -1: no object of this class and size
     return number(values.mean()) if values.size else None
 
 

@@ -49,6 +49,7 @@ def make_page(
     """Write the page; returns its bytes. Raises UserError for runs or data that can't be read, or a
     page that can't be written.
     """
+    # Notes are shown at the top of the page; every stage may add some.
     runs = read_runs(folders)
     notes = [f"{run.name}: {note}." for run in runs for note in run.notes]
     truth = GroundTruth.find(runs, annotations, images, notes)
@@ -78,6 +79,7 @@ class GroundTruth:
         """What the user named, else that of the first run whose files are on this machine; adds a
         note for what is missing.
         """
+        # what the user named must exist; what a record names may have moved
         if images is not None and not images.is_dir():
             raise UserError(f"--images {images} is no folder")
         places = [(file, folder) for file, folder in map(validation_data, runs) if file]
@@ -88,6 +90,7 @@ class GroundTruth:
             notes.append(f"The annotations are missing ({reason}), {remedy}")
             return cls()
 
+        # The images must belong to these annotations, unless the user named the annotations.
         if images is None:
             for file, folder in places:
                 if folder and folder.is_dir() and (annotations or file == path):
@@ -106,6 +109,7 @@ class GroundTruth:
         theirs, _ = validation_data(run)
         if self.named or theirs is None or self.path is None or theirs.resolve() == self.path.resolve():
             return True
+        # a copy of the file is the same data set
         return theirs.is_file() and filecmp.cmp(theirs, self.path, shallow=False)
 
 
@@ -126,6 +130,7 @@ def page_content(
     runs: Sequence[Run], truth: GroundTruth, notes: list[str], num_pictures: int, threshold: float
 ) -> dict[str, Any]:
     """All that the page's script shows, as plain data."""
+    # First the mistakes: they complete results that have detections only.
     results = content.results_of(runs)
     errors = [_errors(run, result, truth, notes, threshold) for _, run, result in results]
     names = _names(runs, truth.coco)
@@ -156,7 +161,7 @@ def page_content(
 def _names(runs: Sequence[Run], coco: COCO | None) -> dict[int, str]:
     """Class names by category id: those of the annotations, then those of the runs."""
     names: dict[int, str] = {}
-    for run in runs[::-1]:
+    for run in runs[::-1]:  # the first run has the last word
         names |= recorded_names(run.record.get("classes"))
     if coco:
         names |= {int(category): entry["name"] for category, entry in coco.cats.items()}
@@ -195,6 +200,7 @@ def _errors(
         notes.append(f"{name}: {obstacle}")
         return None
 
+    # --save_predictions alone writes no tables.
     if result.tables is None:
         result.tables = Tables.from_plain(precision_tables(evaluate_boxes(truth.coco, result.detections)))
         result.stats = result.stats or result.tables.stats
@@ -241,7 +247,7 @@ def _mistakes(
         needed = "an evaluation's detections (eval/latest.json) and its annotations"
         return shown | {"choice": f"Mistakes need {needed}; the top of the page says what is missing."}
 
-    # The very many pictures of many runs would make the page too large.
+    # The more runs, the fewer pictures of each: the page must stay small enough to open.
     count = min(num_pictures, max(1, MAX_PICTURES // (6 * num_results)))
     album = Album(truth.images, truth.coco)
     shown["table"] = [error_table(one, threshold) if one else None for one in errors]

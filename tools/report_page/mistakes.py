@@ -58,6 +58,7 @@ class Album:
         key = image_id, view
         if key in self._places:
             return self._places[key]
+        # it stays full: smaller pictures must not overtake worse mistakes
         self.full = self.full or self._bytes > PICTURE_BYTES
         if self.folder is None or self.full:
             return None
@@ -80,6 +81,7 @@ def _data_uri(path: Path, view: Box) -> str:
         if image.width * image.height > MAX_PIXELS:
             raise OSError("too large")
         cut = as_rgb(image).crop((round(left), round(top), round(left + width), round(top + height)))
+    # small enough for hundreds of pictures on a page
     cut.thumbnail((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     cut.save(buffer, "JPEG", quality=82, optimize=True)
@@ -90,6 +92,7 @@ def error_table(errors: Errors, threshold: float) -> dict[str, Any]:
     """Of a result: numbers of errors by kind, among scores of at least `threshold`, and the AP50
     that each kind costs.
     """
+    # The costs are over all detections, as AP50 is; the numbers depend on the threshold.
     kinds = Counter(errors.detections.kind[errors.detections.score >= threshold].tolist())
     counts = {kind: kinds[kind] for kind in FALSE_POSITIVES}
     counts[MISSED] = int(missed(errors, threshold).sum())
@@ -146,6 +149,7 @@ def _entry(errors: Errors, kind: str, index: int, coco: COCO, album: Album) -> d
     found, objects = errors.detections, errors.objects
     entry: dict[str, Any] = {"kind": kind, "object": None}
     boxes = []
+    # A missed object has no detection, and a false positive may have no object.
     if kind == MISSED:
         target, image_id = index, int(objects.image[index])
         score = found_score(errors)[index]
@@ -192,6 +196,7 @@ def _context(objects: Objects, image_id: int, target: int, view: Box) -> list[di
     """The other objects in the view."""
     left, top, width, height = view
     x, y, w, h = objects.box.T
+    # boxes that overlap the view
     inside = (x < left + width) & (y < top + height) & (x + w > left) & (y + h > top)
     near = np.flatnonzero(inside & (objects.image == image_id))
     near = near[near != target][:CONTEXT]
@@ -205,6 +210,7 @@ def _elsewhere(errors: Errors, entry: Mapping[str, Any], target: int, threshold:
         return f"found it ({score:.2f})" if score >= threshold else "missed it too"
     found, mine = errors.detections, entry["detection"]
     same = (found.image == entry["image"]) & (found.category == mine["class"]) & (found.score >= threshold)
+    # a correct detection there is no mistake
     near = np.flatnonzero(same & ~np.isin(found.kind, (CORRECT, IGNORED)))
     if len(near):
         iou = np.asarray(mask_utils.iou(found.box[near], np.array([mine["box"]]), [0]))[:, 0]
@@ -219,12 +225,17 @@ def view_of(boxes: NDArray[np.float64], size: tuple[float, float]) -> Box:
 
     size: of the image, (width, height); 0 if it is not known.
     """
+    # The corners of a box around all boxes, cut at the image's border.
     low = np.clip(boxes[:, :2].min(0), 0, None)
     high = np.minimum((boxes[:, :2] + boxes[:, 2:]).max(0), np.where(np.array(size) > 0, size, np.inf))
+
+    # Surroundings, at least so large, in 4:3, but not larger than the image.
     limits = np.array(size) if min(size) > 0 else SURROUNDINGS * np.maximum(high - low, 1)
     wanted = np.maximum(SURROUNDINGS * (high - low), SMALLEST_VIEW * limits.max())
     wanted = np.array([max(wanted[0], wanted[1] * 4 / 3), max(wanted[1], wanted[0] * 3 / 4)])
     wanted = np.minimum(wanted, limits)
+
+    # In the middle, unless that would lead out of the image.
     corner = np.clip((low + high) / 2 - wanted / 2, 0, limits - wanted)
     left, top = np.floor(corner)
     width, height = np.maximum(np.minimum(np.ceil(wanted), limits), 1)

@@ -1,5 +1,5 @@
-// Shows the JSON in #data: tables, pictures, and the charts that plotly draws. No network. Text of runs only
-// goes in as text, never as markup.
+// Shows the JSON in #data: tables, pictures, and charts, which plotly draws. It makes no request. Text of runs is
+// inserted as text only, never as markup.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const SVG = "http://www.w3.org/2000/svg";
@@ -338,7 +338,7 @@ const KINDS = {
   class: ["wrong class", "the box fits an object of another class (IoU at least 0.5)"],
   localisation: ["wrong box", "the class is right, the box is off (IoU 0.1 to 0.5)"],
   both: ["wrong class and box", "near an object of another class, and off (IoU 0.1 to 0.5)"],
-  duplicate: ["duplicate", "a surer detection has found this object already"],
+  duplicate: ["duplicate", "a detection with a higher score found this object already"],
   background: ["background", "no object is there (IoU at most 0.1)"],
   missed: ["missed object", "no detection found it"],
 };
@@ -348,7 +348,7 @@ function addMistakes() {
   const { table: rows, entries, pictures, threshold } = data.mistakes;
   if (!rows.some(Boolean)) return note(section, data.mistakes.choice);
   section.append(el("p", {}, "Matched as COCO does at IoU 0.5, and sorted as in ",
-    "TIDE (Bolya et al., ECCV 2020). The cost of a kind is how much AP50 would rise if this kind alone were put right, over all detections; ",
+    "TIDE (Bolya et al., ECCV 2020). The cost of a kind is how much AP50 would rise if this kind alone were corrected, over all detections; ",
     `numbers and pictures are of detections that score at least ${threshold}. Crowd regions do not count.`));
   section.append(costTable(rows).node);
   if (!entries.length) {
@@ -440,7 +440,7 @@ function gallery(entries, pictures) {
     list.replaceChildren(...shown.slice(0, room).map(card));
     more.hidden = shown.length <= room;
     more.textContent = `Show all ${shown.length}`;
-    if (!shown.length) list.append(el("p", { class: "muted" }, "Nothing of this choice is among the worst."));
+    if (!shown.length) list.append(el("p", { class: "muted" }, "No mistake of this choice is among the worst."));
   }
   const dialog = byId("zoom");
   function enlarge(i) {
@@ -461,7 +461,7 @@ function gallery(entries, pictures) {
       if (by && shown[i + by]) enlarge(i + by);
     };
     if (!dialog.open) dialog.showModal();
-    // the button that was pressed is gone: without its successor focused, keys would no longer reach the dialog
+    // The pressed button has been replaced: without focus on the new one, keys would not reach the dialog.
     (dialog.querySelector(`button[class="${held}"]:not(:disabled)`) || dialog.querySelector(".close")).focus();
   }
   dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });

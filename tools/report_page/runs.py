@@ -90,6 +90,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     names = [folder.resolve().name for folder in folders]
     runs: dict[str, Run] = {}
     for folder, name in zip(folders, names, strict=True):
+        # a/run and b/run are shown by their paths
         if names.count(name) > 1:
             name = str(folder)
         if name in runs:
@@ -102,6 +103,8 @@ def _read_run(name: str, folder: Path) -> Run:
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; give the --output_dir of a run")
     run = Run(name, folder)
+
+    # A run that has just started has no log yet.
     try:
         run.rows = [row for row in read_log(folder / "log.txt") if is_finite(row.get("epoch"))]
     except FileNotFoundError:
@@ -109,12 +112,15 @@ def _read_run(name: str, folder: Path) -> Run:
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}") from None
 
+    # Runs of older versions have no run.json.
     run.record = _checked(read_record(folder)) or _record_of_checkpoint(run)
+
     for weights in _FILES:
         result = _result(run, weights)
         if result.tables or result.detections is not None or result.stats:
             run.results.append(result)
 
+    # Any folder could be named by mistake.
     if not (run.rows or run.record or run.results):
         needed = "no log.txt, run.json, checkpoint or eval/"
         raise UserError(f"{folder} holds nothing of a run: {needed}; give a run's --output_dir")
@@ -141,11 +147,12 @@ def _checked(record: dict[str, Any]) -> dict[str, Any]:
 
 def _record_of_checkpoint(run: Run) -> dict[str, Any]:
     """Flags and classes of a run without run.json, from a checkpoint."""
+    # a run that was not finished may have the one, and a published checkpoint is the other
     files = [*sorted(run.folder.glob("resume_*.pth"))[-1:], *run.folder.glob("checkpoint.pth")]
     for file in files:
         try:
             checkpoint = read_checkpoint(file, "checkpoint")
-        except UserError as error:
+        except UserError as error:  # the next file may be whole
             log.warning("%s", error)
             continue
         flags = checkpoint.get("args", {})
@@ -160,6 +167,7 @@ def _record_of_checkpoint(run: Run) -> dict[str, Any]:
 
 def _result(run: Run, weights: str) -> Result:
     table_files, detection_files = _FILES[weights]
+    # main.py --eval writes tables and no log.
     tables = _newest(run, table_files, _read_tables)
     detections = _newest(run, detection_files, read_results)
     stats = tables.stats if tables else last_metrics(run.rows, weights)
@@ -183,7 +191,7 @@ def _read_tables(path: Path) -> Tables:
     try:
         tables = Tables.from_plain(read_checkpoint(path, "tables"))
     except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, UserError):
+        if isinstance(error, UserError):  # it is a ValueError, and says more
             raise
         raise UserError(f"{path} holds no tables of precision and recall ({error})") from None
     classes = len(tables.category_ids)

@@ -94,6 +94,7 @@ def curves_of(panel: Panel, logs: Sequence[Sequence[Row]]) -> list[Curve]:
     for run, rows in enumerate(logs):
         for style, (name, key) in enumerate(panel.curves.items()):
             epochs, values = series(rows, key)
+            # a logarithmic scale has no place for 0
             if panel.logarithmic:
                 epochs, values = epochs[values > 0], values[values > 0]
             if len(epochs):
@@ -107,6 +108,7 @@ def series(rows: Sequence[Row], key: str) -> tuple[NDArray[np.float64], NDArray[
     `key` is a key of the log, or one of COCO_CURVES in percent; COCO's -1 for an undefined value is
     left out. Of an epoch that was run twice (resumed from an older checkpoint) the later row counts.
     """
+    # a dictionary, so that a later row replaces an earlier one
     values = {}
     for row in rows:
         epoch, value = row.get("epoch"), _value(row, key)
@@ -132,6 +134,7 @@ def _value(row: Row, key: str) -> Any:
 
 def run_colors(count: int) -> list[str]:
     """A colour for each of `count` runs, as #rrggbb, for lines on a white and on a dark background."""
+    # these have a contrast of 3 and more with both backgrounds
     if count <= len(_COLORS):
         return _COLORS[:count]
     colors = []
@@ -155,6 +158,7 @@ def read_log(path: str | Path) -> list[Row]:
         OSError: the file cannot be read.
         UserError: another line is not a JSON object; the message names file and line.
     """
+    # a line break at the end would count as one more line
     text = Path(path).read_text(encoding="utf-8", errors="replace").rstrip()
     lines = text.split("\n")
     rows = []
@@ -164,7 +168,7 @@ def read_log(path: str | Path) -> list[Row]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            if number == len(lines):
+            if number == len(lines):  # half written
                 break
             raise UserError(f"{path}, line {number}: not JSON: {error}") from error
         if not isinstance(row, dict):

@@ -45,6 +45,7 @@ def plot_run(logs: Mapping[str, Sequence[Row]], output: str | Path) -> None:
         OSError: the file cannot be written.
         UserError: there is no row at all, or matplotlib does not know the suffix.
     """
+    # Matplotlib's own messages would not say what to do.
     if not any(logs.values()):
         raise UserError("there is nothing to plot: no run has a row")
     output, known = Path(output), FigureCanvasAgg.get_supported_filetypes()
@@ -97,6 +98,7 @@ def _draw_panel(axes: Axes, panel: Panel, curves: Sequence[Curve], colors: Seque
 
 
 def _scale(axes: Axes, panel: Panel, curves: Sequence[Curve]) -> None:
+    # whole epochs only
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     epochs = np.concatenate([curve.epochs for curve in curves])
