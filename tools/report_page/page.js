@@ -151,7 +151,27 @@ async function loadPlotly() {
   document.head.append(el("script", {}, await new Response(stream).text()));
 }
 
-async function addChart(section, { data: lines, layout }) {
+// colours for a light and for a dark background
+const GREY = "#7b828b", CLEAR = "rgba(0, 0, 0, 0)";
+const AXIS = { gridcolor: "rgba(128, 128, 128, 0.25)", zeroline: false, ticklabelstandoff: 4 };
+const LAYOUT = {
+  font: { family: "system-ui, sans-serif", size: 12, color: GREY },
+  margin: { l: 50, r: 15, t: 70, b: 40 },
+  paper_bgcolor: CLEAR,
+  plot_bgcolor: CLEAR,
+  legend: { orientation: "h", yref: "container", y: 1, yanchor: "top" },
+  hoversort: "value descending",
+  hoverdistance: -1,
+  hoverlabel: { namelength: -1, bgcolor: "#2b3138", font: { color: "#ffffff" } },
+  modebar: { bgcolor: CLEAR, color: GREY },
+};
+
+async function addChart(section, chart) {
+  const { over, axes, ...own } = chart.layout;
+  const lines = chart.data;
+  const xaxis = { ...AXIS, title: { text: over, standoff: 4 }, unifiedhovertitle: { text: `${over} %{x}` }, ...axes.xaxis };
+  const yaxis = { ...AXIS, hoverformat: ".4~g", rangemode: "nonnegative", ...axes.yaxis }; // nothing is negative
+  const layout = { ...LAYOUT, ...own, template: { layout: { xaxis, yaxis } } };
   const columns = Math.max(1, Math.min(3, Math.floor(innerWidth / 400)));
   const rows = Math.ceil(layout.annotations.length / columns); // every panel has its heading
   layout.grid = { rows, columns, pattern: "independent", ygap: 0.3 };
