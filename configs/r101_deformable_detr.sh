@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Deformable DETR with ResNet-101.
 set -euo pipefail
-# shellcheck source=tools/env.sh
-source "$(dirname "${BASH_SOURCE[0]}")/../tools/env.sh"
+# shellcheck source=tools/dev/env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../tools/dev/env.sh"
 require_torch
 exec python -u main.py --output_dir exps/r101_deformable_detr --backbone resnet101 "$@"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Deformable DETR with ResNet-50, refined boxes, and queries proposed by the encoder.
+# Deformable DETR with ResNet-50, refined boxes, and two stages: the encoder proposes the queries.
 set -euo pipefail
-# shellcheck source=tools/env.sh
-source "$(dirname "${BASH_SOURCE[0]}")/../tools/env.sh"
+# shellcheck source=tools/dev/env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../tools/dev/env.sh"
 require_torch
 exec python -u main.py --output_dir exps/r50_deformable_detr_plus_iterative_bbox_refinement_plus_plus_two_stage --with_box_refine --two_stage "$@"

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# A small Deformable DETR on the quickstart's synthetic data set, from random weights, made for two CPU cores: one encoder
-# layer, so that with BatchFormerV2 (--bf 1 --share_bf 0 --insert_idx 0) only the decoder works on both streams.
+# A small Deformable DETR on the quickstart's synthetic data set, from random weights, for two CPU cores. It has one
+# encoder layer, so that with BatchFormerV2 (--bf 1 --share_bf 0 --insert_idx 0) only the decoder computes both streams.
 set -euo pipefail
-# shellcheck source=tools/env.sh
-source "$(dirname "${BASH_SOURCE[0]}")/../tools/env.sh"
+# shellcheck source=tools/dev/env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../tools/dev/env.sh"
 require_torch
 exec python -u main.py --output_dir exps/synthetic --coco_path data/synthetic \
   --backbone resnet18 --backbone_weights none --backbone_norm bn --with_box_refine \

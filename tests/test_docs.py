@@ -66,7 +66,7 @@ def _in_order(parts: list[str], text: str) -> bool:
 def _texts() -> list[str]:
     """Every text in the program; … stands for the values of an f-string."""
     files = [file for name in SOURCES for file in sorted((ROOT / name).rglob("*.py")) or [ROOT / name]]
-    texts = [(ROOT / "tools/env.sh").read_text()]
+    texts = [(ROOT / "tools/dev/env.sh").read_text()]
     for file in files:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):

@@ -25,9 +25,9 @@ from datasets.file_index import (
     portable,
     respell,
 )
+from datasets.input_files import find_files
 from datasets.transforms import eval_transform
 from tests.helpers import write_coco
-from tools.predict import find_sources
 from util.errors import UserError
 from util.text_files import read_lines, read_text, unquoted
 
@@ -277,7 +277,7 @@ def test_prediction_takes_pictures_of_linked_folders_once(tmp_path):
     write_images(tmp_path / "photos", "0.jpg")
     for link, target in (("holiday", "disk"), ("again", "disk"), ("circle", "photos")):
         (tmp_path / "photos" / link).symlink_to(tmp_path / target)
-    assert [source.name for source in find_sources([tmp_path / "photos"])] == [
+    assert [source.name for source in find_files([tmp_path / "photos"])] == [
         "0.jpg",
         "again/1.jpg",
         "again/2.jpg",

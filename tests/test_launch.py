@@ -155,7 +155,7 @@ def start_two_nodes(
     ]
 
 
-# configs/ and tools/env.sh
+# configs/ and tools/dev/env.sh
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -190,13 +190,13 @@ def test_without_torch_a_script_says_what_to_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("active", ["VIRTUAL_ENV", "CONDA_PREFIX", None])
 def test_dot_venv_serves_unless_another_environment_is_active(tmp_path: Path, active: str | None) -> None:
-    (tmp_path / "tools").mkdir()
-    shutil.copy(ROOT / "tools/env.sh", tmp_path / "tools")
+    (tmp_path / "tools/dev").mkdir(parents=True)
+    shutil.copy(ROOT / "tools/dev/env.sh", tmp_path / "tools/dev")
     executable(tmp_path / "bin/python", "")
     (tmp_path / ".venv").mkdir()
     own = executable(tmp_path / ".venv/bin/python", "")
     variables = {"VIRTUAL_ENV": "", "CONDA_PREFIX": ""} | ({active: "/elsewhere"} if active else {})
-    script = "set -euo pipefail; source tools/env.sh; command -v python"
+    script = "set -euo pipefail; source tools/dev/env.sh; command -v python"
     status, output = run(["bash", "-c", script], environment(tmp_path, **variables), cwd=tmp_path)
     assert status == 0
     assert output.strip() == (str(tmp_path / "bin/python") if active else own)

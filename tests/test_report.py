@@ -212,7 +212,7 @@ def test_figures_of_a_class_are_pycocotools_own(data):
     results = detections_of(coco, 5)
     run_folder = write_run(data.parent.parent.parent / "single", data, results)
     (one,) = read_runs([run_folder])
-    figures = content.class_figures(one.results[0].tables, [*CATEGORIES])
+    figures = content.class_metrics(one.results[0].tables, [*CATEGORIES])
     place = {"AP": 0, "AP50": 1, "AP75": 2, "AP small": 3, "AP medium": 4, "AP large": 5, "AR 100": 8}
     for i, category in enumerate(CATEGORIES):
         stats = coco_eval(coco, results, category).stats
@@ -645,3 +645,14 @@ def test_thumbnails_are_of_the_place(made, data):
         with Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))) as cut:
             assert cut.size == (40, 30)
             assert np.abs(np.asarray(cut.getpixel((20, 15))) - colour).max() < 12
+
+
+def test_a_toy_run_shows_what_its_ap_rests_on(made, tmp_path):
+    """Images and epochs, as far as they are known."""
+    plain, other = (run["basis"] for run in page_data(*made)["runs"])
+    assert plain == other == "6 epochs of 100 images, evaluated on 12"
+    folder = shutil.copytree(made[0], tmp_path / "unknown")
+    (folder / "run.json").unlink()
+    assert page_data(folder)["runs"][0]["basis"] == "6 epochs"
+    (folder / "log.txt").unlink()
+    assert page_data(folder)["runs"][0]["basis"] == ""

@@ -25,7 +25,7 @@ CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAM
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="needs Chromium (apt-get install chromium, or its path in $CHROMIUM)"
 )
-SECTIONS = ["summary", "curves", "figures", "classes", "precision-recall", "mistakes", "configuration"]
+SECTIONS = ["summary", "curves", "metrics", "classes", "precision-recall", "mistakes", "configuration"]
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +118,9 @@ def percent(value: float) -> str:
     return "–" if value < 0 else f"{100 * value:.1f}"
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [360, 768, 1280, 1920])
+@pytest.mark.parametrize(
+    ("width", "scheme"), [(360, "light"), (768, "dark"), (1280, "light"), (1920, "dark")]
+)
 def test_every_section_is_drawn_at_any_width(show, report, scheme, width):
     page = show(report, width, scheme)
     sections = page.locator("main > section")
@@ -138,7 +139,7 @@ def test_every_section_is_drawn_at_any_width(show, report, scheme, width):
 
 def test_the_figures_are_those_that_were_put_in(show, report, runs):
     page = show(report)
-    shown = rows(page, "#figures")
+    shown = rows(page, "#metrics")
     given = [stats(runs[0]), stats(runs[1]), stats(runs[1], "ema_")]
     assert [row[0] for row in shown][:4] == ["AP", "AP50", "AP75", "AP small"] and len(shown) == 12
     for i, row in enumerate(shown):
@@ -333,7 +334,7 @@ def test_runs_that_have_only_begun(show, runs, tmp_path):
     make_page([tmp_path / "begun", tmp_path / "young"], tmp_path / "report.html")
     page = show(tmp_path / "report.html")
     assert any(note.startswith("begun: has no log.txt yet") for note in texts(page, ".notes li"))
-    assert all(page.locator(f"#{name} .note").count() for name in ("figures", "classes", "mistakes"))
+    assert all(page.locator(f"#{name} .note").count() for name in ("metrics", "classes", "mistakes"))
     young = lines(page, "#curves")
     assert {line["meta"] for line in young} == {1} and [10] in [line["y"] for line in young]
 

@@ -165,7 +165,7 @@ def test_a_subset_of_classes_keeps_ids_and_both_parts(tmp_path):
     assert "'four' is no category; there are one, two, three" in result.stderr
 
 
-@pytest.mark.parametrize("tool", ["tools/overfit.sh", "tools/check_distributed.sh"])
+@pytest.mark.parametrize("tool", ["tools/overfit.sh", "tools/dev/check_distributed.sh"])
 def test_checks_say_how_they_are_used(tool):
     result = run(f"./{tool}")
     assert result.returncode == 2

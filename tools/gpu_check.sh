@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# What only a GPU can show, in some minutes: ./tools/gpu_check.sh --help. The steps are in tools/gpu_check/steps.py.
+# Checks in some minutes what only a GPU can show: ./tools/gpu_check.sh --help. The steps are in tools/gpu_check/steps.py.
 set -euo pipefail
-# shellcheck source=tools/env.sh
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+# shellcheck source=tools/dev/env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/dev/env.sh"
 
 for python in python python3; do
   if "$python" -c 'import sys, importlib.util as u; sys.exit(u.find_spec("torch") is None)' 2>/dev/null; then

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Can the detector learn eight real images by heart, from random weights? A quick test of the whole path from files to
-# AP: ./tools/overfit.sh <folder in COCO's layout> [further flags of main.py]. About six minutes on two CPU cores.
+# Does the detector overfit eight real images, from random weights? A quick test of the whole path from files to AP.
+# About six minutes on two CPU cores.
+#
+#     ./tools/overfit.sh <folder in COCO's layout> [further flags of main.py]
 set -euo pipefail
-# shellcheck source=tools/env.sh
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+# shellcheck source=tools/dev/env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/dev/env.sh"
 [[ $# -ge 1 && -d $1 ]] || die "usage: ./tools/overfit.sh <folder with train2017 and annotations> [flags of main.py]"
 require_torch
 coco=$1

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# From nothing to pictures: environment, synthetic data, a small Deformable DETR with BatchFormerV2 trained on it,
-# its evaluation, a curve of the run, a report, and its detections beside the ground truth. About ten minutes on two CPU cores
-# after the installation. Run it again and it goes on from what is there.
-#   ./tools/quickstart.sh           the whole of it
-#   ./tools/quickstart.sh --short   the same path in two minutes, too short to learn anything
+# The whole path on synthetic data: creates the environment, trains a small Deformable DETR with BatchFormerV2, evaluates
+# it, and draws curves, a report, and detections beside the ground truth. About ten minutes on two CPU cores after the
+# installation. If it was interrupted, run it again: it continues.
+#   ./tools/quickstart.sh           the full run
+#   ./tools/quickstart.sh --short   the same steps in two minutes; too short to learn anything
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-# shellcheck source=tools/env.sh
-source tools/env.sh
+# shellcheck source=tools/dev/env.sh
+source tools/dev/env.sh
 case ${1:-} in
   "") name=synthetic images=2000 val_images=200 epochs=10 ;;
   --short) name=synthetic_short images=48 val_images=16 epochs=2 ;;
   *) sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 2 ;;
 esac
-# shellcheck source=tools/setup.sh
-source tools/setup.sh
+# shellcheck source=tools/dev/setup.sh
+source tools/dev/setup.sh
 
 data=data/$name
 run=exps/$name
@@ -34,4 +34,4 @@ python tools/draw_detections.py --annotations "$data/annotations/instances_val20
   --predictions "$run/predictions.json" --output_dir "$run/pictures"
 echo
 echo "Detections beside the ground truth are $run/pictures/contact_sheet.png, the curve of the run is $run/curve.png,"
-echo "and all about it in one page for a browser is $run/report.html"
+echo "and a page with all results, for a browser, is $run/report.html"

@@ -1,8 +1,9 @@
-"""Make one HTML page of one or several runs: curves, COCO's figures, classes, precision-recall
+"""Make one HTML page of one or several runs: curves, COCO's metrics, classes, precision-recall
 curves and the worst mistakes.
 
-The page holds everything, needs no network, and opens from disk. Differences are to the run that is
-named first. A run that is not done yet, or lacks files, works: the page says what is missing.
+The page contains everything, works offline, and opens from disk. Differences are to the run that is
+named first. A run that is not finished, or whose files are incomplete, works: the page says what is
+missing.
 """
 
 import argparse
@@ -11,9 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # a script sees only its own folder, not the project
+# a script sees only its own folder, not the project
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from util.config import add_score_threshold_flag, make_parser
 from util.errors import UserError, run_as_command
 
@@ -22,53 +22,32 @@ EXAMPLE = """\
 """
 
 
-def get_parser() -> argparse.ArgumentParser:
-    parser = make_parser("tools/report.py", __doc__, EXAMPLE)
-    add = parser.add_argument
-    add(
-        "runs",
-        type=Path,
-        nargs="+",
-        help="output folders of runs; the first is what the others are compared with",
-    )
+def parser() -> argparse.ArgumentParser:
+    made = make_parser("tools/report.py", __doc__, EXAMPLE)
+    add, unset = made.add_argument, argparse.SUPPRESS
+    runs = "output folders of runs; the others are compared with the first"
+    add("runs", type=Path, nargs="+", help=runs)
     add("--output", type=Path, default=Path("report.html"), help="page to write")
-    add(
-        "--annotations",
-        type=Path,
-        default=argparse.SUPPRESS,
-        help="COCO JSON of the validation images (default: what the first run that knows it "
-        "was evaluated on)",
-    )
-    add(
-        "--images",
-        type=Path,
-        default=argparse.SUPPRESS,
-        help="folder of the validation images (default: likewise)",
-    )
-    add(
-        "--num_pictures",
-        type=int,
-        default=12,
-        help="pictures of each kind of mistake and run, the worst first",
-    )
-    add_score_threshold_flag(parser, "count and show mistakes among detections of at least this score")
-    return parser
-
-
-def check(args: argparse.Namespace) -> None:
-    if args.num_pictures < 0:
-        raise UserError(f"--num_pictures {args.num_pictures} must not be negative")
-    if args.output.is_dir():
-        raise UserError(
-            f"--output {args.output} is a folder; name a file in it, {args.output / 'report.html'} say"
-        )
+    truth = "COCO JSON of the validation images (default: that of the first run which names it)"
+    add("--annotations", type=Path, default=unset, help=truth)
+    add("--images", type=Path, default=unset, help="folder of the validation images (default: likewise)")
+    pictures = "pictures of each kind of mistake and run, the worst first"
+    add("--num_pictures", type=int, default=12, help=pictures)
+    add_score_threshold_flag(made, "count and show mistakes among detections of at least this score")
+    return made
 
 
 def main(argv: Sequence[str]) -> None:
-    args = get_parser().parse_args(argv)
-    check(args)
+    args = parser().parse_args(argv)
+    # before anything is read, which may take minutes
+    if args.num_pictures < 0:
+        raise UserError(f"--num_pictures {args.num_pictures} must not be negative")
+    if args.output.is_dir():
+        example = args.output / "report.html"
+        raise UserError(f"--output {args.output} is a folder; name a file in it, {example} say")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    from tools.report_page.make import make_page  # torch, which takes seconds
+
+    from tools.report_page.make import make_page  # imports torch, which takes seconds
 
     size = make_page(
         args.runs,

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Runs a command as several processes, on this machine or on several, under PyTorch's elastic launcher (tools/launch.py).
-# With several nodes, run it on each: the same MASTER_ADDR and MASTER_PORT (node 0's), its own NODE_RANK.
-# MAX_RESTARTS=3 starts all processes again after a failure, up to three times; --resume auto lets main.py go on.
-# SIGTERM, SIGUSR1, SIGUSR2 and SIGINT let main.py save and leave; what is still there after PREEMPT_SECONDS (120) is killed.
+# With several nodes, run it on each node, with the same MASTER_ADDR and MASTER_PORT (node 0's) and its own NODE_RANK.
+# MAX_RESTARTS=3 starts all processes again after a failure, up to three times; with --resume auto, main.py resumes.
+# On SIGTERM, SIGUSR1, SIGUSR2 and SIGINT main.py saves and exits; after PREEMPT_SECONDS (120) what still runs is killed.
 # A node waits JOIN_SECONDS (1800) for the others.
 set -euo pipefail
-# shellcheck source=tools/env.sh
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+# shellcheck source=tools/dev/env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/dev/env.sh"
 
 (($# >= 2)) || die "usage: [GPUS_PER_NODE=8] [MAX_RESTARTS=0] [PREEMPT_SECONDS=120] [JOIN_SECONDS=1800] [MASTER_ADDR=<node 0> MASTER_PORT=29500 NODE_RANK=<0, 1, ...>] $0 <processes> <command> [arguments]"
 split_over_nodes "$1"
@@ -15,7 +15,7 @@ shift
 command -v -- "$1" >/dev/null || die "'$1' is not an executable command"
 require_torch
 
-# On GPUs the cores are the data loaders'; without, the processes share them.
+# With GPUs, the data loaders need the cores. Without, the processes share them.
 if [[ -z ${OMP_NUM_THREADS:-} ]]; then
   OMP_NUM_THREADS=1
   if [[ ${CUDA_VISIBLE_DEVICES-all} == "" || $(nvidia-smi -L 2>/dev/null) != GPU* ]]; then
@@ -30,7 +30,7 @@ for name in MASTER_PORT MAX_RESTARTS PREEMPT_SECONDS JOIN_SECONDS; do
   [[ ${!name:-1} =~ ^[0-9]{1,5}$ ]] || die "$name must be a whole number below 100000, not '${!name}'"
 done
 
-# With defaults for these, every node would wait for itself until the rendezvous times out.
+# With defaults, every node would wait for itself until the rendezvous times out.
 ((NODES == 1)) || [[ -n ${MASTER_ADDR:-} && -n ${NODE_RANK:-} ]] ||
   die "$NODES nodes of $GPUS_PER_NODE processes: set MASTER_ADDR to node 0's address and NODE_RANK to the node's number"
 export NODE_RANK=${NODE_RANK:-0}

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Runs a command as several Slurm tasks, one for each GPU. When a task fails, Slurm ends the others. SIGNAL_SECONDS before
-# the time limit Slurm sends SIGUSR1: main.py saves and leaves with exit code 75. docs/reliability.md has a batch script
-# that comes back then.
+# the time limit Slurm sends SIGUSR1: main.py saves and exits with code 75. docs/reliability.md has a batch script that
+# is then requeued.
 set -euo pipefail
-# shellcheck source=tools/env.sh
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+# shellcheck source=tools/dev/env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/dev/env.sh"
 
 (($# >= 4)) || die "usage: [GPUS_PER_NODE=8] [CPUS_PER_TASK=4] [GRES=<gpu:8, or none for CPU>] [MASTER_PORT=<port>] [SIGNAL_SECONDS=<from the signal to the time limit, 120>] [SRUN_ARGS=<flags of srun>] $0 <partition> <job name> <gpus> <command> [arguments]"
 partition=$1 job_name=$2
@@ -18,7 +18,7 @@ CPUS_PER_TASK=${CPUS_PER_TASK:-4}
 GRES=${GRES:-gpu:$GPUS_PER_NODE}
 SIGNAL_SECONDS=${SIGNAL_SECONDS:-120}
 [[ $SIGNAL_SECONDS =~ ^[0-9]+$ ]] || die "SIGNAL_SECONDS must be an integer of at least 0, not '$SIGNAL_SECONDS'"
-threads=1 # on GPUs the cores are the data loaders'
+threads=1 # with GPUs, the data loaders need the cores
 [[ $GRES != none ]] || threads=$CPUS_PER_TASK
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
 
@@ -28,7 +28,7 @@ run_task() {
   local hosts
   hosts=$(scontrol show hostnames "$SLURM_STEP_NODELIST")
   export MASTER_ADDR=${hosts%%$'\n'*}
-  # The same for all tasks, another for each job and step, below the ports that systems give to outgoing connections.
+  # Equal for all tasks of a step, different between steps, and below the ports of outgoing connections.
   export MASTER_PORT=${MASTER_PORT:-$((10000 + (SLURM_JOB_ID + SLURM_STEP_ID) % 20000))}
   export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=$GPUS_PER_NODE
   exec "$@"

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Style and the whole test suite: ./tools/test.sh [arguments of pytest]. Makes the environment first if need be.
+# Style and the whole test suite: ./tools/test.sh [arguments of pytest]. Creates the environment first if it is missing.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-# shellcheck source=tools/env.sh
-source tools/env.sh
-# shellcheck source=tools/setup.sh
-source tools/setup.sh
+# shellcheck source=tools/dev/env.sh
+source tools/dev/env.sh
+# shellcheck source=tools/dev/setup.sh
+source tools/dev/setup.sh
 ruff check .
 ruff format --check --quiet . || { echo "run: ruff format ." >&2; exit 1; }
 python -m pytest "$@"

@@ -1,13 +1,13 @@
-"""DistributedDataParallel over NCCL in a group of one process: python -m tools.gpu_check.one_rank
-[--device cpu].
+"""DistributedDataParallel over NCCL in a group of one process.
 
-main.py does without DDP for one process, and NCCL takes no two processes on one GPU, so on a
-machine with one GPU nothing else meets it. Every exchange that training makes is made once.
+    python -m tools.gpu_check.one_rank [--device cpu]
+
+main.py uses no DDP for one process, and NCCL takes no two processes on one GPU, so on a machine
+with one GPU nothing else tests it. Every exchange of training is made once.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import socket
 import sys
@@ -19,6 +19,7 @@ from torch import nn
 
 from engine import data_parallel, train_one_epoch, training_loss
 from models import build_model
+from tools.gpu_check.prepare import device_parser
 from util.config import Config, parse_config
 from util.distributed.processes import process_group
 from util.nested_tensor import NestedTensor
@@ -29,76 +30,51 @@ from util.step.not_finite import FiniteWatch
 from util.step.updater import build_updater
 
 FLAGS = (
-    "--backbone",
-    "resnet18",
-    "--backbone_weights",
-    "none",
-    "--backbone_norm",
-    "gn",
-    "--hidden_dim",
-    "64",
-    "--nheads",
-    "4",
-    "--enc_layers",
-    "1",
-    "--dec_layers",
-    "2",
-    "--num_queries",
-    "20",
-    "--num_classes",
-    "5",
-    "--accumulate_steps",
-    "2",
-    "--bf",
-    "1",
-    "--share_bf",
-    "0",
-    "--insert_idx",
-    "0",
+    "--backbone resnet18 --backbone_weights none --backbone_norm gn --hidden_dim 64 --nheads 4"
+    " --enc_layers 1 --dec_layers 2 --num_queries 20 --num_classes 5 --accumulate_steps 2"
+    " --bf 1 --share_bf 0 --insert_idx 0"
 )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    args = parser.parse_args()
+    device_name = device_parser(__doc__).parse_args().device
     make_deterministic()
-    os.environ |= {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": _free_port(),
-    }
-    with process_group(args.device, timeout=60) as device:
+    # what a launcher sets
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+
+    # the group is closed before the last line, so a hang at the end shows too
+    with process_group(device_name, timeout=60) as device:
         print(f"one process, {dist.get_backend_config()}")
-        results = [check_training(device), check_exchanges(device)]
+        results = {
+            "four steps with DDP give the weights of four steps without it": training_agrees(device),
+            "numbers, buffers and objects": exchanges_agree(device),
+        }
+        for name, passed in results.items():
+            print(f"{passed}  {name}", flush=True)
     print("the group has ended")
-    return 0 if all(results) else 1
+    return 0 if all(results.values()) else 1
 
 
-def check_training(device: torch.device) -> bool:
-    """Two updates of two batches each, so with and without no_sync, end with the bits that they
-    have without DDP.
-    """
-    config = parse_config(FLAGS)
+def training_agrees(device: torch.device) -> bool:
+    """Two updates of two batches each: the first batch of an update runs under no_sync."""
+    config = parse_config(FLAGS.split())
+    # the same seed gives both the same weights and batches
     plain = trained(config, device, lambda model: model)
     exchanged = trained(config, device, lambda model: data_parallel(model, config, device))
-    return say(
-        all(map(torch.equal, plain, exchanged)),
-        "four steps with DDP give the weights of four steps without it",
-    )
+    return all(map(torch.equal, plain, exchanged))
 
 
 def trained(
     config: Config, device: torch.device, wrap: Callable[[nn.Module], nn.Module]
 ) -> list[torch.Tensor]:
+    """The weights after four steps on random batches."""
     torch.manual_seed(0)
     model, criterion, _ = build_model(config)
     model.to(device)
     batches = [noise(device) for _ in range(4)]
+
+    # one log window, no checkpoints: only the steps matter
     watch = FiniteWatch(model, training_loss(model, criterion, "off"), {}, None)
     log = StepLog(0, len(batches), EpochSums(), watch, criterion.weight_dict)
     train_one_epoch(wrap(model), criterion, batches, build_updater(model, config), log)
@@ -108,33 +84,31 @@ def trained(
 def noise(device: torch.device) -> tuple[NestedTensor, list[dict[str, torch.Tensor]]]:
     """A batch of two images with three objects each."""
     images = NestedTensor.from_images(list(torch.randn(2, 3, 64, 96)))
-    boxes, labels = torch.rand(2, 3, 4) * 0.4 + 0.1, torch.randint(5, (2, 3))
-    targets = [{"boxes": b.to(device), "labels": n.to(device)} for b, n in zip(boxes, labels, strict=True)]
+    targets = []
+    for _ in range(2):
+        boxes, labels = torch.rand(3, 4) * 0.4 + 0.1, torch.randint(5, (3,))
+        targets.append({"boxes": boxes.to(device), "labels": labels.to(device)})
     return images.to(device), targets
 
 
-def check_exchanges(device: torch.device) -> bool:
+def exchanges_agree(device: torch.device) -> bool:
     """What util/distributed/processes.py sends: sums and buffers on the device, objects on the host."""
     number, buffer = torch.full((), 3.0, device=device), torch.arange(4.0, device=device)
+    # in a group of one every exchange gives back what was sent
     dist.all_reduce(number)
     dist.broadcast(buffer, 0)
     gathered: list[object] = [None]
     dist.gather_object({"a": 1}, gathered)
     box: list[object] = ["text"]
     dist.broadcast_object_list(box)
-    seen = (number.item(), buffer.tolist(), gathered, box)
-    return say(seen == (3.0, [0.0, 1.0, 2.0, 3.0], [{"a": 1}], ["text"]), "numbers, buffers and objects")
+    received = (number.item(), buffer.tolist(), gathered, box)
+    return received == (3.0, [0.0, 1.0, 2.0, 3.0], [{"a": 1}], ["text"])
 
 
 def _free_port() -> str:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return str(one.getsockname()[1])
-
-
-def say(passed: bool, what: str) -> bool:
-    print(f"{bool(passed)}  {what}", flush=True)
-    return bool(passed)
 
 
 if __name__ == "__main__":

@@ -1,46 +1,36 @@
-"""The compiled fused operator of the encoder at 800 x 1333, forward and backward three times: for
-ncu, which slows each launch.
+"""Three calls of the encoder's fused operator, forward and backward, for Nsight Compute.
 
     ncu -k regex:'^(forward|backward)_kernel$' python -m tools.gpu_check.op_once
 
-The kernels are called directly: the comparison with the reference before their first use would be
-profiled too.
+It calls the kernels directly: otherwise the comparison with the reference would be profiled too.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 import torch
 
 from models.ops import compiled
-from models.ops.benchmark import CHANNELS, HEADS, TYPES, Load, make_inputs
-
-CALLS = 3
+from models.ops.benchmark import CHANNELS, HEADS, Load, make_inputs
+from tools.gpu_check.prepare import device_parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--type", default="float32", choices=TYPES, help="of the values (float32)")
-    args = parser.parse_args()
-    if missing := compiled.missing(args.device):
+    device = device_parser(__doc__).parse_args().device
+    if missing := compiled.missing(device):
         sys.exit(f"no compiled kernels: {missing}")
     load = Load("encoder", (800, 1333), batch=1, fused=True)
-    value, *points = (
-        tensor.detach() for tensor in make_inputs(load, torch.device(args.device), TYPES[args.type])
-    )
-    grad = torch.ones(1, value.shape[1], HEADS * CHANNELS, device=value.device, dtype=value.dtype)
-    for _ in range(CALLS):
+    inputs = make_inputs(load, torch.device(device), torch.float32)
+    value, *points = (tensor.detach() for tensor in inputs)
+    grad = torch.ones(1, value.shape[1], HEADS * CHANNELS, device=device)
+    # the first launches of a process are slower
+    for _ in range(3):
         compiled.fused_forward(value, load.shapes, *points)
         compiled.fused_backward(grad, value, load.shapes, *points)
-    if args.device == "cuda":
+    if device == "cuda":
         torch.cuda.synchronize()
-    print(f"{CALLS} calls of forward and backward")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

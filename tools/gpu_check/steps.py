@@ -1,311 +1,250 @@
-"""The steps of the check: their commands, how long they may take, the figures in their output, and
-what was expected.
+"""The steps of the check: one table of timings and one of checks.
 
-What is expected holds for an H100 and is counted, not measured (docs/ops.md, docs/gpu.md). Without
-a GPU the same steps run at small sizes, to try the commands.
+docs/gpu.md says what each step shows, and which values are expected on an H100. Without a GPU the
+same commands run at small sizes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-# seconds that the checks, which run side by side, usually take
+# seconds that all checks together usually take
 CHECKS_TAKE = 150
 
 
 @dataclass(frozen=True)
-class Step:
-    """A command, with {data}, {work} and {logs} for folders; the logs go into the results.
+class CheckStep:
+    """A command with time limits.
 
-    usual, limit: seconds; it is left out if less than `usual` are left, and ended after `limit`.
-    figures: names, and patterns whose group is the figure in the output.
-    modules: what Python must have. after: the step whose files it reads.
+    usual: seconds that it takes; it is left out if fewer are left. limit: seconds after which it is
+    ended.
+    command: {data}, {work} and {logs} are folders; the other fields are those of SIZES.
+    shows: pattern of the lines of its output that the summary shows.
+    modules: Python modules that it needs. after: the step whose files it reads.
     """
 
     name: str
     usual: int
     limit: int
     command: str
-    figures: Mapping[str, str] = field(default_factory=dict)
-    expected: str = ""
-    environment: Mapping[str, str] = field(default_factory=dict)
-    needs_gpu: bool = False
-    modules: tuple[str, ...] = ()
+    shows: str = ""
+    modules: str = ""
     after: str = ""
+    needs_gpu: bool = False
 
 
-DETECTOR = ("scipy", "tqdm")
-TRAINING = (*DETECTOR, "pycocotools", "safetensors")
-DATA = "--train_images 16 --val_images 8"  # enough to stop in the middle of an epoch
-BATCHFORMER = "--bf 1 --share_bf 0 --insert_idx 0"
 SMALL_MODEL = "--backbone resnet18 --enc_layers 1 --dec_layers 2 --num_queries 20"
-SANITIZER = (
-    "compute-sanitizer --report-api-errors no --target-processes all --kernel-name "
-    "kns=deformable --error-exitcode 1"
-)
-COUNTERS = (
+NCU = (
     "ncu --clock-control none --print-units base -k 'regex:^(forward|backward)_kernel$' -c 4"
     " --section SpeedOfLight --section MemoryWorkloadAnalysis --section WarpStateStats"
     " --metrics smsp__inst_executed.sum,lts__t_sectors_op_red.sum,l1tex__t_sector_hit_rate.pct"
 )
+# The cpu sizes only show that the commands work.
+SIZES = {
+    "cuda": {
+        "model": "--size 800 1333",
+        "operator": "--size 800 1333",
+        "iterations": "--warm_iters 3 --num_iters 8",
+        "many": "--warm_iters 3 --num_iters 30",
+        "repeats": "--num_iters 5",
+        "images": "--train_sizes 256 288 --crop_resize_sizes 256 --crop_sizes 128 224"
+        " --eval_size 288 --max_size 480",
+        "ncu": NCU,
+        "pytest": "",
+    },
+    "cpu": {
+        "model": f"--size 64 96 {SMALL_MODEL}",
+        "operator": "--size 64 96",
+        "iterations": "--warm_iters 1 --num_iters 1",
+        "many": "--warm_iters 1 --num_iters 2",
+        "repeats": "--num_iters 1",
+        "images": "--train_sizes 64 80 --crop_resize_sizes 64 --crop_sizes 48 64"
+        " --eval_size 80 --max_size 128",
+        "ncu": "",
+        "pytest": "--collect-only",
+    },
+}
+
+BATCHFORMER = "--bf 1 --share_bf 0 --insert_idx 0"
+TRAIN_STEP = "python3 benchmark.py train --device {device} {model} --batch_size 2 {iterations} " + BATCHFORMER
+MAIN_FLAGS = (
+    "--device {device} --coco_path {data} --backbone resnet18 --backbone_weights none --backbone_norm gn"
+    " --enc_layers 2 --dec_layers 2 --num_queries 100 {images} --batch_size 2 --num_workers 2"
+    " --log_every 4 " + BATCHFORMER
+)
+GPU_TESTS = (
+    "tests/test_engine.py tests/test_ops.py tests/test_ops_backends.py tests/test_ops_deterministic.py"
+    " tests/test_ops_property.py tests/test_precision.py tests/test_activation_checkpointing.py"
+)
+SANITIZER = (
+    "compute-sanitizer --report-api-errors no --target-processes all --kernel-name kns=deformable"
+    " --error-exitcode 1"
+)
 TRITON = "import torch; from models.ops import backends; backends.choose('triton', torch.device('cuda', 0))"
-PYTEST_SUMMARY = r"^(?:=+ )?(\d+.* (?:passed|failed|collected|deselected).*?)(?: =+)?$"
-KERNEL_TESTS = "tests/test_ops_property.py tests/test_ops_backends.py"
-GPU_TESTS = " ".join(
-    f"tests/test_{name}.py"
-    for name in (
-        "engine",
-        "ops",
-        "ops_backends",
-        "ops_deterministic",
-        "ops_property",
-        "precision",
-        "activation_checkpointing",
-    )
+
+# what is imported, for `modules`
+DETECTOR = "scipy tqdm"
+TRAINING = f"{DETECTOR} pycocotools safetensors"
+TESTING = "pytest hypothesis"
+
+# lines with times or results, for `shows`
+BENCHMARK_LINES = r"training step|inference|Self CUDA time total"
+OPERATOR_LINES = r"encoder|decoder| +compiled "
+PYTEST_LINES = r"(=+ )?\d+.* (passed|failed|collected|deselected)"
+
+PREPARE = CheckStep(
+    "prepare",
+    10,
+    150,
+    "python3 -m tools.gpu_check.prepare --device {device}",
+    "device:|software:|kernels:",
 )
 
+# They run alone on the GPU, the most useful ones first.
+TIMINGS = (
+    # wrong kernels would make all times of them useless
+    CheckStep(
+        "kernels",
+        30,
+        60,
+        "python3 -m pytest -q -m gpu tests/test_ops_property.py tests/test_ops_backends.py -k compiled",
+        PYTEST_LINES,
+        TESTING,
+        needs_gpu=True,
+    ),
+    # float32 and bfloat16, with a profile: how long the GPU waits for the host
+    CheckStep(
+        "training step",
+        40,
+        60,
+        TRAIN_STEP + " --amp bf16 --profile --trace {logs}/trace.json.gz",
+        BENCHMARK_LINES,
+        DETECTOR,
+    ),
+    # all backends side by side
+    CheckStep(
+        "operator", 55, 80, "python3 benchmark.py op --device {device} {operator} {repeats}", OPERATOR_LINES
+    ),
+    # what float32 would take with tensor cores
+    CheckStep(
+        "training step, TF32",
+        25,
+        35,
+        "env TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 " + TRAIN_STEP,
+        BENCHMARK_LINES,
+        DETECTOR,
+    ),
+    # the whole network with and without the compiled operator
+    CheckStep(
+        "inference",
+        20,
+        35,
+        "python3 benchmark.py --device {device} {model} {many} --amp bf16 --against_reference",
+        BENCHMARK_LINES,
+        DETECTOR,
+    ),
+    # half the bytes: is it faster?
+    CheckStep(
+        "operator, bfloat16",
+        50,
+        80,
+        "python3 benchmark.py op --device {device} --type bfloat16 {operator} --batch 1 {repeats}",
+        OPERATOR_LINES,
+    ),
+    # kernels without optimisation, as a measure of ours
+    CheckStep(
+        "plain kernels",
+        15,
+        30,
+        "python3 -m tools.gpu_check.compare_plain",
+        "encoder|decoder| +(times faster|ordered)",
+        needs_gpu=True,
+    ),
+    # why the operator takes the time that it takes
+    CheckStep(
+        "counters",
+        30,
+        45,
+        "{ncu} python3 -m tools.gpu_check.op_once --device {device}",
+        r" +(forward_kernel|backward_kernel|smsp__inst|lts__t_sectors_op_red|l1tex__t_sector_hit)",
+    ),
+)
 
-def milliseconds_of(variant: str) -> str:
-    """The pattern of a time that benchmark.py prints."""
-    return rf"^{variant}: .*\(([\d.]+) ms"
-
-
-def time_of_operator(load: str, column: int) -> str:
-    """The pattern of the compiled operator's time in `benchmark.py op`: forward (0), or with the
-    backward (1).
-    """
-    return rf"^encoder \d+ x \d+, {load}\n +compiled +" + r"[\d.]+ ms +[\d.]+x +" * column + r"([\d.]+) ms"
-
-
-def plain_figure(name: str) -> str:
-    """The pattern of a figure of the comparison with the plain kernels, for the encoder and one
-    image.
-    """
-    return rf"^encoder 800 x 1333, batch 1, around\n(?:  .*\n)*?  {name} +([\d.]+)"
-
-
-def counter(name: str, launch: int) -> str:
-    """The pattern of a counter that ncu prints, of the launch with that number."""
-    return rf"(?:{name} +\S+ +[\d,.]+[\s\S]*?){{{launch}}}{name} +\S+ +([\d,.]+)"
-
-
-def preparation(device: str) -> Step:
-    return Step(
-        "prepare",
+# They run side by side, after the timings.
+CHECKS = (
+    # the other steps train, predict and evaluate on it
+    CheckStep(
+        "data",
         10,
+        60,
+        # enough images to stop in the middle of an epoch
+        "python3 -m datasets.synthetic --output_dir {data} --train_images 16 --val_images 8",
+        modules=TRAINING,
+    ),
+    # bit-identical weights after a resume in the middle of an epoch
+    CheckStep(
+        "stop and resume",
+        100,
         150,
-        f"python3 -m tools.gpu_check.prepare --device {device}",
-        {"device": r"^device: (.*)", "software": r"^software: (.*)", "kernels": r"^kernels: (.*)"},
-    )
-
-
-def timings(device: str) -> list[Step]:
-    """Alone on the GPU, in the order of their worth."""
-    gpu = device == "cuda"
-    size = "--size 800 1333" if gpu else f"--size 64 96 {SMALL_MODEL}"
-    op_size = "--size 800 1333" if gpu else "--size 64 96"
-    few, more, many = (8, 5, 30) if gpu else (1, 1, 2)
-    warm = 3 if gpu else 1
-    train = (
-        f"python3 benchmark.py train --device {device} {size} --batch_size 2 {BATCHFORMER} "
-        f"--warm_iters {warm}"
-    )
-    return [
-        Step(
-            "kernels",
-            30,
-            60,
-            f"python3 -m pytest -q -m gpu {KERNEL_TESTS} -k compiled",
-            {"tests": PYTEST_SUMMARY},
-            "none fails",
-            needs_gpu=True,
-            modules=("pytest", "hypothesis"),
-        ),
-        Step(
-            "training step",
-            40,
-            60,
-            f"{train} --num_iters {few} --amp bf16 --profile --trace {{logs}}/trace.json.gz",
-            {
-                "float32 ms": milliseconds_of("training step, --bf 1"),
-                "bfloat16 ms": milliseconds_of("training step, --bf 1 --amp bf16"),
-                "bfloat16 MiB": r"^training step, --bf 1 --amp bf16: .*, ([\d.]+) MiB",
-                "bfloat16 at work ms": r"^Self CUDA time total: ([\d.]+)ms",
-            },
-            "float32 110 to 120 ms, bfloat16 45 to 55 ms, 3 to 5 of which the GPU is idle",
-            modules=DETECTOR,
-        ),
-        Step(
-            "operator",
-            55,
-            80,
-            f"python3 benchmark.py op --device {device} {op_size} --num_iters {more}",
-            {
-                "forward ms": time_of_operator("batch 1, around", 0),
-                "with backward ms": time_of_operator("batch 1, around", 1),
-                "forward, batch 4 ms": time_of_operator("batch 4, around", 0),
-                "forward from offsets ms": time_of_operator("batch 1, from offsets", 0),
-                "with backward from offsets ms": time_of_operator("batch 1, from offsets", 1),
-            },
-            "forward 0.10 to 0.14 ms, with backward 0.6 to 1.1 ms; batch 4: forward 0.40 to 0.56 ms",
-        ),
-        Step(
-            "training step, TF32",
-            25,
-            35,
-            f"{train} --num_iters {more}",
-            {"ms": milliseconds_of("training step, --bf 1")},
-            "70 to 75 ms",
-            {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"},
-            modules=DETECTOR,
-        ),
-        Step(
-            "inference",
-            20,
-            35,
-            f"python3 benchmark.py --device {device} {size} --warm_iters {warm} --num_iters {many} "
-            f"--amp bf16"
-            " --against_reference",
-            {
-                "float32 ms": milliseconds_of("inference"),
-                "bfloat16 ms": milliseconds_of("inference --amp bf16"),
-                "in plain PyTorch ms": milliseconds_of("inference --amp bf16, the operator in plain PyTorch"),
-            },
-            "bfloat16 about 15 ms, of which the host needs 6 to 8 ms for launches",
-            modules=DETECTOR,
-        ),
-        Step(
-            "operator, bfloat16",
-            50,
-            80,
-            f"python3 benchmark.py op --device {device} --type bfloat16 {op_size} --batch 1 "
-            f"--num_iters {more}",
-            {
-                "forward ms": time_of_operator("batch 1, around", 0),
-                "with backward ms": time_of_operator("batch 1, around", 1),
-            },
-            "forward 0.08 to 0.105 ms, 1.2 to 1.4 times as fast as float32; with backward 0.6 to 1.07 ms",
-        ),
-        Step(
-            "plain kernels",
-            15,
-            30,
-            "python3 -m tools.gpu_check.compare_plain",
-            {
-                "times as fast": plain_figure("times faster"),
-                "ordered backward us": plain_figure("ordered backward"),
-            },
-            "at least 2 times as fast; ordered backward 2,000 to 3,000 us",
-            needs_gpu=True,
-        ),
-        Step(
-            "counters",
-            30,
-            45,
-            f"{f'{COUNTERS} ' if gpu else ''}python3 -m tools.gpu_check.op_once --device {device}",
-            {
-                "forward instructions": counter("smsp__inst_executed.sum", 0),
-                "backward instructions": counter("smsp__inst_executed.sum", 1),
-                "backward additions, sectors": counter("lts__t_sectors_op_red.sum", 1),
-                "forward first-level hits %": counter("l1tex__t_sector_hit_rate.pct", 0),
-            },
-            "73 and 126 million instructions of a warp; 1.29 GB of additions, 40 million sectors; hits 76 %",
-        ),
-    ]
-
-
-def checks(device: str) -> list[Step]:
-    """Side by side, after the timings."""
-    gpu = device == "cuda"
-    sizes = (
-        "--train_sizes 256 288 --crop_resize_sizes 256 --crop_sizes 128 224 --eval_size 288 --max_size 480"
-    )
-    if not gpu:
-        sizes = "--train_sizes 64 80 --crop_resize_sizes 64 --crop_sizes 48 64 --eval_size 80 --max_size 128"
-    flags = (
-        f"--device {device} --coco_path {{data}} --backbone resnet18 --backbone_weights none "
-        f"--backbone_norm gn --enc_layers 2 --dec_layers 2 --num_queries 100 {BATCHFORMER} {sizes} "
-        f"--batch_size 2 --num_workers 2 --log_every 4"
-    )
-    checkpoint = "--resume {work}/resume/whole/checkpoint.pth"
-    return [
-        Step(
-            "data",
-            10,
-            60,
-            f"python3 -m datasets.synthetic --output_dir {{data}} {DATA}",
-            modules=("pycocotools", "scipy", "tqdm"),
-        ),
-        Step(
-            "stop and resume",
-            100,
-            150,
-            f"python3 -m tools.gpu_check.resume {flags} --output_dir {{work}}/resume --save_every "
-            f"4 --deterministic --epochs 2",
-            {"two ends": r"^(identical)"},
-            "identical to the bit",
-            modules=TRAINING,
-            after="data",
-        ),
-        Step(
-            "tests",
-            100,
-            120,
-            f"python3 -m pytest -q -m gpu {GPU_TESTS} -k 'not triton'{'' if gpu else ' --collect-only'}",
-            {"tests": PYTEST_SUMMARY},
-            "none fails",
-            modules=("pytest", "hypothesis", *TRAINING),
-        ),
-        Step(
-            "wrong accesses",
-            90,
-            120,
-            f"{SANITIZER} python3 -m pytest -q -m gpu tests/test_ops_property.py -k 'compiled and not large'",
-            {"errors": r"ERROR SUMMARY: (\d+) error"},
-            "no error",
-            {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-            needs_gpu=True,
-            modules=("pytest", "hypothesis"),
-        ),
-        Step(
-            "one process of NCCL",
-            20,
-            60,
-            f"python3 -m tools.gpu_check.one_rank --device {device}",
-            {"group": r"^one process, (.*)"},
-            "the weights that training without DDP gives",
-            modules=TRAINING,
-        ),
-        Step("triton", 15, 60, f'python3 -c "{TRITON}"', {}, "agrees with the reference", needs_gpu=True),
-        Step(
-            "self-test",
-            20,
-            60,
-            "python3 models/ops/test.py",
-            {"not right": r"^\* False (.*)"},
-            "all lines True",
-            {"MS_DEFORM_ATTN_BACKEND": "compiled"},
-        ),
-        Step(
-            "prediction",
-            25,
-            60,
-            f"python3 tools/predict.py {checkpoint} --output_dir {{work}}/predictions --device "
-            f"{device} {{data}}/val2017",
-            {"pictures": r"^pictures: (\d+)"},
-            "all pictures done",
-            modules=(*TRAINING, "matplotlib"),
-            after="stop and resume",
-        ),
-        Step(
-            "evaluation",
-            25,
-            60,
-            f"python3 main.py {flags} --eval --amp bf16 {checkpoint}",
-            {"AP": r"^ *AP +([\d.]+)"},
-            "runs to the end",
-            modules=TRAINING,
-            after="stop and resume",
-        ),
-    ]
+        f"python3 -m tools.gpu_check.resume {MAIN_FLAGS}"
+        " --output_dir {work}/resume --save_every 4 --deterministic --epochs 2",
+        "identical",
+        TRAINING,
+        after="data",
+    ),
+    # Triton's tests compile for minutes
+    CheckStep(
+        "tests",
+        100,
+        120,
+        f"python3 -m pytest -q -m gpu {GPU_TESTS} -k 'not triton' {{pytest}}",
+        PYTEST_LINES,
+        f"{TESTING} {TRAINING}",
+    ),
+    # without a cache each array is an allocation, so that a wrong access is seen
+    CheckStep(
+        "wrong accesses",
+        90,
+        120,
+        f"env PYTORCH_NO_CUDA_MEMORY_CACHING=1 {SANITIZER}"
+        " python3 -m pytest -q -m gpu tests/test_ops_property.py -k 'compiled and not large'",
+        ".*ERROR SUMMARY",
+        TESTING,
+        needs_gpu=True,
+    ),
+    # DDP, which main.py does not use for one process
+    CheckStep(
+        "one process of NCCL",
+        20,
+        60,
+        "python3 -m tools.gpu_check.one_rank --device {device}",
+        "one process|True|False",
+        TRAINING,
+    ),
+    # compiles the kernels and compares them with the reference
+    CheckStep("triton", 15, 60, f'python3 -c "{TRITON}"', needs_gpu=True),
+    # as a user runs it after a build
+    CheckStep(
+        "self-test", 20, 60, "env MS_DEFORM_ATTN_BACKEND=compiled python3 models/ops/test.py", r"\* False"
+    ),
+    # two commands on the weights of the run above
+    CheckStep(
+        "prediction",
+        25,
+        60,
+        "python3 tools/predict.py --resume {work}/resume/whole/checkpoint.pth"
+        " --output_dir {work}/predictions --device {device} {data}/val2017",
+        "pictures:",
+        f"{TRAINING} matplotlib",
+        after="stop and resume",
+    ),
+    CheckStep(
+        "evaluation",
+        25,
+        60,
+        f"python3 main.py {MAIN_FLAGS} --eval --amp bf16 --resume {{work}}/resume/whole/checkpoint.pth",
+        " *AP ",
+        TRAINING,
+        after="stop and resume",
+    ),
+)

@@ -1,8 +1,8 @@
 """The page's charts as plotly figures: curves over the epochs, and precision by recall.
 
-A chart has panels, and a panel has lines for each run. A line carries the number of its run as
-`meta`; page.js arranges the panels in columns. Names of runs are escaped, because plotly reads some
-HTML in text.
+A chart has panels, and a panel has curves of each run. A curve carries the number of its run as
+`meta`; page.js arranges the panels in columns and gives them fonts and colours. Names of runs are
+escaped, because plotly reads some HTML in text.
 """
 
 from __future__ import annotations
@@ -13,128 +13,138 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from plotly.graph_objects import Figure
 
 from tools.report_page.content import results_of
 from tools.report_page.runs import Run
-from util.draw.curves import MAX_MARKERS, PANELS, Line, Panel, lines, run_colors
+from util.draw.curves import MAX_MARKERS, PANELS, Curve, Panel, curves_of, run_colors
 
-# of lines, and how headings show them
+# of the curves, and how headings show them
 DASHES, SIGNS = ("solid", "dash", "dot"), ("—", "- -", "···")
-GREY, GRID = "#7b828b", "rgba(128, 128, 128, 0.25)"  # on light and on dark ground
-MAX_READ = 9  # lines whose values are shown together; more would not fit beside a panel
+MAX_READ = 9  # curves whose values are shown together; more would not fit beside a panel
+MAX_VALUES = 800  # results x classes; with more, every fourth recall is kept, or the page takes megabytes
 PR_IOUS = {"IoU 0.5": slice(0, 1), "IoU 0.75": slice(5, 6), "IoU 0.5 to 0.95 (mean)": slice(None)}
-Drawn = tuple[Panel, list[Line]]
+Drawn = tuple[Panel, list[Curve]]
 
 
 def curves(runs: Sequence[Run]) -> dict[str, Any] | None:
-    """A chart of the panels that have a line; None if no run has finished an epoch."""
+    """A chart of the panels that have a curve; None if no run has finished an epoch."""
     logs = [run.rows for run in runs]
-    panels = [(panel, found) for panel in PANELS if (found := [*lines(panel, logs)])]
-    few = max((line.epochs.max() for _, found in panels for line in found), default=0) < 6
-    axis = {"dtick": 1} if few else {}  # plotly would write halves of an epoch
-    return _chart("epoch", axis, panels, runs).to_plotly_json() if panels else None
+    panels = [(panel, curves_of(panel, logs)) for panel in PANELS]
+    panels = [(panel, found) for panel, found in panels if found]
+    if not panels:
+        return None
+    axes: dict[str, dict[str, Any]] = {"xaxis": {}, "yaxis": {}}
+    if max(curve.epochs.max() for _, found in panels for curve in found) < 6:
+        axes["xaxis"] = {"dtick": 1}  # plotly would write halves of an epoch
+    return _chart("epoch", axes, panels, runs)
 
 
 def precision_recall(runs: Sequence[Run], classes: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """A chart of the results that have tables, for all classes; None if there is none.
 
-    `choices`: [name, the values of every line] of all classes and of each; [] if it has no objects.
+    `choices`: [name, the values of every curve] of all classes and of each; [] if it has no objects.
     """
-    results = [(i, result.weights, result.tables) for i, _, result in results_of(runs) if result.tables]
+    results = [(i, result) for i, _, result in results_of(runs) if result.tables]
     if not results:
         return None
-    # many runs and classes would take megabytes
-    step = 1 if len(results) * len(classes) <= 800 else 4
-    every: dict[str, Any] = {"name": "all classes", "id": [one["id"] for one in classes]}
+    step = 1 if len(results) * len(classes) <= MAX_VALUES else 4
     recalls = np.linspace(0, 100, 101)[::step]
+    all_ids = [one["id"] for one in classes]
+
+    # One panel for each IoU, one curve for each result.
     panels, precisions = [], []
     for title, ious in PR_IOUS.items():
         found = []
-        for run, weights, tables in results:
-            precision = 100 * tables.precision[ious, ::step, :, 0, -1].mean(axis=0)  # [R, K]
-            precisions.append((precision, tables.category_ids))
-            name, place = ("averaged", 1) if weights else ("weights", 0)
-            found.append(Line(run, name, place, recalls, _mean(precision, tables.category_ids, every["id"])))
+        for run, result in results:
+            assert result.tables is not None
+            ids = result.tables.category_ids
+            precision = 100 * result.tables.precision[ious, ::step, :, 0, -1].mean(axis=0)  # [R, K]
+            precisions.append((precision, ids))
+            name, style = ("averaged", 1) if result.weights else ("weights", 0)
+            found.append(Curve(run, name, style, recalls, _mean(precision, ids, all_ids)))
         panels.append((Panel(title, {}, "%"), found))
-    figure = _chart("recall in %", {"range": [0, 100]}, panels, runs).update_yaxes(range=[0, 100.5])
-    choices = []
-    for one in [every, *sorted(classes, key=lambda one: one["name"])]:
-        choices.append([one["name"], [_mean(*precision, one["id"]).tolist() for precision in precisions]])
-    return {**figure.to_plotly_json(), "choices": choices}
+    axes: dict[str, dict[str, Any]] = {"xaxis": {"range": [0, 100]}, "yaxis": {"range": [0, 100.5]}}
+
+    # The page replaces the values of all curves when another class is chosen.
+    choices = [("all classes", all_ids)]
+    choices += [(one["name"], [one["id"]]) for one in sorted(classes, key=lambda one: one["name"])]
+    values = [
+        [name, [_mean(precision, ids, wanted).tolist() for precision, ids in precisions]]
+        for name, wanted in choices
+    ]
+    return _chart("recall in %", axes, panels, runs) | {"choices": values}
 
 
-def _mean(precision: NDArray[np.float64], ids: Sequence[int], wanted: int | list[int]) -> NDArray[np.float64]:
+def _mean(precision: NDArray[np.float64], ids: Sequence[int], wanted: Sequence[int]) -> NDArray[np.float64]:
     """The mean [R] of precision [R, K] over the wanted ones of `ids` [K] that have objects; [] if
     none has.
     """
     chosen = (precision[0] >= 0) & np.isin(ids, wanted)
-    return precision[:, chosen].mean(axis=1).round(1) if chosen.any() else np.array([])
+    if not chosen.any():
+        return np.array([])
+    return precision[:, chosen].mean(axis=1).round(1)
 
 
-def _chart(over: str, axis: dict[str, Any], panels: list[Drawn], runs: Sequence[Run]) -> Figure:
-    common = {"gridcolor": GRID, "zeroline": False, "ticklabelstandoff": 4}
-    x_axis = {"title": {"text": over, "standoff": 4}, "unifiedhovertitle": {"text": f"{over} %{{x}}"}}
-    # no room below 0 for what is never negative
-    y_axis = {"hoverformat": ".4~g", "rangemode": "nonnegative"}
-    figure = Figure(
-        layout={
-            "template": {"layout": {"xaxis": common | x_axis | axis, "yaxis": common | y_axis}},
-            "font": {"family": "system-ui, sans-serif", "size": 12, "color": GREY},
-            "margin": {"l": 50, "r": 15, "t": 70, "b": 40},
-            "paper_bgcolor": "rgba(0, 0, 0, 0)",
-            "plot_bgcolor": "rgba(0, 0, 0, 0)",
-            "legend": {"orientation": "h", "yref": "container", "y": 1, "yanchor": "top"},
-            "hovermode": "x unified" if max(len(found) for _, found in panels) <= MAX_READ else "closest",
-            "hoversort": "value descending",
-            "hoverdistance": -1,
-            "hoverlabel": {"namelength": -1, "bgcolor": "#2b3138", "font": {"color": "#ffffff"}},
-            "modebar": {"bgcolor": "rgba(0, 0, 0, 0)", "color": GREY},
-        }
-    )
+def _chart(
+    over: str, axes: dict[str, dict[str, Any]], panels: list[Drawn], runs: Sequence[Run]
+) -> dict[str, Any]:
+    """A plotly figure. over: what the x axis shows; axes: settings of all "xaxis" and "yaxis"."""
+    # With many curves a list of all values would cover the panels.
+    hover = "closest"
+    if max(len(found) for _, found in panels) <= MAX_READ:
+        hover = "x unified"
+    layout: dict[str, Any] = {"over": over, "axes": axes, "hovermode": hover, "annotations": []}
+    data: list[dict[str, Any]] = []
     colors, names = run_colors(len(runs)), [_shown_name(run.name) for run in runs]
     for i, (panel, found) in enumerate(panels, start=1):
-        number = "" if i == 1 else i
-        styles = {line.name: line.place for line in sorted(found, key=lambda line: line.place)}
-        heading = f"<b>{panel.title}</b>"
-        if len(styles) > 1:
-            heading += "".join(f"   {SIGNS[place]} {name}" for name, place in styles.items())
-        figure.add_annotation(
-            text=heading,
-            showarrow=False,
-            xref=f"x{number} domain",
-            x=0,
-            xanchor="left",
-            yref=f"y{number} domain",
-            y=1,
-            yanchor="bottom",
-        )
-        scale = {"type": "log", "dtick": "D2", "tickformat": ".0e"} if panel.logarithmic else {}
-        figure.update_layout({f"yaxis{number}": {"ticksuffix": panel.unit, **scale}})
-        if number:
-            figure.update_layout({f"xaxis{number}": {"matches": "x"}})
-        for line in found:
-            suffix = f" · {line.name}" if len(styles) > 1 else ""
-            figure.add_scatter(
-                x=line.epochs.tolist(),
-                y=[float(f"{value:.6g}") for value in line.values],
-                meta=line.run,
-                xaxis=f"x{number}",
-                yaxis=f"y{number}",
-                line_color=colors[line.run],
-                line_dash=DASHES[line.place],
-                mode="lines+markers" if len(line.epochs) <= MAX_MARKERS else "lines",
-                showlegend=False,
-                name=names[line.run] + suffix,
-                legendgroup=str(line.run),
-            )
-    # its entry in the legend
-    for run in sorted({line.run for _, found in panels for line in found}):
-        sample = {"x": [None], "y": [None], "mode": "lines", "line_color": colors[run]}
-        figure.add_scatter(**sample, name=names[run], meta=run, legendgroup=str(run))
-    return figure
+        number = "" if i == 1 else str(i)  # plotly calls the first axes x and y, the next x2 and y2
+        styles = {curve.style: curve.name for curve in found}
+        layout["annotations"].append(_heading(panel.title, styles, number))
+        layout[f"xaxis{number}"] = {"matches": "x"} if number else {}  # all are zoomed together
+        layout[f"yaxis{number}"] = {"ticksuffix": panel.unit}
+        if panel.logarithmic:
+            layout[f"yaxis{number}"] |= {"type": "log", "dtick": "D2", "tickformat": ".0e"}
+        for curve in found:
+            line = _line(curve, colors, names, number)
+            if len(styles) > 1:
+                line["name"] += f" · {curve.name}"
+            data.append(line)
+
+    # A line without values gives each run its entry in the legend.
+    for run in sorted({line["meta"] for line in data}):
+        empty = {"x": [None], "y": [None], "mode": "lines", "line": {"color": colors[run]}}
+        data.append(empty | {"name": names[run], "meta": run, "legendgroup": str(run)})
+    return {"data": data, "layout": layout}
+
+
+def _heading(title: str, styles: Mapping[int, str], number: str) -> dict[str, Any]:
+    """The title of a panel, above its left corner; it explains the line styles if there are several."""
+    text = f"<b>{title}</b>"
+    if len(styles) > 1:
+        for style in sorted(styles):
+            text += f"   {SIGNS[style]} {styles[style]}"
+    place = {"x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom", "showarrow": False}
+    return {"text": text, "xref": f"x{number} domain", "yref": f"y{number} domain", **place}
+
+
+def _line(curve: Curve, colors: Sequence[str], names: Sequence[str], number: str) -> dict[str, Any]:
+    few = len(curve.epochs) <= MAX_MARKERS
+    return {
+        "x": curve.epochs.tolist(),
+        "y": [float(f"{value:.6g}") for value in curve.values],
+        "meta": curve.run,
+        "xaxis": f"x{number}",
+        "yaxis": f"y{number}",
+        "line": {"color": colors[curve.run], "dash": DASHES[curve.style]},
+        "mode": "lines+markers" if few else "lines",
+        "showlegend": False,
+        "name": names[curve.run],
+        "legendgroup": str(curve.run),
+    }
 
 
 def _shown_name(name: str) -> str:
-    """A long name is shortened here: plotly would cut through what is escaped."""
-    return html.escape(name if len(name) <= 45 else f"{name[:20]}…{name[-24:]}")
+    """Shortened before it is escaped: plotly would cut through an escaped letter."""
+    if len(name) > 45:
+        name = f"{name[:20]}…{name[-24:]}"
+    return html.escape(name)

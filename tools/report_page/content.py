@@ -1,12 +1,10 @@
-"""What the page shows, as plain data: the summary of runs, their flags, classes, and precision by
-recall.
+"""What the page shows, as plain data: the summary of runs, their flags, and the classes.
 
-Values are numbers or null where nothing can be said; average precisions are shares in [0, 1].
+Values are numbers, or None where nothing is known; average precisions are shares in [0, 1].
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,21 +13,21 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools.coco import COCO
 
+from datasets.coco_results import is_finite
 from tools.report_page.runs import Result, Run, Tables
 from util.config import FLAGS
 from util.draw.curves import series
 
-# of a class: its name, and its places among IoU thresholds, sizes and numbers of detections; the
-# last from recall
-CLASS_FIGURES: tuple[tuple[str, slice, int, bool], ...] = (
-    ("AP", slice(None), 0, False),
-    ("AP50", slice(0, 1), 0, False),
-    ("AP75", slice(5, 6), 0, False),
-    ("AP small", slice(None), 1, False),
-    ("AP medium", slice(None), 2, False),
-    ("AP large", slice(None), 3, False),
-    ("AR 100", slice(None), 0, True),
-)
+# metrics of single classes: name -> IoU thresholds and size, as indices of COCO's tables
+PRECISIONS = {
+    "AP": (slice(None), 0),
+    "AP50": (slice(0, 1), 0),
+    "AP75": (slice(5, 6), 0),
+    "AP small": (slice(None), 1),
+    "AP medium": (slice(None), 2),
+    "AP large": (slice(None), 3),
+}
+RECALL = "AR 100"
 
 
 def result_name(run: Run, result: Result) -> str:
@@ -42,42 +40,69 @@ def results_of(runs: Sequence[Run]) -> list[tuple[int, Run, Result]]:
 
 def summary(run: Run) -> dict[str, Any]:
     """State, best result, size and machine of a run."""
-    epochs, flags = len({row["epoch"] for row in run.rows}), run.flags
-    last = run.rows[-1] if run.rows else {}
+    # Most runs evaluate only every few epochs.
     evaluated, ap = series(run.rows, "AP")
-    environment, starts = run.record.get("environment") or {}, run.record.get("starts") or []
+    best = None
+    if len(ap):
+        best = {"AP": ap.max() / 100, "epoch": int(evaluated[ap.argmax()])}
+
+    # A run that has only begun has neither rows nor a complete record.
+    last = run.rows[-1] if run.rows else {}
+    starts = run.record.get("starts") or [{}]
     return {
         "name": run.name,
         "folder": str(run.folder),
-        "epochs": epochs,
-        "of": flags.get("epochs"),
-        "best": {"AP": ap.max() / 100, "epoch": int(evaluated[ap.argmax()])} if len(ap) else None,
+        "epochs": run.num_epochs,
+        "of": run.flags.get("epochs"),
+        "basis": basis(run),
+        "best": best,
         "loss": number(last.get("train_loss")),
         "parameters": number(last.get("n_parameters")),
-        "batch": total_batch(flags, environment),
-        "environment": environment,
+        "batch": total_batch(run),
+        "environment": run.record.get("environment") or {},
         "data": run.record.get("data") or {},
-        "started": starts[0].get("at") if starts else None,
-        "continued": max(0, len(starts) - 1),
+        "started": starts[0].get("at"),
+        "continued": len(starts) - 1,
     }
 
 
-def total_batch(flags: Mapping[str, Any], environment: Mapping[str, Any]) -> int | None:
-    size, processes = flags.get("batch_size"), environment.get("processes")
+def basis(run: Run) -> str:
+    """What an AP rests on: "6 epochs of 100 images, evaluated on 12". A toy run shows by that."""
+    data = run.record.get("data") or {}
+    train = data.get("train", {}).get("num_images")
+    val = data.get("val", {}).get("num_images")
+    # a folder of main.py --eval has no epochs
+    words = []
+    if run.rows:
+        words.append(f"{run.num_epochs} epochs" if run.num_epochs > 1 else "1 epoch")
+        if isinstance(train, int):
+            words[0] += f" of {train:,} images"
+    if isinstance(val, int):
+        words.append(f"evaluated on {val:,}")
+    return ", ".join(words)
+
+
+def total_batch(run: Run) -> int | None:
+    """Images of one update, over all processes."""
+    size = run.flags.get("batch_size")
+    processes = (run.record.get("environment") or {}).get("processes")
     if not isinstance(size, int) or not isinstance(processes, int):
         return None
-    return size * processes * int(flags.get("accumulate_steps") or 1)
+    return size * processes * int(run.flags.get("accumulate_steps") or 1)
 
 
 def flag_table(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Every flag, its meaning and its value in each run, in the order of --help."""
     meanings = {name: flag.help for name, flag in FLAGS.items()}
-    names = [*meanings, *sorted({name for run in runs for name in run.flags} - set(meanings))]
-    known = [name for name in names if any(name in run.flags for run in runs)]
-    return [
-        {"name": n, "help": meanings.get(n, ""), "values": [_flag(run.flags.get(n)) for run in runs]}
-        for n in known
-    ]
+    # runs may be of different versions, with different flags
+    given = {name for run in runs for name in run.flags}
+    # flags of other versions come last
+    names = [name for name in meanings if name in given] + sorted(given - set(meanings))
+    table = []
+    for name in names:
+        values = [_flag(run.flags.get(name)) for run in runs]
+        table.append({"name": name, "help": meanings.get(name, ""), "values": values})
+    return table
 
 
 def _flag(value: Any) -> str | None:
@@ -87,38 +112,46 @@ def _flag(value: Any) -> str | None:
 
 
 def class_table(results: Sequence[Result], truth: COCO | None, names: Mapping[int, str]) -> dict[str, Any]:
-    """Classes with their numbers of objects, and by figure each result's values in that order."""
-    ids = sorted({i for result in results if result.tables for i in result.tables.category_ids})
-    counts = Counter(a["category_id"] for a in truth.anns.values() if not a["iscrowd"]) if truth else None
+    """Classes with their numbers of objects, and each result's metrics of every class."""
+    tables = [result.tables for result in results]
+    ids = sorted({i for one in tables if one for i in one.category_ids})
+
+    # Without annotations the numbers of objects are not known.
+    classes = [{"id": i, "name": names.get(i, f"class {i}"), "objects": None} for i in ids]
+    if truth is not None:
+        counts = Counter(a["category_id"] for a in truth.anns.values() if not a["iscrowd"])
+        for one in classes:
+            one["objects"] = counts[one["id"]]
     return {
-        "classes": [
-            {"id": i, "name": names.get(i, f"class {i}"), "objects": None if counts is None else counts[i]}
-            for i in ids
-        ],
-        "figures": [name for name, *_ in CLASS_FIGURES],
-        "values": [class_figures(result.tables, ids) if result.tables else None for result in results],
+        "classes": classes,
+        "metrics": [*PRECISIONS, RECALL],
+        "values": [class_metrics(one, ids) if one else None for one in tables],
     }
 
 
-def class_figures(tables: Tables, ids: Sequence[int]) -> dict[str, list[float | None]]:
-    """COCO's figures of single classes: the mean over what the figure averages, leaving out what is
-    undefined.
-    """
-    places = {category: place for place, category in enumerate(tables.category_ids)}
-    figures = {}
-    for name, ious, area, is_recall in CLASS_FIGURES:
-        table = tables.recall[ious, :, area, -1] if is_recall else tables.precision[ious, :, :, area, -1]
-        figures[name] = [_defined_mean(table[..., places[i]]) if i in places else None for i in ids]
-    return figures
+def class_metrics(tables: Tables, ids: Sequence[int]) -> dict[str, list[float | None]]:
+    """COCO's metrics of single classes: the means of the defined values, in the order of `ids`."""
+    metrics: dict[str, list[float | None]] = {name: [] for name in (*PRECISIONS, RECALL)}
+    for category in ids:
+        # a class that this result's data set does not have
+        if category not in tables.category_ids:
+            for values in metrics.values():
+                values.append(None)
+            continue
+
+        # the last index: the largest number of detections an image
+        k = tables.category_ids.index(category)
+        for name, (ious, size) in PRECISIONS.items():
+            metrics[name].append(_defined_mean(tables.precision[ious, :, k, size, -1]))
+        metrics[RECALL].append(_defined_mean(tables.recall[:, k, 0, -1]))
+    return metrics
 
 
 def _defined_mean(values: NDArray[np.float64]) -> float | None:
-    values = values[values > -1]
+    values = values[values > -1]  # -1: no object of this class and size
     return number(values.mean()) if values.size else None
 
 
 def number(value: Any) -> float | None:
     """A finite number with the digits that a page can show, else None."""
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(f"{float(value):.6g}")
+    return float(f"{float(value):.6g}") if is_finite(value) else None

@@ -1,5 +1,5 @@
-// Shows the JSON in #data: tables, pictures, and the charts that plotly draws. No network. Text of runs only
-// goes in as text, never as markup.
+// Shows the JSON in #data: tables, pictures, and charts, which plotly draws. It makes no request. Text of runs is
+// inserted as text only, never as markup.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const SVG = "http://www.w3.org/2000/svg";
@@ -65,6 +65,9 @@ function runLabel(run, name, averaged = false) {
 }
 
 const resultLabel = (result) => runLabel(result.run, result.name, result.weights === "ema");
+
+// what an AP rests on, so that a toy run is not taken for a result
+const basisOf = (run) => (data.runs[run].basis ? el("div", { class: "muted small basis" }, data.runs[run].basis) : null);
 
 // ---- sections, choice of runs ----
 
@@ -148,7 +151,27 @@ async function loadPlotly() {
   document.head.append(el("script", {}, await new Response(stream).text()));
 }
 
-async function addChart(section, { data: lines, layout }) {
+// colours for a light and for a dark background
+const GREY = "#7b828b", CLEAR = "rgba(0, 0, 0, 0)";
+const AXIS = { gridcolor: "rgba(128, 128, 128, 0.25)", zeroline: false, ticklabelstandoff: 4 };
+const LAYOUT = {
+  font: { family: "system-ui, sans-serif", size: 12, color: GREY },
+  margin: { l: 50, r: 15, t: 70, b: 40 },
+  paper_bgcolor: CLEAR,
+  plot_bgcolor: CLEAR,
+  legend: { orientation: "h", yref: "container", y: 1, yanchor: "top" },
+  hoversort: "value descending",
+  hoverdistance: -1,
+  hoverlabel: { namelength: -1, bgcolor: "#2b3138", font: { color: "#ffffff" } },
+  modebar: { bgcolor: CLEAR, color: GREY },
+};
+
+async function addChart(section, chart) {
+  const { over, axes, ...own } = chart.layout;
+  const lines = chart.data;
+  const xaxis = { ...AXIS, title: { text: over, standoff: 4 }, unifiedhovertitle: { text: `${over} %{x}` }, ...axes.xaxis };
+  const yaxis = { ...AXIS, hoverformat: ".4~g", rangemode: "nonnegative", ...axes.yaxis }; // nothing is negative
+  const layout = { ...LAYOUT, ...own, template: { layout: { xaxis, yaxis } } };
   const columns = Math.max(1, Math.min(3, Math.floor(innerWidth / 400)));
   const rows = Math.ceil(layout.annotations.length / columns); // every panel has its heading
   layout.grid = { rows, columns, pattern: "independent", ygap: 0.3 };
@@ -180,6 +203,9 @@ function addSummary() {
     { title: "Run", kind: "text", cell: (r) => runLabel(r.index, r.name) },
     { title: "State", kind: "text", cell: (r) => el("span", { class: "badge" + (r.of && r.epochs < r.of ? " live" : "") },
       r.of ? `${r.epochs} of ${r.of} epochs` : `${r.epochs} epochs`) },
+    // beside AP: without it a toy run could be taken for a result
+    some((r) => r.data.train?.num_images) && { title: "Images (train + val)",
+      cell: (r) => `${thousands(r.data.train?.num_images)} + ${thousands(r.data.val?.num_images)}` },
     { title: "AP", cell: (r) => [percent(final(r)?.[0]), r.index ? delta(difference(final(r)?.[0], baseline)) : null] },
     some((r) => averaged(r)?.[0]) && { title: "AP averaged", cell: (r) => percent(averaged(r)?.[0]) },
     { title: "AP50", cell: (r) => percent(final(r)?.[1]) },
@@ -187,8 +213,6 @@ function addSummary() {
     { title: "Loss", cell: (r) => short(r.loss) },
     { title: "Parameters", cell: (r) => (known(r.parameters) ? `${(r.parameters / 1e6).toFixed(2)} M` : "–") },
     some((r) => r.batch) && { title: "Total batch", cell: (r) => thousands(r.batch) },
-    some((r) => r.data.train?.num_images) && { title: "Images",
-      cell: (r) => `${thousands(r.data.train?.num_images)} + ${thousands(r.data.val?.num_images)}` },
     rows.some((r) => r.environment.device_name) && { title: "Device", kind: "text", cell: (r) => deviceOf(r.environment) },
   ].filter(Boolean);
   section.append(table(columns, rows, { label: "Runs" }).node);
@@ -217,12 +241,13 @@ function flagTable(flags, label) {
 
 function tiles(evaluated) {
   const [first, ...others] = evaluated;
-  // of two runs the second is the news; of more the best
+  // of two results the second is shown, of more the best of those after the first
   const news = others.length ? others.reduce((best, r) => (r.stats[0] > best.stats[0] ? r : best)) : first;
   const names = ["AP", "AP50", "AP75", "AP small", "AP medium", "AP large"];
-  const heading = others.length ? el("p", {}, resultLabel(news), " against ", resultLabel(first), others.length > 1 ? " (the best of the others, by AP)" : "") : null;
-  return el("div", {}, heading, el("div", { class: "tiles" }, names.map((name) => {
-    const i = data.figures.indexOf(name);
+  const choice = others.length > 1 ? ` (the best AP of the other ${others.length})` : "";
+  const who = others.length ? [resultLabel(news), choice, " against ", resultLabel(first)] : null;
+  return el("div", {}, el("div", { class: "head" }, who, basisOf(news.run)), el("div", { class: "tiles" }, names.map((name) => {
+    const i = data.metrics.indexOf(name);
     const change = others.length ? difference(news.stats[i], first.stats[i]) : null;
     return el("div", { class: "tile card" }, el("div", { class: "label" }, name),
       el("div", { class: "value" }, percent(news.stats[i]), change === null ? null : delta(change)),
@@ -239,22 +264,22 @@ async function addCurves() {
   await addChart(section, data.curves);
 }
 
-function addFigures() {
-  const section = byId("figures");
+function addMetrics() {
+  const section = byId("metrics");
   const results = data.results.filter((result) => result.stats);
   if (!results.length)
-    return note(section, "No run has been evaluated yet: the figures appear after the first evaluation.");
+    return note(section, "No run has been evaluated yet: the metrics appear after the first evaluation.");
   if (results.length > 1) section.append(el("p", { class: "muted small" }, `In percent; differences are to ${results[0].name}. – where no object has this size.`));
   const base = results[0];
-  const best = data.figures.map((_, i) => Math.max(...results.map((result) => result.stats[i])));
-  const columns = [{ title: "Figure", kind: "text", cell: (i) => data.figures[i] },
+  const best = data.metrics.map((_, i) => Math.max(...results.map((result) => result.stats[i])));
+  const columns = [{ title: "Metric", kind: "text", cell: (i) => data.metrics[i] },
     ...results.map((result) => {
       const change = (i) => (result === base ? null : difference(result.stats[i], base.stats[i]));
-      return { title: result.name, head: resultLabel(result), tint: (i) => tintOf(change(i)),
+      return { title: result.name, head: el("span", {}, resultLabel(result), basisOf(result.run)), tint: (i) => tintOf(change(i)),
         cell: (i) => [el(results.length > 1 && result.stats[i] === best[i] && best[i] > 0 ? "b" : "span", {}, percent(result.stats[i])), delta(change(i)),
           el("span", { class: "meter", style: colourOf(result.run), "aria-hidden": "true" }, el("i", { style: { width: `${100 * Math.max(0, result.stats[i])}%` } }))] };
     })];
-  section.append(table(columns, data.figures.map((_, i) => i), { label: "The twelve COCO figures" }).node);
+  section.append(table(columns, data.metrics.map((_, i) => i), { label: "The twelve COCO metrics" }).node);
 }
 
 const tintOf = (change) => (change === null || Math.abs(change) < 5e-4 ? null : Math.max(-1, Math.min(1, change / 0.1)));
@@ -263,19 +288,19 @@ const NO_TABLES = "No run has tables of precision yet; an evaluation writes them
 
 function addClasses() {
   const section = byId("classes");
-  const { classes, figures, values } = data.classes;
+  const { classes, metrics, values } = data.classes;
   const results = data.results.map((result, i) => ({ ...result, values: values[i] })).filter((result) => result.values);
   if (!results.length) return note(section, NO_TABLES);
   const rows = classes.map((one, i) => ({ ...one, i }));
   const mean = { name: "all classes", i: -1, objects: classes.every((one) => one.objects !== null) ? classes.reduce((n, one) => n + one.objects, 0) : null };
-  const value = (result, figure, row) => {
-    const list = result.values[figure];
+  const value = (result, metric, row) => {
+    const list = result.values[metric];
     return row.i >= 0 ? list[row.i] : meanOf(list);
   };
   const view = el("select", { id: "class-view", "aria-label": "What the table shows" },
-    el("optgroup", { label: "One figure, all runs" }, figures.map((figure) => el("option", { value: `figure:${figure}` }, figure))),
-    el("optgroup", { label: "All figures of" }, results.map((result, i) => el("option", { value: `result:${i}` }, result.name))));
-  view.value = results.length > 1 ? "figure:AP" : "result:0";
+    el("optgroup", { label: "One metric, all runs" }, metrics.map((metric) => el("option", { value: `metric:${metric}` }, metric))),
+    el("optgroup", { label: "All metrics of" }, results.map((result, i) => el("option", { value: `result:${i}` }, result.name))));
+  view.value = results.length > 1 ? "metric:AP" : "result:0";
   const filter = el("input", { type: "search", id: "class-filter", placeholder: "Filter classes", "aria-label": "Filter classes" });
   const count = el("span", { class: "muted small count", "aria-live": "polite" });
   const holder = el("div");
@@ -286,12 +311,12 @@ function addClasses() {
       ...(classes.some((one) => one.objects !== null) ? [{ title: "Objects", value: (r) => r.objects, cell: (r) => thousands(r.objects) }] : [])];
     if (kind === "result") {
       const result = results[Number(name)];
-      return [...lead, ...figures.map((figure) => ({ title: figure, value: (r) => value(result, figure, r),
-        cell: (r) => percent(value(result, figure, r)) }))];
+      return [...lead, ...metrics.map((metric) => ({ title: metric, value: (r) => value(result, metric, r),
+        cell: (r) => percent(value(result, metric, r)) }))];
     }
     return [...lead, ...results.flatMap((result, i) => {
       const change = (r) => difference(value(result, name, r), value(results[0], name, r));
-      const plain = { title: `${name}, ${result.name}`, head: el("span", {}, resultLabel(result)), value: (r) => value(result, name, r),
+      const plain = { title: `${name}, ${result.name}`, head: el("span", {}, resultLabel(result), basisOf(result.run)), value: (r) => value(result, name, r),
         cell: (r) => percent(value(result, name, r)) };
       return i === 0 ? [plain] : [plain, { title: `difference of ${result.name}`, head: "difference", value: change, cell: (r) => delta(change(r)) ?? "–", tint: (r) => tintOf(change(r)) }];
     })];
@@ -303,7 +328,7 @@ function addClasses() {
     shown.show([mean, ...fitting]);
   }
   function change() {
-    shown = table(columns(), [], { sortable: true, pinned: (row) => row.i < 0, tall: true, label: "Figures by class" });
+    shown = table(columns(), [], { sortable: true, pinned: (row) => row.i < 0, tall: true, label: "Metrics by class" });
     holder.replaceChildren(shown.node);
     narrow();
   }
@@ -333,7 +358,7 @@ const KINDS = {
   class: ["wrong class", "the box fits an object of another class (IoU at least 0.5)"],
   localisation: ["wrong box", "the class is right, the box is off (IoU 0.1 to 0.5)"],
   both: ["wrong class and box", "near an object of another class, and off (IoU 0.1 to 0.5)"],
-  duplicate: ["duplicate", "a surer detection has found this object already"],
+  duplicate: ["duplicate", "a detection with a higher score found this object already"],
   background: ["background", "no object is there (IoU at most 0.1)"],
   missed: ["missed object", "no detection found it"],
 };
@@ -343,7 +368,7 @@ function addMistakes() {
   const { table: rows, entries, pictures, threshold } = data.mistakes;
   if (!rows.some(Boolean)) return note(section, data.mistakes.choice);
   section.append(el("p", {}, "Matched as COCO does at IoU 0.5, and sorted as in ",
-    "TIDE (Bolya et al., ECCV 2020). The cost of a kind is how much AP50 would rise if this kind alone were put right, over all detections; ",
+    "TIDE (Bolya et al., ECCV 2020). The cost of a kind is how much AP50 would rise if this kind alone were corrected, over all detections; ",
     `numbers and pictures are of detections that score at least ${threshold}. Crowd regions do not count.`));
   section.append(costTable(rows).node);
   if (!entries.length) {
@@ -435,7 +460,7 @@ function gallery(entries, pictures) {
     list.replaceChildren(...shown.slice(0, room).map(card));
     more.hidden = shown.length <= room;
     more.textContent = `Show all ${shown.length}`;
-    if (!shown.length) list.append(el("p", { class: "muted" }, "Nothing of this choice is among the worst."));
+    if (!shown.length) list.append(el("p", { class: "muted" }, "No mistake of this choice is among the worst."));
   }
   const dialog = byId("zoom");
   function enlarge(i) {
@@ -456,7 +481,7 @@ function gallery(entries, pictures) {
       if (by && shown[i + by]) enlarge(i + by);
     };
     if (!dialog.open) dialog.showModal();
-    // the button that was pressed is gone: without its successor focused, keys would no longer reach the dialog
+    // The pressed button has been replaced: without focus on the new one, keys would not reach the dialog.
     (dialog.querySelector(`button[class="${held}"]:not(:disabled)`) || dialog.querySelector(".close")).focus();
   }
   dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
@@ -502,7 +527,7 @@ function addConfiguration() {
 }
 
 addSummary();
-addFigures();
+addMetrics();
 addClasses();
 addMistakes();
 addConfiguration();

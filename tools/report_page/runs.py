@@ -1,27 +1,26 @@
-"""What a run's output folder has to tell, and what it lacks."""
+"""Reads the output folders of runs, and notes what is missing there."""
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from datasets.coco_results import is_finite, read_results
 from util.checkpoint import read_checkpoint
 from util.draw.curves import FIGURES, Row, read_log
 from util.errors import UserError
 from util.run.record import read_record
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
-# weights -> the tables and the detections of an evaluation, the newest place first: while training,
-# or by main.py --eval
+# weights -> tables of an evaluation, and its detections: of training, and of main.py --eval
 _FILES = {
     "": (("eval/latest.pth", "eval.pth"), ("eval/latest.json", "predictions.json")),
     "ema": (("eval/ema_latest.pth", "eval_ema.pth"), ("eval/ema_latest.json", "predictions_ema.json")),
@@ -30,21 +29,32 @@ _FILES = {
 
 @dataclass(frozen=True)
 class Tables:
-    """precision [T, R, K, A, M] and scores (the same) over IoU, recall, class, size and detections
-    an image; recall [T, K, A, M]; -1 where nothing can be said.
+    """COCO's tables of an evaluation; -1 for undefined values.
+
+    precision: [T, R, K, A, M] over IoU, recall, class, object size and detections an image.
+    recall: [T, K, A, M]. category_ids: K ids. stats: the twelve metrics.
     """
 
     precision: NDArray[np.float64]
     recall: NDArray[np.float64]
-    scores: NDArray[np.float64]
     category_ids: list[int]
     stats: list[float]
+
+    @classmethod
+    def from_plain(cls, content: dict[str, Any]) -> Tables:
+        """From what datasets.coco_eval.precision_tables gives."""
+        return cls(
+            np.asarray(content["precision"], dtype=np.float64),
+            np.asarray(content["recall"], dtype=np.float64),
+            [int(i) for i in content["category_ids"]],
+            [float(value) for value in content["stats"]],
+        )
 
 
 @dataclass
 class Result:
-    """A run's newest evaluation of one of its weights: "" or "ema" (averaged). tables and
-    detections: None if not there.
+    """A run's newest evaluation of its weights ("") or of the averaged ones ("ema"). None for what
+    is missing.
     """
 
     weights: str
@@ -55,12 +65,14 @@ class Result:
 
 @dataclass
 class Run:
-    """notes: what is missing, a sentence each with the remedy."""
+    """rows: of log.txt. record: of run.json. notes: sentences that say what is missing, and the
+    remedy.
+    """
 
     name: str
     folder: Path
-    rows: list[Row]
-    record: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+    record: dict[str, Any] = field(default_factory=dict)
     results: list[Result] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -68,85 +80,102 @@ class Run:
     def flags(self) -> dict[str, Any]:
         return self.record.get("flags", {})
 
+    @property
+    def num_epochs(self) -> int:
+        return len({row["epoch"] for row in self.rows})
+
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Raises UserError for a folder that is not a run's, or a file in one that is broken."""
+    """Raises UserError for a folder that is not a run's, or has a broken log."""
     names = [folder.resolve().name for folder in folders]
-    shown = [
-        name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders, strict=True)
-    ]
-    if len(set(shown)) < len(shown):
-        raise UserError(
-            f"{next(name for name in shown if shown.count(name) > 1)} is given twice; name each run once"
-        )
-    return [_read_run(name, folder) for name, folder in zip(shown, folders, strict=True)]
+    runs: dict[str, Run] = {}
+    for folder, name in zip(folders, names, strict=True):
+        # a/run and b/run are shown by their paths
+        if names.count(name) > 1:
+            name = str(folder)
+        if name in runs:
+            raise UserError(f"{name} is given twice; name each run once")
+        runs[name] = _read_run(name, folder)
+    return list(runs.values())
 
 
 def _read_run(name: str, folder: Path) -> Run:
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; give the --output_dir of a run")
-    run = Run(name, folder, [], {})
+    run = Run(name, folder)
+
+    # A run that has just started has no log yet.
     try:
-        run.rows = [row for row in read_log(folder / "log.txt") if is_number(row.get("epoch"))]
+        run.rows = [row for row in read_log(folder / "log.txt") if is_finite(row.get("epoch"))]
     except FileNotFoundError:
         run.notes.append("has no log.txt yet, so it has no curves; they appear after its first epoch")
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}") from None
-    run.record = _sane(read_record(folder)) or _record_of_checkpoint(run)
+
+    # Runs of older versions have no run.json.
+    run.record = _checked(read_record(folder)) or _record_of_checkpoint(run)
+
     for weights in _FILES:
-        if result := _result(run, weights):
+        result = _result(run, weights)
+        if result.tables or result.detections is not None or result.stats:
             run.results.append(result)
+
+    # Any folder could be named by mistake.
     if not (run.rows or run.record or run.results):
-        raise UserError(
-            f"{folder} holds nothing of a run: no log.txt, run.json, checkpoint or eval/; give a "
-            f"run's --output_dir"
-        )
+        needed = "no log.txt, run.json, checkpoint or eval/"
+        raise UserError(f"{folder} holds nothing of a run: {needed}; give a run's --output_dir")
     if not run.results:
-        run.notes.append(
-            "has not been evaluated yet; its figures appear after its first evaluation (--eval_every)"
-        )
+        remedy = "its metrics appear after its first evaluation (--eval_every)"
+        run.notes.append(f"has not been evaluated yet; {remedy}")
     return run
 
 
-def _sane(record: dict[str, Any]) -> dict[str, Any]:
-    """The entries that are of their kind, whoever has edited the file."""
+def _checked(record: dict[str, Any]) -> dict[str, Any]:
+    """The entries of a run.json that have the right type: somebody may have edited the file."""
     kinds = {"flags": dict, "classes": dict, "data": dict, "environment": dict, "starts": list}
-    sane = {name: value for name, value in record.items() if isinstance(value, kinds.get(name, object))}
-    sane["starts"] = [start for start in sane.get("starts", []) if isinstance(start, dict)]
-    sane["data"] = {name: value for name, value in sane.get("data", {}).items() if isinstance(value, dict)}
-    return sane if record else {}
+    checked: dict[str, Any] = {}
+    for name, value in record.items():
+        if isinstance(value, kinds.get(name, object)):
+            checked[name] = value
+    if "starts" in checked:
+        checked["starts"] = [start for start in checked["starts"] if isinstance(start, dict)]
+    if "data" in checked:
+        splits = checked["data"].items()
+        checked["data"] = {name: split for name, split in splits if isinstance(split, dict)}
+    return checked
 
 
 def _record_of_checkpoint(run: Run) -> dict[str, Any]:
-    """Flags of a run without run.json, as far as a checkpoint has them."""
+    """Flags and classes of a run without run.json, from a checkpoint."""
+    # a run that was not finished may have the one, and a published checkpoint is the other
     files = [*sorted(run.folder.glob("resume_*.pth"))[-1:], *run.folder.glob("checkpoint.pth")]
     for file in files:
         try:
             checkpoint = read_checkpoint(file, "checkpoint")
-        except UserError as error:
+        except UserError as error:  # the next file may be whole
             log.warning("%s", error)
             continue
-        args = checkpoint.get("args")
-        flags = args if isinstance(args, dict) else vars(args) if hasattr(args, "__dict__") else {}
-        run.notes.append(
-            f"has no run.json; its flags are those in {file.name}, and what it ran on is not known"
-        )
+        flags = checkpoint.get("args", {})
+        if not isinstance(flags, dict):  # published checkpoints hold a Namespace
+            flags = vars(flags)
+        source = f"its flags are those in {file.name}, and what it ran on is not known"
+        run.notes.append(f"has no run.json; {source}")
         return {"flags": flags, "classes": checkpoint.get("classes")}
     run.notes.append("has no run.json and no checkpoint, so its flags are not known")
     return {}
 
 
-def _result(run: Run, weights: str) -> Result | None:
-    tables, detections = _FILES[weights]
-    result = Result(weights, _read(run, tables, _read_tables), _read(run, detections, _read_detections), None)
-    result.stats = result.tables.stats if result.tables else last_figures(run.rows, weights)
-    if result.tables is None and result.detections is None and result.stats is None:
-        return None
-    return result
+def _result(run: Run, weights: str) -> Result:
+    table_files, detection_files = _FILES[weights]
+    # main.py --eval writes tables and no log.
+    tables = _newest(run, table_files, _read_tables)
+    detections = _newest(run, detection_files, read_results)
+    stats = tables.stats if tables else last_metrics(run.rows, weights)
+    return Result(weights, tables, detections, stats)
 
 
-def _read(run: Run, names: Sequence[str], reader: Callable[[Path], Any]) -> Any:
-    """The newest of several files, or None; one that is broken costs a note."""
+def _newest(run: Run, names: Sequence[str], reader: Callable[[Path], T]) -> T | None:
+    """The content of the newest of several files. A broken file gives None and a note."""
     files = [run.folder / name for name in names if (run.folder / name).is_file()]
     if not files:
         return None
@@ -159,57 +188,23 @@ def _read(run: Run, names: Sequence[str], reader: Callable[[Path], Any]) -> Any:
 
 
 def _read_tables(path: Path) -> Tables:
-    content = read_checkpoint(path, "tables")
     try:
-        arrays = [np.asarray(content[name], dtype=np.float64) for name in ("precision", "recall", "scores")]
-        tables = Tables(
-            *arrays, [int(i) for i in content["category_ids"]], [float(value) for value in content["stats"]]
-        )
+        tables = Tables.from_plain(read_checkpoint(path, "tables"))
     except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):  # it is a ValueError, and says more
+            raise
         raise UserError(f"{path} holds no tables of precision and recall ({error})") from None
-    if (
-        tables.precision.ndim != 5
-        or tables.precision.shape[2] != len(tables.category_ids)
-        or len(tables.stats) != 12
-    ):
+    classes = len(tables.category_ids)
+    if tables.precision.ndim != 5 or tables.precision.shape[2] != classes or len(tables.stats) != 12:
         raise UserError(f"{path} holds tables of another shape than COCO's")
     return tables
 
 
-def _read_detections(path: Path) -> list[dict[str, Any]]:
-    try:
-        detections = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read ({getattr(error, 'strerror', None) or 'not JSON'})") from None
-    if not isinstance(detections, list) or not all(map(_is_detection, detections)):
-        raise UserError(
-            f"{path} is not in COCO's results format: a list of image_id, category_id, bbox [x, y, "
-            f"w, h] and score"
-        )
-    return detections
-
-
-def _is_detection(entry: Any) -> bool:
-    if not isinstance(entry, dict) or not is_number(entry.get("score")):
-        return False
-    ids, box = (entry.get("image_id"), entry.get("category_id")), entry.get("bbox")
-    return (
-        all(type(i) is int for i in ids)
-        and isinstance(box, list)
-        and len(box) == 4
-        and all(map(is_number, box))
-    )
-
-
-def last_figures(rows: Sequence[Row], weights: str) -> list[float] | None:
-    """The twelve figures of the last evaluation in the log."""
+def last_metrics(rows: Sequence[Row], weights: str) -> list[float] | None:
+    """The twelve metrics of the last evaluation in the log."""
     key = f"test_{weights}_coco_eval_bbox" if weights else "test_coco_eval_bbox"
     for row in reversed(rows):
         values = row.get(key)
-        if isinstance(values, list) and len(values) == len(FIGURES) and all(map(is_number, values)):
+        if isinstance(values, list) and len(values) == len(FIGURES) and all(map(is_finite, values)):
             return [float(value) for value in values]
     return None
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,6 +1,4 @@
-"""Pictures of detections: boxes with class and score (by supervision), pairs of pictures, contact
-sheets.
-"""
+"""Pictures of detections: boxes with class and score (drawn by supervision), pairs, contact sheets."""
 
 import math
 import warnings
@@ -9,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from util.images.files import as_rgb
 
 with warnings.catch_warnings():
-    warnings.filterwarnings("ignore", "OpenCV")  # that it is slower without OpenCV
+    warnings.filterwarnings("ignore", "OpenCV")  # it warns that it is slower without OpenCV
     import supervision as sv
 
 MIN_SIDE = 480  # pixels; below this, letters would be as large as the objects
@@ -63,75 +61,94 @@ def draw_boxes(
 
     Raises ValueError if the lengths disagree, or `boxes` is not (n, 4).
     """
-    scale = -(-MIN_SIDE // max(image.size)) if enlarge else 1
+    # Small pictures are enlarged, because letters would hide their objects.
+    scale = 1
+    if enlarge:
+        scale = math.ceil(MIN_SIDE / max(image.size))
     canvas = ImageOps.scale(as_rgb(image), scale, Image.Resampling.LANCZOS)
+
+    # Sizes follow the picture. A black casing around the coloured line shows on any ground.
     side = math.sqrt(canvas.width * canvas.height)
-    # a dark casing shows on any ground
     line, casing = max(2, round(side / 260)), max(1, round(side / 800))
     reach = (line + 1) // 2 + casing  # from the middle of a line to its outer edge
-    lines, visible = _lines_around(np.asarray(boxes, dtype=np.float64) * scale, canvas.size, reach)
-    found = sv.Detections(
-        xyxy=lines,
-        class_id=np.array([_color_index(label, classes) for label in labels], dtype=int),
-        confidence=None if scores is None else np.asarray(scores, dtype=np.float64),
-        data={"name": list(labels), "crowd": np.asarray(crowd or [False] * len(labels), dtype=bool)},
-    )[visible]
-    # what is drawn last is on top: the surest detections; of ground truth, the small objects
-    found = found[np.argsort(-found.area if scores is None else found.confidence, kind="stable")]
+    font_size = max(12, round(0.026 * side))
 
-    if found.data["crowd"].any():
-        sv.ColorAnnotator(PALETTE, opacity=0.35).annotate(canvas, found[found.data["crowd"]])
+    lines, visible = _lines_around(np.asarray(boxes, dtype=np.float64) * scale, canvas.size, reach)
+    colors = np.array([_color_index(label, classes) for label in labels], dtype=int)
+    crowds = np.asarray(crowd or [False] * len(labels), dtype=bool)
+
+    # What is drawn last is on top: detections with a high score, and small objects of the ground truth.
+    rank = -(lines[:, 2:] - lines[:, :2]).prod(axis=1)
+    if scores is not None:
+        rank = np.asarray(scores, dtype=np.float64)
+    if not len(lines) == len(labels) == len(rank) == len(crowds):
+        raise ValueError("boxes, labels, scores and crowd must have one entry a box (shapes differ)")
+    order = np.argsort(rank, kind="stable")
+    order = order[visible[order]]
+
+    found = sv.Detections(lines[order], class_id=colors[order])
+    tinted = order[crowds[order]]
+    tint = sv.ColorAnnotator(PALETTE, opacity=0.35)
+    tint.annotate(canvas, sv.Detections(lines[tinted], class_id=colors[tinted]))
     sv.BoxAnnotator(sv.Color.BLACK, thickness=line + 2 * casing).annotate(canvas, found)
     sv.BoxAnnotator(PALETTE, thickness=line).annotate(canvas, found)
-    font_size = max(12, round(0.026 * side))
+
+    # The labels; with many boxes their letters are smaller.
     if len(found) > CROWDED:
         font_size = round(0.7 * font_size)
+    letters = "".join([*classes, *labels])
+    font, room = _font(letters, font_size), min(canvas.width - font_size, MAX_LABEL * font_size)
+    texts = []
+    for i in order:
+        rest = " (crowd)" if crowds[i] else ""
+        if scores is not None:
+            rest += f" {scores[i]:.2f}"
+        texts.append(_shorten(labels[i], rest, font, room))
     labeller = sv.RichLabelAnnotator(
         PALETTE,
         text_color=sv.Color.BLACK,
-        font_path=font_file("".join([*classes, *labels])),
+        font_path=font_file(letters),
         font_size=font_size,
         text_padding=font_size // 4,
         text_offset=(-reach, -reach),
         smart_position=True,
     )
-    room = min(canvas.width - font_size, MAX_LABEL * font_size)
-    texts = []
-    for i, name in enumerate(found.data["name"]):
-        rest = " (crowd)" if found.data["crowd"][i] else ""
-        rest += "" if scores is None else f" {found.confidence[i]:.2f}"
-        texts.append(_shorten(name, rest, labeller.font, room))
     return labeller.annotate(canvas, found, texts)
 
 
 def draw_coco(image: Image.Image, entries: Sequence[Mapping], names: Mapping[int, str]) -> Image.Image:
-    """Draw COCO annotations, or results, which alone have a score. `names`: category id -> name."""
+    """Draw COCO annotations, or COCO results, which have a score. `names`: category id -> name."""
     boxes = np.array([entry["bbox"] for entry in entries], dtype=np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     labels = [names.get(entry["category_id"], f"class {entry['category_id']}") for entry in entries]
-    scores = [entry["score"] for entry in entries] if all("score" in entry for entry in entries) else None
-    crowd = [bool(entry.get("iscrowd", 0)) for entry in entries]
+    scores = None
+    if all("score" in entry for entry in entries):
+        scores = [entry["score"] for entry in entries]
+    crowd = [bool(entry.get("iscrowd")) for entry in entries]
     return draw_boxes(image, boxes, labels, scores, classes=[names[i] for i in sorted(names)], crowd=crowd)
 
 
 def _color_index(label: str, classes: Sequence[str]) -> int:
-    return classes.index(label) if label in classes else zlib.crc32(label.encode(errors="replace"))
+    if label in classes:
+        return classes.index(label)
+    return zlib.crc32(label.encode(errors="replace"))
 
 
-def _lines_around(boxes: np.ndarray, size: tuple[int, int], reach: int) -> tuple[np.ndarray, np.ndarray]:
-    """(n, 4) rectangles for lines that lie around the objects but in the picture; n flags: in the
-    picture.
+def _lines_around(
+    boxes: NDArray[np.float64], size: tuple[int, int], reach: int
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Where lines lie around the objects but within the picture, (n, 4); which boxes are in the
+    picture, (n,).
     """
-    low, high = np.sort(boxes.reshape(-1, 2, 2), axis=1).swapaxes(0, 1)  # also of swapped corners
+    # sorted, because corners may be swapped
+    low, high = np.sort(boxes.reshape(-1, 2, 2), axis=1).swapaxes(0, 1)
     lines = np.concatenate([np.floor(low) - 1 - reach, np.ceil(high) + reach], axis=1)
     lines = np.clip(np.nan_to_num(lines), reach, np.tile(size, 2) - 1 - reach)
     return lines, (low < size).all(axis=1) & (high >= 0).all(axis=1)  # False for NaN
 
 
 def _shorten(name: str, rest: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """`name + rest` in one line, the name cut so that all is at most `width` pixels wide if
-    possible.
-    """
+    """`name + rest` in one line; the name is cut to make it at most `width` pixels wide."""
     name = " ".join(name.split())
     text, keep = name + rest, len(name)
     while keep > 1 and font.getlength(text) > width:
@@ -140,11 +157,18 @@ def _shorten(name: str, rest: str, font: ImageFont.FreeTypeFont, width: float) -
     return text
 
 
+def _font(text: str, size: int) -> ImageFont.FreeTypeFont:
+    path = font_file(text)
+    font = ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
+    assert isinstance(font, ImageFont.FreeTypeFont)  # Pillow has FreeType in all its builds
+    return font
+
+
 def font_file(text: str) -> str | None:
-    """The font of this machine that has most of the letters of `text`; None for ASCII, which any
-    font has.
-    """
-    return None if text.isascii() else _font_file(frozenset(map(ord, text)))
+    """The font of this machine with most letters of `text`; None for ASCII, which any font has."""
+    if text.isascii():
+        return None
+    return _font_file(frozenset(map(ord, text)))
 
 
 @cache
@@ -169,12 +193,12 @@ def side_by_side(left: Image.Image, right: Image.Image, titles: tuple[str, str])
     shortened.
     """
     wider = max(left.width, right.width)
-    path, size = font_file("".join(titles)), max(14, round(0.026 * wider))
-    font = ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
+    font = _font("".join(titles), max(14, round(0.026 * wider)))
     cells = []
     for image, title in zip((left, right), titles, strict=True):
-        cells.append(ImageOps.expand(image.convert("RGB"), (0, sum(font.getmetrics()), 0, 0), "white"))
-        ImageDraw.Draw(cells[-1]).text((0, 0), _shorten(title, "", font, image.width), "black", font)
+        cell = ImageOps.expand(image.convert("RGB"), (0, sum(font.getmetrics()), 0, 0), "white")
+        ImageDraw.Draw(cell).text((0, 0), _shorten(title, "", font, image.width), "black", font)
+        cells.append(cell)
     return contact_sheet(cells, 2, widest=wider)
 
 
@@ -183,6 +207,8 @@ def contact_sheet(pictures: Sequence[Image.Image], columns: int, widest: int = M
     cells = [image.convert("RGB") for image in pictures]
     for cell in cells:
         cell.thumbnail((widest, cell.height), Image.Resampling.LANCZOS)
+
+    # Columns are equally wide, rows as high as their highest picture.
     width = max(cell.width for cell in cells)
     gap = max(8, width // 100)
     page = Image.new("RGB", (min(columns, len(cells)) * (width + gap) + gap, gap), "white")

@@ -6,7 +6,7 @@ util/draw/plots.py draws them as a picture, tools/report.py on a page.
 import colorsys
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from util.errors import UserError
 
 Row = dict[str, Any]
 
-# COCO's figures, in the order of COCOeval.stats
+# COCO's metrics, in the order of COCOeval.stats
 FIGURES = (
     "AP",
     "AP50",
@@ -74,67 +74,75 @@ MAX_MARKERS = 25  # with more epochs, markers would hide the line
 
 
 @dataclass(frozen=True)
-class Line:
-    """One curve of a run: place of the run, name and place in the panel; epochs [E] ascending,
-    values [E].
+class Curve:
+    """One curve of a run in a panel.
+
+    run: index of the run. name: in the legend. style: index among the panel's curves, which gives
+    the line style. epochs [E] ascending, values [E].
     """
 
     run: int
     name: str
-    place: int
+    style: int
     epochs: NDArray[np.float64]
     values: NDArray[np.float64]
 
 
-def lines(panel: Panel, logs: Sequence[Sequence[Row]]) -> Iterator[Line]:
-    """The curves of a panel, for the rows of every run; those without a value are left out."""
+def curves_of(panel: Panel, logs: Sequence[Sequence[Row]]) -> list[Curve]:
+    """The curves of a panel for the rows of every run, without those that have no value."""
+    found = []
     for run, rows in enumerate(logs):
-        for place, (name, key) in enumerate(panel.curves.items()):
+        for style, (name, key) in enumerate(panel.curves.items()):
             epochs, values = series(rows, key)
+            # a logarithmic scale has no place for 0
             if panel.logarithmic:
                 epochs, values = epochs[values > 0], values[values > 0]
             if len(epochs):
-                yield Line(run, name, place, epochs, values)
+                found.append(Curve(run, name, style, epochs, values))
+    return found
 
 
 def series(rows: Sequence[Row], key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """One curve: epochs [E] ascending and values [E], where they are finite.
 
-    `key` is a key of the log, or one of COCO_CURVES in percent; there COCO writes -1 for what is
-    undefined, which is left out. Of an epoch that was run twice (resumed from an older checkpoint)
-    the later row counts.
+    `key` is a key of the log, or one of COCO_CURVES in percent; COCO's -1 for an undefined value is
+    left out. Of an epoch that was run twice (resumed from an older checkpoint) the later row counts.
     """
+    # a dictionary, so that a later row replaces an earlier one
     values = {}
     for row in rows:
-        epoch, value = _number(row.get("epoch")), _value(row, key)
-        if epoch is not None and value is not None:
-            values[epoch] = value
-    epochs = sorted(epoch for epoch, value in values.items() if math.isfinite(value))
-    return np.array(epochs, dtype=np.float64), np.array([values[epoch] for epoch in epochs], dtype=np.float64)
+        epoch, value = row.get("epoch"), _value(row, key)
+        if isinstance(epoch, int | float) and isinstance(value, int | float):
+            values[float(epoch)] = float(value)
+    pairs = np.array(sorted(values.items()), dtype=np.float64).reshape(-1, 2)
+    pairs = pairs[np.isfinite(pairs).all(axis=1)]
+    return pairs[:, 0], pairs[:, 1]
 
 
-def _value(row: Row, key: str) -> float | None:
+def _value(row: Row, key: str) -> Any:
     if key not in COCO_CURVES:
-        return _number(row.get(key))
+        return row.get(key)
     entry, place = COCO_CURVES[key]
-    figures = row.get(entry)
-    if not isinstance(figures, list) or len(figures) <= place or (figure := _number(figures[place])) is None:
+    metrics = row.get(entry)
+    if not isinstance(metrics, list) or len(metrics) <= place:
         return None
-    return 100 * figure if figure >= 0 else math.nan
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
+    value = metrics[place]
+    if not isinstance(value, int | float):
+        return None
+    return 100 * value if value >= 0 else math.nan
 
 
 def run_colors(count: int) -> list[str]:
-    """A colour for each of `count` runs, as #rrggbb, for lines on white and on a dark ground."""
+    """A colour for each of `count` runs, as #rrggbb, for lines on a white and on a dark background."""
+    # these have a contrast of 3 and more with both backgrounds
     if count <= len(_COLORS):
         return _COLORS[:count]
     colors = []
     for i in range(count):  # neighbours differ in hue, lightness and saturation
-        shade = colorsys.hls_to_rgb(i / count, 0.42 + 0.08 * (i % 3), 0.85 if i % 2 else 0.6)
-        colors.append("#" + "".join(f"{round(255 * part):02x}" for part in shade))
+        saturation = 0.85 if i % 2 else 0.6
+        shade = colorsys.hls_to_rgb(i / count, 0.42 + 0.08 * (i % 3), saturation)
+        red, green, blue = (round(255 * channel) for channel in shade)
+        colors.append(f"#{red:02x}{green:02x}{blue:02x}")
     return colors
 
 
@@ -142,23 +150,25 @@ _COLORS = ["#2f7fd0", "#dd6216", "#17906a", "#c25a9f", "#9a7a08", "#7d70e2", "#7
 
 
 def read_log(path: str | Path) -> list[Row]:
-    """The rows of a log.txt, one JSON object a line, in the order of the file; blank lines do not
-    count.
+    """The rows of a log.txt, one JSON object a line; blank lines are skipped.
 
-    A last line that is not whole is left out: the run is writing it, or was stopped while it did.
+    An incomplete last line is left out: the run is writing it, or was stopped while it did.
 
     Raises:
         OSError: the file cannot be read.
         UserError: another line is not a JSON object; the message names file and line.
     """
-    text = Path(path).read_text(encoding="utf-8", errors="replace")
-    numbered = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    # a line break at the end would count as one more line
+    text = Path(path).read_text(encoding="utf-8", errors="replace").rstrip()
+    lines = text.split("\n")
     rows = []
-    for number, line in numbered:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
         except ValueError as error:
-            if number == numbered[-1][0]:
+            if number == len(lines):  # half written
                 break
             raise UserError(f"{path}, line {number}: not JSON: {error}") from error
         if not isinstance(row, dict):

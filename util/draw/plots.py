@@ -1,7 +1,9 @@
 """The curves of one or several runs as a picture."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -11,11 +13,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from util.draw.curves import MAX_MARKERS, PANELS, Line, Panel, Row, lines, run_colors
+from util.draw.curves import MAX_MARKERS, PANELS, Curve, Panel, Row, curves_of, run_colors
 from util.errors import UserError
 
-LINE_STYLES = ("-", "--", ":")
-STYLE = {
+LINE_STYLES: tuple[Literal["-", "--", ":"], ...] = ("-", "--", ":")
+STYLE: Any = {
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
@@ -33,8 +35,7 @@ STYLE = {
 
 
 def plot_run(logs: Mapping[str, Sequence[Row]], output: str | Path) -> None:
-    """Draw the curves of runs over each other and write them to `output`, in the format of its
-    suffix.
+    """Draw the curves of runs over each other into a picture, in the format of its suffix.
 
     Args:
         logs: name of the run -> its rows, as `read_log` gives. A panel without a value stays empty.
@@ -44,50 +45,63 @@ def plot_run(logs: Mapping[str, Sequence[Row]], output: str | Path) -> None:
         OSError: the file cannot be written.
         UserError: there is no row at all, or matplotlib does not know the suffix.
     """
+    # Matplotlib's own messages would not say what to do.
     if not any(logs.values()):
         raise UserError("there is nothing to plot: no run has a row")
     output, known = Path(output), FigureCanvasAgg.get_supported_filetypes()
     if output.suffix.lower().lstrip(".") not in known:
         raise UserError(f"{output} must end in one of {', '.join('.' + suffix for suffix in sorted(known))}")
+
+    # The legend has as many columns as fit with the longest name.
     names, colors = [_legend_name(name) for name in logs], run_colors(len(logs))
-    # the longest name must fit
     columns = max(1, min(len(names), 6, 180 // (max(map(len, names)) + 8)))
+    legend_rows = math.ceil(len(names) / columns)
+
     with mpl.rc_context(STYLE):
-        height = 9.2 + 0.22 * -(-len(names) // columns)
-        # pyplot would look for a screen
-        figure = Figure(figsize=(15, height), layout="constrained")
+        # a Figure of its own: pyplot would look for a screen
+        figure = Figure(figsize=(15, 9.2 + 0.22 * legend_rows), layout="constrained")
         for axes, panel in zip(figure.subplots(3, 3).flat, PANELS, strict=True):
-            _draw_panel(axes, panel, [*lines(panel, [*logs.values()])], colors)
+            _draw_panel(axes, panel, curves_of(panel, list(logs.values())), colors)
         samples = [Line2D([], [], color=color, linewidth=3) for color in colors]
         figure.legend(samples, names, loc="outside upper center", ncols=columns)
         figure.savefig(output)
 
 
 def _legend_name(name: str) -> str:
-    """The name as it is: matplotlib would read $ as a formula and leave out what begins with _."""
-    name = name if len(name) <= 120 else f"...{name[-117:]}"
-    return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")
+    """Escaped: matplotlib takes $ for a formula, and leaves out names that begin with _."""
+    if len(name) > 120:
+        name = f"...{name[-117:]}"
+    if name.startswith("_"):
+        name = f"\u200b{name}"
+    return name.replace("$", r"\$")
 
 
-def _draw_panel(axes: Axes, panel: Panel, curves: Sequence[Line], colors: Sequence[str]) -> None:
+def _draw_panel(axes: Axes, panel: Panel, curves: Sequence[Curve], colors: Sequence[str]) -> None:
     axes.set_title(f"{panel.title} ({panel.unit})" if panel.unit else panel.title)
     if not curves:
         axes.text(0.5, 0.5, "not in the log", transform=axes.transAxes, ha="center", va="center", color="0.5")
         axes.set(xticks=[], yticks=[])
         return
-    for line in curves:
-        marker = "o" if len(line.epochs) <= MAX_MARKERS else None
-        axes.plot(line.epochs, line.values, LINE_STYLES[line.place], color=colors[line.run], marker=marker)
+
+    for curve in curves:
+        marker = "o" if len(curve.epochs) <= MAX_MARKERS else None
+        style = LINE_STYLES[curve.style]
+        axes.plot(curve.epochs, curve.values, style, color=colors[curve.run], marker=marker)
     _scale(axes, panel, curves)
-    names = {line.name: LINE_STYLES[line.place] for line in sorted(curves, key=lambda line: line.place)}
+
+    # The colours are in the figure's legend; a panel's own says what the line styles mean.
+    names = {curve.style: curve.name for curve in curves}
     if len(names) > 1:
-        axes.legend([Line2D([], [], color="0.3", linestyle=style) for style in names.values()], [*names])
+        styles = sorted(names)
+        samples = [Line2D([], [], color="0.3", linestyle=LINE_STYLES[style]) for style in styles]
+        axes.legend(samples, [names[style] for style in styles])
 
 
-def _scale(axes: Axes, panel: Panel, curves: Sequence[Line]) -> None:
+def _scale(axes: Axes, panel: Panel, curves: Sequence[Curve]) -> None:
+    # whole epochs only
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
-    epochs = np.concatenate([line.epochs for line in curves])
+    epochs = np.concatenate([curve.epochs for curve in curves])
     if epochs.min() == epochs.max():  # matplotlib would zoom in to thousandths of an epoch
         axes.set_xlim(epochs[0] - 0.5, epochs[0] + 0.5)
     if panel.logarithmic:

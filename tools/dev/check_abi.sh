@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Shows that one build of the kernels outlives an upgrade: builds them with one PyTorch and Python, and runs the self-test
-# with another.
+# Shows that the kernels need no new build after an upgrade: builds them with one PyTorch and Python, and runs the
+# self-test with another.
 #
-#     ./tools/check_abi.sh <python of the one environment> <python of the other>
+#     ./tools/dev/check_abi.sh <python of the one environment> <python of the other>
 #
 # Both need torch 2.10 or later, the first setuptools and a C++ compiler as well. FORCE_CUDA=1 builds the CUDA kernels too.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-# shellcheck source=tools/env.sh
-source tools/env.sh
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+# shellcheck source=tools/dev/env.sh
+source tools/dev/env.sh
 (($# == 2)) || die "usage: $0 <python to build with> <python to load with>"
 for python in "$@"; do
   "$python" -c 'import torch' || die "$python has no torch, or is not there"

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by quickstart.sh and test.sh: makes .venv with the requirements, once, and again when they change; then the
+# Sourced by quickstart.sh and test.sh. Creates .venv, installs the requirements if they have changed, and builds the
 # attention kernels.
 
 if [[ ! -x .venv/bin/python ]]; then
@@ -18,9 +18,8 @@ if ! cmp -s requirements.txt .venv/installed.txt; then
   cp requirements.txt .venv/installed.txt
 fi
 
-# The attention kernels, if there is a compiler and they are not built from these sources yet. Without them everything
-# works, slower.
+# Kernels of these sources may be there already. Without a compiler everything works, but slower.
 if ! python -c 'import sys; from models.ops import compiled; sys.exit(compiled.missing("cpu") is not None)'; then
   echo "== attention kernels"
-  sh models/ops/make.sh || echo "going on without them"
+  sh models/ops/make.sh || echo "continuing without the compiled kernels"
 fi
