@@ -22,9 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.weights.hugging_face_names import Converted, from_hugging_face, to_hugging_face
+from util.backbones import BACKBONES
 from util.checkpoint import folder_given, is_address, local_file, read_checkpoint, temporary_name
 from util.class_map import AUTO, ClassMap
-from util.config import RESNETS, BackboneConfig, BatchFormerConfig, Config
+from util.config import BackboneConfig, BatchFormerConfig, Config
 from util.errors import NotSavedError, UserError
 from util.other_layouts import in_our_layout
 
@@ -173,7 +174,7 @@ def json_of(config: Config, classes: ClassMap | None, num_classes: int) -> dict[
         "model_type": "deformable_detr",
         "use_timm_backbone": True,
         "use_pretrained_backbone": False,
-        "backbone": config.backbone.backbone,
+        "backbone": BACKBONES[config.backbone.backbone].hugging_face,
         "backbone_config": None,
         **{field: flags[flag] for flag, fields in _FIELDS.items() for field in fields},
         "num_queries": config.transformer.num_queries,
@@ -215,15 +216,16 @@ def _checked(flags: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def _backbone_in(config: Mapping[str, Any], source: str) -> str:
-    """The ResNet's name at torchvision, which is timm's."""
+    """The name of the backbone here."""
     own = config.get("backbone_config") or {"backbone": config.get("backbone") or "resnet50"}
     name = str(own.get("backbone")).split(".")[0]  # what follows names a set of pretrained weights
-    if name not in RESNETS:
+    ours = {entry.hugging_face: entry.name for entry in BACKBONES.values()}
+    if name not in ours:
         raise UserError(
             f"{source} can't be used: its backbone is {own.get('backbone')!r}; here it can be "
-            f"{', '.join(RESNETS)}"
+            f"{', '.join(ours)}"
         )
-    return name
+    return ours[name]
 
 
 def _classes_in(config: Mapping[str, Any], num_classes: int, source: str) -> ClassMap | None:

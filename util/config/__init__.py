@@ -19,21 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from util.backbones import BACKBONES
 from util.class_map import AUTO, ClassMap
 from util.errors import UserError
 
-RESNETS = (
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "resnet152",
-    "resnext50_32x4d",
-    "resnext101_32x8d",
-    "resnext101_64x4d",
-    "wide_resnet50_2",
-    "wide_resnet101_2",
-)
 PUBLISHED_TRAIN_SIZES = tuple(range(480, 801, 32))
 LEARNED_POSITIONS = 50
 WEIGHTS = ("auto", "model", "ema")  # of a checkpoint
@@ -97,7 +86,7 @@ class OptimConfig:
 class BackboneConfig:
     """backbone"""
 
-    backbone: str = flag("resnet50", "a ResNet of torchvision", choices=RESNETS)
+    backbone: str = flag("resnet50", "a ResNet of torchvision", choices=tuple(BACKBONES))
     backbone_weights: str = flag(
         "imagenet", "imagenet (ImageNet V1 of torchvision), none (random), or a state-dict file"
     )
@@ -685,9 +674,8 @@ def _check_architecture(config: Config) -> None:
         "--two_stage needs --with_box_refine: its proposals are boxes that the decoder refines; "
         "add --with_box_refine",
     )
-    shallow = backbone.backbone in ("resnet18", "resnet34")
     _require(
-        not (backbone.dilation and shallow),
+        not backbone.dilation or BACKBONES[backbone.backbone].can_dilate,
         f"--dilation can't be used with --backbone {backbone.backbone}: its blocks have no "
         f"dilated form; use resnet50 or larger",
     )
