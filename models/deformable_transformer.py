@@ -140,15 +140,16 @@ class DeformableTransformer(nn.Module):
             UserError: two-stage is to choose more queries than there are proposals.
         """
         memory = self.encoder(self._flatten(maps, masks, positions))
-        proposals = self._propose(memory, class_heads[-1], box_heads[-1]) if self.two_stage else None
-        queries = (
-            self._queries_of(proposals)
-            if proposals
-            else self._learned_queries(query_embed, len(memory.tokens))
-        )
-        return Decoded(
-            self.decoder(queries, memory, box_heads, with_box_refine), proposals, memory.num_streams
-        )
+        proposals = None
+        if self.two_stage:
+            proposals = self._propose(memory, class_heads[-1], box_heads[-1])
+        if proposals:
+            queries = self._queries_of(proposals)
+        else:
+            assert query_embed is not None
+            queries = self._learned_queries(query_embed, len(memory.tokens))
+        layers = self.decoder(queries, memory, box_heads, with_box_refine)
+        return Decoded(layers, proposals, memory.num_streams)
 
     def _flatten(self, maps: list[Tensor], masks: list[Tensor], positions: list[Tensor]) -> TokenBatch:
         shapes = tuple((x.shape[-2], x.shape[-1]) for x in maps)

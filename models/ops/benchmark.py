@@ -22,7 +22,7 @@ import gc
 import math
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +58,18 @@ class Load:
 
     @property
     def name(self) -> str:
-        form = "from offsets" if self.fused else "scattered" if self.scattered else "around"
+        form = "around"
+        if self.fused:
+            form = "from offsets"
+        elif self.scattered:
+            form = "scattered"
         return f"{self.what} {self.image[0]} x {self.image[1]}, batch {self.batch}, {form}"
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
         """Strides 8, 16, 32 of the backbone, and 64 by one more convolution."""
-        return [tuple(math.ceil(side / stride) for side in self.image) for stride in (8, 16, 32, 64)]
+        height, width = self.image
+        return [(math.ceil(height / stride), math.ceil(width / stride)) for stride in (8, 16, 32, 64)]
 
 
 def loads(sizes: list[tuple[int, int]], batches: list[int]) -> list[Load]:
@@ -80,11 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     names = [name for name in backends.NAMES if backends.missing(name, device.type) is None]
-    machine = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads"
-    )
+    machine = machine_name(device)
     print(f"{machine}, torch {torch.__version__}, {options.type}; backends: {', '.join(names)}", flush=True)
     rates = Rates.measured(device) if device.type == "cuda" else None
     if rates:
@@ -168,8 +169,11 @@ def _first_offsets(levels: int) -> Tensor:
 
 
 def _run(load: Load, tensors: list[Tensor], backend: str) -> Tensor:
-    function = ms_deform_attn_fused if load.fused else ms_deform_attn
-    return function(tensors[0], load.shapes, *tensors[1:], backend=backend)
+    if load.fused:
+        value, reference, offsets, logits = tensors
+        return ms_deform_attn_fused(value, load.shapes, reference, offsets, logits, backend)
+    value, locations, weights = tensors
+    return ms_deform_attn(value, load.shapes, locations, weights, backend)
 
 
 def _forward(load: Load, tensors: list[Tensor], backend: str) -> Callable[[], object]:
@@ -189,14 +193,25 @@ def _step(load: Load, tensors: list[Tensor], grad: Tensor, backend: str) -> Call
 
 
 def _time(functions: list[Callable], turns: int, device: torch.device) -> list[float]:
-    """Seconds of a call of each function, in the median of its turns.
-
-    On a GPU the calls are recorded as graphs, so that what the host does is not counted.
-    """
+    """Seconds of a call of each function, in the median of its turns."""
+    # a recorded graph has no work of the host in it
     if device.type == "cuda":
         functions = [_recorded(function) for function in functions]
-    measured = [[seconds_of(function) for function in functions] for _ in range(turns)]
-    return [statistics.median(times) for times in zip(*measured, strict=True)]
+    return [statistics.median(times) for times in in_turns(functions, turns, seconds_of)]
+
+
+def in_turns(
+    functions: Sequence[Callable], turns: int, measure: Callable[[Callable], float]
+) -> list[list[float]]:
+    """`turns` measurements of each function. They take turns, so that a slow moment strikes all."""
+    measured = [[measure(function) for function in functions] for _ in range(turns)]
+    return [list(times) for times in zip(*measured, strict=True)]
+
+
+def machine_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
 
 
 def seconds_of(function: Callable) -> float:
