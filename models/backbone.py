@@ -1,11 +1,11 @@
-"""A torchvision ResNet as a source of feature maps.
+"""The backbone: a network of `util.backbones` as a source of feature maps.
 
 Shape letters: B images, H x W pixels; level l has C_l channels and stride s_l.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,16 +15,17 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from util.backbones import BACKBONES
 from util.checkpoint import read_checkpoint
 from util.errors import UserError
 from util.nested_tensor import NestedTensor
 
 
 class FrozenBatchNorm(FrozenBatchNorm2d):
-    """torchvision's, which gives float32 for bfloat16 and float16; this one keeps the type of its
-    input.
+    """torchvision's FrozenBatchNorm2d, but the output has the type of the input.
 
-    Maps twice as large would undo most of what mixed precision saves.
+    torchvision's gives float32 for bfloat16 and float16. Maps twice as large would undo most of
+    what mixed precision saves.
     """
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -33,6 +34,7 @@ class FrozenBatchNorm(FrozenBatchNorm2d):
         return F.batch_norm(x_BCHW, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
 
+# by --backbone_norm
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "frozen_bn": FrozenBatchNorm,
     "bn": nn.BatchNorm2d,
@@ -40,26 +42,30 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-class ResNetBody(nn.Module):
-    """The layers of a torchvision ResNet under their own names, without its classifier.
+class Body(nn.Module):
+    """The children of a network under their own names, one after another, up to the last stage.
 
-    `channels` of the maps are read off the network.
+    Args:
+        network: what the entry of a backbone builds.
+        stages: the children whose outputs are given; the classifier behind the last is dropped.
+        channels: C_l of these outputs.
     """
 
-    def __init__(self, resnet: nn.Module, multi_scale: bool) -> None:
+    def __init__(self, network: nn.Module, stages: Sequence[str], channels: Sequence[int]) -> None:
         super().__init__()
-        for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
-            self.add_module(name, getattr(resnet, name))
-        self._outputs = ("layer2", "layer3", "layer4") if multi_scale else ("layer4",)
-        self.channels = [_out_channels(getattr(resnet, name)) for name in self._outputs]
+        self._stages, self.channels = tuple(stages), tuple(channels)
+        for name, layer in network.named_children():
+            self.add_module(name, layer)
+            if name == self._stages[-1]:
+                break
 
     def forward(self, images_B3HW: Tensor) -> list[Tensor]:
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images_B3HW))))
-        x = self.layer1(x)
+        """Images [B, 3, H, W] -> per stage a map [B, C_l, H / s_l, W / s_l]."""
+        x = images_B3HW
         maps = []
-        for name in ("layer2", "layer3", "layer4"):
-            x = getattr(self, name)(x)
-            if name in self._outputs:
+        for name, layer in self.named_children():
+            x = layer(x)
+            if name in self._stages:
                 maps.append(x)
         return maps
 
@@ -69,27 +75,24 @@ class Backbone(nn.Module):
 
     Args:
         body: the network.
-        train_layers: whether layer2 to layer4 train.
-        freeze_stem: whether all but layer2 to layer4 (conv1, layer1) stays as it is, as published
-            (a random stem must learn).
+        trains: beginnings of the names of the parameters that train; the others are frozen. `("",)`
+            trains all, `()` none.
 
     Raises:
-        ValueError: it should train, and the body has no parameters of these names, so that all of
-        it would be frozen.
+        ValueError: no parameter has a name that begins so, and all would be frozen.
     """
 
-    def __init__(self, body: ResNetBody, train_layers: bool, freeze_stem: bool) -> None:
+    def __init__(self, body: Body, trains: Sequence[str]) -> None:
         super().__init__()
-        self.body = body
-        self.channels = body.channels
+        self.body, self.channels = body, body.channels
         for name, parameter in body.named_parameters():
-            in_stem = not name.startswith(("layer2", "layer3", "layer4"))
-            parameter.requires_grad_(train_layers and not (in_stem and freeze_stem))
-        if train_layers and not any(parameter.requires_grad for parameter in body.parameters()):
+            parameter.requires_grad_(name.startswith(tuple(trains)))
+
+        # a detector with a frozen backbone trains without a message, and badly
+        if trains and not any(parameter.requires_grad for parameter in body.parameters()):
             raise ValueError(
-                f"{type(body).__name__} has no parameter whose name begins with layer2, layer3 or "
-                f"layer4, which are those that "
-                "train: all would be frozen. Name its stages so, or give freeze_stem=False"
+                f"{type(body).__name__} has no parameter whose name begins with {' or '.join(trains)}, "
+                "which are those that train: all would be frozen"
             )
 
     def forward(self, images: NestedTensor) -> list[NestedTensor]:
@@ -97,36 +100,33 @@ class Backbone(nn.Module):
         return [NestedTensor(x, resize_mask(images.mask, x.shape[-2:])) for x in self.body(images.tensors)]
 
 
-def resize_mask(mask_BHW: Tensor, size: tuple[int, int]) -> Tensor:
+def resize_mask(mask_BHW: Tensor, size: Sequence[int]) -> Tensor:
     """Nearest resize of a bool mask to (height, width)."""
     return F.interpolate(mask_BHW[:, None].float(), size=tuple(size)).to(torch.bool)[:, 0]
 
 
-def build_resnet(name: str, norm: str, weights: str, dilation: bool) -> nn.Module:
-    """A torchvision ResNet.
+def build_body(name: str, norm: str, weights: str, *, dilation: bool, multi_scale: bool) -> Body:
+    """The network of a backbone, with its weights.
 
     Args:
-        name: e.g. "resnet50".
+        name: a key of BACKBONES.
         norm: a key of NORMS.
         weights: "imagenet" (ImageNet V1), "none", or a file with a state dict of torchvision's
             names.
         dilation: dilate the last stage instead of striding (DC5).
+        multi_scale: give the maps of strides 8, 16 and 32 instead of the last alone.
 
     Raises:
         UserError: the weights can't be had or don't fit.
     """
-    build = partial(
-        getattr(torchvision.models, name),
-        norm_layer=NORMS[norm],
-        replace_stride_with_dilation=[False, False, dilation],
-        weights=None,
-    )
-    resnet = build()
-    if weights == "none":
-        return resnet
-    state = _imagenet_weights(name) if weights == "imagenet" else _file_weights(weights)
-    _load_body(resnet, state, weights)
-    return resnet
+    entry = BACKBONES[name]
+    first = 0 if multi_scale else 2
+    body = Body(entry.build(NORMS[norm], dilation), entry.stages[first:], entry.channels[first:])
+    if weights == "imagenet":
+        _load(body, _imagenet_weights(name), weights)
+    elif weights != "none":
+        _load(body, _file_weights(weights), weights)
+    return body
 
 
 def _imagenet_weights(name: str) -> dict[str, Tensor]:
@@ -150,24 +150,14 @@ def _file_weights(path: str) -> dict[str, Tensor]:
     return checkpoint.get("state_dict", checkpoint.get("model", checkpoint))
 
 
-def _load_body(resnet: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    own = resnet.state_dict()
-    wrong = [
-        k
-        for k, v in own.items()
-        if not k.startswith("fc.")
-        and not k.endswith("num_batches_tracked")
-        and (k not in state or state[k].shape != v.shape)
-    ]
-    if wrong:
+def _load(body: Body, state: dict[str, Tensor], source: str) -> None:
+    """Load all but the classifier. Files of frozen statistics have no num_batches_tracked."""
+    own = body.state_dict()
+    fitting = {name: state[name] for name in own if name in state and state[name].shape == own[name].shape}
+    missing = [name for name in own if name not in fitting and not name.endswith("num_batches_tracked")]
+    if missing:
         raise UserError(
             f"--backbone_weights {source} does not fit --backbone and --backbone_norm: "
-            f"{len(wrong)} tensors are missing or of another shape, {wrong[0]} first"
+            f"{len(missing)} tensors are missing or of another shape, {missing[0]} first"
         )
-    fitting = {k: v for k, v in state.items() if k in own and not k.startswith("fc.")}
-    resnet.load_state_dict(fitting, strict=False)
-
-
-def _out_channels(layer: nn.Sequential) -> int:
-    block = layer[-1]
-    return getattr(block, "conv3", block.conv2).out_channels
+    body.load_state_dict(fitting, strict=False)

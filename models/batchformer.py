@@ -1,7 +1,9 @@
-"""BatchFormerV2 (Hou et al., arXiv 2204.01254): attention across the images of a batch, at every
-token position.
+"""BatchFormerV2 (Hou et al., arXiv 2204.01254): attention across the images of a batch.
 
-All that it does to a batch happens here; nothing else of the detector knows of it.
+Each token position is a sequence of its own, whose elements are the images. All that the method
+does to a batch is in this file; models/inspection.py computes its attention again for pictures.
+
+Shape letters: B images of all streams, S tokens of all levels, C channels.
 """
 
 from __future__ import annotations
@@ -14,17 +16,19 @@ from torch import Tensor, nn
 from models.token_batch import TokenBatch
 
 OFF, TWO_STREAMS, ONE_STREAM = 0, 1, 7  # the published values of --bf
-_HEADS, _DROPOUT = 4, 0.5
-# Token positions that go through a module at a time. They are the batch of its attention, for which
-# CUDA takes no larger one; an image of 1330 x 2300 pixels has more.
-_MOST_POSITIONS = 65_535
+# as in the published code; there are no flags for them
+NUM_HEADS = 4
+DROPOUT = 0.5
+# Token positions that go through a module at a time. They are the batch of its attention, and CUDA
+# takes no larger one. An image of 1330 x 2300 pixels has more.
+MOST_POSITIONS = 65_535
 
 
 class BatchFormerV2:
     """What happens to the tokens after an encoder layer.
 
-    The modules with the weights are passed in, not owned: the detector registers them under their
-    published names.
+    It does not own the modules with the weights: the detector registers them under their published
+    names.
 
     Args:
         modules: what `build_modules` made.
@@ -42,37 +46,50 @@ class BatchFormerV2:
         self._in_evaluation = in_evaluation
 
     def __call__(self, layer: int, batch: TokenBatch) -> TokenBatch:
-        """`batch` as it goes on after encoder layer `layer`."""
+        """The batch for the encoder layer after `layer`."""
         training = self._modules.training
         if layer not in self._insert_idx or not (training or self._in_evaluation):
             return batch
+
+        # one stream: the tokens are replaced
         if self._mode == ONE_STREAM or not training:
             return batch.with_tokens(self._mix(layer, batch.tokens))
+
+        # two streams: the first insertion makes them, later ones change the mixed half
         if batch.num_streams == 1:
             return batch.doubled(self._mix(layer, batch.tokens))
         plain, mixed = batch.streams()
         return batch.with_streams(plain, self._mix(layer, mixed))
 
     def _mix(self, layer: int, tokens_BSC: Tensor) -> Tensor:
-        """The batch is the sequence and the token positions are the batch: no position term, no
-        padding mask.
-        """
-        module = self._modules[layer] if isinstance(self._modules, nn.ModuleList) else self._modules
-        parts = [module(part_BSC) for part_BSC in tokens_BSC.split(_MOST_POSITIONS, dim=1)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        """[B, S, C] -> [B, S, C]: the B images are the sequence, the S positions its batch."""
+        module = self._modules
+        if isinstance(module, nn.ModuleList):
+            module = module[layer]
+        # without a position term and a padding mask, as published
+        mixed = [module(some_BSC) for some_BSC in tokens_BSC.split(MOST_POSITIONS, dim=1)]
+        if len(mixed) == 1:  # no copy
+            return mixed[0]
+        return torch.cat(mixed, 1)
 
 
 def build_modules(
     hidden_dim: int, enc_layers: int, insert_idx: Sequence[int], *, shared: bool, num_layers: int
 ) -> nn.Module:
-    """One module for all insertions, or a list with one for each (and nothing at the other layers)."""
+    """One module for all insertions, or a list with one for each of them."""
     if shared:
         return _build_module(hidden_dim, num_layers)
-    return nn.ModuleList(
-        _build_module(hidden_dim, num_layers) if i in insert_idx else nn.Identity() for i in range(enc_layers)
-    )
+    modules = nn.ModuleList()
+    for i in range(enc_layers):
+        if i in insert_idx:
+            modules.append(_build_module(hidden_dim, num_layers))
+        else:  # the published names count the encoder's layers
+            modules.append(nn.Identity())
+    return modules
 
 
 def _build_module(hidden_dim: int, num_layers: int) -> nn.Module:
-    layer = nn.TransformerEncoderLayer(hidden_dim, _HEADS, dim_feedforward=hidden_dim, dropout=_DROPOUT)
-    return layer if num_layers == 1 else nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)
+    layer = nn.TransformerEncoderLayer(hidden_dim, NUM_HEADS, dim_feedforward=hidden_dim, dropout=DROPOUT)
+    if num_layers == 1:  # under the published names
+        return layer
+    return nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)

@@ -1,4 +1,13 @@
-"""The only place that maps a Config, or a checkpoint, to modules."""
+"""The only place that maps a Config, or a checkpoint, to modules.
+
+A training step:
+
+    model, criterion, postprocessors = build_model(config, dataset.classes)
+    losses = criterion(model(images), targets)  # images: a list of [3, H, W]; targets: of the dataset
+    criterion.total(losses).backward()  # the sum weighted by criterion.weight_dict
+    optimizer.step()
+    optimizer.zero_grad()
+"""
 
 from __future__ import annotations
 
@@ -8,9 +17,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from models.backbone import Backbone, ResNetBody, build_resnet
+from models.backbone import Backbone, build_body
 from models.batchformer import OFF, BatchFormerV2, build_modules
-from models.criterion import SetCriterion
+from models.criterion import WEIGHT_FLAGS, SetCriterion
 from models.deformable_detr import DeformableDETR
 from models.deformable_transformer import DeformableTransformer
 from models.heads import build_heads
@@ -20,6 +29,7 @@ from models.postprocess import PostProcess
 from models.weights.architecture import Purpose, adopt, as_given
 from models.weights.finetune import fine_tune
 from models.weights.load import choose_weights, read_trained
+from util.backbones import BACKBONES
 from util.checkpoint import load_state
 from util.class_map import AUTO, COCO_CLASSES, ClassMap, classes_of, unnamed_classes
 from util.config import FLAGS, LEARNED_POSITIONS, BackboneConfig, Config, with_classes
@@ -27,10 +37,14 @@ from util.errors import UserError
 
 log = logging.getLogger(__name__)
 
+# flags that decide how a process runs, and those of features that do not exist yet, are not a model's
+_FLAGS = {name for name, flag in FLAGS.items() if flag.group not in ("run", "segmentation")}
+
 
 class LoadedModel(NamedTuple):
-    """What `load_model` gives. postprocessors: {"bbox": PostProcess}; config.classes: ids and names
-    of the labels.
+    """What `load_model` gives.
+
+    postprocessors: {"bbox": PostProcess}; config.classes: ids and names of the labels.
     """
 
     model: DeformableDETR
@@ -40,47 +54,42 @@ class LoadedModel(NamedTuple):
 
 
 def load_model(
-    checkpoint: str | os.PathLike, *, classes: ClassMap | None = None, weights: str = "auto", **flags: Any
+    checkpoint: str | os.PathLike[str],
+    *,
+    classes: ClassMap | None = None,
+    weights: str = "auto",
+    **flags: Any,
 ) -> LoadedModel:
-    """The detector of a checkpoint with all that training and evaluation need: model, criterion,
-    postprocessors, config.
+    """The detector of a checkpoint, with all that training and evaluation need.
 
         model, criterion, postprocessors, config = load_model("checkpoint.pth")
         dataset = build_dataset("val", config)
 
     The model is on the CPU, in training mode, and has BatchFormerV2 if it was trained with it. The
-    config is that of the training as far as the file says it, and the published defaults else; data
-    sets that it makes are labelled by its classes.
+    config holds the flags of that training as far as the file has them, else the published
+    defaults. Data sets built from it use its classes.
 
     Args:
         checkpoint: as for `load_detector`: ours, published, Hugging Face's; a path or an https
             address.
-        classes: those of other data (`build_dataset(...).classes`), to train on: rows of the class
-            heads are copied by name, the others start anew, as with --finetune.
+        classes: the classes of other data (`build_dataset(...).classes`) to train on. Rows of the
+            class heads are copied where names match, the others start new, as with --finetune.
         weights: "ema" the averaged weights (--ema_decay), "model" the others, "auto" the averaged
             where the file has them, unless their last evaluation was worse.
-        flags: flags of main.py, but for those of the group `run`, that go before what the file
-            says: coco_path, eval_size, lr, bf and so on. Tuples or lists for those with several
-            values.
+        flags: flags of main.py, except those of the group `run`, which replace the flags of the
+            file: coco_path, eval_size, lr, bf and so on. Tuples or lists for several values.
 
     Raises:
-        UserError (a ValueError): the file can't be read, holds no detector, or is of another one
-        than `flags` say; a flag is unknown or can't be.
+        UserError (a ValueError): the file can't be read, holds no detector, or one that contradicts
+            `flags`; a flag is unknown or has an invalid value.
     """
     source, flag = os.fspath(checkpoint), "checkpoint"
-    known = {name for name, item in FLAGS.items() if item.group not in ("run", "segmentation")}
-    known.remove("num_classes")
-    if unknown := sorted(flags.keys() - known):
-        raise UserError(
-            f"{unknown[0]} is no flag that load_model takes; see python main.py --help, and "
-            f"`classes` for classes"
-        )
-    given = {
-        name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in flags.items()
-    }
+    given = _checked_flags(flags)
     content = read_trained(source, flag)
     state, _ = choose_weights(content, source, flag, weights)
     content = {**content, "model": state}
+
+    # the architecture is the file's, the classes the caller's
     config = adopt(
         as_given(given, finetune=source),
         content,
@@ -91,6 +100,7 @@ def load_model(
     )
     config = with_classes(config, classes or classes_of(content, source) or unnamed_classes(state))
     model, criterion, postprocessors = build_model(config)
+
     if classes:
         log.info("%s", fine_tune(model, config, classes, content, source, flag, weights))
     else:
@@ -100,14 +110,28 @@ def load_model(
     return LoadedModel(model, criterion, postprocessors, config)
 
 
+def _checked_flags(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags with paths as text. Raises UserError for one that load_model does not take."""
+    for name in flags:
+        if name == "num_classes" or name not in _FLAGS:
+            raise UserError(
+                f"{name} is no flag that load_model takes; see python main.py --help, and "
+                f"`classes` for classes"
+            )
+    return {
+        name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in flags.items()
+    }
+
+
 def build_model(
     config: Config, classes: ClassMap | None = None, *, pretrained: bool | None = None
 ) -> tuple[DeformableDETR, SetCriterion, dict[str, PostProcess]]:
     """The detector, its losses, and {"bbox": postprocessor}.
 
     Args:
-        classes: those of the data (`build_dataset(...).classes`), in place of --num_classes auto.
-            Without them "auto" means COCO's 91 logits, and a warning says so.
+        config: the flags. --num_classes auto needs `classes`.
+        classes: those of the data (`build_dataset(...).classes`). Without them "auto" means COCO's
+            91 logits, and a warning is logged.
         pretrained: whether the backbone starts with --backbone_weights. By default it does unless
             --resume or --finetune name a checkpoint, which replaces its weights.
 
@@ -147,14 +171,24 @@ def build_backbone(config: Config, pretrained: bool | None = None) -> Backbone:
     backbone = config.backbone
     if pretrained is None:
         pretrained = not (config.run.resume or config.run.finetune)
-    weights = backbone.backbone_weights if pretrained else "none"
-    resnet = build_resnet(backbone.backbone, backbone.backbone_norm, weights, backbone.dilation)
-    starts_random = backbone.backbone_weights == "none" and backbone.backbone_norm != "frozen_bn"
-    return Backbone(
-        ResNetBody(resnet, multi_scale=backbone.num_feature_levels > 1),
-        train_layers=config.optim.lr_backbone > 0,
-        freeze_stem=not starts_random,
+    weights = "none"
+    if pretrained:
+        weights = backbone.backbone_weights
+    body = build_body(
+        backbone.backbone,
+        backbone.backbone_norm,
+        weights,
+        dilation=backbone.dilation,
+        multi_scale=backbone.num_feature_levels > 1,
     )
+
+    # a random stem must learn too
+    trains: tuple[str, ...] = BACKBONES[backbone.backbone].trains
+    if backbone.backbone_weights == "none" and backbone.backbone_norm != "frozen_bn":
+        trains = ("",)
+    if config.optim.lr_backbone <= 0:
+        trains = ()
+    return Backbone(body, trains)
 
 
 def build_position(backbone: BackboneConfig, hidden_dim: int) -> nn.Module:
@@ -198,7 +232,7 @@ def build_criterion(config: Config) -> SetCriterion:
     matcher = HungarianMatcher(loss.set_cost_class, loss.set_cost_bbox, loss.set_cost_giou, loss.focal_alpha)
     return SetCriterion(
         matcher,
-        {"loss_ce": loss.cls_loss_coef, "loss_bbox": loss.bbox_loss_coef, "loss_giou": loss.giou_loss_coef},
+        {name: getattr(loss, flag) for name, flag in WEIGHT_FLAGS.items()},
         num_aux_outputs=0 if loss.no_aux_loss else config.transformer.dec_layers - 1,
         with_proposals=config.transformer.two_stage,
         focal_alpha=loss.focal_alpha,

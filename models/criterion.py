@@ -1,5 +1,10 @@
-"""The losses. Letters: N outputs (decoder layers) treated together, B images of all streams, Q
-queries, K classes, T targets.
+"""The losses.
+
+A new loss term touches two files. Here: its name in WEIGHT_FLAGS, and its sum in
+`SetCriterion._group_losses`. In util/config: the flag with its weight, a field of LossConfig.
+
+Shape letters: N outputs (decoder layers) treated together, B images of all streams, Q queries, K
+classes, T targets of all images.
 """
 
 from __future__ import annotations
@@ -17,7 +22,12 @@ from util.box_ops import generalized_iou
 from util.distributed.processes import average_number
 from util.step.precision import full_precision, widened
 
-LOSSES = ("loss_ce", "loss_bbox", "loss_giou")
+# name of a loss -> the flag with its weight
+WEIGHT_FLAGS = {
+    "loss_ce": "cls_loss_coef",
+    "loss_bbox": "bbox_loss_coef",
+    "loss_giou": "giou_loss_coef",
+}
 
 
 class SetCriterion(nn.Module):
@@ -25,14 +35,15 @@ class SetCriterion(nn.Module):
 
     Args:
         matcher: pairs predictions with targets.
-        weights: factor of each of LOSSES, the same at every output.
-        num_aux_outputs: intermediate decoder layers with losses of their own (suffixes _0, _1,
-            ...).
-        with_proposals: whether the encoder's output has losses too (suffix _enc), all its labels
-            being 0.
+        weights: the weight of each loss of WEIGHT_FLAGS, the same at every output.
+        num_aux_outputs: number of earlier decoder layers with losses (suffixes _0, _1, ...).
+        with_proposals: whether the encoder's output has losses too (suffix _enc), with all its
+            labels 0.
         focal_alpha: alpha of the focal loss; gamma is 2.
 
-    `weight_dict` maps every loss that trains to its factor.
+    Attributes:
+        weight_dict: name of every loss that trains, with its suffix -> its weight. `total` sums
+            these; the other entries of `forward`'s result are for the log.
     """
 
     def __init__(
@@ -45,57 +56,56 @@ class SetCriterion(nn.Module):
     ) -> None:
         super().__init__()
         self.matcher, self.focal_alpha = matcher, focal_alpha
-        suffixes = ["", *(f"_{i}" for i in range(num_aux_outputs)), *(["_enc"] if with_proposals else [])]
-        self.weight_dict = {name + suffix: weights[name] for suffix in suffixes for name in LOSSES}
+        suffixes = _suffixes(1 + num_aux_outputs)
+        if with_proposals:
+            suffixes.append("_enc")
+        self.weight_dict = {name + suffix: weights[name] for suffix in suffixes for name in WEIGHT_FLAGS}
 
     def forward(self, outputs: dict[str, Any], targets: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Match and compute every loss, in float32 at least, whatever comes in and under autocast
-        too.
+        """Match predictions with targets and compute every loss, in float32 or float64.
 
         Args:
-            outputs: the detector's. With two streams both halves are supervised by the same
-                targets.
+            outputs: the detector's (DeformableDETR.forward). With two streams both halves are
+                supervised by the same targets.
             targets: per image `boxes` [n, 4] cxcywh in [0, 1] and `labels` [n] int64.
 
         Returns:
-            scalars: those of weight_dict, to be weighted and summed; and for the log, without
-            gradient, class_error (of the last layer, in percent) and cardinality_error (of every
-            output).
+            scalars: those of weight_dict; and for the log, without gradient, class_error (of the
+            last layer, in percent) and cardinality_error (of every output).
         """
         flat = Targets.from_list(targets, outputs.get("num_streams", 1))
+        # under autocast too
         with full_precision(flat.boxes.device):
             return self._losses(self._groups(outputs, flat), flat)
 
+    def total(self, losses: dict[str, Tensor]) -> Tensor:
+        """The weighted sum of the losses of weight_dict, a scalar: what is differentiated."""
+        return torch.stack([losses[name] * weight for name, weight in self.weight_dict.items()]).sum()
+
     def _losses(self, groups: list[OutputGroup], flat: Targets) -> dict[str, Tensor]:
         num_boxes = self._num_boxes(flat)
+        # all groups at once: one transfer to the host
         matches = self.matcher([(group.logits, group.boxes, group.targets) for group in groups])
         losses: dict[str, Tensor] = {}
         for group, match in zip(groups, matches, strict=True):
             for key, per_output in self._group_losses(group, *match, num_boxes).items():
-                named = zip(group.suffixes, per_output.unbind(), strict=True)
-                losses |= {key + suffix: value for suffix, value in named}
+                for suffix, value in zip(group.suffixes, per_output.unbind(), strict=True):
+                    losses[key + suffix] = value
         losses["class_error"] = _class_error(groups[0], *matches[0], num_boxes)
         return losses
 
-    def total(self, losses: dict[str, Tensor]) -> Tensor:
-        """The weighted sum that is differentiated."""
-        return torch.stack([losses[name] * weight for name, weight in self.weight_dict.items()]).sum()
-
     def _groups(self, outputs: dict[str, Any], targets: Targets) -> list[OutputGroup]:
-        """All decoder layers as one group, the last layer first; the proposals as another, for they
-        are more.
-        """
+        """All decoder layers as one group, the last layer first; the proposals as another."""
         layers = [outputs, *outputs.get("aux_outputs", [])]
-        suffixes = ["", *(f"_{i}" for i in range(len(layers) - 1))]
-        groups = [OutputGroup.of(layers, suffixes, targets)]
+        groups = [OutputGroup.of(layers, _suffixes(len(layers)), targets)]
+        # there are more proposals than queries
         if "enc_outputs" in outputs:
             groups.append(OutputGroup.of([outputs["enc_outputs"]], ["_enc"], targets.of_one_class()))
         return groups
 
     def _num_boxes(self, targets: Targets) -> Tensor | float:
-        """What the losses are divided by: the average over processes in training; in evaluation
-        processes may have different numbers of batches and must not wait for each other.
-        """
+        """What the losses are divided by: the number of targets, in training the mean over processes."""
+        # in evaluation processes may have different numbers of batches and cannot wait for each other
         if not self.training:
             return max(float(len(targets)), 1.0)
         return average_number(len(targets), targets.boxes.device).clamp(min=1)
@@ -104,7 +114,8 @@ class SetCriterion(nn.Module):
         self, group: OutputGroup, query_NT: Tensor, target_NT: Tensor, num_boxes: Tensor | float
     ) -> dict[str, Tensor]:
         """Every loss of every output: name -> [N]."""
-        predicted, wanted = group.boxes.flatten(0, 2)[query_NT], group.targets.boxes[target_NT]
+        predicted = group.boxes.flatten(0, 2)[query_NT]
+        wanted = group.targets.boxes[target_NT]
         giou = generalized_iou(*(box_convert(boxes, "cxcywh", "xyxy") for boxes in (predicted, wanted)))
         return {
             "loss_ce": self._class_loss(group, query_NT, target_NT) / num_boxes,
@@ -119,9 +130,10 @@ class SetCriterion(nn.Module):
         The published form, a mean over queries times their number, is the same.
         """
         num_classes = group.logits.shape[-1]
+        # one-hot labels; those of unmatched queries are all 0
         is_class = torch.zeros_like(group.logits, memory_format=torch.contiguous_format)
         matched_NT = query_NT * num_classes + group.targets.labels[target_NT]
-        # `is_class[indices] = 1` would copy the 1 from the host, and the copy waits for the GPU
+        # `is_class[indices] = 1` would copy the 1 from the host, which synchronises with the GPU
         is_class.view(-1).scatter_(0, matched_NT.flatten(), 1.0)
         loss = sigmoid_focal_loss(group.logits, is_class, alpha=self.focal_alpha, gamma=2)
         return loss.sum((1, 2, 3))
@@ -129,8 +141,8 @@ class SetCriterion(nn.Module):
 
 @dataclass(frozen=True)
 class OutputGroup:
-    """Outputs of one shape: logits [N, B, Q, K], boxes [N, B, Q, 4], a suffix for the names of each
-    one's losses.
+    """N outputs of one shape: logits [N, B, Q, K], boxes [N, B, Q, 4] cxcywh, N suffixes of the
+    names of their losses, and their targets.
     """
 
     logits: Tensor
@@ -149,10 +161,9 @@ class OutputGroup:
 def _class_error(
     group: OutputGroup, query_NT: Tensor, target_NT: Tensor, num_boxes: Tensor | float
 ) -> Tensor:
-    """Share of the targets whose query in the group's first output has another best class, in
-    percent.
+    """Share of the targets whose query in the first output has another best class, in percent.
 
-    Taken of `num_boxes`, so that the mean over processes is the share among all their targets.
+    The share of `num_boxes`: the mean over processes is then the share among all their targets.
     """
     predicted = group.logits.flatten(0, 2)[query_NT[0]].argmax(-1)
     correct = (predicted == group.targets.labels[target_NT[0]]).sum()
@@ -161,9 +172,15 @@ def _class_error(
 
 @torch.no_grad()
 def _cardinality_error(group: OutputGroup) -> Tensor:
-    """Published statistic: how many queries' best class is not the last one, against the number of
-    targets: [N].
+    """Difference between the queries whose best class is not the last and the targets: [N].
+
+    A published statistic.
     """
     last_class = group.logits.shape[-1] - 1
     predicted_NB = (group.logits.argmax(-1) != last_class).sum(-1)
     return (predicted_NB - group.targets.count).abs().float().mean(-1)
+
+
+def _suffixes(num_layers: int) -> list[str]:
+    """Suffixes of the decoder layers' losses: none for the last layer, then _0, _1, ..."""
+    return ["", *(f"_{i}" for i in range(num_layers - 1))]

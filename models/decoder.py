@@ -1,5 +1,6 @@
-"""The deformable decoder. Shape letters: B images, Q queries, S tokens of all levels, L levels, C
-channels.
+"""The deformable decoder ("Deformable DETR", section 4.2).
+
+Shape letters: B images, Q queries, S tokens of all levels, L levels, C channels.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from models.token_batch import TokenBatch
 
 @dataclass(frozen=True)
 class Queries:
-    """content, position: [B, Q, C]; reference: [B, Q, 2] points or [B, Q, 4] boxes, in [0, 1] of
-    the unpadded image.
+    """The queries of a batch.
+
+    content, position: [B, Q, C]; reference: [B, Q, 2] points or [B, Q, 4] boxes, in [0, 1] of the
+    unpadded image.
     """
 
     content: Tensor
@@ -27,9 +30,7 @@ class Queries:
 
 
 class DeformableTransformerDecoderLayer(nn.Module):
-    """Self-attention, deformable cross-attention and feed-forward, post-norm ("Deformable DETR",
-    section 4.2).
-    """
+    """Self-attention, deformable cross-attention and feed-forward, each followed by its norm."""
 
     def __init__(
         self,
@@ -42,6 +43,7 @@ class DeformableTransformerDecoderLayer(nn.Module):
         n_points: int,
     ) -> None:
         super().__init__()
+        # the published names count norms and dropouts in this order
         self.cross_attn = MSDeformAttn(d_model, n_levels, n_heads, n_points)
         self.dropout1 = nn.Dropout(dropout)
         self.norm1 = nn.LayerNorm(d_model)
@@ -57,9 +59,12 @@ class DeformableTransformerDecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, position: Tensor, reference_BQL: Tensor, memory: TokenBatch) -> Tensor:
         """x, position: [B, Q, C]; reference_BQL: [B, Q, L, 2 or 4] per padded level -> [B, Q, C]."""
+        # the position is added to queries and keys, not to values
         query = x + position
         attended, _ = self.self_attn(query, query, x, need_weights=False)
         x = self.norm2(x + self.drop_path(self.dropout2(attended)))
+
+        # the tokens of the image around the reference points
         attended = self.cross_attn(
             x + position,
             reference_BQL,
@@ -91,7 +96,7 @@ class DeformableTransformerDecoder(nn.Module):
         """
         x, reference = queries.content, queries.reference
         outputs = []
-        # two-stage has one head more
+        # in two-stage there is one head more, for the proposals
         for layer, box_head in zip(self.layers, box_heads, strict=False):
             x = layer(x, queries.position, _per_level(reference, memory.valid_ratios), memory)
             boxes = decode_boxes(box_head(x), reference)

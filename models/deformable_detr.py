@@ -1,5 +1,6 @@
-"""The detector: backbone -> projection -> transformer -> heads. B images, C channels, Q queries, K
-classes, L levels.
+"""The detector: backbone -> projection -> transformer -> heads.
+
+Shape letters: B images, C channels, Q queries, K classes, L levels, S tokens of all levels.
 """
 
 from __future__ import annotations
@@ -78,20 +79,22 @@ class DeformableDETR(nn.Module):
         return self._outputs(decoded)
 
     def _project(self, images: NestedTensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The L maps at the transformer's width, and their masks. Under autocast the maps are
-        float32, as GroupNorm gives them on a GPU: the sums along the residual branches begin here.
-        """
+        """The L maps [B, C, H, W] at the transformer's width, and their masks [B, H, W]."""
         features = self.backbone[0](images)
         maps = [project(feature.tensors) for project, feature in zip(self.input_proj, features, strict=False)]
         masks = [feature.mask for feature in features]
+
+        # the levels beyond the backbone's maps
         source = features[-1].tensors
         for project in self.input_proj[len(features) :]:
             source = project(source)
             maps.append(source)
             masks.append(resize_mask(images.mask, source.shape[-2:]))
+        # float32 under autocast, as GroupNorm gives them on a GPU: the residual sums begin here
         return [widened(x) for x in maps], masks
 
     def _outputs(self, decoded: Decoded) -> dict[str, Any]:
+        # in two-stage there is one head more, for the proposals
         layers = [
             {"pred_logits": head(content), "pred_boxes": boxes}
             for head, (content, boxes) in zip(self.class_embed, decoded.layers, strict=False)
@@ -106,17 +109,20 @@ class DeformableDETR(nn.Module):
 
 
 def build_projection(channels: Sequence[int], hidden_dim: int, num_levels: int) -> nn.ModuleList:
-    """1x1 convolutions for the backbone's maps, 3x3 of stride 2 for the levels beyond, each with
-    GroupNorm(32).
+    """Per level a convolution with GroupNorm(32).
+
+    They are 1x1 for the backbone's maps, and 3x3 of stride 2 for the levels beyond.
     """
-    inputs = [*channels, channels[-1], *[hidden_dim] * num_levels][:num_levels]
     projections = nn.ModuleList()
-    for level, width in enumerate(inputs):
-        kernel = (
-            {"kernel_size": 1} if level < len(channels) else {"kernel_size": 3, "stride": 2, "padding": 1}
-        )
-        convolution = nn.Conv2d(width, hidden_dim, **kernel)
+    for level in range(num_levels):
+        if level < len(channels):
+            convolution = nn.Conv2d(channels[level], hidden_dim, kernel_size=1)
+        else:
+            # the first level beyond is made from the backbone's last map, the next from the level before
+            width = channels[-1] if level == len(channels) else hidden_dim
+            convolution = nn.Conv2d(width, hidden_dim, kernel_size=3, stride=2, padding=1)
         nn.init.xavier_uniform_(convolution.weight)
+        assert convolution.bias is not None
         nn.init.zeros_(convolution.bias)
         projections.append(nn.Sequential(convolution, nn.GroupNorm(32, hidden_dim)))
     return projections

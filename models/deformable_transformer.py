@@ -1,5 +1,6 @@
-"""From feature maps to decoded queries. Shape letters: B images, S tokens, L levels, Q queries, C
-channels, K classes.
+"""From feature maps to decoded queries.
+
+Shape letters: B images, S tokens of all levels, L levels, Q queries, C channels, K classes.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ class Proposals:
 
 @dataclass(frozen=True)
 class Decoded:
-    """layers: per decoder layer contents [B, Q, C] and boxes [B, Q, 4]; B counts the images of all
-    streams.
+    """What the transformer gives; B counts the images of all streams.
+
+    layers: per decoder layer contents [B, Q, C] and boxes [B, Q, 4] cxcywh in [0, 1]; proposals: in
+    two-stage; num_streams: 1 or 2.
     """
 
     layers: list[tuple[Tensor, Tensor]]
@@ -49,7 +52,7 @@ class DeformableTransformer(nn.Module):
         batchformer_modules: the weights of BatchFormerV2, registered as `bf`; None without it.
         batchformer: what acts after the encoder's layers with those weights.
         two_stage: take the queries from the encoder's proposals.
-        num_proposals: how many of them.
+        num_proposals: number of these queries.
         checkpoint_encoder: compute the encoder's activations again in the backward instead of
             keeping them.
     """
@@ -75,8 +78,9 @@ class DeformableTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.d_model, self.two_stage, self.num_proposals = d_model, two_stage, num_proposals
-        sizes = {"n_levels": num_feature_levels, "n_heads": nhead}
+        # the weights of BatchFormerV2 under their published name
         self.bf = batchformer_modules
+        sizes = {"n_levels": num_feature_levels, "n_heads": nhead}
         self.encoder = DeformableTransformerEncoder(
             [
                 DeformableTransformerEncoderLayer(
@@ -95,6 +99,8 @@ class DeformableTransformer(nn.Module):
                 for rate in drop_path_rates(drop_path, num_decoder_layers)
             ]
         )
+
+        # what tokens and queries begin with
         self.level_embed = nn.Parameter(torch.empty(num_feature_levels, d_model))
         if two_stage:
             self.enc_output = nn.Linear(d_model, d_model)
@@ -109,6 +115,7 @@ class DeformableTransformer(nn.Module):
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
+        # these layers have initial values of their own
         for module in self.modules():
             if isinstance(module, MSDeformAttn):
                 module.reset_parameters()
@@ -140,24 +147,26 @@ class DeformableTransformer(nn.Module):
             UserError: two-stage is to choose more queries than there are proposals.
         """
         memory = self.encoder(self._flatten(maps, masks, positions))
-        proposals = self._propose(memory, class_heads[-1], box_heads[-1]) if self.two_stage else None
-        queries = (
-            self._queries_of(proposals)
-            if proposals
-            else self._learned_queries(query_embed, len(memory.tokens))
-        )
-        return Decoded(
-            self.decoder(queries, memory, box_heads, with_box_refine), proposals, memory.num_streams
-        )
+        proposals = None
+        if self.two_stage:
+            proposals = self._propose(memory, class_heads[-1], box_heads[-1])
+        if proposals:
+            queries = self._queries_of(proposals)
+        else:
+            assert query_embed is not None
+            queries = self._learned_queries(query_embed, len(memory.tokens))
+        layers = self.decoder(queries, memory, box_heads, with_box_refine)
+        return Decoded(layers, proposals, memory.num_streams)
 
     def _flatten(self, maps: list[Tensor], masks: list[Tensor], positions: list[Tensor]) -> TokenBatch:
+        """All levels in one sequence, the finest first."""
         shapes = tuple((x.shape[-2], x.shape[-1]) for x in maps)
         ratios = torch.stack([valid_ratio(mask) for mask in masks], 1)
+        # the level is a part of the position
+        position = [_tokens(x) + self.level_embed[level] for level, x in enumerate(positions)]
         return TokenBatch(
             tokens=torch.cat([_tokens(x) for x in maps], 1),
-            position=torch.cat(
-                [_tokens(x) + self.level_embed[level] for level, x in enumerate(positions)], 1
-            ),
+            position=torch.cat(position, 1),
             padding_mask=torch.cat([mask.flatten(1) for mask in masks], 1),
             valid_ratios=ratios,
             reference_points=encoder_reference_points(shapes, ratios),
@@ -171,17 +180,16 @@ class DeformableTransformer(nn.Module):
 
     def _propose(self, memory: TokenBatch, class_head: nn.Module, box_head: nn.Module) -> Proposals:
         """A proposal from every token ("Deformable DETR", appendix A.4, two-stage)."""
+        # a token that is padding or at the border gives none
         anchors, invalid = _anchors(memory)
         tokens = memory.tokens.masked_fill(invalid, 0.0)
         tokens = self.enc_output_norm(widened(self.enc_output(tokens)))
-        # an infinite logit makes the box (1, 1, 1, 1) whatever the head says
+        # an infinite logit makes the box (1, 1, 1, 1) whatever the head's output
         box_logits = torch.logit(anchors).masked_fill(invalid, float("inf"))
         return Proposals(class_head(tokens), box_head(tokens) + box_logits)
 
     def _queries_of(self, proposals: Proposals) -> Queries:
-        """The proposals with the best logit of class 0 (their only class in the loss), without
-        gradient.
-        """
+        """The queries of the best proposals, without gradient."""
         tokens = proposals.logits.shape[1]
         if self.num_proposals > tokens:
             raise UserError(
@@ -189,9 +197,12 @@ class DeformableTransformer(nn.Module):
                 f"--two_stage makes of images this "
                 "small; lower --num_queries, or raise --train_sizes and --eval_size"
             )
+
+        # class 0 is their only class in the loss
         best = proposals.logits[..., 0].topk(self.num_proposals, dim=1).indices
         box_logits = proposals.box_logits.gather(1, best[..., None].expand(-1, -1, 4)).detach()
         boxes = box_logits.sigmoid()
+
         # C / 2 features for each of the four coordinates
         features = sine_features(boxes * 2 * torch.pi, self.d_model // 2).flatten(-2)
         position, content = self.pos_trans_norm(widened(self.pos_trans(features))).split(self.d_model, -1)
@@ -199,8 +210,11 @@ class DeformableTransformer(nn.Module):
 
 
 def _anchors(memory: TokenBatch) -> tuple[Tensor, Tensor]:
-    """Every token's square around its pixel centre: boxes [B, S, 4] cxcywh, and [B, S, 1] True
-    where it can't be used.
+    """A square around the centre of every token.
+
+    Returns:
+        boxes [B, S, 4] cxcywh, and [B, S, 1] True where the square can't be used: on padding, or
+        nearer than 0.01 to the border.
     """
     padding = memory.padding_mask.split([h * w for h, w in memory.spatial_shapes], 1)
     boxes = []

@@ -32,8 +32,9 @@ from util.step.precision_check import check_precision
 
 
 class Detection(NamedTuple):
-    """One box: x0, y0, x1, y1 in pixels; `label` is its place among the logits, `category_id` its
-    id in the annotations.
+    """One box: x0, y0, x1, y1 in pixels.
+
+    `label` is the index of its logit, `category_id` its id in the annotations.
     """
 
     name: str
@@ -45,7 +46,7 @@ class Detection(NamedTuple):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Detections:
-    """What was found on one image, best first. n detections, tensors on the CPU.
+    """The n detections of one image, best first; tensors on the CPU.
 
     boxes: [n, 4] float32 x0, y0, x1, y1 in pixels of the image that was given; scores: [n] float32
     in [0, 1]; labels: [n] int64 places among the logits; category_ids: [n] int64 ids of the data
@@ -90,29 +91,27 @@ class Detections:
 
     def __repr__(self) -> str:
         width = max(map(len, self.names), default=0)
-        lines = [f"{len(self)} detection{'s' * (len(self) != 1)} on {self.size[1]} x {self.size[0]} pixels"]
-        lines += [
-            f"  {d.name:{width}}  {d.score:.2f}  [{', '.join(f'{x:.1f}' for x in d.box)}]" for d in self
-        ]
+        plural = "" if len(self) == 1 else "s"
+        lines = [f"{len(self)} detection{plural} on {self.size[1]} x {self.size[0]} pixels"]
+        for found in self:
+            box = ", ".join(f"{x:.1f}" for x in found.box)
+            lines.append(f"  {found.name:{width}}  {found.score:.2f}  [{box}]")
         return "\n".join(lines)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """An image as the network wants it, float32 [3, H, W] on the CPU, and the size (height, width)
-    that it came in.
-    """
+    """An image for the network, float32 [3, H, W] on the CPU, and its original (height, width)."""
 
     pixels: Tensor
     size: tuple[int, int]
 
 
 class Detector:
-    """Images to detections, as evaluation makes them: same resizing, normalisation and choice of
-    the 100 best.
+    """Images to detections, with the resizing, normalisation and 100 best of evaluation.
 
-    Images of a batch are padded to the largest, which changes their detections a little; with
-    batch_size 1 none has a say in another's.
+    Images of a batch are padded to the largest, which changes their detections a little. With
+    batch_size 1 the detections of an image do not depend on the others.
 
     Args:
         model: the network, on its device.
@@ -145,12 +144,13 @@ class Detector:
         self.device = next(model.parameters()).device
         self._postprocess = PostProcess()
 
-    def __call__(self, images: ImageLike | Sequence[ImageLike]) -> Detections | list[Detections]:
-        """Detections of an image, or a list of them for a list of images; see
-        util.images.prepare.as_picture for what an image is.
+    def __call__(
+        self, images: ImageLike | list[ImageLike] | tuple[ImageLike, ...]
+    ) -> Detections | list[Detections]:
+        """Detections of an image, or a list of them for a list or tuple of images.
 
-        A file is taken upright, as its EXIF orientation says and viewers show it, and boxes refer
-        to it so.
+        util.images.prepare.as_picture says what an image is. A file is turned as its EXIF
+        orientation says, and boxes refer to the picture that viewers show.
 
         Raises:
             UserError (a ValueError): a file or an array can't be used as an image.
@@ -184,21 +184,17 @@ class Detector:
     def detections(self, outputs: dict[str, Any], batch: Sequence[Prepared]) -> list[Detections]:
         """The detections in `outputs` of one stream of `batch`."""
         sizes = torch.tensor([item.size for item in batch], device=self.device)
-        found = self._postprocess(outputs, sizes)
-        return [
-            self._named(one, item.size).above(self.score_threshold)
-            for one, item in zip(found, batch, strict=True)
-        ]
+        pairs = zip(self._postprocess(outputs, sizes), batch, strict=True)
+        return [self._named(found, item.size).above(self.score_threshold) for found, item in pairs]
 
     def _named(self, found: dict[str, Tensor], size: tuple[int, int]) -> Detections:
         labels = found["labels"].cpu()
+        ids = [self.classes.id_of(label) for label in labels.tolist()]
         return Detections(
             boxes=found["boxes"].float().cpu(),
             scores=found["scores"].float().cpu(),
             labels=labels,
-            category_ids=torch.tensor(
-                [self.classes.id_of(label) for label in labels.tolist()], dtype=torch.int64
-            ),
+            category_ids=torch.tensor(ids, dtype=torch.int64),
             queries=found["queries"].cpu(),
             names=tuple(self.classes.name_of(label) for label in labels.tolist()),
             size=size,
@@ -217,8 +213,9 @@ def load_detector(
     batchformer: bool = False,
     **architecture: Any,
 ) -> Detector:
-    """The detector of a checkpoint, published, ours or Hugging Face's; nothing in the file is
-    executed.
+    """The detector of a checkpoint: published, ours or Hugging Face's.
+
+    Nothing in the file is executed.
 
     Args:
         checkpoint: a path or an https address; for Hugging Face's that of the folder, its
@@ -245,7 +242,9 @@ def load_detector(
         raise UserError(f"--weights {weights!r} must be one of {', '.join(WEIGHTS)}")
     if amp not in ("off", *LOW_TYPES):
         raise UserError(f"--amp {amp!r} must be one of off, {', '.join(LOW_TYPES)}")
-    where = choose_device(device)
+
+    # the weights, and what they say of the architecture
+    where = choose_device(str(device))
     content = read_trained(source, "--resume")
     chosen, _ = choose_weights(content, source, "--resume", weights)
     config = config_of({**content, "model": chosen}, source, batchformer=batchformer, **architecture)

@@ -1,4 +1,7 @@
-"""The deformable encoder. Shape letters: B images, S tokens of all levels, L levels, C channels."""
+"""The deformable encoder ("Deformable DETR", section 4.2).
+
+Shape letters: B images, S tokens of all levels, L levels, C channels.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from models.token_batch import TokenBatch
 
 
 class DeformableTransformerEncoderLayer(nn.Module):
-    """Deformable self-attention and feed-forward, post-norm ("Deformable DETR", section 4.2)."""
+    """Deformable self-attention and feed-forward, each followed by its norm."""
 
     def __init__(
         self,
@@ -40,7 +43,9 @@ class DeformableTransformerEncoderLayer(nn.Module):
         self.drop_path = StochasticDepth(drop_path, "row")
 
     def forward(self, batch: TokenBatch) -> TokenBatch:
+        """The batch with the tokens [B, S, C] of the next layer."""
         x = batch.tokens
+        # the position is added to queries, not to values
         attended = self.self_attn(
             x + batch.position,
             batch.reference_points,
@@ -53,22 +58,20 @@ class DeformableTransformerEncoderLayer(nn.Module):
         return batch.with_tokens(x)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        hidden = F.relu(
-            self.linear1(x), inplace=not torch.is_grad_enabled()
-        )  # new memory costs more than the sums
+        # new memory costs more time than the ReLU; the backward needs its input
+        hidden = F.relu(self.linear1(x), inplace=not torch.is_grad_enabled())
         return self.linear2(self.dropout2(hidden))
 
 
 class DeformableTransformerEncoder(nn.Module):
-    """Layers over one batch of tokens, with room for something between them.
+    """Layers over one batch of tokens, with a function between them.
 
     Args:
         layers: the encoder layers.
-        after_layer: called as `batch = after_layer(i, batch)` after layer i; BatchFormerV2 comes in
-            here.
-        recompute: in training keep only the tokens between the layers; what a layer, and what comes
-            after it, computed on the way is computed again in the backward, to the same bits
-            ("Training deep nets with sublinear memory cost", arXiv 1604.06174).
+        after_layer: called as `batch = after_layer(i, batch)` after layer i: BatchFormerV2.
+        recompute: in training keep only the tokens between the layers. The backward computes the
+            other activations again, to the same bits ("Training deep nets with sublinear memory
+            cost", arXiv 1604.06174).
     """
 
     def __init__(
@@ -83,11 +86,9 @@ class DeformableTransformerEncoder(nn.Module):
         self.recompute = recompute
 
     def forward(self, batch: TokenBatch) -> TokenBatch:
-        run = (
-            self._run_and_forget
-            if self.recompute and self.training and torch.is_grad_enabled()
-            else self._run
-        )
+        run = self._run
+        if self.recompute and self.training and torch.is_grad_enabled():
+            run = self._run_and_forget
         for i in range(len(self.layers)):
             batch = run(i, batch)
         return batch
@@ -96,15 +97,14 @@ class DeformableTransformerEncoder(nn.Module):
         return self.after_layer(i, self.layers[i](batch))
 
     def _run_and_forget(self, i: int, batch: TokenBatch) -> TokenBatch:
-        # by the tensors among its arguments PyTorch knows whose random state to bring back: inside
-        # `batch` it sees none
-        return checkpoint(
-            lambda tokens: self._run(i, batch.with_tokens(tokens)), batch.tokens, use_reentrant=False
-        )
+        def run(tokens: Tensor) -> TokenBatch:
+            return self._run(i, batch.with_tokens(tokens))
+
+        # PyTorch restores the random state of the devices of its tensor arguments, and sees none in
+        # a `batch`
+        return checkpoint(run, batch.tokens, use_reentrant=False)
 
 
 def drop_path_rates(drop_path: float, num_layers: int) -> list[float]:
-    """Stochastic depth grows linearly from 0 in the first layer ("Deep networks with stochastic
-    depth", eq. 4).
-    """
+    """Rates that grow linearly from 0 ("Deep networks with stochastic depth", eq. 4)."""
     return [drop_path * i / max(num_layers - 1, 1) for i in range(num_layers)]

@@ -27,8 +27,9 @@ from models.token_batch import TokenBatch, valid_ratio
 
 @dataclass(frozen=True)
 class SampledAttention:
-    """Where the queries of a layer of deformable attention sampled, and how much each sample
-    counted. All on the CPU.
+    """Where the queries of a layer of deformable attention sampled, and the weight of each sample.
+
+    All on the CPU.
 
     locations: [B, Q, M, L, P, 2] x, y in [0, 1] of every padded level (those outside count as
     zero); weights: [B, Q, M, L, P], which sum to 1 over levels and points; reference_points: [B, Q,
@@ -45,14 +46,10 @@ class SampledAttention:
     @property
     def valid_ratios(self) -> Tensor:
         """[B, L, 2]: width and height of an image's own part of a level over the padded one."""
-        maps = self.padding_mask.split([height * width for height, width in self.spatial_shapes], 1)
-        return torch.stack(
-            [
-                valid_ratio(mask.unflatten(1, shape))
-                for mask, shape in zip(maps, self.spatial_shapes, strict=True)
-            ],
-            1,
-        )
+        shapes = self.spatial_shapes
+        maps = self.padding_mask.split([height * width for height, width in shapes], 1)
+        ratios = [valid_ratio(mask.unflatten(1, shape)) for mask, shape in zip(maps, shapes, strict=True)]
+        return torch.stack(ratios, 1)
 
     def locations_in_image(self) -> Tensor:
         """The locations in [0, 1] of the image without its padding, [B, Q, M, L, P, 2]."""
@@ -99,14 +96,19 @@ def recording(model: DeformableDETR, *, deformable: bool = True) -> Iterator[Rec
     def note_batch(module: nn.MultiheadAttention, args: tuple, kwargs: dict[str, Any], _: Any) -> None:
         record.batch.append(_across_batch(module, *args, **kwargs))
 
-    modules = []
-    if deformable:
-        modules += [(layer.self_attn, sampled_into(record.encoder)) for layer in transformer.encoder.layers]
-        modules += [(layer.cross_attn, sampled_into(record.decoder)) for layer in transformer.decoder.layers]
-    if transformer.bf is not None:
-        modules += [(m, note_batch) for m in transformer.bf.modules() if isinstance(m, nn.MultiheadAttention)]
+    # in the order of the layers
     hooks = [transformer.encoder.register_forward_pre_hook(note_tokens)]
-    hooks += [module.register_forward_hook(hook, with_kwargs=True) for module, hook in modules]
+
+    def watch(root: nn.Module, kind: type[nn.Module], hook: Callable) -> None:
+        for module in root.modules():
+            if isinstance(module, kind):
+                hooks.append(module.register_forward_hook(hook, with_kwargs=True))
+
+    if deformable:
+        watch(transformer.encoder, MSDeformAttn, sampled_into(record.encoder))
+        watch(transformer.decoder, MSDeformAttn, sampled_into(record.decoder))
+    if transformer.bf is not None:
+        watch(transformer.bf, nn.MultiheadAttention, note_batch)
     try:
         yield record
     finally:
@@ -116,8 +118,7 @@ def recording(model: DeformableDETR, *, deformable: bool = True) -> Iterator[Rec
 
 @contextlib.contextmanager
 def as_in_training(model: DeformableDETR) -> Iterator[None]:
-    """In this block BatchFormerV2 acts as in training; everything else, dropout too, is as in
-    evaluation.
+    """A block in which BatchFormerV2 acts as in training, and all else, dropout too, as in evaluation.
 
     With --bf 1 the outputs are of the plain and the mixed stream, with --bf 7 of the mixed one.
     `model` must be in evaluation mode and have BatchFormerV2's modules (load_detector(...,
@@ -125,7 +126,7 @@ def as_in_training(model: DeformableDETR) -> Iterator[None]:
     """
     assert not model.training and model.transformer.bf is not None
     container = model.transformer.bf
-    # of this module alone: what lies in it, and has the dropout, is not told
+    # the flag of this module alone: the modules in it, which have the dropout, stay in evaluation
     container.training = True
     try:
         yield
@@ -145,9 +146,9 @@ def _sampled(
 ) -> SampledAttention:
     """As MSDeformAttn.forward and models.ops.reference.fused_forward go about it."""
     kind = reference_points.dtype
-    offsets = module.sampling_offsets(query).unflatten(
-        -1, (module.n_heads, module.n_levels, module.n_points, 2)
-    )
+    shape = (module.n_heads, module.n_levels, module.n_points, 2)
+    offsets = module.sampling_offsets(query).unflatten(-1, shape)
+    # the softmax is over all levels and points of a head
     logits = module.attention_weights(query).unflatten(-1, (module.n_heads, -1))
     weights = logits.softmax(-1, dtype=kind).unflatten(-1, (module.n_levels, module.n_points))
     if input_padding_mask is None:
@@ -162,7 +163,9 @@ def _sampled(
 
 
 @torch.no_grad()
-def _across_batch(module: nn.MultiheadAttention, *args: Tensor, **kwargs: Any) -> Tensor:
+def _across_batch(module: nn.MultiheadAttention, *args: Any, **kwargs: Any) -> Tensor:
+    kwargs |= {"need_weights": True, "average_attn_weights": False}
     # forward itself: calling the module would call the hook again
-    _, weights = module.forward(*args, **{**kwargs, "need_weights": True, "average_attn_weights": False})
+    _, weights = module.forward(*args, **kwargs)
+    assert weights is not None
     return weights.float().cpu()

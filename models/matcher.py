@@ -1,5 +1,6 @@
-"""Which prediction answers for which target. N outputs matched together, B images, Q queries, T
-targets of all images.
+"""Bipartite matching of predictions and targets ("DETR", section 3.1).
+
+Shape letters: N outputs matched together, B images, Q queries, K classes, T targets of all images.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from util.step.transfer import to_device, to_host
 
 @dataclass(frozen=True)
 class Targets:
-    """The targets of a batch, flat.
+    """The targets of a batch, one image after another.
 
-    boxes: [T, 4] cxcywh; labels: [T]; image: [T], the index of each one's image; count: [B], the
-    targets of every image; counts: the same on the host.
+    boxes: [T, 4] cxcywh in [0, 1]; labels: [T] int64; image: [T] int64, the index of the image;
+    count: [B] int64, the number of targets of every image; counts: the same on the host.
     """
 
     boxes: Tensor
@@ -34,22 +35,19 @@ class Targets:
 
     @staticmethod
     def from_list(targets: Sequence[dict[str, Tensor]], num_streams: int = 1) -> Targets:
-        """Flatten a list of targets; with two streams the list counts twice."""
+        """The targets of a list of images; with two streams every image counts twice."""
         targets = list(targets) * num_streams
         counts = tuple(len(target["labels"]) for target in targets)
         boxes = torch.cat([target["boxes"] for target in targets]).reshape(-1, 4)
         labels = torch.cat([target["labels"] for target in targets])
-        image = torch.tensor([i for i, n in enumerate(counts) for _ in range(n)], dtype=torch.int64)
-        return Targets(
-            boxes,
-            labels,
-            to_device(image, boxes.device),
-            to_device(torch.tensor(counts), boxes.device),
-            counts,
-        )
+        # made on the host, which knows the counts, so that the device need not be asked
+        count = torch.tensor(counts, dtype=torch.int64)
+        image = torch.arange(len(counts)).repeat_interleave(count)
+        device = boxes.device
+        return Targets(boxes, labels, to_device(image, device), to_device(count, device), counts)
 
     def of_one_class(self) -> Targets:
-        """The same with every label 0, for proposals that know objects from background only."""
+        """The same with every label 0: proposals distinguish only objects and background."""
         return replace(self, labels=torch.zeros_like(self.labels))
 
     def __len__(self) -> int:
@@ -68,17 +66,12 @@ class HungarianMatcher:
     def __init__(
         self, cost_class: float, cost_bbox: float, cost_giou: float, focal_alpha: float = 0.25
     ) -> None:
-        self.cost_class, self.cost_bbox, self.cost_giou, self.focal_alpha = (
-            cost_class,
-            cost_bbox,
-            cost_giou,
-            focal_alpha,
-        )
+        self.cost_class, self.cost_bbox, self.cost_giou = cost_class, cost_bbox, cost_giou
+        self.focal_alpha = focal_alpha
 
     @torch.no_grad()
     def __call__(self, groups: Sequence[tuple[Tensor, Tensor, Targets]]) -> list[tuple[Tensor, Tensor]]:
-        """Match several groups of outputs, with one transfer from the device and one back; in
-        float32 at least.
+        """Match several groups of outputs, in float32 or float64.
 
         Args:
             groups: logits [N, B, Q, K], boxes [N, B, Q, 4] and targets; e.g. all decoder layers,
@@ -89,21 +82,27 @@ class HungarianMatcher:
             T): both [N, T'] int64 on the device, image after image. T' is T unless an image has
             more targets than queries.
         """
-        with full_precision(groups[0][0].device):
-            costs = to_host(
-                *(self._cost(widened(logits), widened(boxes), targets) for logits, boxes, targets in groups)
-            )
-        matched = [
-            _assign(cost.numpy(), targets.counts) for cost, (_, _, targets) in zip(costs, groups, strict=True)
-        ]
-        packed = to_device(
-            torch.from_numpy(np.concatenate([pair.ravel() for pair in matched])), groups[0][0].device
-        )
-        parts = packed.split([pair.size for pair in matched])
-        return [tuple(part.view(pair.shape).unbind()) for part, pair in zip(parts, matched, strict=True)]
+        device = groups[0][0].device
+        with full_precision(device):
+            costs = [
+                self._cost(widened(logits), widened(boxes), targets) for logits, boxes, targets in groups
+            ]
+
+        # one transfer to the host, where SciPy assigns, and one back
+        host = zip(to_host(*costs), groups, strict=True)
+        matched = [_assign(cost.numpy(), targets.counts) for cost, (_, _, targets) in host]
+        flat = torch.from_numpy(np.concatenate([pairs.ravel() for pairs in matched]))
+        back = to_device(flat, device).split([pairs.size for pairs in matched])
+
+        results = []
+        for indices, pairs in zip(back, matched, strict=True):
+            query_NT, target_NT = indices.view(pairs.shape)
+            results.append((query_NT, target_NT))
+        return results
 
     def _cost(self, logits_NBQK: Tensor, boxes_NBQ4: Tensor, targets: Targets) -> Tensor:
         """[N, T, Q]: each target against the queries of its own image only."""
+        # of all pairs within an image, not of all pairs: [N, T, Q] instead of [N, B, Q, T]
         cost_bbox = (boxes_NBQ4[:, targets.image] - targets.boxes[:, None]).abs().sum(-1)
         corners = box_convert(boxes_NBQ4, "cxcywh", "xyxy")[:, targets.image]
         cost_giou = -generalized_iou(corners, box_convert(targets.boxes, "cxcywh", "xyxy")[:, None])
@@ -111,7 +110,7 @@ class HungarianMatcher:
         return self.cost_class * cost_class + self.cost_bbox * cost_bbox + self.cost_giou * cost_giou
 
     def _class_cost(self, logits: Tensor) -> Tensor:
-        """Focal loss of calling it the target's class minus that of not doing so, gamma 2."""
+        """The focal loss of the target's class as a positive minus that as a negative; gamma is 2."""
         probability = logits.sigmoid()
         positive = self.focal_alpha * (1 - probability) ** 2 * -(probability + 1e-8).log()
         negative = (1 - self.focal_alpha) * probability**2 * -(1 - probability + 1e-8).log()
@@ -119,17 +118,19 @@ class HungarianMatcher:
 
 
 def _assign(cost_NTQ: np.ndarray, counts: Sequence[int]) -> np.ndarray:
-    """Least-cost assignment per output and image: [2, N, T'], flat query indices in [N, B, Q] and
-    target indices.
+    """The assignment of least cost per output and image.
+
+    Returns:
+        [2, N, T'] int64: flat query indices in [N, B, Q], and target indices.
     """
     num_outputs, _, num_queries = cost_NTQ.shape
-    # a network that gave NaN is stopped by the loss, with a diagnosis; here it must not stop the
-    # assignment
+    # SciPy refuses NaN; the check of the loss reports it with a diagnosis
     cost_NTQ = np.nan_to_num(cost_NTQ, nan=1e6, posinf=1e6, neginf=-1e6)
     starts = np.cumsum([0, *counts])
     pairs = [[np.empty((2, 0), np.int64)] for _ in range(num_outputs)]
     for output in range(num_outputs):
         for image, (start, count) in enumerate(zip(starts, counts, strict=False)):
+            # the columns of the image's targets
             query, target = linear_sum_assignment(cost_NTQ[output, start : start + count].T)
             offset = (output * len(counts) + image) * num_queries
             pairs[output].append(np.stack([offset + query, start + target]))

@@ -9,8 +9,9 @@ from util.errors import UserError
 
 
 class PositionEmbeddingSine(nn.Module):
-    """Sines and cosines of the normalised position ("Attention is all you need", section 3.5, in
-    two dimensions).
+    """Sines and cosines of the normalised position in two dimensions.
+
+    "Attention is all you need", section 3.5; "DETR", appendix A.4.
 
     Args:
         num_pos_feats: features per axis, C / 2.
@@ -27,14 +28,14 @@ class PositionEmbeddingSine(nn.Module):
     def forward(self, mask_BHW: Tensor) -> Tensor:
         """Padding mask (True on padding) -> [B, C, H, W] float32, y's features first."""
         valid = ~mask_BHW
-        # integers: the order of additions, which CUDA does not promise, can't change their sums
+        # integer sums do not depend on the order of additions, which varies on CUDA
         features = [self._features(valid.cumsum(axis, dtype=torch.int32).float(), axis) for axis in (1, 2)]
         return torch.cat(features, -1).permute(0, 3, 1, 2)
 
     def _features(self, count_BHW: Tensor, axis: int) -> Tensor:
-        position = (
-            (count_BHW - 0.5) / (count_BHW.narrow(axis, count_BHW.shape[axis] - 1, 1) + 1e-6) * self.scale
-        )
+        # the last count is the number of pixels that are not padding
+        size = count_BHW.narrow(axis, count_BHW.shape[axis] - 1, 1)
+        position = (count_BHW - 0.5) / (size + 1e-6) * self.scale
         return sine_features(position, self.num_pos_feats, self.temperature)
 
 
@@ -49,8 +50,9 @@ class PositionEmbeddingLearned(nn.Module):
         nn.init.uniform_(self.col_embed.weight)
 
     def forward(self, mask_BHW: Tensor) -> Tensor:
-        """Padding mask -> [B, C, H, W], x's features first. Raises UserError for a map larger than
-        the tables.
+        """Padding mask -> [B, C, H, W], x's features first.
+
+        Raises UserError for a map larger than the tables.
         """
         batch, height, width = mask_BHW.shape
         known = self.row_embed.num_embeddings
@@ -61,14 +63,16 @@ class PositionEmbeddingLearned(nn.Module):
                 "use --position_embedding sine or smaller images (--eval_size, --train_sizes, "
                 "--max_size)"
             )
+        # the same for all images: padding does not shift them
         columns = self.col_embed.weight[:width].expand(height, -1, -1)
         rows = self.row_embed.weight[:height, None].expand(-1, width, -1)
         return torch.cat([columns, rows], -1).permute(2, 0, 1).expand(batch, -1, -1, -1)
 
 
 def sine_features(position: Tensor, num_features: int, temperature: float = 10000.0) -> Tensor:
-    """[...] -> [..., num_features]: sin on even and cos on odd features, wavelengths up to
-    `temperature`.
+    """[...] -> [..., num_features]: sin on even and cos on odd features.
+
+    The wavelengths grow from 2 pi to 2 pi * temperature.
     """
     index = torch.arange(num_features, dtype=torch.float32, device=position.device)
     angle = position[..., None] / temperature ** (2 * (index // 2) / num_features)

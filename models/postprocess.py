@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-MAX_DETECTIONS = 100  # as COCO counts them
+MAX_DETECTIONS = 100  # of an image, as COCO's metrics count them
 
 
 class PostProcess(nn.Module):
@@ -34,16 +34,17 @@ class PostProcess(nn.Module):
             raise ValueError(
                 f"target_sizes must be [{len(logits)}, 2] (height, width), got {list(target_sizes.shape)}"
             )
+
+        # a query may be among the best with several classes
         num_classes = logits.shape[-1]
         scores, best = logits.sigmoid().flatten(1).topk(min(MAX_DETECTIONS, logits[0].numel()), dim=1)
         query, labels = best // num_classes, best % num_classes
+
+        # their boxes in pixels
         height, width = target_sizes.unbind(1)
         scale = torch.stack([width, height, width, height], 1).to(boxes.dtype)
-        corners = (
-            box_convert(boxes, "cxcywh", "xyxy").gather(1, query[..., None].expand(-1, -1, 4))
-            * scale[:, None]
-        )
-        return [
-            {"scores": s, "labels": label, "boxes": box, "queries": q}
-            for s, label, box, q in zip(scores, labels, corners, query, strict=True)
-        ]
+        corners = box_convert(boxes, "cxcywh", "xyxy").gather(1, query[..., None].expand(-1, -1, 4))
+        corners = corners * scale[:, None]
+
+        results = {"scores": scores, "labels": labels, "boxes": corners, "queries": query}
+        return [{name: values[i] for name, values in results.items()} for i in range(len(logits))]

@@ -1,5 +1,6 @@
-"""What the encoder works on. Shape letters: B images (of all streams), S tokens of all levels, L
-levels, C channels.
+"""The input and output of an encoder layer.
+
+Shape letters: B images of all streams, S tokens of all levels, L levels, C channels.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """The tokens of all levels of a batch, and all that varies with the batch.
+    """The tokens of all levels of a batch, and what the encoder needs beside them.
 
-    tokens, position: [B, S, C]; padding_mask: [B, S] bool; valid_ratios: [B, L, 2], width and
-    height of the unpadded part over the padded; reference_points: [B, S, L, 2], each token's centre
-    in every level; spatial_shapes: (height, width) of the levels. With two streams the first half
-    of the batch is the plain one and the second the mixed.
+    tokens, position: [B, S, C]; padding_mask: [B, S] bool, True on padding; valid_ratios: [B, L,
+    2], width and height of the unpadded part over the padded; reference_points: [B, S, L, 2], the
+    centre of each token in every level; spatial_shapes: (height, width) of the levels. With two
+    streams the first half of the batch is the plain stream and the second the mixed.
     """
 
     tokens: Tensor
@@ -32,14 +33,19 @@ class TokenBatch:
         return replace(self, tokens=tokens)
 
     def doubled(self, mixed: Tensor) -> TokenBatch:
-        """Two streams from one: the tokens as they are, then `mixed`; everything else is repeated."""
+        """Two streams from one: the tokens as they are, then `mixed`."""
         assert self.num_streams == 1
+
+        # both streams have the same images
+        def twice(tensor: Tensor) -> Tensor:
+            return torch.cat([tensor, tensor])
+
         return TokenBatch(
             tokens=torch.cat([self.tokens, mixed]),
-            position=torch.cat([self.position, self.position]),
-            padding_mask=torch.cat([self.padding_mask, self.padding_mask]),
-            valid_ratios=torch.cat([self.valid_ratios, self.valid_ratios]),
-            reference_points=torch.cat([self.reference_points, self.reference_points]),
+            position=twice(self.position),
+            padding_mask=twice(self.padding_mask),
+            valid_ratios=twice(self.valid_ratios),
+            reference_points=twice(self.reference_points),
             spatial_shapes=self.spatial_shapes,
             num_streams=2,
         )
@@ -55,7 +61,8 @@ class TokenBatch:
 
 
 def encoder_reference_points(spatial_shapes: tuple[tuple[int, int], ...], valid_ratios_BL2: Tensor) -> Tensor:
-    """Every token's pixel centre, as a point of every (padded) level: [B, S, L, 2]."""
+    """The centre of every token's pixel, as a point of every (padded) level: [B, S, L, 2]."""
+    # in [0, 1] of the unpadded image, then of each padded level
     centres = [
         pixel_centres(shape, valid_ratios_BL2.device)
         / (valid_ratios_BL2[:, None, level] * _size(shape, valid_ratios_BL2))
@@ -74,6 +81,7 @@ def pixel_centres(shape: tuple[int, int], device: torch.device) -> Tensor:
 
 def valid_extent(mask_BHW: Tensor) -> Tensor:
     """[B, 2]: width and height of the unpadded part, in pixels."""
+    # padding lies right and below: the first row and the first column tell
     return torch.stack([(~mask_BHW[:, 0]).sum(1), (~mask_BHW[:, :, 0]).sum(1)], -1).float()
 
 
@@ -85,6 +93,7 @@ def valid_ratio(mask_BHW: Tensor) -> Tensor:
 
 
 def _size(shape: tuple[int, int], like: Tensor) -> Tensor:
-    """(width, height) as a tensor, filled on the device instead of copied to it."""
+    """(width, height) as a tensor."""
     height, width = shape
+    # filled on the device: a copy from the host would synchronise
     return torch.cat([like.new_full((1,), width), like.new_full((1,), height)])

@@ -433,11 +433,12 @@ class TorchvisionBackbone(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        from models.backbone import ResNetBody, build_resnet
+        from models.backbone import build_body
 
         given = config.backbone_config
-        resnet = build_resnet(given.backbone, "bn", "none", given.output_stride == 16)
-        self._backbone = ResNetBody(resnet, multi_scale=len(given.out_indices) > 1)
+        multi_scale = len(given.out_indices) > 1
+        dilation = given.output_stride == 16
+        self._backbone = build_body(given.backbone, "bn", "none", dilation=dilation, multi_scale=multi_scale)
         self.channels = self._backbone.channels
 
 

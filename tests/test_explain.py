@@ -16,13 +16,12 @@ from tools import explain
 from util.checkpoint import write_atomically
 from util.class_map import Category, ClassMap
 from util.config import parse_config
-from util.draw.attention import (
-    Position,
-    Samples,
+from util.draw.attention import Samples, plot_samples
+from util.draw.batch_attention import (
+    MarkedPosition,
     on_padding,
     plot_batch_attention,
     plot_other_shares,
-    plot_samples,
 )
 from util.errors import UserError
 
@@ -208,7 +207,8 @@ def test_the_token_of_a_pixel_is_the_one_whose_reference_point_is_nearest(folder
     ]
     args = explain._parser().parse_args(flags)
     for level, target in enumerate(explain._tokens(args, picture.size, shapes)):
-        own = range(explain._first(shapes, level), explain._first(shapes, level + 1))
+        first = sum(h * w for h, w in shapes[:level])
+        own = range(first, first + shapes[level][0] * shapes[level][1])
         places = record.encoder[0].references_in_image()[0, :, level] * torch.tensor(picture.size)
         assert target.index == min(
             own, key=lambda i, at=places: (at[i] - torch.tensor([101.0, 13.0])).norm().item()
@@ -269,7 +269,7 @@ def test_matrices_mark_images_that_are_padded_at_the_position(count):
     sheets = [on_padding(Image.new("RGB", (30, 20)), (20, 30), (40, 40)) for _ in range(count)]
     weights = np.full((4, count, count), 1 / count)
     padded = np.arange(count) == 1
-    figure = plot_batch_attention(sheets, [Position(0.5, 0.9, "here", weights, padded)] * 2, "title")
+    figure = plot_batch_attention(sheets, [MarkedPosition(0.5, 0.9, "here", weights, padded)] * 2, "title")
     matrices = [axes for axes in figure.axes if axes.get_images()]
     assert len(matrices) == 2 * (1 + 4)
     for axes in matrices:

@@ -14,6 +14,7 @@ PACKAGES = ("models", "datasets", "util", "engine", "main", "benchmark", "tools"
 LEVELS = (
     ("util.errors", "util.atomic"),
     (
+        "util.backbones",
         "util.class_map",
         "util.config",
         "util.checkpoint",

@@ -15,7 +15,7 @@ from torch import nn
 import models
 from datasets import build_dataset
 from models import build_model, load_detector, load_model
-from models.backbone import Backbone, ResNetBody, build_resnet
+from models.backbone import Backbone, build_body
 from tests.helpers import BATCHFORMER, ROOT, SMALL_IMAGES, SMALL_MODEL, run, write_coco
 from tests.processes import run_main_forked
 from tests.test_docs import blocks
@@ -156,16 +156,15 @@ class Stages(nn.Module):
 
 
 def test_a_backbone_that_would_be_frozen_unseen_is_refused():
+    stages = ("layer2", "layer3", "layer4")
     with pytest.raises(
-        ValueError, match="Stages has no parameter whose name begins with layer2, layer3 or layer4"
+        ValueError, match="Stages has no parameter whose name begins with layer2 or layer3 or layer4"
     ):
-        Backbone(Stages(), train_layers=True, freeze_stem=True)
-    assert all(p.requires_grad for p in Backbone(Stages(), train_layers=True, freeze_stem=False).parameters())
-    assert not any(
-        p.requires_grad for p in Backbone(Stages(), train_layers=False, freeze_stem=True).parameters()
-    )
-    body = ResNetBody(build_resnet("resnet18", "bn", "none", dilation=False), multi_scale=True)
-    trains = {name for name, p in Backbone(body, True, True).named_parameters() if p.requires_grad}
+        Backbone(Stages(), stages)
+    assert all(p.requires_grad for p in Backbone(Stages(), ("",)).parameters())
+    assert not any(p.requires_grad for p in Backbone(Stages(), ()).parameters())
+    body = build_body("resnet18", "bn", "none", dilation=False, multi_scale=True)
+    trains = {name for name, p in Backbone(body, stages).named_parameters() if p.requires_grad}
     assert trains
     assert all(name.startswith(("body.layer2", "body.layer3", "body.layer4")) for name in trains)
 

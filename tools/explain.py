@@ -13,14 +13,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # run as a script, this folder would be searched instead
+# run as a script, Python would search this folder instead
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from util.config import (
     DataConfig,
@@ -33,17 +32,22 @@ from util.config import (
 from util.errors import UserError, run_as_command
 
 if TYPE_CHECKING:  # imported where they are used: --help needs no torch
+    import numpy as np
     from matplotlib.figure import Figure
     from PIL import Image
     from torch import Tensor
 
     from models.detector import Detections, Detector, Prepared
     from models.inspection import Record, SampledAttention
-    from util.draw.attention import Position, Samples
+    from util.draw.attention import Box, Samples
+    from util.draw.batch_attention import MarkedPosition
+
+Shapes = Sequence[tuple[int, int]]  # (height, width) of the levels
 
 BEST = 3  # detections shown if none is chosen
 PAIRS_IN_A_ROW = 2
 QUALITY = 80  # of JPEG
+POSITIONS = ((0.25, 0.25), (0.5, 0.5), (0.75, 0.75))  # shown if none is chosen
 
 EXAMPLES = {
     "attention": """\
@@ -89,7 +93,7 @@ class Target:
     name: str
     title: str
     index: int
-    outcome: tuple[float, float, float, float]
+    outcome: Box
     outcome_name: str
 
 
@@ -103,23 +107,22 @@ def explain_attention(args: argparse.Namespace) -> list[Path]:
     prepared = [detector.prepare(picture)]
     with recording(detector.model) as record:
         outputs = detector.outputs(prepared)
+
     if args.pixel:
         part, attentions = "encoder", record.encoder
         targets = _tokens(args, picture.size, record.spatial_shapes)
     else:
         part, attentions = "decoder", record.decoder
-        targets = _queries(
-            args,
-            picture.size,
-            detector.detections(outputs, prepared)[0],
-            outputs["pred_boxes"][0].float().cpu(),
-        )
-    layers = _chosen("--layer", args.layer or [len(attentions) - 1], len(attentions))
+        found = detector.detections(outputs, prepared)[0]
+        targets = _queries(args, picture.size, found, outputs["pred_boxes"][0].float().cpu())
+    last = len(attentions) - 1
     num_heads = attentions[0].weights.shape[2]
-    heads = _chosen("--head", args.head or list(range(num_heads)), num_heads)
+    layers = _chosen("--layer", args.layer, last + 1, default=[last])
+    heads = _chosen("--head", args.head, num_heads, default=range(num_heads))
+
     written = []
     for target, layer in itertools.product(targets, layers):
-        title = f"{target.title} - {part} layer {layer} (of 0 to {len(attentions) - 1})"
+        title = f"{target.title} - {part} layer {layer} (of 0 to {last})"
         if len(heads) < num_heads:
             title += f", head {', '.join(map(str, heads))}"
         figure = plot_samples(picture, _samples(attentions[layer], target, picture.size), title, heads)
@@ -133,46 +136,39 @@ def _queries(
     """The queries of --query or --detection; `boxes` [Q, 4] cxcywh in [0, 1]."""
     from torchvision.ops import box_convert
 
+    corners = (box_convert(boxes, "cxcywh", "xyxy") * boxes.new_tensor([*size, *size])).tolist()
     queries = found.queries.tolist()
-    said = [f"{name} {score:.2f}" for name, score in zip(found.names, found.scores.tolist(), strict=True)]
+    labels = [f"{one.name} {one.score:.2f}" for one in found]
+
+    def target(name: str, title: str, query: int) -> Target:
+        return Target(name, title, query, tuple(corners[query]), "box of the query at the end")
+
+    # a query may give several detections: the best is named
     if args.query is not None:
-        best = dict(zip(reversed(queries), reversed(said), strict=True))
         numbers = _chosen("--query", args.query, len(boxes))
-        chosen = [(f"query{q}", f"query {q}: {best.get(q, 'not among the detections')}", q) for q in numbers]
-    else:
-        ranks = _chosen("--detection", args.detection or list(range(min(BEST, len(queries)))), len(queries))
-        chosen = [
-            (f"detection{i}", f"detection {i}: {said[i]} (query {queries[i]})", queries[i]) for i in ranks
-        ]
-    corners = box_convert(boxes, "cxcywh", "xyxy") * boxes.new_tensor([*size, *size])
-    return [Target(*what, tuple(corners[what[2]].tolist()), "box of the query at the end") for what in chosen]
+        best = dict(zip(reversed(queries), reversed(labels), strict=True))
+        said = [best.get(query, "not among the detections") for query in numbers]
+        return [target(f"query{q}", f"query {q}: {text}", q) for q, text in zip(numbers, said, strict=True)]
+
+    count = len(queries)
+    ranks = _chosen("--detection", args.detection, count, default=range(min(BEST, count)))
+    return [
+        target(f"detection{i}", f"detection {i}: {labels[i]} (query {queries[i]})", queries[i]) for i in ranks
+    ]
 
 
-def _tokens(
-    args: argparse.Namespace, size: tuple[int, int], shapes: Sequence[tuple[int, int]]
-) -> list[Target]:
+def _tokens(args: argparse.Namespace, size: tuple[int, int], shapes: Shapes) -> list[Target]:
     """The tokens of --level at --pixel."""
     (x, y), (width, height) = args.pixel, size
     if not (0 <= x < width and 0 <= y < height):
         raise UserError(f"--pixel {x:g} {y:g} is outside of {args.image}, which is {width} x {height}")
     targets = []
     for level in _chosen("--level", args.level, len(shapes)):
-        rows, columns = shapes[level]
-        row, column = int(y / height * rows), int(x / width * columns)
-        targets.append(
-            Target(
-                name=f"pixel{x:g}_{y:g}_level{level}",
-                title=f"pixel {x:g}, {y:g} in level {level}",
-                index=_first(shapes, level) + row * columns + column,
-                outcome=(
-                    column * width / columns,
-                    row * height / rows,
-                    (column + 1) * width / columns,
-                    (row + 1) * height / rows,
-                ),
-                outcome_name="cell of the token",
-            )
-        )
+        row, column, index = _token_at(shapes, level, x / width, y / height)
+        w, h = width / shapes[level][1], height / shapes[level][0]
+        name, title = f"pixel{x:g}_{y:g}_level{level}", f"pixel {x:g}, {y:g} in level {level}"
+        cell = (column * w, row * h, (column + 1) * w, (row + 1) * h)
+        targets.append(Target(name, title, index, cell, "cell of the token"))
     return targets
 
 
@@ -193,17 +189,22 @@ def _samples(attention: SampledAttention, target: Target, size: tuple[int, int])
     )
 
 
-def _chosen(flag: str, numbers: list[int], count: int) -> list[int]:
-    """The numbers of a flag, if there are as many things."""
-    for number in numbers:
+def _chosen(
+    flag: str, numbers: Sequence[int] | None, count: int, default: Sequence[int] = ()
+) -> Sequence[int]:
+    """The numbers of a flag. Raises UserError for one that is not among `count` things."""
+    for number in numbers or ():
         if not 0 <= number < count:
             raise UserError(f"{flag} {number} must be from 0 to {count - 1}")
-    return numbers
+    return numbers or list(default)
 
 
-def _first(shapes: Sequence[tuple[int, int]], level: int) -> int:
-    """The first token of a level."""
-    return sum(height * width for height, width in shapes[:level])
+def _token_at(shapes: Shapes, level: int, x: float, y: float) -> tuple[int, int, int]:
+    """Row, column and number of a level's token at x, y in [0, 1]."""
+    rows, columns = shapes[level]
+    row, column = min(int(y * rows), rows - 1), min(int(x * columns), columns - 1)
+    before = sum(height * width for height, width in shapes[:level])
+    return row, column, before + row * columns + column
 
 
 # ---- BatchFormerV2
@@ -212,85 +213,94 @@ def _first(shapes: Sequence[tuple[int, int]], level: int) -> int:
 def explain_batchformer(args: argparse.Namespace) -> list[Path]:
     """Attention across a batch, and the two streams' detections. Raises UserError."""
     from models.inspection import as_in_training, recording
-    from util.draw.attention import on_padding
+    from util.draw.batch_attention import on_padding
 
     if len(args.images) < 2:
         raise UserError(
             "one image has no other to attend to; give several, as many as a batch in training has"
         )
-    wrong = next((place for place in args.position or () if not all(0 <= x <= 1 for x in place)), None)
-    if wrong is not None:
-        raise UserError(
-            f"--position {wrong[0]:g} {wrong[1]:g} must lie in [0, 1] of the batch's width and height"
-        )
+    for x, y in args.position or ():
+        if not (0 <= x <= 1 and 0 <= y <= 1):
+            raise UserError(f"--position {x:g} {y:g} must lie in [0, 1] of the batch's width and height")
     detector = _detector(args, batchformer=True)
     pictures = [_read(path) for path in args.images]
     batch = [detector.prepare(picture) for picture in pictures]
     with recording(detector.model, deformable=False) as record, as_in_training(detector.model):
         mixed = detector.outputs(batch)
-    sizes = [tuple(item.pixels.shape[1:]) for item in batch]
+
+    # the pictures as they lie in the padded batch
+    sizes = [(item.pixels.shape[1], item.pixels.shape[2]) for item in batch]
     whole = max(height for height, _ in sizes), max(width for _, width in sizes)
     sheets = [on_padding(picture, size, whole) for picture, size in zip(pictures, sizes, strict=True)]
-    written = _batch_pages(detector, record, sheets, args)
+    written: list[Path] = []
+    for (name, after), weights in zip(_layers(detector), record.batch, strict=True):
+        written += _batch_pages(record, name, after, weights, sheets, args)
     return [*written, _streams(detector, pictures, batch, mixed, args)]
 
 
 def _batch_pages(
-    detector: Detector, record: Record, sheets: list[Image.Image], args: argparse.Namespace
-) -> list[Path]:
-    """The pages of every layer of BatchFormerV2, and a line about each."""
-    from util.draw.attention import plot_batch_attention, plot_other_shares
+    record: Record,
+    name: str,
+    after: str,
+    weights: Tensor,
+    sheets: list[Image.Image],
+    args: argparse.Namespace,
+) -> Iterator[Path]:
+    """The two pages of a layer of BatchFormerV2, and a line about it; `weights` [S, M, N, N]."""
+    from util.draw.batch_attention import plot_batch_attention, plot_other_shares
 
-    flags, count = detector.config.batchformer, len(sheets)
-    layers = [
-        (layer, depth) for layer in sorted(set(flags.insert_idx)) for depth in range(flags.bt_num_layers)
-    ]
-    shapes = record.spatial_shapes
-    padded = _maps(record.padding_mask.T, shapes)
-    written = []
-    for (layer, depth), weights in zip(layers, record.batch, strict=True):
-        name = f"layer{layer}" if flags.bt_num_layers == 1 else f"layer{layer}_{depth}"
-        after = f"after encoder layer {layer}" + (
-            f", BatchFormerV2's own layer {depth}" if flags.bt_num_layers > 1 else ""
-        )
-        others = 1 - weights.mean(1).diagonal(dim1=1, dim2=2)  # [S, N]
-        share = others[~record.padding_mask.T].mean()
-        print(f"{after}: {share:.1%} of the attention goes to other images (even: {1 - 1 / count:.1%})")
-        positions = _positions(weights, shapes, padded, args)
-        title = f"Which images of a batch attend to which: {after}"
-        written.append(_save(plot_batch_attention(sheets, positions, title), args, f"positions_{name}"))
-        title = f"Attention to the other images, {after}"
-        figure = plot_other_shares(sheets, _maps(others, shapes), padded, title)
-        written.append(_save(figure, args, f"others_{name}"))
-    return written
+    shapes, is_padding = record.spatial_shapes, record.padding_mask.T  # [S, N]
+    padded = _maps(is_padding, shapes)
+    others = 1 - weights.mean(1).diagonal(dim1=1, dim2=2)  # [S, N]
+    share, even = others[~is_padding].mean(), 1 - 1 / len(sheets)
+    print(f"{after}: {share:.1%} of the attention goes to other images (even: {even:.1%})")
+
+    title = f"Which images of a batch attend to which: {after}"
+    figure = plot_batch_attention(sheets, _positions(weights, shapes, padded, args), title)
+    yield _save(figure, args, f"positions_{name}")
+    title = f"Attention to the other images, {after}"
+    figure = plot_other_shares(sheets, _maps(others, shapes), padded, title)
+    yield _save(figure, args, f"others_{name}")
 
 
-def _maps(tokens: Tensor, shapes: Sequence[tuple[int, int]]) -> list:
+def _layers(detector: Detector) -> Iterator[tuple[str, str]]:
+    """Name and place of every layer of BatchFormerV2, in the order in which they run."""
+    flags = detector.config.batchformer
+    for layer in sorted(set(flags.insert_idx)):
+        if flags.bt_num_layers == 1:
+            yield f"layer{layer}", f"after encoder layer {layer}"
+            continue
+        for depth in range(flags.bt_num_layers):
+            place = f"after encoder layer {layer}, BatchFormerV2's own layer {depth}"
+            yield f"layer{layer}_{depth}", place
+
+
+def _maps(tokens: Tensor, shapes: Shapes) -> list[np.ndarray]:
     """[S, N] -> per level [N, H, W]."""
-    parts = tokens.split([height * width for height, width in shapes])
-    return [part.T.unflatten(1, shape).numpy() for part, shape in zip(parts, shapes, strict=True)]
+    levels = tokens.split([height * width for height, width in shapes])
+    return [level.T.unflatten(1, shape).numpy() for level, shape in zip(levels, shapes, strict=True)]
 
 
 def _positions(
-    weights: Tensor, shapes: Sequence[tuple[int, int]], padded: list, args: argparse.Namespace
-) -> list[Position]:
+    weights: Tensor, shapes: Shapes, padded: list[np.ndarray], args: argparse.Namespace
+) -> list[MarkedPosition]:
     """The tokens of --level at --position, with their attention."""
-    from util.draw.attention import Position
+    from util.draw.batch_attention import MarkedPosition
 
     positions = []
-    for level in _chosen("--level", args.level, len(shapes)):
+    levels = _chosen("--level", args.level, len(shapes))
+    for level, (x, y) in itertools.product(levels, args.position or POSITIONS):
         rows, columns = shapes[level]
-        for x, y in args.position or [(0.25, 0.25), (0.5, 0.5), (0.75, 0.75)]:
-            row, column = min(int(y * rows), rows - 1), min(int(x * columns), columns - 1)
-            positions.append(
-                Position(
-                    x=(column + 0.5) / columns,
-                    y=(row + 0.5) / rows,
-                    name=f"level {level}, column {column} of {columns}, row {row} of {rows}",
-                    weights=weights[_first(shapes, level) + row * columns + column].numpy(),
-                    padded=padded[level][:, row, column],
-                )
+        row, column, index = _token_at(shapes, level, x, y)
+        positions.append(
+            MarkedPosition(
+                x=(column + 0.5) / columns,
+                y=(row + 0.5) / rows,
+                name=f"level {level}, column {column} of {columns}, row {row} of {rows}",
+                weights=weights[index].numpy(),
+                padded=padded[level][:, row, column],
             )
+        )
     return positions
 
 
@@ -298,32 +308,34 @@ def _streams(
     detector: Detector,
     pictures: list[Image.Image],
     batch: list[Prepared],
-    mixed: dict,
+    mixed: dict[str, Any],
     args: argparse.Namespace,
 ) -> Path:
     """Detections of both streams side by side."""
     from util.draw.boxes import contact_sheet, draw_boxes, side_by_side
 
+    # a module of one stream has no plain one: that is an evaluation
     if mixed["num_streams"] == 2:
-        outputs = [
-            {name: mixed[name].chunk(2)[i] for name in ("pred_logits", "pred_boxes")} for i in range(2)
-        ]
+        halves = {name: mixed[name].chunk(2) for name in ("pred_logits", "pred_boxes")}
+        plain, mixed = ({name: pair[i] for name, pair in halves.items()} for i in range(2))
     else:
-        outputs = [detector.outputs(batch), mixed]
-    print(_difference(*(stream["pred_logits"] for stream in outputs), args.score_threshold))
+        plain = detector.outputs(batch)
+    threshold = args.score_threshold
+    print(_difference(plain["pred_logits"], mixed["pred_logits"], threshold))
+
     classes = list(detector.classes.names.values())
-    pairs = []
-    for picture, *both in zip(
-        pictures, *(detector.detections(stream, batch) for stream in outputs), strict=True
-    ):
-        left, right = (
-            draw_boxes(picture, found.boxes.numpy(), found.names, found.scores.tolist(), classes=classes)
-            for found in (found.above(args.score_threshold) for found in both)
-        )
-        above = f"(score >= {args.score_threshold:g})"
-        pairs.append(
-            side_by_side(left, right, (f"plain stream, as in evaluation {above}", f"mixed stream {above}"))
-        )
+
+    def draw(picture: Image.Image, found: Detections) -> Image.Image:
+        shown = found.above(threshold)
+        return draw_boxes(picture, shown.boxes.numpy(), shown.names, shown.scores.tolist(), classes=classes)
+
+    above = f"(score >= {threshold:g})"
+    titles = f"plain stream, as in evaluation {above}", f"mixed stream {above}"
+    both = detector.detections(plain, batch), detector.detections(mixed, batch)
+    pairs = [
+        side_by_side(draw(picture, left), draw(picture, right), titles)
+        for picture, left, right in zip(pictures, *both, strict=True)
+    ]
     path = _path(args, "streams")
     contact_sheet(pairs, PAIRS_IN_A_ROW).save(path, quality=QUALITY)
     return path
@@ -331,6 +343,7 @@ def _streams(
 
 def _difference(plain: Tensor, mixed: Tensor, threshold: float) -> str:
     """A line about logits [N, Q, C] of the two streams."""
+    # a query's score is that of its best class
     plain, mixed = plain.float().sigmoid().amax(-1), mixed.float().sigmoid().amax(-1)
     found = (plain >= threshold) | (mixed >= threshold)
     if not found.any():
@@ -374,31 +387,37 @@ def _path(args: argparse.Namespace, name: str) -> Path:
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser("tools/explain.py", __doc__, EXAMPLE)
     commands = parser.add_subparsers(required=True, metavar="{attention,batchformer}")
-    _add_attention(
-        _command(commands, "attention", explain_attention, "sampling points and weights over an image")
-    )
-    _add_batchformer(
-        _command(commands, "batchformer", explain_batchformer, "attention across a batch, and both streams")
-    )
+
+    title = "sampling points and weights over an image"
+    command = _command(commands, "attention", explain_attention, title)
+    command.add_argument("image", type=Path, help="a picture")
+    _add_common(command)
+    _add_attention(command)
+    add_detector_flags(command)
+
+    title = "attention across a batch, and both streams"
+    command = _command(commands, "batchformer", explain_batchformer, title)
+    command.add_argument("images", type=Path, nargs="+", help="the pictures of one batch, in its order")
+    _add_common(command)
+    _add_batchformer(command)
+    add_score_threshold_flag(command, "leave out detections that score less")
+    add_detector_flags(command)
     return parser
 
 
-def _command(commands, name: str, function, title: str) -> argparse.ArgumentParser:
-    command = commands.add_parser(
-        name, help=title, description=title.capitalize() + ".", example=EXAMPLES[name]
-    )
+def _command(
+    commands: Any, name: str, function: Callable[[argparse.Namespace], list[Path]], title: str
+) -> argparse.ArgumentParser:
+    description = title.capitalize() + "."
+    command = commands.add_parser(name, help=title, description=description, example=EXAMPLES[name])
     command.set_defaults(command=function)
     return command
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     add, unset = parser.add_argument, argparse.SUPPRESS
-    add(
-        "--resume",
-        required=True,
-        default=unset,
-        help="the checkpoint, published or ours: a path or an https address",
-    )
+    text = "the checkpoint, published or ours: a path or an https address"
+    add("--resume", required=True, default=unset, help=text)
     add("--output_dir", type=Path, required=True, default=unset, help="folder to write")
     add("--format", default="png", choices=("png", "jpg"), help="of the pictures; jpg is smaller")
     add("--device", default="", help="cuda, cpu, cuda:1, mps; default: cuda where there is one, else cpu")
@@ -406,64 +425,29 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_attention(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("image", type=Path, help="a picture")
-    _add_common(parser)
-    choice = parser.add_mutually_exclusive_group()
-    add = choice.add_argument
-    add(
-        "--detection",
-        type=int,
-        nargs="+",
-        help=f"detections by rank, 0 is the best; default: the best {BEST}",
-    )
+    add = parser.add_mutually_exclusive_group().add_argument
+    text = f"detections by rank, 0 is the best; default: the best {BEST}"
+    add("--detection", type=int, nargs="+", help=text)
     add("--query", type=int, nargs="+", help="decoder queries by number, from 0")
-    add(
-        "--pixel",
-        type=float,
-        nargs=2,
-        metavar=("X", "Y"),
-        help="the encoder's tokens at this pixel of the picture",
-    )
+    text = "the encoder's tokens at this pixel of the picture"
+    add("--pixel", type=float, nargs=2, metavar=("X", "Y"), help=text)
+
     add = parser.add_argument
-    add(
-        "--level",
-        type=int,
-        nargs="+",
-        default=[0],
-        help="with --pixel: the levels whose tokens are shown; 0 is the finest",
-    )
-    add(
-        "--layer",
-        type=int,
-        nargs="+",
-        help="decoder layers (with --pixel encoder layers), from 0; default: the last",
-    )
+    text = "with --pixel: the levels whose tokens are shown; 0 is the finest"
+    add("--level", type=int, nargs="+", default=[0], help=text)
+    text = "decoder layers (with --pixel encoder layers), from 0; default: the last"
+    add("--layer", type=int, nargs="+", help=text)
     add("--head", type=int, nargs="+", help="draw the points of these heads alone, from 0; default: all")
-    add_detector_flags(parser)
 
 
 def _add_batchformer(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", type=Path, nargs="+", help="the pictures of one batch, in its order")
-    _add_common(parser)
-    add = parser.add_argument
-    add(
-        "--position",
-        type=float,
-        nargs=2,
-        action="append",
-        metavar=("X", "Y"),
-        help="a position in [0, 1] of the padded batch's width and height; repeatable; "
-        "default: 0.25 0.25, 0.5 0.5 and 0.75 0.75",
+    text = (
+        "a position in [0, 1] of the padded batch's width and height; repeatable; "
+        "default: 0.25 0.25, 0.5 0.5 and 0.75 0.75"
     )
-    add(
-        "--level",
-        type=int,
-        nargs="+",
-        default=[0],
-        help="levels whose tokens at the positions are shown; 0 is the finest",
-    )
-    add_score_threshold_flag(parser, "leave out detections that score less")
-    add_detector_flags(parser)
+    parser.add_argument("--position", type=float, nargs=2, action="append", metavar=("X", "Y"), help=text)
+    text = "levels whose tokens at the positions are shown; 0 is the finest"
+    parser.add_argument("--level", type=int, nargs="+", default=[0], help=text)
 
 
 if __name__ == "__main__":

@@ -1,3 +1,1 @@
-"""Multi-scale deformable attention; imports torch alone, so that other projects can take the
-folder.
-"""
+"""Multi-scale deformable attention. It imports torch alone: other projects can copy the folder."""

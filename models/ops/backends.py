@@ -1,5 +1,6 @@
-"""Which implementation of multi-scale deformable attention runs: compiled, else Triton on CUDA,
-else plain PyTorch.
+"""Choice of the implementation of multi-scale deformable attention.
+
+The order is: compiled kernels, Triton on CUDA, plain PyTorch.
 
 An argument of the call or the environment variable MS_DEFORM_ATTN_BACKEND overrides that. What is
 chosen, and why nothing better, is logged once for each device. A compiled or Triton backend is
@@ -42,7 +43,9 @@ def choose(asked: str | None, device: torch.device) -> ModuleType:
         RuntimeError: the backend asked for is not to be had on the device, or computes wrong
         numbers there.
     """
-    name = asked if asked not in (None, "", "auto") else os.environ.get(VARIABLE) or "auto"
+    name = asked or "auto"
+    if name == "auto":
+        name = os.environ.get(VARIABLE) or "auto"
     backend, module = _choose(name, device.type)
     if backend != "reference" and not _capturing(device):
         _verify(backend, device)
@@ -56,34 +59,37 @@ def _choose(name: str, device_type: str) -> tuple[str, ModuleType]:
             f"no backend of multi-scale deformable attention is called {name!r}: take one of "
             f"{', '.join(NAMES)}"
         )
-    reasons = []
-    candidates = (
-        [one for one in NAMES if one != "triton" or device_type == "cuda"] if name == "auto" else [name]
-    )
-    for candidate in candidates:
+    if name != "auto":
+        if reason := missing(name, device_type):
+            raise RuntimeError(
+                f"multi-scale deformable attention on {device_type} can't use {name}: {reason}"
+            )
+        log.info("multi-scale deformable attention on %s: %s (asked for)", device_type, name)
+        return name, _module(name)
+
+    # the best that there is; the log says why nothing better
+    because = ""
+    for candidate in NAMES:
+        # on a CPU nobody expects Triton
+        if candidate == "triton" and device_type != "cuda":
+            continue
         reason = missing(candidate, device_type)
         if reason is None:
-            because = (
-                f"; not {'; not '.join(reasons)}" if reasons else " (asked for)" if name != "auto" else ""
-            )
-            log.info("multi-scale deformable attention on %s: %s%s", device_type, candidate, because)
-            return candidate, _module(candidate)
-        reasons.append(f"{candidate}: {reason}")
-    raise RuntimeError(f"multi-scale deformable attention on {device_type} can't use {reasons[0]}")
+            break
+        because += f"; not {candidate}: {reason}"
+    log.info("multi-scale deformable attention on %s: %s%s", device_type, candidate, because)
+    return candidate, _module(candidate)
 
 
 def missing(name: str, device_type: str) -> str | None:
     """Why a backend can't serve a device; None if it can."""
     if name == "compiled":
         return compiled.missing(device_type)
-    return _missing_triton(device_type) if name == "triton" else None
-
-
-def _missing_triton(device_type: str) -> str | None:
-    if device_type != "cuda":
-        return f"no kernels for {device_type}"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
+    if name == "triton":
+        if device_type != "cuda":
+            return f"no kernels for {device_type}"
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
     return None
 
 
@@ -92,17 +98,13 @@ def _module(name: str) -> ModuleType:
 
 
 def _capturing(device: torch.device) -> bool:
-    """In the middle of recording a CUDA graph nothing can be compared; the warm-up before it has
-    done so.
-    """
+    """Whether a CUDA graph is being recorded. Then nothing can be compared; its warm-up has done so."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @cache
 def _verify(backend: str, device: torch.device) -> None:
-    """Compare a backend's outputs and gradients with the reference's, of both operators, on a tiny
-    input.
-    """
+    """Compare outputs and gradients of both operators with the reference's on a tiny input."""
     module = _module(backend)
     for seen, wanted in zip(_probe(module, device), _probe(reference, torch.device("cpu")), strict=True):
         # a kernel that did nothing leaves zeros or old memory: both are far from these
@@ -111,38 +113,36 @@ def _verify(backend: str, device: torch.device) -> None:
 
 
 def _probe(module: ModuleType, device: torch.device) -> list[Tensor]:
-    """All outputs and gradients of a backend on two levels with points inside, on the border and
-    outside.
-    """
+    """All outputs and gradients of a backend, for points inside, on the border and outside."""
     type_ = torch.float64 if module is reference else torch.float32
     generator = torch.Generator().manual_seed(0)
-    shapes, (heads, channels, queries, points) = [(4, 6), (2, 3)], (2, 32, 5, 4)
+    shapes = [(4, 6), (2, 3)]
+    heads, channels, queries, points = 2, 32, 5, 4
 
     def random(*size: int) -> Tensor:
         return torch.rand(*size, generator=generator, dtype=torch.float64).to(device, type_)
 
-    value, grad = random(1, 30, heads, channels), random(1, queries, heads * channels)
+    value = random(1, 30, heads, channels)
+    grad = random(1, queries, heads * channels)
     locations = random(1, queries, heads, 2, points, 2) * 1.4 - 0.2
-    weights, points_of_reference = random(1, queries, heads, 2, points), random(1, queries, 2, 2)
-    ready, raw = (
-        (value, shapes, locations, weights),
-        (value, shapes, points_of_reference, 8 * locations - 4, 4 * weights),
-    )
-    forwards, backwards = (module.forward, module.fused_forward), (module.backward, module.fused_backward)
+    weights = random(1, queries, heads, 2, points)
+    reference_points = random(1, queries, 2, 2)
+
+    # both operators; the fused one gets numbers that lead to similar locations
+    ready = (value, shapes, locations, weights)
+    raw = (value, shapes, reference_points, 8 * locations - 4, 4 * weights)
     try:
-        outputs = [run(*given) for run, given in zip(forwards, (ready, raw), strict=True)]
-        return outputs + [
-            one for run, given in zip(backwards, (ready, raw), strict=True) for one in run(grad, *given)
-        ]
+        outputs = [module.forward(*ready), module.fused_forward(*raw)]
+        return [*outputs, *module.backward(grad, *ready), *module.fused_backward(grad, *raw)]
     except Exception as error:
-        raise RuntimeError(
-            _verdict(module.__name__.split(".")[-1], device, f"fails there: {error}")
-        ) from error
+        backend = module.__name__.split(".")[-1]
+        raise RuntimeError(_verdict(backend, device, f"fails there: {error}")) from error
 
 
 def _verdict(backend: str, device: torch.device, what: str) -> str:
     """What is wrong with a backend on a device, and what to do."""
-    where, remedy = str(device), ". You can"
+    where = str(device)
+    remedy = ". You can"
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         where += f" ({torch.cuda.get_device_name(device)}, sm_{major}{minor})"

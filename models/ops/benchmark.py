@@ -1,5 +1,6 @@
-"""Times the backends of multi-scale deformable attention side by side: `python benchmark.py op`, or
-this file by itself.
+"""Times the backends of multi-scale deformable attention side by side.
+
+Run `python benchmark.py op`, or this file.
 
 For the encoder and the decoder at two image sizes and two batches: forward, forward and backward,
 and their ratio to plain PyTorch in the same run. "around": the points lie around their query, as in
@@ -19,10 +20,11 @@ import argparse
 import ctypes
 import dataclasses
 import gc
+import itertools
 import math
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,19 +60,24 @@ class Load:
 
     @property
     def name(self) -> str:
-        form = "from offsets" if self.fused else "scattered" if self.scattered else "around"
+        form = "around"
+        if self.fused:
+            form = "from offsets"
+        elif self.scattered:
+            form = "scattered"
         return f"{self.what} {self.image[0]} x {self.image[1]}, batch {self.batch}, {form}"
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
         """Strides 8, 16, 32 of the backbone, and 64 by one more convolution."""
-        return [tuple(math.ceil(side / stride) for side in self.image) for stride in (8, 16, 32, 64)]
+        height, width = self.image
+        return [(math.ceil(height / stride), math.ceil(width / stride)) for stride in (8, 16, 32, 64)]
 
 
 def loads(sizes: list[tuple[int, int]], batches: list[int]) -> list[Load]:
-    plain = [
-        Load(what, size, batch) for size in sizes for what in ("encoder", "decoder") for batch in batches
-    ]
+    """All combinations; those scattered and from offsets for the first batch alone."""
+    combinations = itertools.product(sizes, ("encoder", "decoder"), batches)
+    plain = [Load(what, size, batch) for size, what, batch in combinations]
     scattered = [dataclasses.replace(load, scattered=True) for load in plain if load.image == sizes[0]]
     fused = [dataclasses.replace(load, fused=True) for load in plain]
     return plain + scattered[:: len(batches)] + fused[:: len(batches)]
@@ -80,11 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     names = [name for name in backends.NAMES if backends.missing(name, device.type) is None]
-    machine = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads"
-    )
+    machine = machine_name(device)
     print(f"{machine}, torch {torch.__version__}, {options.type}; backends: {', '.join(names)}", flush=True)
     rates = Rates.measured(device) if device.type == "cuda" else None
     if rates:
@@ -99,50 +102,53 @@ def main(arguments: list[str] | None = None) -> int:
 def _compare(
     load: Load, names: list[str], device, dtype: torch.dtype, iterations: int, rates: Rates | None
 ) -> None:
-    """Prints a line for each backend, the reference last; they take turns, so that a slow moment
-    strikes all.
-    """
+    """Print a line for each backend, the reference last."""
     tensors = make_inputs(load, device, dtype)
     grad = torch.ones(load.batch, tensors[1].shape[1], HEADS * CHANNELS, device=device, dtype=dtype)
     functions: list[Callable] = []
     for name in names:
         functions += [_forward(load, tensors, name), _step(load, tensors, grad, name)]
+
+    # forward and step of every backend
     memory = [_extra_memory(step, device) for step in functions[1::2]]
     seconds = _time(functions, iterations, device)
     print(load.name)
     for i, name in enumerate(names):
         forward, step = seconds[2 * i], seconds[2 * i + 1]
-        line = (
-            f"    {name:42}{forward * 1e3:8.3f} ms{seconds[-2] / forward:7.1f}x{step * 1e3:9.3f} "
-            f"ms{seconds[-1] / step:7.1f}x"
-        )
-        line += f"{memory[i] / 2**20:7.1f} MiB"
-        print(line + (f"{rates.floor(load, tensors) / forward:8.0%}" if rates else ""), flush=True)
+        line = f"    {name:42}{forward * 1e3:8.3f} ms{seconds[-2] / forward:7.1f}x"
+        line += f"{step * 1e3:9.3f} ms{seconds[-1] / step:7.1f}x{memory[i] / 2**20:7.1f} MiB"
+        if rates:
+            line += f"{rates.floor(load, tensors) / forward:8.0%}"
+        print(line, flush=True)
 
 
 def make_inputs(load: Load, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """value, locations and weights; or, for the fused form, value, reference points, offsets and
-    logits.
-    """
+    """value, locations and weights; in the fused form value, reference points, offsets, logits."""
     generator = torch.Generator().manual_seed(0)
     shapes, levels = load.shapes, len(load.shapes)
     tokens = sum(h * w for h, w in shapes)
-    centres = (
-        torch.cat([_centres(h, w) for h, w in shapes])
-        if load.what == "encoder"
-        else torch.rand(DECODER_QUERIES, 2)
-    )
+    # a query for every token, or queries anywhere
+    if load.what == "encoder":
+        centres = torch.cat([_centres(h, w) for h, w in shapes])
+    else:
+        centres = torch.rand(DECODER_QUERIES, 2)
+
+    # as a fresh layer computes them
     size = (load.batch, len(centres), HEADS, levels, POINTS)
     around = centres[None, :, None].expand(load.batch, -1, levels, -1).contiguous()
     offsets = _first_offsets(levels) + 0.3 * torch.randn(*size, 2, generator=generator)
     logits = 0.3 * torch.randn(size, generator=generator)
     value = torch.randn(load.batch, tokens, HEADS, CHANNELS, generator=generator)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    # locations and weights are at least float32
+    wide = torch.promote_types(dtype, torch.float32)
     if load.fused:
         given = [value.to(dtype), around.to(wide), offsets.to(dtype), logits.to(dtype)]
     else:
         sizes = torch.tensor([[w, h] for h, w in shapes])[:, None]
-        locations = torch.rand(*size, 2) if load.scattered else around[:, :, None, :, None] + offsets / sizes
+        locations = around[:, :, None, :, None] + offsets / sizes
+        if load.scattered:
+            locations = torch.rand(*size, 2)
         weights = logits.flatten(-2).softmax(-1).view(size)
         given = [value.to(dtype), locations.to(wide), weights.to(wide)]
     return [tensor.to(device).requires_grad_() for tensor in given]
@@ -157,9 +163,7 @@ def _centres(height: int, width: int) -> Tensor:
 
 
 def _first_offsets(levels: int) -> Tensor:
-    """[M, L, P, 2] the offsets in pixels that a fresh layer has: point p of head m at p pixels in
-    direction m.
-    """
+    """[M, L, P, 2] the offsets in pixels of a fresh layer (MSDeformAttn.reset_parameters)."""
     angles = torch.arange(HEADS) * (2 * math.pi / HEADS)
     directions = torch.stack([angles.cos(), angles.sin()], -1)
     directions = directions / directions.abs().max(-1, keepdim=True).values
@@ -168,8 +172,11 @@ def _first_offsets(levels: int) -> Tensor:
 
 
 def _run(load: Load, tensors: list[Tensor], backend: str) -> Tensor:
-    function = ms_deform_attn_fused if load.fused else ms_deform_attn
-    return function(tensors[0], load.shapes, *tensors[1:], backend=backend)
+    if load.fused:
+        value, reference, offsets, logits = tensors
+        return ms_deform_attn_fused(value, load.shapes, reference, offsets, logits, backend)
+    value, locations, weights = tensors
+    return ms_deform_attn(value, load.shapes, locations, weights, backend)
 
 
 def _forward(load: Load, tensors: list[Tensor], backend: str) -> Callable[[], object]:
@@ -189,25 +196,36 @@ def _step(load: Load, tensors: list[Tensor], grad: Tensor, backend: str) -> Call
 
 
 def _time(functions: list[Callable], turns: int, device: torch.device) -> list[float]:
-    """Seconds of a call of each function, in the median of its turns.
-
-    On a GPU the calls are recorded as graphs, so that what the host does is not counted.
-    """
+    """Seconds of a call of each function, in the median of its turns."""
+    # a recorded graph has no work of the host in it
     if device.type == "cuda":
         functions = [_recorded(function) for function in functions]
-    measured = [[seconds_of(function) for function in functions] for _ in range(turns)]
-    return [statistics.median(times) for times in zip(*measured, strict=True)]
+    return [statistics.median(times) for times in in_turns(functions, turns, seconds_of)]
+
+
+def in_turns(
+    functions: Sequence[Callable], turns: int, measure: Callable[[Callable], float]
+) -> list[list[float]]:
+    """`turns` measurements of each function. They take turns, so that a slow moment strikes all."""
+    measured = [[measure(function) for function in functions] for _ in range(turns)]
+    return [list(times) for times in zip(*measured, strict=True)]
+
+
+def machine_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
 
 
 def seconds_of(function: Callable) -> float:
-    """Seconds of a call: the median of as many as TURN seconds take, and of one at least; the first
-    ones do not count.
-    """
+    """Seconds of a call: the median of the calls in TURN seconds, after a warm-up."""
     timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=TURN).median
 
 
 def _recorded(function: Callable) -> Callable[[], None]:
+    """The replay of a CUDA graph of a call."""
+    # a graph needs a warm-up on another stream
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -221,19 +239,19 @@ def _recorded(function: Callable) -> Callable[[], None]:
 
 
 def _extra_memory(step: Callable, device: torch.device) -> float:
-    """Bytes at the peak of a step beyond what was there before and what it returns; NaN where the
-    system can't tell.
-    """
+    """Bytes at the peak of a step beyond what was there before and what it returns, or NaN."""
     step()
     peak, results = peak_memory(step, device)
-    return math.nan if math.isnan(peak) else max(peak - sum(one.nbytes for one in results), 0)
+    if math.isnan(peak):
+        return peak
+    return max(peak - sum(one.nbytes for one in results), 0)
 
 
 def peak_memory(step: Callable, device: torch.device) -> tuple[float, Any]:
     """Bytes at the peak of a call beyond what was there before, and what it returned.
 
     Of PyTorch's allocator on a GPU; of the whole process elsewhere. NaN and None, without a call,
-    where the system can't tell.
+    where the system does not measure that.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -244,10 +262,9 @@ def peak_memory(step: Callable, device: torch.device) -> tuple[float, Any]:
         return torch.cuda.max_memory_allocated() - before, results
     gc.collect()
     try:
-        ctypes.CDLL(None).malloc_trim(
-            0
-        )  # what was freed goes back to the system, and counts when it is taken again
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+        # freed memory goes back to the system, so that it counts when it is used again
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = _resident("VmRSS")
     except (OSError, AttributeError):
         return math.nan, None
@@ -264,8 +281,10 @@ def _resident(field: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """Bytes a second that a GPU moves: memory and second-level cache as measured by copies,
-    first-level cache by design.
+    """Bytes a second that a GPU moves.
+
+    memory and cache (second level) are measured by copies; nearest_cache (first level) is that of
+    the design.
     """
 
     memory: float
@@ -283,16 +302,14 @@ class Rates:
         )
 
     def floor(self, load: Load, tensors: list[Tensor]) -> float:
-        """Seconds of a forward that reads every input once from memory and every corner of every
-        sample from the cache.
+        """The least seconds of a forward.
+
+        It reads every input once from memory and every corner of every sample from the cache.
         """
-        value = tensors[0]
         queries = tensors[1].shape[1]
-        out = load.batch * queries * HEADS * CHANNELS * value.element_size()
+        out = load.batch * queries * HEADS * CHANNELS * tensors[0].element_size()
         memory = sum(tensor.nbytes for tensor in tensors) + out
-        corners = (
-            4 * load.batch * queries * HEADS * len(load.shapes) * POINTS * CHANNELS * value.element_size()
-        )
+        corners = 4 * len(load.shapes) * POINTS * out
         return max(memory / self.memory, corners / self.nearest_cache)
 
     def __str__(self) -> str:
@@ -317,24 +334,19 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "benchmark.py op", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", help="cpu or cuda (cuda where there is one)")
-    parser.add_argument("--type", default="float32", choices=TYPES, help="of the values (float32)")
-    parser.add_argument(
-        "--num_iters", "--num-iters", type=int, default=5, help="turns of each backend; the median counts (5)"
-    )
-    parser.add_argument(
-        "--size",
-        type=int,
-        nargs=2,
-        action="append",
-        metavar=("HEIGHT", "WIDTH"),
-        help="of images; repeatable",
-    )
-    parser.add_argument("--batch", type=int, action="append", help="images in a batch; repeatable (1 and 4)")
+    add = parser.add_argument
+    add("--device", help="cpu or cuda (cuda where there is one)")
+    add("--type", default="float32", choices=TYPES, help="of the values (float32)")
+    text = "turns of each backend; the median counts (5)"
+    add("--num_iters", "--num-iters", type=int, default=5, help=text)
+    size, text = ("HEIGHT", "WIDTH"), "of images; repeatable"
+    add("--size", type=int, nargs=2, action="append", metavar=size, default=[], help=text)
+    text = "images in a batch; repeatable (1 and 4)"
+    add("--batch", type=int, action="append", default=[], help=text)
     options = parser.parse_args(arguments)
-    if options.num_iters < 1 or min(options.batch or [1]) < 1 or min(min(options.size or [[1]])) < 1:
+    if min([options.num_iters, *options.batch, *itertools.chain(*options.size)]) < 1:
         parser.error("--num_iters, --batch and --size must be above 0")
-    options.size = [tuple(size) for size in options.size or []]
+    options.size = [tuple(size) for size in options.size]
     return options
 
 

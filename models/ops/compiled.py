@@ -1,17 +1,21 @@
-"""The compiled kernels: their operators' schemas, and the libraries that `make.sh` builds for them.
+"""The compiled kernels: schemas of their operators, and the libraries that `make.sh` builds.
 
-The libraries implement operators that are declared here, so loading them needs no Python interface
-of theirs: they are built on LibTorch's stable ABI and serve any later PyTorch and Python.
+The libraries have no Python interface: they implement operators that are declared here. They are
+built on LibTorch's stable ABI and work with any later PyTorch and Python.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
+Shapes = Sequence[tuple[int, int]]  # (height, width) of the levels
 
 FOLDER = Path(__file__).resolve().parent
 HOW_TO_BUILD = f"cd {FOLDER} && sh ./make.sh"
@@ -36,14 +40,13 @@ for _name, _schema in _SCHEMAS.items():
 
 @cache
 def missing(device_type: str) -> str | None:
-    """Why there are no compiled kernels for "cpu" or "cuda", in words for a log; None if they are
-    loaded.
-    """
+    """Why there are no compiled kernels for a device type, for the log; None if they are loaded."""
     library, record = FOLDER / f"_{device_type}.so", FOLDER / f"_{device_type}.json"
     if device_type not in ("cpu", "cuda"):
         return f"no kernels are written for {device_type}"
     if not library.is_file() or not record.is_file():
         return f"the {device_type} kernels are not built ({HOW_TO_BUILD})"
+    # a wheel has no sources to compare with
     built_from = build_record(device_type).get("sources")
     if (FOLDER / "csrc").is_dir() and built_from != hash_of_sources(device_type):
         return f"{library.name} was built from other sources than these: build again ({HOW_TO_BUILD})"
@@ -63,9 +66,7 @@ def build_record(device_type: str) -> dict[str, str]:
 
 
 def hash_of_sources(device_type: str) -> str:
-    """Of what a device's library is built from; one that was built from anything else is not
-    loaded.
-    """
+    """Hash of the files that a library is built from. A library with another hash is not loaded."""
     sources, digest = FOLDER / "csrc", hashlib.sha256()
     for path in sorted([*sources.glob("*"), *(sources / device_type).glob("*")]):
         if path.is_file():
@@ -73,26 +74,35 @@ def hash_of_sources(device_type: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def _flat(shapes) -> list[int]:
+# ---- the interface of a backend (models/ops/backends.py)
+
+
+def _flat(shapes: Shapes) -> list[int]:
     return [size for shape in shapes for size in shape]
 
 
-def forward(value, shapes, locations, weights):
+def forward(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
     return torch.ops.deformable.compiled_forward(value, _flat(shapes), locations, weights)
 
 
-def backward(grad, value, shapes, locations, weights):
+def backward(
+    grad: Tensor, value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     deterministic = torch.are_deterministic_algorithms_enabled()
     return torch.ops.deformable.compiled_backward(
         grad, value, _flat(shapes), locations, weights, deterministic
     )
 
 
-def fused_forward(value, shapes, reference, offsets, logits):
+def fused_forward(
+    value: Tensor, shapes: Shapes, reference: Tensor, offsets: Tensor, logits: Tensor
+) -> Tensor:
     return torch.ops.deformable.compiled_fused_forward(value, _flat(shapes), reference, offsets, logits)
 
 
-def fused_backward(grad, value, shapes, reference, offsets, logits):
+def fused_backward(
+    grad: Tensor, value: Tensor, shapes: Shapes, reference: Tensor, offsets: Tensor, logits: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     deterministic = torch.are_deterministic_algorithms_enabled()
     return torch.ops.deformable.compiled_fused_backward(
         grad, value, _flat(shapes), reference, offsets, logits, deterministic

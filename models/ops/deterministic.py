@@ -23,12 +23,12 @@ def value_gradient(
 
     `index_put_(accumulate=True)` sorts by address on CUDA and sums duplicates one after the other,
     in any mode; on the CPU it does so under `torch.use_deterministic_algorithms(True)`. One call
-    per level, point and corner bounds the memory to a few copies of `grad_BQC` in A; nothing waits
-    for the device.
+    per level, point and corner bounds the memory to a few copies of `grad_BQC` in A. There is no
+    synchronisation with the device.
 
     Args:
         grad_BQC: [B, Q, M * D], the gradient of the output.
-        value_BSMD: the values, for their shape and type alone.
+        value_BSMD: the values; only their shape and type are used.
         shapes: (height, width) of the levels.
         locations_BQMLP2: x, y in [0, 1] of their level, in A. A sample outside, infinite or NaN
             gives nothing.
@@ -45,13 +45,12 @@ def value_gradient(
     start = 0
     for level, (height, width) in enumerate(shapes):
         for point in range(weights_BQMLP.shape[-1] if height * width else 0):
-            location_BQM2, weight_BQM = (
-                locations_BQMLP2[:, :, :, level, point],
-                weights_BQMLP[:, :, :, level, point],
-            )
+            location_BQM2 = locations_BQMLP2[:, :, :, level, point]
+            weight_BQM = weights_BQMLP[:, :, :, level, point]
             for pixel_BQM, part_BQM, valid_BQM in _corners(location_BQM2, height, width):
+                # the row of this image, pixel and head
                 owner_BQM = (image_B11 + start + pixel_BQM) * heads + head_M
-                # weights and gradients may be infinite: no product with zero in place of this
+                # not a product with 0: weights and gradients may be infinite
                 share_BQMD = torch.where(
                     valid_BQM[..., None], (part_BQM * weight_BQM)[..., None] * grad_BQMD, 0
                 )
@@ -61,15 +60,14 @@ def value_gradient(
 
 
 def _corners(location_BQM2: Tensor, height: int, width: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Of each of a sample's four corners: its pixel y * width + x, its bilinear part, and whether
-    it lies in the map.
+    """For the four corners of the samples: pixel y * width + x, bilinear weight, and whether it exists.
 
-    A corner that does not has the nearest pixel's index: spread out, since sums into one pixel are
-    serial.
+    A corner outside of the map has the index of the nearest pixel. One index for all would be slow,
+    because sums into one pixel are serial.
     """
     x, y = location_BQM2[..., 0] * width - 0.5, location_BQM2[..., 1] * height - 0.5
     inside = (x > -1) & (x < width) & (y > -1) & (y < height)
-    # beyond the border, far and NaN become numbers that convert to integers
+    # infinity and NaN do not convert to integers
     x, y = x.nan_to_num(-1.0).clamp(-1, width), y.nan_to_num(-1.0).clamp(-1, height)
     left, top = x.floor(), y.floor()
     for column, part_x in ((left, left + 1 - x), (left + 1, x - left)):

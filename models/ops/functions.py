@@ -1,9 +1,8 @@
-"""Multi-scale deformable attention as operators of PyTorch: schemas, checks, types, gradients; and
-the ways to call them.
+"""Multi-scale deformable attention as operators of PyTorch: schemas, checks, types, gradients.
 
 `deformable::ms_deform_attn` takes sampling locations and attention weights,
-`deformable::ms_deform_attn_fused` what they are computed from. Both exist without any build;
-models/ops/backends.py chooses what computes them.
+`deformable::ms_deform_attn_fused` takes what these are computed from. Both exist without a build;
+models/ops/backends.py chooses the implementation.
 
 Shape letters: B images, S tokens of all levels, M heads, D channels per head, Q queries, L levels,
 P points.
@@ -17,6 +16,8 @@ import torch
 from torch import Tensor
 
 from . import backends, reference
+
+_VALUE_TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def ms_deform_attn(
@@ -35,7 +36,7 @@ def ms_deform_attn(
         value: [B, S, M, D] float32, float64, float16 or bfloat16; the tokens of all levels, in M
             heads of D channels.
         spatial_shapes: (height, width) of the L levels as integers, with S = sum of height * width.
-            A tensor on a GPU makes the host wait for it.
+            A tensor on a GPU is copied to the host, which synchronises.
         locations: [B, Q, M, L, P, 2] floating point; x, y in [0, 1] of the (padded) level; outside,
             or not finite, counts as zero. float32 is best: a step of bfloat16 near 1 is 0.65 pixels
             on a level 167 wide.
@@ -47,7 +48,7 @@ def ms_deform_attn(
 
     Raises:
         ValueError: a shape, type or device does not fit; the message names the argument.
-        RuntimeError: the backend is not to be had, or failed its comparison with the reference.
+        RuntimeError: the backend is not available, or failed its comparison with the reference.
     """
     return torch.ops.deformable.ms_deform_attn(
         value, flat_shapes(spatial_shapes), locations, weights, backend
@@ -62,8 +63,9 @@ def ms_deform_attn_fused(
     logits: Tensor,
     backend: str = "auto",
 ) -> Tensor:
-    """`ms_deform_attn` from what its locations and weights are made of, which then never pass
-    through memory.
+    """`ms_deform_attn` from reference points, offsets and logits ("Deformable DETR", section 4.1).
+
+    The locations and weights computed from these are not written to memory.
 
     Args:
         value, spatial_shapes, backend: as for `ms_deform_attn`.
@@ -82,11 +84,11 @@ def ms_deform_attn_fused(
 
 
 def flat_shapes(spatial_shapes: Sequence | Tensor) -> list[int]:
-    """[(h, w), ...] or an [L, 2] tensor -> [h, w, h, w, ...]. A tensor on a GPU makes the host wait
-    for it.
-    """
-    rows = spatial_shapes.tolist() if isinstance(spatial_shapes, Tensor) else spatial_shapes
-    return [size for row in rows for size in row]
+    """[(h, w), ...] or an [L, 2] tensor -> [h, w, h, w, ...]."""
+    # a tensor on a GPU synchronises here
+    if isinstance(spatial_shapes, Tensor):
+        spatial_shapes = spatial_shapes.tolist()
+    return [size for row in spatial_shapes for size in row]
 
 
 def shape_pairs(shapes: Sequence[int]) -> list[tuple[int, int]]:
@@ -106,9 +108,7 @@ class MSDeformAttnFunction:
         attention_weights,
         im2col_step,
     ):
-        """As `ms_deform_attn`; the start indices follow from the shapes and any batch fits any
-        step.
-        """
+        """As `ms_deform_attn`. The start indices and the step are not needed."""
         return ms_deform_attn(value, value_spatial_shapes, sampling_locations, attention_weights)
 
 
@@ -118,7 +118,7 @@ def ms_deform_attn_core_pytorch(value, value_spatial_shapes, sampling_locations,
     return reference.forward(value, shapes, sampling_locations, attention_weights)
 
 
-# Checks and types
+# ---- checks and types
 
 
 def _check_ready(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor) -> None:
@@ -131,6 +131,8 @@ def _check_fused(
 ) -> None:
     _check_value(value, shapes)
     _check_samples(value, shapes, offsets, logits, ("offsets", "logits"))
+
+    # points or boxes, one for each query and level
     batch, queries, levels = offsets.shape[0], offsets.shape[1], offsets.shape[3]
     fits = reference_points.dim() == 4 and reference_points.shape[:3] == (batch, queries, levels)
     fits = fits and reference_points.shape[3] in (2, 4) and reference_points.is_floating_point()
@@ -140,13 +142,9 @@ def _check_fused(
 
 
 def _check_value(value: Tensor, shapes: list[int]) -> None:
-    types = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-    _require(
-        value.dim() == 4 and value.dtype in types,
-        "value",
-        value,
-        "[B, S, M, D] of float32, float64, float16 or bfloat16",
-    )
+    fits = value.dim() == 4 and value.dtype in _VALUE_TYPES
+    _require(fits, "value", value, "[B, S, M, D] of float32, float64, float16 or bfloat16")
+    # a kernel would read beyond the tokens
     if any(size < 0 for size in shapes):
         raise ValueError(f"spatial_shapes {shape_pairs(shapes)} must not be negative")
     total = sum(h * w for h, w in shape_pairs(shapes))
@@ -159,8 +157,10 @@ def _check_value(value: Tensor, shapes: list[int]) -> None:
 def _check_samples(
     value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor, names: tuple[str, str]
 ) -> None:
+    """Raise ValueError for locations and weights, or offsets and logits, that do not fit `value`."""
     batch, _, heads, _ = value.shape
     levels = len(shapes) // 2
+    # the numbers of queries and points are free
     fits = locations.dim() == 6 and locations.shape[-1] == 2
     fits = fits and (locations.shape[0], locations.shape[2], locations.shape[3]) == (batch, heads, levels)
     wanted = f"[B={batch}, Q, M={heads}, L={levels}, P, 2] floating point"
@@ -183,7 +183,10 @@ def _require(condition: bool, name: str, tensor: Tensor, wanted: str) -> None:
 
 
 def _accumulator(value: Tensor) -> torch.dtype:
-    return torch.float64 if value.dtype == torch.float64 else torch.float32
+    """The type in which `value` is sampled and summed."""
+    if value.dtype == torch.float64:
+        return torch.float64
+    return torch.float32
 
 
 def _plain(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -197,15 +200,16 @@ def _typed_ready(value: Tensor, locations: Tensor, weights: Tensor) -> tuple[Ten
 def _typed_fused(
     value: Tensor, reference_points: Tensor, offsets: Tensor, logits: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Offsets and logits stay as they are if the kernels can read them so: both in value's type or
-    both accumulators.
-    """
+    """The inputs in types that the kernels read."""
     wide = _accumulator(value)
-    raw = offsets.dtype if offsets.dtype == logits.dtype and offsets.dtype in (value.dtype, wide) else wide
+    # under autocast both have value's type, and a conversion would cost time
+    raw = wide
+    if offsets.dtype == logits.dtype == value.dtype:
+        raw = value.dtype
     return _plain(reference_points, wide), _plain(offsets, raw), _plain(logits, raw)
 
 
-# The operators
+# ---- the operators
 
 
 def _forward(
@@ -278,6 +282,7 @@ def _fake_backward(grad: Tensor, value: Tensor, shapes: list[int], *others):
 
 
 def _save_inputs(ctx, inputs, output) -> None:
+    # the backward computes the samples again
     value, ctx.shapes, *tensors, ctx.backend = inputs
     ctx.save_for_backward(value, *tensors)
 
@@ -293,15 +298,14 @@ def _gradient_by(name: str) -> Callable:
 
 
 def _autocast_for(name: str, device_type: str) -> Callable:
-    """Values in the type of autocast; what they are sampled and weighted by as it comes, so that
-    locations stay float32.
-    """
+    """The operator under autocast: only the values are cast, so that locations stay float32."""
 
     def autocast(value: Tensor, *others):
         with torch.autocast(device_type, enabled=False):
-            low = torch.get_autocast_dtype(device_type)
-            typed = value.to(low) if value.dtype in (torch.float32, torch.float16, torch.bfloat16) else value
-            return getattr(torch.ops.deformable, name)(typed, *others)
+            # float64 is a choice of the caller
+            if value.dtype != torch.float64 and value.is_floating_point():
+                value = value.to(torch.get_autocast_dtype(device_type))
+            return getattr(torch.ops.deformable, name)(value, *others)
 
     return autocast
 
@@ -309,25 +313,28 @@ def _autocast_for(name: str, device_type: str) -> Callable:
 def _register(
     name: str, tensors: str, forward: Callable, backward: Callable, fake: Callable, grads: int
 ) -> None:
-    """An operator `name` and its gradient `name`_backward; `tensors` are its arguments after the
-    shapes.
+    """Register an operator `name`, and its gradient under `name`_backward.
+
+    `tensors` are its arguments after the shapes; `grads` the number of its gradients.
     """
+    full, full_backward = f"deformable::{name}", f"deformable::{name}_backward"
     given = f"Tensor value, SymInt[] shapes, {tensors}, str backend"
-    torch.library.define(f"deformable::{name}", f'({given}="auto") -> Tensor')
-    torch.library.define(
-        f"deformable::{name}_backward", f"(Tensor grad, {given}) -> ({', '.join(['Tensor'] * grads)})"
-    )
-    torch.library.impl(f"deformable::{name}", "default", forward)
-    torch.library.impl(f"deformable::{name}_backward", "default", backward)
-    torch.library.register_fake(f"deformable::{name}", fake)
-    torch.library.register_fake(f"deformable::{name}_backward", _fake_backward)
-    torch.library.register_autograd(
-        f"deformable::{name}", _gradient_by(f"{name}_backward"), setup_context=_save_inputs
-    )
-    for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-        _LIBRARY.impl(name, _autocast_for(name, device_type), key)
+    results = ", ".join(["Tensor"] * grads)
+    torch.library.define(full, f'({given}="auto") -> Tensor')
+    torch.library.define(full_backward, f"(Tensor grad, {given}) -> ({results})")
+    torch.library.impl(full, "default", forward)
+    torch.library.impl(full_backward, "default", backward)
+
+    # for torch.compile, autograd and autocast
+    torch.library.register_fake(full, fake)
+    torch.library.register_fake(full_backward, _fake_backward)
+    gradient = _gradient_by(f"{name}_backward")
+    torch.library.register_autograd(full, gradient, setup_context=_save_inputs)
+    _LIBRARY.impl(name, _autocast_for(name, "cpu"), "AutocastCPU")
+    _LIBRARY.impl(name, _autocast_for(name, "cuda"), "AutocastCUDA")
 
 
+# what is registered exists as long as this object
 _LIBRARY = torch.library.Library("deformable", "FRAGMENT")
 _register("ms_deform_attn", "Tensor locations, Tensor weights", _forward, _backward, _fake_forward, 3)
 _register(

@@ -10,12 +10,11 @@ MANY = 1000  # tokens from which on it pays
 
 
 class TokenLinear(nn.Linear):
-    """nn.Linear on [..., C] with many tokens: the same parameters, and the same results up to
-    rounding.
+    """nn.Linear for many tokens: the same parameters, and the same results up to rounding.
 
-    On a CPU, PyTorch gives products in float32 to MKL, which takes twice as long as need be on
-    processors of other makers. A convolution of 1 x 1 over the same memory is the same product, and
-    goes to oneDNN, which does well on all (docs/ops.md has figures).
+    On a CPU, PyTorch computes products in float32 with MKL, which takes twice the time needed on
+    processors that are not Intel's. A 1x1 convolution over the same memory is the same product, and
+    PyTorch computes it with oneDNN, which is fast on all (docs/ops.md has measurements).
     """
 
     def forward(self, tokens: Tensor) -> Tensor:

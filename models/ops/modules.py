@@ -35,18 +35,23 @@ class MSDeformAttn(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Head m looks along direction m of the unit square, point p at p pixels; all points weigh
-        the same.
+        """Head m samples in direction m of the unit square, point p at p pixels, with equal weights.
+
+        "Deformable DETR", appendix A.4.
         """
+        # at first offsets and weights do not depend on the query
         for layer in (self.sampling_offsets, self.attention_weights):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+
+        # the offsets of a fresh layer
         angle_M = torch.arange(self.n_heads, dtype=torch.float32) * (2 * math.pi / self.n_heads)
         direction_M2 = torch.stack([angle_M.cos(), angle_M.sin()], -1)
         direction_M2 = direction_M2 / direction_M2.abs().max(-1, keepdim=True).values
         distance_P = torch.arange(1, self.n_points + 1, dtype=torch.float32)
         offsets = direction_M2[:, None, None] * distance_P[None, None, :, None]
         self.sampling_offsets.bias.copy_(offsets.expand(-1, self.n_levels, -1, -1).flatten())
+
         for layer in (self.value_proj, self.output_proj):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -67,9 +72,9 @@ class MSDeformAttn(nn.Module):
             reference_points: [B, Q, L, 2] x, y, or [B, Q, L, 4] with width and height, in [0, 1] of
                 each padded level.
             input_flatten: [B, S, C] tokens of all levels.
-            input_spatial_shapes: (height, width) per level; integers, or an [L, 2] tensor, which a
-                GPU must be waited for.
-            input_level_start_index: not needed; kept so that the published call fits.
+            input_spatial_shapes: (height, width) per level; integers, or an [L, 2] tensor, which
+                synchronises if it is on a GPU.
+            input_level_start_index: not used; the published call has it.
             input_padding_mask: [B, S] bool, True on padding, whose values count as zero.
 
         Returns:
@@ -81,6 +86,8 @@ class MSDeformAttn(nn.Module):
         value = self.value_proj(input_flatten)
         if input_padding_mask is not None:
             value = value.masked_fill(input_padding_mask[..., None], 0.0)
+
+        # one value, one set of offsets and one set of logits per head
         value_BSMD = value.unflatten(-1, (self.n_heads, -1))
         offsets = self.sampling_offsets(query).unflatten(-1, (self.n_heads, self.n_levels, self.n_points, 2))
         logits = self.attention_weights(query).unflatten(-1, (self.n_heads, self.n_levels, self.n_points))

@@ -18,12 +18,14 @@ from .deterministic import value_gradient
 
 Shapes = Sequence[tuple[int, int]]
 
-_BILINEAR, _ZEROS = 0, 0  # the enumerators of aten's grid sampler
+# bilinear interpolation and zeros outside, as aten's grid sampler numbers them; align_corners
+_SAMPLING = (0, 0, False)
 
 
 def forward(value_BSMD: Tensor, shapes: Shapes, locations_BQMLP2: Tensor, weights_BQMLP: Tensor) -> Tensor:
-    """sum over levels l and points p of A_mlqp * x_l(location), per head ("Deformable DETR",
-    section 4.1, eq. 3).
+    """Per head the sum over levels l and points p of A_mlqp * x_l(location).
+
+    "Deformable DETR", section 4.1, eq. 3.
 
     Args:
         value_BSMD: the values of all levels, level after level, row after row.
@@ -37,6 +39,7 @@ def forward(value_BSMD: Tensor, shapes: Shapes, locations_BQMLP2: Tensor, weight
         [B, Q, M * D] in value's type.
     """
     (batch, _, heads, channels), queries = value_BSMD.shape, locations_BQMLP2.shape[1]
+    # in the locations' type, which is float32 for half precision
     out_XDQ = locations_BQMLP2.new_zeros(batch * heads, channels, queries)
     for level, value_XDHW in _level_maps(value_BSMD.to(locations_BQMLP2.dtype), shapes):
         grid_XQP2, weights_XQP = _level_queries(locations_BQMLP2, weights_BQMLP, level)
@@ -51,38 +54,39 @@ def backward(
     """Gradients of `forward` for value, locations and weights, each of the shape and type of its
     input.
 
-    The samples are taken again instead of kept: at 800 x 1333 they are 360 MB a layer and image.
+    The samples are computed again instead of kept: at 800 x 1333 they are 360 MB a layer and image.
     Deterministic on the CPU, and on CUDA under `torch.use_deterministic_algorithms(True)`.
     """
+    # the grid sampler of CUDA adds to the values in any order
     in_order = value_BSMD.is_cuda and torch.are_deterministic_algorithms_enabled()
     (batch, tokens, heads, channels), queries = value_BSMD.shape, grad_BQC.shape[1]
-    grad_XDQ1 = (
-        grad_BQC.to(locations_BQMLP2.dtype).transpose(1, 2).reshape(batch * heads, channels, queries, 1)
-    )
+    dtype = locations_BQMLP2.dtype
+    grad_XDQ1 = grad_BQC.to(dtype).transpose(1, 2).reshape(batch * heads, channels, queries, 1)
     grad_value_XDS = locations_BQMLP2.new_zeros(batch * heads, channels, tokens)
-    grad_locations, grad_weights = torch.zeros_like(locations_BQMLP2), torch.zeros_like(weights_BQMLP)
+    grad_locations = torch.zeros_like(locations_BQMLP2)
+    grad_weights = torch.zeros_like(weights_BQMLP)
+
+    def per_query(x_XQP: Tensor) -> Tensor:
+        return x_XQP.unflatten(0, (batch, heads)).transpose(1, 2)
+
     starts = _starts(shapes)
     for level, value_XDHW in _level_maps(value_BSMD.to(locations_BQMLP2.dtype), shapes):
         grid_XQP2, weights_XQP = _level_queries(locations_BQMLP2, weights_BQMLP, level)
         sampled_XDQP = F.grid_sample(value_XDHW, grid_XQP2, "bilinear", "zeros", align_corners=False)
-        grad_weights[:, :, :, level] = (
-            (sampled_XDQP * grad_XDQ1).sum(1).unflatten(0, (batch, heads)).transpose(1, 2)
-        )
-        given = (
-            grad_XDQ1 * weights_XQP[:, None],
-            value_XDHW,
-            grid_XQP2,
-            _BILINEAR,
-            _ZEROS,
-            False,
-            [not in_order, True],
-        )
+        grad_weights[:, :, :, level] = per_query((sampled_XDQP * grad_XDQ1).sum(1))
+
+        # the gradients of values and grid
+        grad_sampled = grad_XDQ1 * weights_XQP[:, None]
+        wanted = [not in_order, True]
         with _no_alarm() if in_order else contextlib.nullcontext():
-            grad_value_XDHW, grad_grid_XQP2 = torch.ops.aten.grid_sampler_2d_backward(*given)
+            grad_value_XDHW, grad_grid_XQP2 = torch.ops.aten.grid_sampler_2d_backward(
+                grad_sampled, value_XDHW, grid_XQP2, *_SAMPLING, wanted
+            )
         if not in_order:
             grad_value_XDS[:, :, starts[level] : starts[level + 1]] = grad_value_XDHW.flatten(2)
         # grid = 2 * location - 1
-        grad_locations[:, :, :, level] = 2 * grad_grid_XQP2.unflatten(0, (batch, heads)).transpose(1, 2)
+        grad_locations[:, :, :, level] = 2 * per_query(grad_grid_XQP2)
+
     if in_order:
         grad_value = value_gradient(grad_BQC, value_BSMD, shapes, locations_BQMLP2, weights_BQMLP)
     else:
@@ -93,8 +97,7 @@ def backward(
 def fused_forward(
     value_BSMD: Tensor, shapes: Shapes, reference: Tensor, offsets_BQMLP2: Tensor, logits_BQMLP: Tensor
 ) -> Tensor:
-    """`forward` with the arithmetic before it: locations around reference points or boxes, weights
-    by softmax.
+    """`forward` of locations around reference points or boxes, and of weights by softmax.
 
     Args:
         value_BSMD, shapes: as for `forward`.
@@ -104,9 +107,8 @@ def fused_forward(
             ("Deformable DETR", section 4.1 and appendix A.4).
         logits_BQMLP: the softmax over all levels and points gives the weights.
     """
-    return forward(
-        value_BSMD, shapes, locate(shapes, reference, offsets_BQMLP2), _softmax(logits_BQMLP, reference.dtype)
-    )
+    locations = locate(shapes, reference, offsets_BQMLP2)
+    return forward(value_BSMD, shapes, locations, _softmax(logits_BQMLP, reference.dtype))
 
 
 def fused_backward(
@@ -117,17 +119,23 @@ def fused_backward(
     offsets_BQMLP2: Tensor,
     logits_BQMLP: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `fused_forward` for value, reference, offsets and logits, all but the first in
-    the reference's type.
+    """Gradients of `fused_forward` for value, reference, offsets and logits.
+
+    All but the first are in the reference's type.
     """
     weights = _softmax(logits_BQMLP, reference.dtype)
     locations = locate(shapes, reference, offsets_BQMLP2)
     grad_value, grad_locations, grad_weights = backward(grad_BQC, value_BSMD, shapes, locations, weights)
+
+    # through the softmax
     weighted = weights * grad_weights
     grad_logits = weighted - weights * weighted.sum((-1, -2), keepdim=True)
+
+    # through `locate`: around points, then around boxes
     grad_xy = grad_locations.sum((2, 4))
     if reference.shape[-1] == 2:
         sizes_L12 = _sizes(shapes, reference)[:, None]
+        # an empty level has no samples
         grad_offsets = torch.where(sizes_L12 > 0, grad_locations / sizes_L12, 0)
         return grad_value, grad_xy, grad_offsets, grad_logits
     shares = grad_locations * 0.5 / offsets_BQMLP2.shape[4]
@@ -137,9 +145,7 @@ def fused_backward(
 
 
 def locate(shapes: Shapes, reference: Tensor, offsets_BQMLP2: Tensor) -> Tensor:
-    """Sampling locations [B, Q, M, L, P, 2] of offsets around points [B, Q, L, 2] or boxes [B, Q,
-    L, 4].
-    """
+    """Sampling locations [B, Q, M, L, P, 2] around points [B, Q, L, 2] or boxes [B, Q, L, 4]."""
     around = reference[:, :, None, :, None]
     if reference.shape[-1] == 2:
         return around + offsets_BQMLP2 / _sizes(shapes, reference)[:, None]
@@ -148,7 +154,9 @@ def locate(shapes: Shapes, reference: Tensor, offsets_BQMLP2: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _no_alarm() -> Iterator[None]:
-    """PyTorch refuses the grid sampler's gradient on CUDA in deterministic mode; that for the grid
+    """A block in which deterministic mode is off.
+
+    In that mode PyTorch refuses the gradient of the grid sampler on CUDA, though that of the grid
     alone is deterministic.
     """
     only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -170,10 +178,11 @@ def _sizes(shapes: Shapes, like: Tensor) -> Tensor:
 
 @cache  # for good: a recorded CUDA graph goes on reading it
 def _sizes_on(shapes: tuple[tuple[int, int], ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(False):  # whoever asks first, others may differentiate
+    with torch.inference_mode(False):  # later calls may differentiate
         sizes = torch.tensor([[w, h] for h, w in shapes], dtype=dtype).view(-1, 2)
-        # through pinned memory nobody waits for the device
-        return sizes.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else sizes.to(device)
+        if device.type == "cuda":  # a copy from pinned memory does not synchronise
+            return sizes.pin_memory().to(device, non_blocking=True)
+        return sizes.to(device)
 
 
 def _starts(shapes: Shapes) -> list[int]:
@@ -185,20 +194,20 @@ def _starts(shapes: Shapes) -> list[int]:
 
 
 def _level_maps(value_BSMD: Tensor, shapes: Shapes) -> list[tuple[int, Tensor]]:
-    """Number and image [B * M, D, H, W] of every level that has pixels, batch and heads in one axis
-    X.
-    """
+    """Number and map [X, D, H, W] of every level that has pixels; X is batch and heads."""
     batch, tokens, heads, channels = value_BSMD.shape
     value_XDS = value_BSMD.permute(0, 2, 3, 1).reshape(batch * heads, channels, tokens)
-    maps = value_XDS.split([h * w for h, w in shapes], dim=2)
-    return [
-        (level, maps[level].unflatten(2, shape)) for level, shape in enumerate(shapes) if shape[0] * shape[1]
-    ]
+    maps = value_XDS.split([height * width for height, width in shapes], dim=2)
+    found = []
+    for level, (height, width) in enumerate(shapes):
+        if height * width:
+            found.append((level, maps[level].unflatten(2, (height, width))))
+    return found
 
 
 def _level_queries(locations_BQMLP2: Tensor, weights_BQMLP: Tensor, level: int) -> tuple[Tensor, Tensor]:
     """One level's sampling grid [X, Q, P, 2] in grid_sample's [-1, 1], and its weights [X, Q, P]."""
-    # far outside is outside; what grid_sample makes of locations beyond the integers differs from
-    # device to device
+    # devices differ in what grid_sample gives far outside; 3 is outside on all
     grid = (2 * locations_BQMLP2[:, :, :, level] - 1).nan_to_num(nan=3.0).clamp(-3, 3)
-    return grid.transpose(1, 2).flatten(0, 1), weights_BQMLP[:, :, :, level].transpose(1, 2).flatten(0, 1)
+    weights = weights_BQMLP[:, :, :, level]
+    return grid.transpose(1, 2).flatten(0, 1), weights.transpose(1, 2).flatten(0, 1)

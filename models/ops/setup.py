@@ -13,14 +13,15 @@ in them: a build goes on working when PyTorch or Python is upgraded. Read from t
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import platform
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from setuptools import Extension, setup
@@ -111,10 +112,14 @@ def cuda_extension() -> Extension:
     )
 
 
-class Build(BuildExtension.with_options(no_python_abi_suffix=True)):
-    """Writes beside every library what it was built from and for; models/ops/compiled.py reads that
-    before loading it.
+class Build(BuildExtension):
+    """Writes beside every library what it was built from and for.
+
+    models/ops/compiled.py reads that before it loads the library.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, no_python_abi_suffix=True, **kwargs)
 
     def run(self) -> None:
         for extension in self.extensions:
@@ -122,7 +127,11 @@ class Build(BuildExtension.with_options(no_python_abi_suffix=True)):
         super().run()
         for extension in self.extensions:
             device = extension.name.rsplit("_", 1)[-1]
-            record = {"sources": hash_of_sources(device), "torch": torch.__version__, "compiler": compiler()}
+            record: dict[str, Any] = {
+                "sources": hash_of_sources(device),
+                "torch": torch.__version__,
+                "compiler": compiler(),
+            }
             if device == "cuda":
                 record |= {"toolkit": CUDA_HOME, "architectures": architectures()}
             self.record_path(extension).write_text(json.dumps(record, indent=2) + "\n")
@@ -139,13 +148,8 @@ class Wheel(bdist_wheel):
 
 
 def hash_of_sources(device: str) -> str:
-    """models/ops/compiled.py's, loaded by its path: the package around it may not be importable
-    here.
-    """
-    spec = importlib.util.spec_from_file_location("compiled", HERE / "compiled.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.hash_of_sources(device)
+    """That of models/ops/compiled.py, run by its path: its package may not be importable here."""
+    return runpy.run_path(str(HERE / "compiled.py"))["hash_of_sources"](device)
 
 
 def compiler() -> str:

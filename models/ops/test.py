@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd.gradcheck import GradcheckError, gradcheck
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # the project's root
 
@@ -26,30 +26,34 @@ CHANNELS = (30, 32, 64, 71, 1025, 2048, 3096)
 
 
 def main() -> int:
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices.append("cuda")
     results = []
-    for device, backend in [(on, backend) for on in devices for backend in available(on)]:
-        torch.manual_seed(3)
-        results += [
-            check_forward(device, backend, torch.float64, 1e-12),
-            check_forward(device, backend, torch.float32, 1e-5),
-        ]
-        results += [check_gradient(device, backend, channels) for channels in CHANNELS]
-    return 0 if all(results) else 1
+    for device in devices:
+        for backend in available(device):
+            torch.manual_seed(3)
+            results.append(check_forward(device, backend, torch.float64, 1e-12))
+            results.append(check_forward(device, backend, torch.float32, 1e-5))
+            for channels in CHANNELS:
+                results.append(check_gradient(device, backend, channels))
+    return int(not all(results))
 
 
 def available(device: str) -> list[str]:
     """The backends to test: the one that the environment asks for, or all that serve the device."""
-    asked = os.environ.get(backends.VARIABLE)
-    return [asked] if asked else [name for name in backends.NAMES if backends.missing(name, device) is None]
+    if asked := os.environ.get(backends.VARIABLE):
+        return [asked]
+    return [name for name in backends.NAMES if backends.missing(name, device) is None]
 
 
 def check_forward(device: str, backend: str, dtype: torch.dtype, bound: float) -> bool:
     """The operator against the reference in float64 on the CPU."""
-    value, locations, weights = _inputs(channels=2)
-    wanted = reference.forward(value, SHAPES, locations, weights)
-    on_device = [x.to(device, dtype) for x in (value, locations, weights)]
-    got = ms_deform_attn(on_device[0], SHAPES, *on_device[1:], backend=backend)
+    inputs = _inputs(channels=2)
+    wanted = reference.forward(inputs[0], SHAPES, inputs[1], inputs[2])
+    value, locations, weights = (x.to(device, dtype) for x in inputs)
+    got = ms_deform_attn(value, SHAPES, locations, weights, backend)
+    # the published lines: the largest absolute and the largest relative error
     error = (got.cpu().double() - wanted).abs()
     worst, relative = error.max().item(), (error / wanted.abs()).max().item()
     name = {torch.float64: "double", torch.float32: "float"}[dtype]
@@ -60,14 +64,18 @@ def check_forward(device: str, backend: str, dtype: torch.dtype, bound: float) -
 def check_gradient(device: str, backend: str, channels: int) -> bool:
     """The gradients of all inputs against finite differences along random directions, in float64."""
     value, locations, weights = (x.to(device).requires_grad_() for x in _inputs(channels))
-    function: Callable = lambda v, x, w: ms_deform_attn(v, SHAPES, x, w, backend=backend)  # noqa: E731
-    # sums of atomic additions differ from run to run by rounding
-    slack = 1e-12 if device == "cuda" else 0.0
+
+    def function(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        return ms_deform_attn(value, SHAPES, locations, weights, backend)
+
+    # atomic additions come in another order in every run, and the sums differ by rounding
+    slack = 0.0
+    if device == "cuda":
+        slack = 1e-12
+    inputs = value, locations, weights
     try:
-        passed = torch.autograd.gradcheck(
-            function, (value, locations, weights), fast_mode=True, nondet_tol=slack
-        )
-    except torch.autograd.gradcheck.GradcheckError as error:
+        passed = gradcheck(function, inputs, fast_mode=True, nondet_tol=slack)
+    except GradcheckError as error:
         print(error)
         passed = False
     return _say(passed, f"check_gradient_numerical(D={channels})", device, backend)

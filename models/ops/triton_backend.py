@@ -1,5 +1,4 @@
-"""Multi-scale deformable attention in Triton, forward and backward, plain and fused with softmax
-and locations.
+"""Multi-scale deformable attention in Triton: forward and backward, plain and fused.
 
 For CUDA machines without a compiler. Importing this module imports triton: without it, ImportError.
 With TRITON_INTERPRET=1 in the environment before the first import of triton, the kernels run on the
@@ -11,8 +10,8 @@ the power of two from L * P up. T is the type of `value`: float32, float64, bflo
 is the type to accumulate in: float64 if T is, else float32. Locations, weights and reference points
 come in A; raw offsets and logits both in T or both in A.
 
-All tensors are contiguous, on one device, of the shapes that the functions name; whoever calls has
-checked it. A sample is inside if x_pixel > -1 and x_pixel < width, likewise y; NaN and infinity are
+All tensors are contiguous, on one device, of the shapes that the functions name; the caller has checked
+that. A sample is inside if x_pixel > -1 and x_pixel < width, likewise y; NaN and infinity are
 outside. A sample outside adds weight * 0 and gets zero gradients; pixels outside the map are not
 read.
 """
@@ -35,9 +34,8 @@ Shapes = Sequence[tuple[int, int]]
 _TILE = 512  # elements of a program's [R, K] tile: four a thread, 128 bits of float32
 _WIDEST = 128  # channels of a program at most
 _LOGITS = 4096  # elements of its [R, LP] tile of logits at most: 32 a thread
-_OPTIONS = {
-    "enable_fp_fusion": True
-}  # multiply and add in one instruction; the default depends on triton's version
+# multiply and add in one instruction; the default depends on triton's version
+_OPTIONS = {"enable_fp_fusion": True}
 
 
 def forward(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
@@ -71,11 +69,10 @@ def backward(
         deterministic: sum the value's gradient in a fixed order, slower, instead of by atomics;
             None: as `torch.use_deterministic_algorithms` says.
     """
-    fixed = _fixed_order(deterministic)
-    grad_value, _, grad_locations, grad_weights = _backward(
-        grad, value, shapes, None, locations, weights, not fixed
-    )
-    if fixed:
+    scatter = not _fixed_order(deterministic)
+    grads = _backward(grad, value, shapes, None, locations, weights, scatter)
+    grad_value, _, grad_locations, grad_weights = grads
+    if grad_value is None:
         grad_value = ordered.value_gradient(grad, value, shapes, locations, weights)
     return grad_value, grad_locations, grad_weights
 
@@ -117,15 +114,18 @@ def fused_backward(
         deterministic: sum the value's gradient in a fixed order, slower, instead of by atomics;
             None: as `torch.use_deterministic_algorithms` says.
     """
-    weights = logits.to(reference.dtype).flatten(-2).softmax(-1).view(logits.shape)
-    fixed = _fixed_order(deterministic)
-    results = _backward(grad, value, shapes, reference, offsets, logits, not fixed)
-    grad_value, grad_reference, grad_offsets, grad_weights = results
-    flat = grad_weights.flatten(-2), weights.flatten(-2)
-    grad_logits = (
-        torch.ops.aten._softmax_backward_data(*flat, -1, weights.dtype).view(logits.shape).to(logits.dtype)
-    )
-    if fixed:
+    scatter = not _fixed_order(deterministic)
+    grads = _backward(grad, value, shapes, reference, offsets, logits, scatter)
+    grad_value, grad_reference, grad_offsets, grad_weights = grads
+    assert grad_reference is not None
+
+    # the kernel does not differentiate the softmax
+    weights = logits.to(reference.dtype).flatten(-2).softmax(-1)
+    softmax_backward = torch.ops.aten._softmax_backward_data
+    grad_logits = softmax_backward(grad_weights.flatten(-2), weights, -1, weights.dtype)
+    grad_logits = grad_logits.view(logits.shape).to(logits.dtype)
+    weights = weights.view(logits.shape)
+    if grad_value is None:
         locations = plain.locate(shapes, reference, offsets.to(reference.dtype))
         grad_value = ordered.value_gradient(grad, value, shapes, locations, weights)
     return grad_value, grad_reference, grad_offsets, grad_logits
@@ -138,13 +138,13 @@ def _forward(
     out = value.new_empty(batch, queries, heads * value.shape[3])
     if not out.numel() or not levels * count:
         return out.zero_()
-    table = _level_table(tuple(shapes), value.device)
+    inputs = (value, _level_table(tuple(shapes), value.device), reference, points, scores)
     sizes = _sizes(value, reference, scores)
-    blocks = triton.cdiv(scores.shape[:3].numel(), sizes["R"]) * triton.cdiv(sizes["D"], sizes["K"])
+    # a program for so many rows of so many channels
+    rows = triton.cdiv(scores.shape[:3].numel(), sizes["R"])
+    chunks = triton.cdiv(sizes["D"], sizes["K"])
     with _on(value.device):
-        _forward_kernel[(blocks,)](
-            out, value, table, reference, points, scores, *_extents(value, scores), **sizes, **_OPTIONS
-        )
+        _forward_kernel[(rows * chunks,)](out, *inputs, *_extents(value, scores), **sizes, **_OPTIONS)
     return out
 
 
@@ -158,29 +158,36 @@ def _backward(
     scatter: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
     """Gradients of value (None without `scatter`), reference (None without one), points, and
-    weights, these in A.
+    weights. That of the weights is in A, and the kernel does not differentiate the softmax.
     """
-    batch, queries, heads, levels, _ = scores.shape
-    kind = _accumulator(value.dtype)
-    grad_value = torch.zeros_like(value, dtype=kind) if scatter else None
-    coordinates = 0 if reference is None else reference.shape[-1]
+    kind, device = _accumulator(value.dtype), value.device
     runs = bool(grad.numel() and scores.numel())
+    # the kernel writes every element
     new = torch.empty if runs else torch.zeros
+    grad_points = new(points.shape, dtype=points.dtype, device=device)
+    grad_weights = new(scores.shape, dtype=kind, device=device)
+    grad_value = grad_reference = None
+    if scatter:
+        grad_value = torch.zeros_like(value, dtype=kind)
     # heads are summed afterwards, in a fixed order
-    shape = batch, queries, heads, levels, coordinates
-    grad_reference = new(shape, dtype=kind, device=value.device) if coordinates else None
-    grad_points = new(points.shape, dtype=points.dtype, device=value.device)
-    grad_weights = new(scores.shape, dtype=kind, device=value.device)
+    if reference is not None:
+        shape = (*scores.shape[:4], reference.shape[-1])
+        grad_reference = new(shape, dtype=kind, device=device)
+
     if runs:
         grads = (grad_value, grad_reference, grad_points, grad_weights)
-        inputs = (grad, value, _level_table(tuple(shapes), value.device), reference, points, scores)
+        inputs = (grad, value, _level_table(tuple(shapes), device), reference, points, scores)
         sizes = _sizes(value, reference, scores)
-        with _on(value.device):
-            _backward_kernel[(triton.cdiv(scores.shape[:3].numel(), sizes["R"]),)](
+        programs = triton.cdiv(scores.shape[:3].numel(), sizes["R"])
+        with _on(device):
+            _backward_kernel[(programs,)](
                 *grads, *inputs, *_extents(value, scores), SCATTER=scatter, **sizes, **_OPTIONS
             )
-    grad_value = None if grad_value is None else grad_value.to(value.dtype)
-    return grad_value, None if grad_reference is None else grad_reference.sum(2), grad_points, grad_weights
+    if grad_value is not None:
+        grad_value = grad_value.to(value.dtype)
+    if grad_reference is not None:
+        grad_reference = grad_reference.sum(2)
+    return grad_value, grad_reference, grad_points, grad_weights
 
 
 def _sizes(value: Tensor, reference: Tensor | None, scores: Tensor) -> dict:
@@ -203,32 +210,31 @@ def _sizes(value: Tensor, reference: Tensor | None, scores: Tensor) -> dict:
 
 
 def _extents(value: Tensor, scores: Tensor) -> tuple[int, int, int]:
-    """What changes from batch to batch, and is no reason to compile again: rows, rows of an image,
-    tokens of an image.
-    """
+    """What changes from batch to batch: rows, rows of an image, tokens of an image."""
     batch, queries, heads = scores.shape[:3]
     return batch * queries * heads, queries * heads, value.shape[1]
 
 
 @cache  # for good: a recorded CUDA graph goes on reading it
 def _level_table(shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
-    """[L, 3] int64: height, width and first token of the levels; every layer of a batch asks for
-    the same one.
-
-    An empty level counts as -1 x -1: nothing lies between -1 and its width, so every sample is
-    outside.
-    """
+    """[L, 3] int64: height, width and first token of the levels."""
     rows, start = [], 0
     for height, width in shapes:
-        rows.append((height, width, start) if height * width else (-1, -1, start))
-        start += height * width
+        # nothing lies between -1 and -1: every sample is outside of an empty level
+        if not height * width:
+            height = width = -1
+        rows.append((height, width, start))
+        start += max(height, 0) * width
     table = torch.tensor(rows, dtype=torch.int64)
-    # through pinned memory nobody waits for the device
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
+    if device.type == "cuda":  # a copy from pinned memory does not synchronise
+        return table.pin_memory().to(device, non_blocking=True)
+    return table.to(device)
 
 
 def _fixed_order(deterministic: bool | None) -> bool:
-    return torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
+    if deterministic is None:
+        return torch.are_deterministic_algorithms_enabled()
+    return deterministic
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -236,8 +242,10 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, whatever its arguments'."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    """A block in which `device` is the current one, on which Triton launches."""
+    if device.type == "cuda":
+        return torch.cuda.device(device)
+    return contextlib.nullcontext()
 
 
 # image sizes change from batch to batch: a kernel must not be compiled anew for them

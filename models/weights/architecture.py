@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from util.backbones import recognise
 from util.checkpoint import weights_of
 from util.config import FLAGS, Config, RunConfig, flags_of
 from util.errors import UserError
@@ -25,19 +26,6 @@ from util.other_layouts import kind_of
 
 log = logging.getLogger(__name__)
 
-# blocks of the four stages -> network of torchvision
-_BASIC: dict[tuple[int, ...], str] = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet34"}
-# the same, then width of the 3x3 convolutions of the first stage and their inputs
-_BOTTLENECK: dict[tuple[int, ...], str] = {
-    (3, 4, 6, 3, 64, 64): "resnet50",
-    (3, 4, 23, 3, 64, 64): "resnet101",
-    (3, 8, 36, 3, 64, 64): "resnet152",
-    (3, 4, 6, 3, 128, 4): "resnext50_32x4d",
-    (3, 4, 23, 3, 256, 8): "resnext101_32x8d",
-    (3, 4, 23, 3, 256, 4): "resnext101_64x4d",
-    (3, 4, 6, 3, 128, 128): "wide_resnet50_2",
-    (3, 4, 23, 3, 128, 128): "wide_resnet101_2",
-}
 _BODY = "backbone.0.body."
 # often removed from a checkpoint that others are to start from
 HEADS = ("class_embed.", "bbox_embed.")
@@ -330,7 +318,10 @@ def _seen_in(state: Mapping[str, Tensor], flags: Mapping[str, Any]) -> dict[str,
         # one weight for every head, level and point
         weights = state[f"transformer.{module}.attention_weights.bias"].shape[0]
         seen[flag] = max(weights // max(heads * num_levels, 1), 1)
-    if backbone := _backbone(state):
+    shapes = {
+        name.removeprefix(_BODY): tensor.shape for name, tensor in state.items() if name.startswith(_BODY)
+    }
+    if backbone := recognise(shapes):
         seen["backbone"] = backbone
     return seen
 
@@ -353,13 +344,3 @@ def _norm(state: Mapping[str, Tensor]) -> str:
     if f"{_BODY}bn1.running_mean" not in state:
         return "gn"
     return "bn" if f"{_BODY}bn1.num_batches_tracked" in state else "frozen_bn"
-
-
-def _backbone(state: Mapping[str, Tensor]) -> str | None:
-    """The ResNet of these weights; None if it is none that we know."""
-    blocks = tuple(_count(state, rf"{re.escape(_BODY)}layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4))
-    # bottleneck blocks have three convolutions
-    if f"{_BODY}layer1.0.conv3.weight" not in state:
-        return _BASIC.get(blocks)
-    width, inputs = state[f"{_BODY}layer1.0.conv2.weight"].shape[:2]
-    return _BOTTLENECK.get((*blocks, width, inputs))

@@ -30,8 +30,9 @@ from models.weights.hugging_face_files import (
 )
 from models.weights.hugging_face_names import Converted, from_hugging_face, to_hugging_face
 from util.atomic import temporary_name
+from util.backbones import BACKBONES
 from util.class_map import ClassMap
-from util.config import RESNETS, BackboneConfig, BatchFormerConfig, Config
+from util.config import BackboneConfig, BatchFormerConfig, Config
 from util.errors import NotSavedError, UserError
 from util.other_layouts import in_our_layout
 
@@ -170,7 +171,7 @@ def json_of(config: Config, classes: ClassMap | None, num_classes: int) -> dict[
         "model_type": "deformable_detr",
         "use_timm_backbone": True,
         "use_pretrained_backbone": False,
-        "backbone": config.backbone.backbone,
+        "backbone": BACKBONES[config.backbone.backbone].hugging_face,
         "backbone_config": None,
         "num_queries": config.transformer.num_queries,
         "two_stage_num_proposals": config.transformer.num_queries,
@@ -219,16 +220,16 @@ def _checked(flags: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def _backbone_in(config: Mapping[str, Any], source: str) -> str:
-    """The ResNet's name at torchvision, which is timm's."""
-    full_name = config.get("backbone") or "resnet50"
-    if config.get("backbone_config"):
-        full_name = config["backbone_config"].get("backbone")
-    name = str(full_name).split(".")[0]  # what follows names a set of pretrained weights
-    if name not in RESNETS:
+    """The name of the backbone here."""
+    own = config.get("backbone_config") or {"backbone": config.get("backbone") or "resnet50"}
+    name = str(own.get("backbone")).split(".")[0]  # what follows names a set of pretrained weights
+    ours = {entry.hugging_face: entry.name for entry in BACKBONES.values()}
+    if name not in ours:
         raise UserError(
-            f"{source} can't be used: its backbone is {full_name!r}; here it can be {', '.join(RESNETS)}"
+            f"{source} can't be used: its backbone is {own.get('backbone')!r}; here it can be "
+            f"{', '.join(ours)}"
         )
-    return name
+    return ours[name]
 
 
 def _classes_in(config: Mapping[str, Any], num_classes: int, source: str) -> ClassMap | None:

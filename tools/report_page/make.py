@@ -27,9 +27,9 @@ from datasets.file_index import respell
 from tools.report_page import charts, content
 from tools.report_page.mistakes import Album, error_table, worst
 from tools.report_page.runs import Result, Run, Tables, read_runs
+from util.atomic import replace_text
 from util.draw.curves import FIGURES, run_colors
 from util.errors import UserError
-from util.text_files import replace_text
 
 log = logging.getLogger(__name__)
 

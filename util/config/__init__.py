@@ -11,7 +11,6 @@ from util.config.config import Config, check_trainable, with_classes
 from util.config.fields import FLAGS, DataConfig, OptimConfig, RunConfig, flags_of
 from util.config.model_fields import (
     LEARNED_POSITIONS,
-    RESNETS,
     BackboneConfig,
     BatchFormerConfig,
     TransformerConfig,
@@ -30,7 +29,6 @@ from util.config.parser import (
 __all__ = [
     "FLAGS",
     "LEARNED_POSITIONS",
-    "RESNETS",
     "WEIGHTS",
     "BackboneConfig",
     "BatchFormerConfig",

@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from util.backbones import BACKBONES
 from util.config.fields import FLAGS, DataConfig, OptimConfig, RunConfig
 from util.config.model_fields import (
     LEARNED_POSITIONS,
@@ -82,7 +83,7 @@ def check_architecture(backbone: BackboneConfig, transformer: TransformerConfig,
     )
     # torchvision has no dilated BasicBlock
     require(
-        not (backbone.dilation and backbone.backbone in ("resnet18", "resnet34")),
+        not backbone.dilation or BACKBONES[backbone.backbone].can_dilate,
         f"--dilation can't be used with --backbone {backbone.backbone}: its blocks have no "
         "dilated form; use resnet50 or larger",
     )

@@ -5,20 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from util.backbones import BACKBONES
 from util.config.flag import flag
 
-RESNETS = (
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "resnet152",
-    "resnext50_32x4d",
-    "resnext101_32x8d",
-    "resnext101_64x4d",
-    "wide_resnet50_2",
-    "wide_resnet101_2",
-)
 # rows and columns of the table of learned position encodings
 LEARNED_POSITIONS = 50
 # flags of the published program are parsed, so that its scripts get an explanation
@@ -50,7 +39,7 @@ class BackboneConfig:
 
     of = "architecture"
 
-    backbone: str = flag("resnet50", "a ResNet of torchvision", choices=RESNETS)
+    backbone: str = flag("resnet50", "a ResNet of torchvision", choices=tuple(BACKBONES))
     # a checkpoint brings the weights, so resuming needs no others
     backbone_weights: str = flag(
         "imagenet",

@@ -1,5 +1,6 @@
-"""--deterministic: the same bits in every run on the same machine, or an error that names the
-operation that can't.
+"""--deterministic: the same bits in every run on the same machine.
+
+An operation that cannot do that ends the run with an error that names it.
 """
 
 from __future__ import annotations
@@ -21,27 +22,25 @@ _NO_FIXED_WORKSPACE = "not deterministic because it uses CuBLAS"
 
 
 def make_deterministic() -> None:
-    """Make PyTorch take deterministic algorithms, and refuse what has none; models/ops follows.
+    """Make PyTorch and models/ops use deterministic algorithms, and refuse operations without one.
 
-    Call it before anything computes on a GPU: cuBLAS reads its environment variable once. One that
-    is set already is kept. Equal bits need the same machine, versions and number of processes and
-    of threads too.
+    Call it before anything computes on a GPU: cuBLAS reads its environment variable once. A value
+    that is set already is kept. Equal bits also need the same machine, versions, and number of
+    processes and threads.
     """
     os.environ[CUBLAS] = os.environ.get(CUBLAS) or FIXED_WORKSPACE
     torch.use_deterministic_algorithms(True)
-    # a search aid that writes NaN into every new tensor; no result here depends on new memory
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    # it writes NaN into every new tensor to find errors; no result here depends on new memory
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 - no attribute for mypy
     torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False  # which chooses by the clock
+    torch.backends.cudnn.benchmark = False  # it chooses kernels by their time
 
 
 @contextmanager
 def explaining_refusals() -> Iterator[None]:
-    """A block in which PyTorch's refusal to go on without a deterministic algorithm is one line for
-    the user.
+    """A block in which PyTorch's error about a missing deterministic algorithm becomes a UserError.
 
-    Raises:
-        UserError: in place of that RuntimeError; every other error passes.
+    Every other error passes.
     """
     try:
         yield

@@ -25,11 +25,13 @@ def autocast(amp: str, device: torch.device) -> AbstractContextManager:
             they vanish below 6e-8.
         device: where the model is.
     """
-    return nullcontext() if amp == "off" else torch.autocast(device.type, dtype=LOW_TYPES[amp])
+    if amp == "off":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=LOW_TYPES[amp])
 
 
 def full_precision(device: torch.device) -> AbstractContextManager:
-    """A block that autocast does not reach. Its inputs are not cast: see `widened`."""
+    """A block without autocast. Its inputs are not cast: see `widened`."""
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
@@ -37,4 +39,6 @@ def full_precision(device: torch.device) -> AbstractContextManager:
 
 def widened(tensor: Tensor) -> Tensor:
     """bfloat16 and float16 as float32; every other tensor itself."""
-    return tensor.float() if tensor.dtype in LOW_TYPES.values() else tensor
+    if tensor.dtype in LOW_TYPES.values():
+        return tensor.float()
+    return tensor

@@ -18,8 +18,9 @@ class RandomGenerators:
         self._device = device
 
     def state_dict(self) -> dict[str, Any]:
-        name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 - other people's code may draw from it
-        numpy_state = (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss)
+        # NumPy's global generator: code of others may use it
+        name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
+        numpy_state = (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest)
         return {**torch_state(self._device), "python": random.getstate(), "numpy": numpy_state}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -37,13 +38,15 @@ def seed_everything(seed: int) -> None:
 
 
 def torch_state(device: torch.device) -> dict[str, Tensor]:
-    """PyTorch's generators, of which dropout draws; nobody waits for the device."""
+    """PyTorch's generators, which dropout uses. This does not synchronise with the device."""
     state = {"torch": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
 
 
 def set_torch_state(state: Mapping[str, Tensor], device: torch.device) -> None:
-    """A state from a GPU sets only the host's generator where there is none."""
+    """Restore `torch_state`. Without a GPU only the host's generator is set."""
     torch.set_rng_state(state["torch"])
     if "cuda" in state and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)
