@@ -180,7 +180,8 @@ def test_of_two_that_find_the_same_dead_holder_the_slower_one_leaves_the_quicker
         assert [path.name for path in tmp_path.iterdir()] == [NAME]
 
 
-def test_one_that_died_while_it_took_over_is_not_waited_for(tmp_path, ended):
+def test_one_that_died_while_it_took_over_is_not_waited_for(tmp_path, ended, monkeypatch):
+    monkeypatch.setattr(folder_hold, "TURN", 0.05)
     write(tmp_path, ended)
     (tmp_path / f"{NAME}.turn").touch()
     with FolderHold(tmp_path) as hold:

@@ -169,7 +169,7 @@ def test_without_a_job_nothing_is_written():
 # start.
 WORKER = f"""#!{sys.executable}
 import os, pathlib, signal, sys, time
-sys.path.insert(0, {str(Path(watchdog.__file__).parents[1])!r})
+sys.path.insert(0, {str(Path(watchdog.__file__).parents[2])!r})
 import torch
 from util.distributed import processes as distributed
 from util.distributed import watchdog

@@ -85,6 +85,7 @@ def is_ignored(name: str) -> bool:
 def after_signal(number: signal.Signals, notes: Path, processes: int) -> int:
     """The exit code after a signal to the launcher: that of the processes if all have saved."""
     attempt = max(notes.glob("*/attempt_*"), key=os.path.getmtime)
+    # only processes that end with a line of their own leave a file
     codes = []
     for path in attempt.glob("*/error.json"):
         codes.append(json.loads(path.read_text())["message"].get("errorCode"))
@@ -101,6 +102,7 @@ def after_failure(error: ChildFailedError) -> int:
         return code
     if code < 0:
         return say(f"{process} was killed by {failure.signal_name()}; all others were ended", 128 - code)
+    # our commands leave their last line; others do not
     line = "see its output above"
     if isinstance(failure.message, dict):
         line = failure.message["message"]

@@ -148,6 +148,7 @@ def load_state(
                 f"{differ}"
             )
 
+    # the caller decides what may be missing
     model.load_state_dict(known, strict=False)
     missing = [name for name in own if name not in known and not name.endswith(_OPTIONAL)]
     unexpected = [name for name in state if name not in own and not name.endswith(_OPTIONAL)]
@@ -171,6 +172,7 @@ def weights_of(checkpoint: Mapping[str, Any], source: str, flag: str = "--resume
             continue
         if not _is_plain(tensor):
             raise UserError(f"{refused} entry {name!a} is no plain tensor")
+        # a name of its own wins over its alias, whatever their order
         for alias, real in _ALIASES:
             if name.startswith(alias):
                 aliased[real + name.removeprefix(alias)] = tensor
@@ -198,6 +200,8 @@ def read_checkpoint(path_or_url: str | os.PathLike, flag: str = "--resume") -> d
         raise UserError(
             f"{flag} {given} is in Hugging Face's layout; use {convert}, or train from it with --finetune"
         )
+
+    # before torch.load: it reads some damaged files without an error
     path = local_file(given, flag)
     check_intact(path, flag)
     try:
@@ -214,6 +218,8 @@ def read_checkpoint(path_or_url: str | os.PathLike, flag: str = "--resume") -> d
             "data only; nothing was executed. If you trust it, load it where it was made and save "
             "{'model': its state_dict()}"
         ) from None
+
+    # a list of tensors is plain data too
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model", checkpoint), dict):
         raise UserError(
             f"{flag} {path} is no checkpoint: it must hold a dict of tensors, or one with the entry 'model'"
@@ -232,12 +238,14 @@ def write_atomically(content: Any, path: Path) -> None:
         with written_aside(path) as temporary, open(temporary, "w+b") as file:
             torch.save(content, file)
             _seal(file)
+            # else a loss of power after the renaming could leave an empty file
             file.flush()
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         if isinstance(error, OSError):
             reason = error.strerror
         else:
+            # its message does not say why
             usage = os.statvfs(path.parent)
             full = usage.f_bavail * usage.f_frsize < 2**20
             reason = "no space left on device" if full else str(error).splitlines()[0]
@@ -292,6 +300,7 @@ def _intact(file: BinaryIO) -> bool:
     if seal.startswith(_SEAL):
         return _digest(file, size - _SEAL_SIZE) == seal.removeprefix(_SEAL)
 
+    # published files
     start = file.read(2)
     if start != b"PK":
         return start[:1] == pickle.PROTO  # a pickle from before zip files has no checksum
@@ -314,6 +323,7 @@ def _digest(file: BinaryIO, size: int) -> bytes:
 
 def _flags_for_layer(name: str) -> str:
     """The flags that decide whether a tensor exists."""
+    # a whole layer too many or too few
     layer = re.search(r"transformer\.(enc|dec)oder\.layers\.", name)
     return f"--{layer[1]}_layers" if layer else _flags_for(name)
 
@@ -350,6 +360,7 @@ def local_file(path_or_url: str, flag: str) -> Path:
     if cached.exists():
         return cached
     folder.mkdir(parents=True, exist_ok=True)
+    # published files have a part of their digest in the name
     digest = re.search(r"-([0-9a-f]{8,})\.", cached.name)
     expected = digest[1] if digest else None
     try:

@@ -30,6 +30,7 @@ def read_text(path: Path) -> str:
 
     All line ends are \n. Raises UserError if the file can't be read or is no text.
     """
+    # a pipe would block for ever
     try:
         content = read_regular_file(path)
     except OSError as error:
@@ -42,6 +43,7 @@ def read_text(path: Path) -> str:
         text = content.decode(encoding)
     except UnicodeDecodeError:
         raise UserError(f"{path} is no text; save it as UTF-8") from None
+    # programs of other systems end lines differently
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

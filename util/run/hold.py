@@ -23,7 +23,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
 
-from util.atomic import replace_text
 from util.distributed.slurm_job import own_job, restart_count
 from util.distributed.watchdog import note
 from util.errors import NotSavedError, UserError
@@ -33,6 +32,7 @@ log = logging.getLogger(__name__)
 NAME = ".held"
 BEAT = 10.0  # seconds between two touches
 LOOK_EVERY = 5.0
+TURN = 5.0  # seconds after which a process that is taking over, which takes milliseconds, has died
 # Looks without a touch until a process counts as dead. Reading large annotations can block its
 # threads for a minute. Looks are counted and not seconds: a file server that is down for a while
 # blocks both sides.
@@ -191,17 +191,18 @@ class FolderHold:
         try:
             os.close(os.open(turn, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
         except FileExistsError:
-            # the other needs milliseconds; a file that stays is of a process that died meanwhile
-            deadline = time.monotonic() + LOOK_EVERY
+            deadline = time.monotonic() + TURN
             while turn.exists() and time.monotonic() < deadline:
-                time.sleep(LOOK_EVERY / 100)
+                time.sleep(TURN / 100)
             if time.monotonic() >= deadline:
                 turn.unlink(missing_ok=True)
             return False
         try:
             if _holder_in(self._path) != holder:
                 return False
-            replace_text(self._path, self._text())
+            aside = self.folder / f"{NAME}.{self._own.host}.{self._own.pid}.tmp"
+            aside.write_text(self._text())
+            os.replace(aside, self._path)
             return True
         finally:
             turn.unlink(missing_ok=True)
