@@ -44,7 +44,7 @@ from datasets.convert.common import VAL_FRACTION, Faults, Labelled, split_off, t
 from datasets.convert.layout import WAYS, Part, new_folder, write_part
 from datasets.convert.voc import VocRules, is_voc, read_voc
 from datasets.convert.yolo import is_darknet, is_yolo, read_yolo
-from datasets.file_index import is_left_behind
+from datasets.file_names import is_left_behind
 from util.config import make_parser
 from util.errors import UserError, run_as_command
 

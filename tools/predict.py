@@ -151,7 +151,7 @@ def find_sources(inputs: Sequence[Path]) -> list[Source]:
 
     Raises UserError for a path that is not there, and a folder without pictures.
     """
-    from datasets.file_index import IMAGE_SUFFIXES, files_below
+    from datasets.file_names import IMAGE_SUFFIXES, files_below
 
     found: dict[tuple[str, str], Path] = {}
     for path in inputs:
@@ -228,7 +228,7 @@ def with_annotated_ids(sources: Sequence[Source], annotations: Path, detector: D
     detector does not know.
     """
     from datasets.coco_format import is_file_name, read_images_and_categories
-    from datasets.file_index import portable
+    from datasets.file_names import portable
 
     images, categories = read_images_and_categories(annotations)
     detector.classes.check(categories, str(annotations))

@@ -16,7 +16,8 @@ from datasets.coco_format import is_file_name, read_json
 from datasets.convert.coco_export import check_export, leave_out, mend
 from datasets.convert.common import PARTS, ROLES, VAL_FRACTION, Faults
 from datasets.convert.layout import Part
-from datasets.file_index import IMAGE_SUFFIXES, Found, Index, annotated_size, files_below, portable
+from datasets.file_index import Found, Index, annotated_size
+from datasets.file_names import IMAGE_SUFFIXES, files_below, portable
 from util.errors import UserError
 from util.images.files import read_regular_file
 

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from datasets.coco_format import is_file_name, shown
-from datasets.file_index import IMAGE_FOLDERS, Findings, Key, files_below
+from datasets.file_index import IMAGE_FOLDERS, Findings
+from datasets.file_names import Key, files_below
 from util.config import DataConfig
 from util.errors import UserError
 from util.images.files import BadImageError, Header, read_header
