@@ -16,7 +16,7 @@ from torchvision.ops import box_convert, clip_boxes_to_image
 from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
 
 from datasets.coco_format import read_annotations
-from datasets.file_index import respell
+from datasets.respell import respell
 from datasets.transforms import Area, eval_transform, train_transform
 from util.class_map import AUTO, ClassMap
 from util.config import DataConfig

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from pycocotools.coco import COCO
 
-from datasets.file_index import portable
+from datasets.file_names import portable
 from util.errors import UserError
 from util.images.files import read_regular_file
 

@@ -2,158 +2,38 @@
 
 Labelling tools write names as they were on another machine: with backslashes, absolute, below other
 folders, in another letter case. An `Index` knows the files of one folder, and no name leads to a
-file outside of it. A name is taken as it stands, or else in another spelling, or else by its end.
-The bare name is the last resort.
+file outside of it. First the exact name is tried, then other spellings, then the end of the name,
+and last the bare name.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import unquote, urlsplit
 
 from tqdm import tqdm
 
+from datasets.file_names import IMAGE_SUFFIXES, Key, files_below, folded_key, parts_of, portable
 from util.config import DataConfig
-from util.errors import UserError
 from util.images.files import BadImageError, Header, read_header
 
-IMAGE_SUFFIXES = (
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".bmp",
-    ".gif",
-    ".tif",
-    ".tiff",
-    ".webp",
-    ".ppm",
-    ".pgm",
-    ".pnm",
-    ".jp2",
-)
-# folders that are called so have images, not masks or thumbnails
+# folders of these names have images, not masks or thumbnails
 IMAGE_FOLDERS = frozenset({"images", "jpegimages", "imgs"})
-# how a file was found by less than its exact name, as the user is told
+# how a file was found by less than its exact name, as the log says
 SPELLING = "images found by another spelling of their names (letter case, Unicode form, slashes, URL)"
 END = "images found by the end of their paths"
 BARE = "images found by their bare names"
 
-# folders and files that systems leave behind: hidden ones, macOS' shadows, thumbnails of network
-# drives, what was lost
-_LEFT_BEHIND = (".", "__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN")
-
-Key = tuple[str, ...]
 Size = tuple[float, float]
-Identity = tuple[int, int]
 # of an image whose annotation has no usable size: no picture has it
 UNKNOWN_SIZE: Size = (0, 0)
 # Label Studio puts eight digits before the names of uploaded files
 _UPLOAD = re.compile(r"[0-9a-f]{8}-(?=.)")
-
-
-# ---- walking
-
-
-def files_below(root: Path, suffixes: Container[str]) -> list[Path]:
-    """The files with one of these endings (lower case), in order; linked folders are followed, but
-    not in circles.
-
-    What systems leave behind is passed over, hidden files for example.
-
-    Raises:
-        UserError: a folder can't be searched.
-    """
-    return sorted(path for path in _walk(root, (), set(), False) if path.suffix.lower() in suffixes)
-
-
-def _walk(folder: Path, above: tuple[Identity, ...], seen: set[Identity], linked: bool) -> Iterator[Path]:
-    """linked: `folder` is behind a link. Further links are then followed to new folders only, or
-    the paths could multiply.
-    """
-    try:
-        here = _identity(folder)
-        entries = list(os.scandir(folder))
-    except OSError as error:
-        raise UserError(f"{folder} can't be searched ({error.strerror}); make it readable") from None
-    if here in above:
-        return
-    seen.add(here)
-    for entry in entries:
-        if is_left_behind(entry.name):
-            continue
-        is_link = entry.is_symlink()
-        if os.path.isdir(entry.path) if is_link else entry.is_dir():
-            if not (is_link and linked and _identity(Path(entry.path)) in seen):
-                yield from _walk(Path(entry.path), (*above, here), seen, linked or is_link)
-        elif os.path.isfile(entry.path) if is_link else entry.is_file():
-            yield Path(entry.path)
-
-
-def is_left_behind(name: str) -> bool:
-    return name.startswith(_LEFT_BEHIND)
-
-
-def _identity(folder: Path) -> Identity:
-    status = folder.stat()
-    return status.st_dev, status.st_ino
-
-
-# ---- names
-
-
-def portable(name: str) -> str:
-    """The name as a path below a folder: no host, drive, leading or double slash, backslash, `.` or
-    `..`; may be empty.
-
-    Of a name with `..` only the part behind the last one is kept. The path that Label Studio puts
-    into `?d=` is taken out.
-    """
-    name = _without_host(name).replace("\\", "/")
-    parts = [part for part in re.sub(r"^[A-Za-z]:", "", name).split("/") if part not in ("", ".")]
-    ups = [i for i, part in enumerate(parts) if part == ".."]
-    return "/".join(parts[ups[-1] + 1 :] if ups else parts)
-
-
-def _without_host(name: str) -> str:
-    _, is_local_file, path = name.partition("?d=")
-    if is_local_file:
-        return unquote(path)  # not parse_qs: +, & and # may be in a name
-    if not re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", name):
-        return name
-    try:
-        return urlsplit(name, allow_fragments=False).path  # a # is one of the name
-    except ValueError:
-        return name
-
-
-def folded(text: str) -> str:
-    """The same for all spellings of a name: letter case, Unicode form, characters that a URL has as
-    %20.
-    """
-    plain = unicodedata.normalize("NFC", unquote(text)).casefold()
-    return unicodedata.normalize("NFC", plain)
-
-
-def folded_key(parts: Iterable[str]) -> Key:
-    return tuple(map(folded, parts))
-
-
-def parts_of(name: str) -> Key:
-    """The parts of `portable(name)`."""
-    return PurePath(portable(name)).parts
-
-
-def is_within(path: PurePath, root: PurePath) -> bool:
-    """Whether the path, as it is written, leads to a place in `root`."""
-    top = os.path.abspath(root)
-    return os.path.commonpath([os.path.abspath(path), top]) == top
 
 
 def shown_size(header: Header) -> tuple[int, int]:
@@ -162,50 +42,12 @@ def shown_size(header: Header) -> tuple[int, int]:
 
 
 def _has_size(path: Path, size: Size) -> bool | None:
-    """Whether the picture is so large, as it is stored or as it is shown; None: it can't be read."""
+    """Whether the picture has this size, as stored or as shown; None: it can't be read."""
     try:
         header = read_header(path, DataConfig.max_image_megapixels, "")
     except BadImageError:
         return None
     return size in (header.size, shown_size(header))
-
-
-class Places:
-    """Files and folders by their paths below a root; letter case and Unicode form may differ."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self._listings: dict[Path, dict[str, list[str]]] = {}
-
-    def at(self, parts: Iterable[str]) -> Path | None:
-        """What is there; None if nothing is, or if several names differ in their spelling alone."""
-        place = self.root
-        for part in parts:
-            name = part
-            if not os.path.exists(place / part):
-                names = self._listing(place).get(folded(part), [])
-                if len(names) != 1:
-                    return None
-                name = names[0]
-            place /= name
-        return place
-
-    def _listing(self, folder: Path) -> dict[str, list[str]]:
-        if folder not in self._listings:
-            self._listings[folder] = defaultdict(list)
-            for name in _names_in(folder):
-                self._listings[folder][folded(name)].append(name)
-        return self._listings[folder]
-
-
-def _names_in(folder: Path) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except OSError:  # it is no folder, or can't be listed
-        return []
-
-
-# ---- finding
 
 
 class Found(NamedTuple):
@@ -217,9 +59,7 @@ class Found(NamedTuple):
 
 @dataclass
 class Findings:
-    """found: name -> file. missing: name -> why there is none, to be read after "names the image
-    <name>, and ".
-    """
+    """found: name -> file. missing: name -> why there is none, to follow "names the image <name>, and "."""
 
     found: dict[str, Found] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
@@ -232,68 +72,17 @@ class Findings:
 def annotated_size(image: Mapping[str, Any]) -> Size:
     """(width, height) of an entry of COCO's images."""
     width, height = image.get("width"), image.get("height")
-    return (
-        (width, height)
-        if isinstance(width, int | float) and isinstance(height, int | float)
-        else UNKNOWN_SIZE
-    )
-
-
-def respell(images: Iterable[dict[str, Any]], folder: Path) -> Counter[str]:
-    """Give entries of COCO's images whose `file_name` is not that of a file below `folder` the name
-    of the file that is meant.
-
-    Here the folder is known: a name may be spelled otherwise or begin above the folder, but a file
-    in another folder below it is another image's. Returns how many have got a name, by how it was
-    found. Names of files that are missing stay.
-    """
-    if not folder.is_dir():
-        return Counter()
-    names = {image["file_name"]: image for image in images}
-    absent = absent_names(folder, names)
-    if not absent:
-        return Counter()
-    there = (folder / name for name in names if name not in absent)
-    findings = Index.below(folder).find({name: annotated_size(names[name]) for name in absent}, taken=there)
-    notes: Counter[str] = Counter()
-    for name, found in findings.found.items():
-        relative = found.path.relative_to(folder)
-        if folded_key(relative.parts) == folded_key(parts_of(name))[-len(relative.parts) :]:
-            names[name]["file_name"] = relative.as_posix()
-            notes[found.how or END] += 1
-    return notes
-
-
-def absent_names(folder: Path, names: Iterable[str]) -> set[str]:
-    """Names of no file below `folder`. Listing the folders takes a hundredth of the time of asking
-    for each file.
-    """
-    listings: dict[str, set[str]] = {}
-    absent = set()
-    for name in names:
-        place, bare = os.path.split(name)
-        if place not in listings:
-            listings[place] = _file_names_in(folder / place) if is_within(folder / place, folder) else set()
-        # where upper and lower case are one, a name that is not listed may yet be there
-        if bare not in listings[place] and not (
-            is_within(folder / name, folder) and os.path.exists(folder / name)
-        ):
-            absent.add(name)
-    return absent
-
-
-def _file_names_in(folder: Path) -> set[str]:
-    try:
-        with os.scandir(folder) as entries:
-            return {entry.name for entry in entries if entry.is_file()}
-    except OSError:  # it is no folder, or can't be listed
-        return set()
+    if isinstance(width, int | float) and isinstance(height, int | float):
+        return width, height
+    return UNKNOWN_SIZE
 
 
 class _Option(NamedTuple):
-    """A file with the wanted bare name. length: how many parts its path's end has in common with
-    the name. exact: in the same spelling. base: the folder that the name would be relative to;
-    None: the name's first parts are not in its path.
+    """A file with the wanted bare name.
+
+    length: number of parts that the end of its path has in common with the name. exact: in the same
+    spelling. base: the folder that the name would be relative to; None: the name's first parts are
+    not in its path.
     """
 
     path: Path
@@ -336,29 +125,34 @@ class Index:
     ) -> Findings:
         """The files that `names` mean; two names never mean the same file.
 
-        Names that are complete have priority over ends of names. Of several folders that `names`
-        may be relative to, the one with most of them counts. What is found outside of that folder
-        must be the only one of its name, and a picture of that size.
+        Complete names have priority over ends of names. Of several folders that `names` may be
+        relative to, the one with most of them counts. A file outside of that folder must be the only
+        one of its name, and a picture of that size.
 
         Args:
-            names: name -> (width, height) of its picture; None: nobody knows, and no size is asked
-                for.
+            names: name -> (width, height) of its picture; None: unknown, any size fits.
             taken: files that have a name already.
-            prefers: 1 for files that are likely, 0 for others, -1 for those that are not used where
-                a likely one is.
+            prefers: 1 for likely files, 0 for others, -1 for those that are not used if there is a
+                likely one.
         """
-        options = _without_unlikely({name: _distinct(self._options(name)) for name in names}, prefers)
-        sizes = tqdm(names.items(), desc="looking for images", unit="image", disable=None)
-        complete = {name: _complete(options[name], size) for name, size in sizes}
+        # the files that a name may mean, and among them those that the whole name fits
+        options = {name: _distinct(self._options(name)) for name in names}
+        options = _without_unlikely(options, prefers)
+        complete: dict[str, list[_Option]] = {}
+        for name, size in tqdm(names.items(), desc="looking for images", unit="image", disable=None):
+            complete[name] = _complete(options[name], size)
+
+        # in the folder that most names are relative to, or else anywhere
         home = _home(complete, prefers)
-        chosen: dict[str, Found | str | None] = {
-            name: _at_home([option for option in found if option.base == home])
-            for name, found in complete.items()
-        }
-        if None in chosen.values():
+        at_home: dict[str, Found | None] = {}
+        for name, fitting in complete.items():
+            at_home[name] = _at_home([option for option in fitting if option.base == home])
+        doubtful: set[str] = set()
+        if None in at_home.values():
             doubtful = _doubtful(options.values())
-            for name in [name for name, found in chosen.items() if found is None]:
-                chosen[name] = self._elsewhere(options[name], names[name], doubtful)
+        chosen: dict[str, Found | str] = {}
+        for name, found in at_home.items():
+            chosen[name] = found or self._elsewhere(options[name], names[name], doubtful)
         return _each_once(chosen, taken)
 
     def _options(self, name: str) -> list[_Option]:
@@ -372,7 +166,7 @@ class Index:
         return self._uploads(wanted)
 
     def _option(self, key: Key, path: Path, parts: Key, start: int, is_plain: bool) -> _Option:
-        """A file whose key ends as `parts` do from `start` on."""
+        """A file whose key ends like `parts` from `start` on."""
         length, rest = len(parts) - start, folded_key(parts[:start])
         base = None
         if not rest:
@@ -382,17 +176,15 @@ class Index:
         return _Option(path, length, is_plain and key[-length:] == parts[start:], base)
 
     def _ending(self, end: Key) -> list[tuple[Key, Path]]:
-        """Lists may leave out the ending of files."""
-        if end in self._by_end or end[-1].endswith(IMAGE_SUFFIXES):
-            return self._by_end.get(end, [])
-        return [
-            entry
-            for suffix in IMAGE_SUFFIXES
-            for entry in self._by_end.get((*end[:-1], end[-1] + suffix), [])
-        ]
+        """Files by the end of their keys. Names in lists may omit the suffix."""
+        found = list(self._by_end.get(end, []))
+        if not found and not end[-1].endswith(IMAGE_SUFFIXES):
+            for suffix in IMAGE_SUFFIXES:
+                found += self._by_end.get((*end[:-1], end[-1] + suffix), [])
+        return found
 
     def _uploads(self, wanted: Key) -> list[_Option]:
-        """The files whose name has got a prefix as they were uploaded."""
+        """The files for a name that got a prefix in the upload."""
         bare = _UPLOAD.sub("", wanted[-1]) if wanted else ""
         return [_Option(path, 1, False, None) for _, path in self._by_end.get((bare,), [])]
 
@@ -416,7 +208,7 @@ class Index:
 
 
 def _distinct(options: list[_Option]) -> list[_Option]:
-    """Of paths that lead to the same file, through links, one."""
+    """One of the paths that lead to the same file through links."""
     files: dict[str, _Option] = {}
     for option in sorted(options, key=lambda option: not option.exact):
         files.setdefault(os.path.realpath(option.path), option)
@@ -424,7 +216,7 @@ def _distinct(options: list[_Option]) -> list[_Option]:
 
 
 def _complete(options: list[_Option], size: Size | None) -> list[_Option]:
-    """Those that the whole name fits, unless the picture has another size than the annotated one."""
+    """Those that the whole name fits, without pictures of another size than annotated."""
     complete = [option for option in options if option.base is not None]
     if size in (None, UNKNOWN_SIZE):
         return complete
@@ -434,41 +226,39 @@ def _complete(options: list[_Option], size: Size | None) -> list[_Option]:
 def _without_unlikely(
     options: dict[str, list[_Option]], prefers: Callable[[Path], int]
 ) -> dict[str, list[_Option]]:
-    likely = any(prefers(option.path) > 0 for found in options.values() for option in found)
-    if not likely:
+    """Without the files that `prefers` rates -1, if it rates any 1."""
+    rated = {name: [(prefers(option.path), option) for option in found] for name, found in options.items()}
+    if not any(rate > 0 for found in rated.values() for rate, _ in found):
         return options
-    return {
-        name: [option for option in found if prefers(option.path) >= 0] for name, found in options.items()
-    }
+    return {name: [option for rate, option in found if rate >= 0] for name, found in rated.items()}
 
 
 def _home(fitting: Mapping[str, list[_Option]], prefers: Callable[[Path], int]) -> Key | None:
-    """The folder that most names are relative to; of several, the one named for images. None: there
-    is none, or several.
+    """The folder that most names are relative to; of several, the one named for images.
+
+    None if there is none, or if several are equal.
     """
     votes: Counter[Key] = Counter()
     likely: dict[Key, tuple[int, bool]] = {}
     for options in fitting.values():
-        for option in {option.base: option for option in options}.values():
-            votes[option.base] += 1
-            likely[option.base] = (prefers(option.path), not IMAGE_FOLDERS.isdisjoint(option.base[-1:]))
-    ranked = sorted(votes, key=lambda base: (votes[base], likely[base]), reverse=True)
-    rank = [(votes[base], likely[base]) for base in ranked[:2]]
-    if not rank or (len(rank) == 2 and rank[0] == rank[1]):
-        return None
-    return ranked[0]
+        for base, path in {option.base: option.path for option in options}.items():
+            assert base is not None, "the whole name fits"
+            votes[base] += 1
+            likely[base] = (prefers(path), not IMAGE_FOLDERS.isdisjoint(base[-1:]))
+    ranks = {base: (votes[base], likely[base]) for base in votes}
+    best = [base for base in ranks if ranks[base] == max(ranks.values())]
+    return best[0] if len(best) == 1 else None
 
 
 def _doubtful(options: Iterable[list[_Option]]) -> set[str]:
-    """Folders most of whose files have the names of files in other folders, as masks, thumbnails
-    and copies have.
-    """
+    """Folders of masks, thumbnails or copies: most files have the names of files in other folders."""
     total: Counter[str] = Counter()
     shared: Counter[str] = Counter()
     for found in options:
         folders = {_folder(option.path) for option in found}
         total.update(folders)
-        shared.update(folders if len(folders) > 1 else ())
+        if len(folders) > 1:
+            shared.update(folders)
     return {folder for folder, count in total.items() if 2 * shared[folder] > count}
 
 
@@ -477,29 +267,36 @@ def _folder(path: Path) -> str:
 
 
 def _at_home(options: list[_Option]) -> Found | None:
+    """The only file with the exact name, or else the only one at all."""
     exact = [option for option in options if option.exact]
     if len(exact) == 1:
         return Found(exact[0].path, "")
-    return Found(options[0].path, SPELLING) if len(options) == 1 else None
+    if len(options) == 1:
+        return Found(options[0].path, SPELLING)
+    return None
 
 
 def _each_once(chosen: Mapping[str, Found | str], taken: Iterable[Path]) -> Findings:
-    """A file that two names lead to is the one's that says more of its path; if both say as much,
-    it is nobody's.
-    """
-    result = Findings(missing={name: reason for name, reason in chosen.items() if isinstance(reason, str)})
+    """A file that two names mean belongs to the more complete name; to none if both are equal."""
+    result = Findings()
+    found: dict[str, Found] = {}
+    for name, choice in chosen.items():
+        if isinstance(choice, str):
+            result.missing[name] = choice
+        else:
+            found[name] = choice
+
+    # the more complete names choose first
     owners = {os.path.realpath(path): "another image" for path in taken}
-    found = {name: found for name, found in chosen.items() if isinstance(found, Found)}
     for how in ("", SPELLING, END, BARE):
         level = {name: os.path.realpath(entry.path) for name, entry in found.items() if entry.how == how}
         claims = Counter(level.values())
         for name, file in level.items():
-            if how and (file in owners or claims[file] > 1):
-                other = owners.get(file) or next(
-                    rival for rival in level if level[rival] == file and rival != name
-                )
-                result.missing[name] = f"{found[name].path} may be meant, which is that of {other}"
-            else:
+            if not how or (file not in owners and claims[file] == 1):
                 result.found[name] = found[name]
+                continue
+            rivals = [rival for rival in level if level[rival] == file and rival != name]
+            other = owners.get(file) or rivals[0]
+            result.missing[name] = f"{found[name].path} may be meant, which is that of {other}"
         owners |= {file: name for name, file in level.items()}
     return result

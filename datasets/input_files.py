@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from datasets.coco_format import is_file_name, read_images_and_categories
-from datasets.file_index import IMAGE_SUFFIXES, SPELLING, Index, annotated_size, files_below, portable
+from datasets.file_index import SPELLING, Index, annotated_size
+from datasets.file_names import IMAGE_SUFFIXES, files_below, portable
 from util.class_map import ClassMap
 from util.errors import UserError
 from util.images.video import SUFFIXES as VIDEO_SUFFIXES

@@ -13,19 +13,10 @@ import pytest
 from PIL import Image
 
 from datasets.coco import CocoDetection
-from datasets.file_index import (
-    BARE,
-    END,
-    IMAGE_SUFFIXES,
-    SPELLING,
-    UNKNOWN_SIZE,
-    Index,
-    Places,
-    files_below,
-    portable,
-    respell,
-)
+from datasets.file_index import BARE, END, SPELLING, UNKNOWN_SIZE, Index
+from datasets.file_names import IMAGE_SUFFIXES, Places, files_below, portable
 from datasets.input_files import find_files
+from datasets.respell import respell
 from datasets.transforms import eval_transform
 from tests.helpers import write_coco
 from util.errors import UserError

@@ -15,7 +15,7 @@ from pycocotools.coco import COCO
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets.coco_format import read_annotations
 from datasets.coco_results import read_results
-from datasets.file_index import respell
+from datasets.respell import respell
 from util.config import DataConfig, add_score_threshold_flag, make_parser
 from util.draw.boxes import contact_sheet, draw_coco, side_by_side
 from util.errors import UserError, run_as_command

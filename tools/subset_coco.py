@@ -21,7 +21,7 @@ sys.path.insert(
 
 from datasets.coco_format import read_annotations
 from datasets.convert.layout import WAYS, write_split
-from datasets.file_index import respell
+from datasets.respell import respell
 from util.config import make_parser
 from util.errors import UserError, run_as_command
 

@@ -1,8 +1,8 @@
 """Category ids of a data set <-> labels of the class head, and their names.
 
-COCO keeps its published head: 91 logits, and a category's id is its label. Every other data set
-gets as many logits as it has categories, in the order of their ids, which may be any. What leaves
-the program (detections, figures) has the data set's ids.
+COCO keeps its published head: 91 logits, and a category's id is its label. Every other data set has
+as many logits as categories, in the order of their ids, which may be any. Output of the program
+(detections, metrics) has the data set's ids.
 """
 
 from __future__ import annotations
@@ -27,9 +27,7 @@ class Category(NamedTuple):
 
 @dataclass(frozen=True)
 class ClassMap:
-    """The categories of a data set, and how many logits the class head has (some may belong to no
-    category).
-    """
+    """The categories of a data set, and the number of logits, some of which may have no category."""
 
     num_classes: int
     categories: tuple[Category, ...]
@@ -53,13 +51,13 @@ class ClassMap:
                 return COCO_CLASSES
             return cls(len(named), tuple(Category(label, *entry) for label, entry in enumerate(named)))
         assert isinstance(num_classes, int)
-        wrong = next((number for number, _ in named if not 0 <= number < num_classes), None)
-        if wrong is not None:
-            more = f", or --num_classes {named[-1][0] + 1}" if wrong >= 0 else ""
-            raise UserError(
-                f"{source} has category id {wrong}, outside [0, --num_classes {num_classes}); "
-                f"use --num_classes auto, which takes any ids{more}"
-            )
+        for number, _ in named:
+            if not 0 <= number < num_classes:
+                more = f", or --num_classes {named[-1][0] + 1}" if number >= 0 else ""
+                raise UserError(
+                    f"{source} has category id {number}, outside [0, --num_classes {num_classes}); "
+                    f"use --num_classes auto, which takes any ids{more}"
+                )
         return cls(num_classes, tuple(Category(number, number, name) for number, name in named))
 
     def label_of(self, category_id: int) -> int:
@@ -67,26 +65,20 @@ class ClassMap:
         return self._labels[category_id]
 
     def id_of(self, label: int) -> int:
-        """The category id of a label; a label that belongs to no category (COCO's head has eleven)
-        stays as it is.
-        """
-        category = self._by_label.get(label)
-        return category.id if category else label
+        """The category id of a label; the label itself if it has no category (COCO has eleven such)."""
+        return self._ids.get(label, label)
 
     def name_of(self, label: int) -> str:
-        """The name of a label; one that belongs to no category has a number for a name."""
-        category = self._by_label.get(label)
-        return category.name if category else f"class {label}"
+        """The name of a label; "class <label>" if it has no category."""
+        return self.names.get(label, f"class {label}")
 
-    @property
+    @cached_property
     def names(self) -> dict[int, str]:
         """Label -> name."""
         return {category.label: category.name for category in self.categories}
 
     def check(self, categories: Iterable[Mapping[str, Any]], source: str) -> None:
-        """Raise UserError unless all `categories` of the file `source` are in this map, by id and
-        name.
-        """
+        """Raise UserError unless this map has all `categories` of the file `source`, by id and name."""
         known = {category.id: category.name for category in self.categories}
         for category in categories:
             number, name = category["id"], category["name"]
@@ -99,10 +91,9 @@ class ClassMap:
                 )
 
     def require_same(self, other: ClassMap, source: str) -> None:
-        """Raise UserError unless `other`, that of the checkpoint `source`, gives every label the
-        same name.
+        """Raise UserError unless `other`, of the checkpoint `source`, has the same name for every label.
 
-        Ids may differ: they are the data set's own.
+        Ids may differ, because they belong to the data set.
         """
         for label in sorted(self.names.keys() | other.names.keys()):
             here, there = self.names.get(label), other.names.get(label)
@@ -115,63 +106,60 @@ class ClassMap:
 
     def to_plain(self) -> dict[str, Any]:
         """As a checkpoint holds it: numbers, strings and lists."""
-        return {
-            "num_classes": self.num_classes,
-            "categories": [list(category) for category in self.categories],
-        }
+        return {"num_classes": self.num_classes, "categories": [list(c) for c in self.categories]}
 
     @classmethod
     def from_plain(cls, plain: Any) -> ClassMap:
-        """The reverse of `to_plain`; raises ValueError for what it never gives."""
+        """The reverse of `to_plain`. Raises ValueError for anything that it never returns."""
         try:
-            number = plain["num_classes"]
-            categories = tuple(
-                Category(label, identity, name) for label, identity, name in plain["categories"]
-            )
-            fits = type(number) is int and all(
-                type(label) is int and 0 <= label < number and type(identity) is int and isinstance(name, str)
-                for label, identity, name in categories
-            )
+            classes = cls(plain["num_classes"], tuple(Category(*entry) for entry in plain["categories"]))
+            if not classes._is_sound():
+                raise ValueError
         except (TypeError, KeyError, ValueError):
-            fits = False
-        if (
-            not fits
-            or len({c.label for c in categories}) < len(categories)
-            or len({c.id for c in categories}) < len(categories)
-        ):
-            raise ValueError("these are no classes of a checkpoint")
-        return cls(number, categories)
+            raise ValueError("these are no classes of a checkpoint") from None
+        return classes
+
+    def _is_sound(self) -> bool:
+        """Whether all types are right, labels lie below `num_classes`, and nothing is there twice."""
+        if type(self.num_classes) is not int:
+            return False
+        for label, number, name in self.categories:
+            if type(label) is not int or type(number) is not int or not isinstance(name, str):
+                return False
+            if not 0 <= label < self.num_classes:
+                return False
+        return len(self._ids) == len(self._labels) == len(self.categories)
 
     @cached_property
     def _labels(self) -> dict[int, int]:
         return {category.id: category.label for category in self.categories}
 
     @cached_property
-    def _by_label(self) -> dict[int, Category]:
-        return {category.label: category for category in self.categories}
+    def _ids(self) -> dict[int, int]:
+        return {category.label: category.id for category in self.categories}
 
 
 def unnamed_classes(state: Mapping[str, Any]) -> ClassMap:
-    """The classes of a detector's weights that nobody names: as many labels as it has logits."""
+    """Classes without names, for weights that come without classes: a label for each logit."""
     return ClassMap(len(state["class_embed.0.bias"]), ())
 
 
 def classes_of(checkpoint: Mapping[str, Any], source: str) -> ClassMap | None:
-    """The classes that a checkpoint was trained on; COCO's for a published one, whose head has 91
-    logits; None if nobody knows.
+    """The classes that a checkpoint was trained on; None if it does not say.
+
+    A published one does not either, but its head of 91 logits means COCO's.
 
     Raises UserError if the entry can't be right; `source` names the file.
     """
     weights = checkpoint.get("model", checkpoint)
-    logits = next(
-        (len(tensor) for name, tensor in weights.items() if name.endswith("class_embed.0.bias")), None
-    )
+    biases = [tensor for name, tensor in weights.items() if name.endswith("class_embed.0.bias")]
+    logits = len(biases[0]) if biases else None
     if "classes" not in checkpoint:
         return COCO_CLASSES if logits == COCO_CLASSES.num_classes else None
+
     plain = checkpoint["classes"]
-    if isinstance(plain, Mapping) and all(
-        isinstance(key, int) for key in plain
-    ):  # ids are labels, before there was a map
+    # the form before there was a map: id -> name, and ids are labels
+    if isinstance(plain, Mapping) and all(isinstance(key, int) for key in plain):
         plain = {"num_classes": logits, "categories": [(key, key, name) for key, name in plain.items()]}
     try:
         return ClassMap.from_plain(plain)
@@ -183,87 +171,28 @@ def _quoted(name: str | None) -> str:
     return repr(name) if name is not None else "none"
 
 
-# of the 2017 instances annotations (cocodataset.org); the ids have gaps
-_COCO_NAMES = {
-    1: "person",
-    2: "bicycle",
-    3: "car",
-    4: "motorcycle",
-    5: "airplane",
-    6: "bus",
-    7: "train",
-    8: "truck",
-    9: "boat",
-    10: "traffic light",
-    11: "fire hydrant",
-    13: "stop sign",
-    14: "parking meter",
-    15: "bench",
-    16: "bird",
-    17: "cat",
-    18: "dog",
-    19: "horse",
-    20: "sheep",
-    21: "cow",
-    22: "elephant",
-    23: "bear",
-    24: "zebra",
-    25: "giraffe",
-    27: "backpack",
-    28: "umbrella",
-    31: "handbag",
-    32: "tie",
-    33: "suitcase",
-    34: "frisbee",
-    35: "skis",
-    36: "snowboard",
-    37: "sports ball",
-    38: "kite",
-    39: "baseball bat",
-    40: "baseball glove",
-    41: "skateboard",
-    42: "surfboard",
-    43: "tennis racket",
-    44: "bottle",
-    46: "wine glass",
-    47: "cup",
-    48: "fork",
-    49: "knife",
-    50: "spoon",
-    51: "bowl",
-    52: "banana",
-    53: "apple",
-    54: "sandwich",
-    55: "orange",
-    56: "broccoli",
-    57: "carrot",
-    58: "hot dog",
-    59: "pizza",
-    60: "donut",
-    61: "cake",
-    62: "chair",
-    63: "couch",
-    64: "potted plant",
-    65: "bed",
-    67: "dining table",
-    70: "toilet",
-    72: "tv",
-    73: "laptop",
-    74: "mouse",
-    75: "remote",
-    76: "keyboard",
-    77: "cell phone",
-    78: "microwave",
-    79: "oven",
-    80: "toaster",
-    81: "sink",
-    82: "refrigerator",
-    84: "book",
-    85: "clock",
-    86: "vase",
-    87: "scissors",
-    88: "teddy bear",
-    89: "hair drier",
-    90: "toothbrush",
-}
-COCO_CLASSES = ClassMap(91, tuple(Category(number, number, name) for number, name in _COCO_NAMES.items()))
+# id and name, of the 2017 instances annotations (cocodataset.org); the ids have gaps
+_COCO_CATEGORIES = """
+1 person, 2 bicycle, 3 car, 4 motorcycle, 5 airplane, 6 bus, 7 train, 8 truck, 9 boat,
+10 traffic light, 11 fire hydrant, 13 stop sign, 14 parking meter, 15 bench, 16 bird, 17 cat,
+18 dog, 19 horse, 20 sheep, 21 cow, 22 elephant, 23 bear, 24 zebra, 25 giraffe, 27 backpack,
+28 umbrella, 31 handbag, 32 tie, 33 suitcase, 34 frisbee, 35 skis, 36 snowboard,
+37 sports ball, 38 kite, 39 baseball bat, 40 baseball glove, 41 skateboard, 42 surfboard,
+43 tennis racket, 44 bottle, 46 wine glass, 47 cup, 48 fork, 49 knife, 50 spoon, 51 bowl,
+52 banana, 53 apple, 54 sandwich, 55 orange, 56 broccoli, 57 carrot, 58 hot dog, 59 pizza,
+60 donut, 61 cake, 62 chair, 63 couch, 64 potted plant, 65 bed, 67 dining table, 70 toilet,
+72 tv, 73 laptop, 74 mouse, 75 remote, 76 keyboard, 77 cell phone, 78 microwave, 79 oven,
+80 toaster, 81 sink, 82 refrigerator, 84 book, 85 clock, 86 vase, 87 scissors, 88 teddy bear,
+89 hair drier, 90 toothbrush
+"""
+
+
+def _coco_classes() -> ClassMap:
+    categories = []
+    for entry in _COCO_CATEGORIES.replace("\n", " ").split(", "):
+        number, _, name = entry.strip().partition(" ")
+        categories.append(Category(int(number), int(number), name))
+    return ClassMap(91, tuple(categories))
+
+
+COCO_CLASSES = _coco_classes()

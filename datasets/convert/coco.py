@@ -16,7 +16,8 @@ from datasets.convert.coco_export import LISTS, Content, check_export, entries_o
 from datasets.convert.common import ROLES, split_named
 from datasets.convert.layout import CocoSplit
 from datasets.convert.problems import Problems
-from datasets.file_index import IMAGE_SUFFIXES, Found, Index, annotated_size, files_below, portable
+from datasets.file_index import Found, Index, annotated_size
+from datasets.file_names import IMAGE_SUFFIXES, files_below, portable
 from util.errors import UserError
 from util.images.files import read_regular_file
 

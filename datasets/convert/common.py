@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from datasets.coco_format import is_file_name
 from datasets.convert.problems import Corners, Problems
-from datasets.file_index import IMAGE_FOLDERS, Key, files_below
+from datasets.file_index import IMAGE_FOLDERS
+from datasets.file_names import Key, files_below
 from util.images.files import Header
 
 # folders that separate images from labels; the other folders of an image and its labels are the same

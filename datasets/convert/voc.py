@@ -25,18 +25,8 @@ from datasets.convert.common import (
     splits_by_folder,
 )
 from datasets.convert.problems import BOXES_TURNED, Corners, Problems, as_stored
-from datasets.file_index import (
-    IMAGE_SUFFIXES,
-    SPELLING,
-    UNKNOWN_SIZE,
-    Found,
-    Index,
-    Key,
-    Size,
-    files_below,
-    parts_of,
-    shown_size,
-)
+from datasets.file_index import SPELLING, UNKNOWN_SIZE, Found, Index, Size, shown_size
+from datasets.file_names import IMAGE_SUFFIXES, Key, files_below, parts_of
 from util.errors import UserError
 from util.images.files import Header, read_regular_file
 from util.text_files import read_lines, unquoted

@@ -23,7 +23,8 @@ from datasets.convert.common import (
 )
 from datasets.convert.problems import BOXES_TURNED, Corners, Problems, as_stored
 from datasets.convert.yolo_files import DARKNET, LABELS_BY_SPELLING, YAML, Lookup, describe, names_in
-from datasets.file_index import IMAGE_SUFFIXES, Key, files_below, folded_key, is_left_behind, shown_size
+from datasets.file_index import shown_size
+from datasets.file_names import IMAGE_SUFFIXES, Key, files_below, folded_key, is_left_behind
 from util.errors import UserError
 from util.images.files import Header
 from util.text_files import read_lines

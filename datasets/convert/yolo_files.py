@@ -13,17 +13,8 @@ from typing import Any, NamedTuple
 from datasets.coco_format import shown
 from datasets.convert.common import split_named
 from datasets.convert.problems import Problems
-from datasets.file_index import (
-    IMAGE_FOLDERS,
-    IMAGE_SUFFIXES,
-    Index,
-    Key,
-    Places,
-    files_below,
-    folded,
-    is_within,
-    parts_of,
-)
+from datasets.file_index import IMAGE_FOLDERS, Index
+from datasets.file_names import IMAGE_SUFFIXES, Key, Places, files_below, folded, is_within, parts_of
 from util.errors import UserError
 from util.text_files import read_lines, read_text, unquoted
 

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from datasets.coco_format import Problem
-from datasets.file_index import respell, shown_size
+from datasets.file_index import shown_size
 from datasets.preflight.annotations import CheckedSplit
+from datasets.respell import respell
 from util.errors import UserError
 from util.images.files import BadImageError, decode, read_header, read_image_file
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from datasets.file_index import absent_names
 from datasets.preflight.annotations import CheckedSplit, object_warnings
 from datasets.preflight.boxes import BOX_TOLERANCE, box_problems, sizes_of
+from datasets.respell import absent_names
 from util.config import TransformerConfig
 from util.errors import UserError
 

@@ -23,7 +23,7 @@ from pycocotools.coco import COCO
 from datasets.coco_eval import evaluate_results, precision_tables
 from datasets.coco_format import read_annotations
 from datasets.detection_errors import Errors, find_errors
-from datasets.file_index import respell
+from datasets.respell import respell
 from tools.report_page import charts, content
 from tools.report_page.mistakes import Album, error_table, worst
 from tools.report_page.runs import Result, Run, Tables, read_runs
