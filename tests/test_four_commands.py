@@ -14,7 +14,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from datasets import synthetic
+from datasets.synthetic.write import generate
 from tests import layouts
 from tests.helpers import SMALL_IMAGES, SMALL_MODEL
 from tests.processes import run_forked, run_main_forked
@@ -30,7 +30,7 @@ def given(tmp_path_factory) -> Path:
     """
     folder = tmp_path_factory.mktemp("given")
     shapes = {"workers": 1, "image_size": 96, "max_objects": 3}
-    synthetic.generate(folder / "small", train_images=24, val_images=8, num_classes=3, seed=1, **shapes)
+    generate(folder / "small", train_images=24, val_images=8, num_classes=3, seed=1, **shapes)
     for path in (folder / "small/annotations").iterdir():
         content = json.loads(path.read_text())
         for entry in content["categories"]:
@@ -41,7 +41,7 @@ def given(tmp_path_factory) -> Path:
     layouts.write_voc(folder / "small", folder / "voc")
     layouts.write_yolo(folder / "small", folder / "yolo")
     layouts.write_labelled(folder / "small", folder / "coco")
-    synthetic.generate(folder / "other", train_images=8, val_images=4, num_classes=5, seed=2, **shapes)
+    generate(folder / "other", train_images=8, val_images=4, num_classes=5, seed=2, **shapes)
     flags = (
         "--coco_path",
         str(folder / "other"),

@@ -12,7 +12,9 @@ from PIL import Image
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 
-from datasets import synthetic
+from datasets.synthetic import paint, scene, write
+from datasets.synthetic.__main__ import main
+from datasets.synthetic.write import generate
 from tests.helpers import run
 from util.errors import run_as_command
 
@@ -40,7 +42,7 @@ def tight_corners(mask: np.ndarray) -> list[int]:
 @pytest.fixture(scope="module")
 def small_set(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small") / "set"
-    assert synthetic.generate(folder, workers=1, **SMALL)
+    assert generate(folder, workers=1, **SMALL)
     return folder
 
 
@@ -48,9 +50,7 @@ def small_set(tmp_path_factory):
 def big_set(tmp_path_factory):
     """Big enough for every rare thing to occur."""
     folder = tmp_path_factory.mktemp("big") / "set"
-    synthetic.generate(
-        folder, workers=2, train_images=150, val_images=5, image_size=96, num_classes=8, max_objects=4
-    )
+    generate(folder, workers=2, train_images=150, val_images=5, image_size=96, num_classes=8, max_objects=4)
     return folder
 
 
@@ -63,19 +63,19 @@ def big_coco(big_set):
 
 
 def test_the_files_do_not_depend_on_the_number_of_workers(small_set, tmp_path):
-    synthetic.generate(tmp_path / "set", workers=2, **SMALL)
+    generate(tmp_path / "set", workers=2, **SMALL)
     assert files_of(tmp_path / "set") == files_of(small_set)
 
 
 def test_the_first_images_do_not_depend_on_how_many_follow(small_set, tmp_path):
-    synthetic.generate(tmp_path / "set", **{**SMALL, "train_images": 5})
+    generate(tmp_path / "set", **{**SMALL, "train_images": 5})
     images = files_of(tmp_path / "set" / "train2017")
     assert len(images) == 5
     assert images.items() <= files_of(small_set / "train2017").items()
 
 
 def test_another_seed_gives_other_images(small_set, tmp_path):
-    synthetic.generate(tmp_path / "set", **{**SMALL, "seed": 1})
+    generate(tmp_path / "set", **{**SMALL, "seed": 1})
     ours, theirs = (set(files_of(folder / "train2017").values()) for folder in (small_set, tmp_path / "set"))
     assert len(ours) == len(theirs) == SMALL["train_images"]
     assert not ours & theirs
@@ -85,7 +85,7 @@ def test_train_and_val_share_neither_images_nor_ids(big_set, big_coco):
     val = COCO(str(big_set / "annotations" / "instances_val2017.json"))
     assert len(val.imgs) == 5
     assert not set(val.imgs) & set(big_coco.imgs)
-    train_images, val_images = (set(files_of(big_set / split).values()) for split in synthetic.SPLITS)
+    train_images, val_images = (set(files_of(big_set / split).values()) for split in write.SPLITS)
     assert not train_images & val_images
 
 
@@ -105,13 +105,13 @@ def test_every_image_is_there_in_the_size_that_the_annotations_say(big_set, big_
 
 def test_categories_are_complete_and_all_occur(big_coco):
     names = {category["id"]: category["name"] for category in big_coco.cats.values()}
-    assert names == dict(enumerate(synthetic.CLASS_NAMES, start=1))
+    assert names == dict(enumerate(paint.CLASS_NAMES, start=1))
     assert {annotation["category_id"] for annotation in big_coco.anns.values()} == set(names)
 
 
 def test_only_the_asked_classes_and_number_of_objects_occur(small_set):
     coco = COCO(str(small_set / "annotations" / "instances_train2017.json"))
-    assert [category["name"] for category in coco.cats.values()] == list(synthetic.CLASS_NAMES[:3])
+    assert [category["name"] for category in coco.cats.values()] == list(paint.CLASS_NAMES[:3])
     assert {annotation["category_id"] for annotation in coco.anns.values()} == {1, 2, 3}
     assert {len(coco.getAnnIds(image_id, iscrowd=False)) for image_id in coco.imgs} <= {0, 1, 2}
 
@@ -160,15 +160,16 @@ def test_annotations_match_what_is_drawn(monkeypatch):
     annotations.
     """
 
-    def white(rng, ground, textures):
-        return synthetic.Paint("solid", np.full((2, 3), 255.0), angle=0.0, period=1.0, shading=0.0)
+    def white(rng, ground, is_plain):
+        return paint.Paint("solid", np.full((2, 3), 255.0), angle=0.0, period=1.0, shading=0.0)
 
-    monkeypatch.setattr(synthetic, "_random_paint", white)
-    monkeypatch.setattr(synthetic, "_background", lambda rng, height, width: np.zeros((height, width, 3)))
+    monkeypatch.setattr(scene, "random_paint", white)
+    monkeypatch.setattr(scene, "_background", lambda rng, height, width: np.zeros((height, width, 3)))
     ious = []
     for seed in range(30):
         rng = np.random.default_rng(seed)
-        image, annotations = synthetic.render_scene(rng, image_size=96, num_classes=8, max_objects=4)
+        image, objects = scene.render_scene(rng, image_size=96, num_classes=8, max_objects=4)
+        annotations = [write.annotation_of(item) for item in objects]
         drawn = image[..., 0] >= 128
         if not annotations or any(annotation["iscrowd"] for annotation in annotations):
             continue
@@ -181,11 +182,11 @@ def test_annotations_match_what_is_drawn(monkeypatch):
     assert np.mean(ious) >= 0.98, "a shift by one pixel costs more"
 
 
-@pytest.mark.parametrize("name", synthetic.CLASS_NAMES)
+@pytest.mark.parametrize("name", paint.CLASS_NAMES)
 def test_a_shape_fills_its_box_to_a_share_of_its_own(name):
     """Areas by geometry, of shapes that do not lie on their side."""
-    pose = synthetic.Pose(x=100.0, y=100.0, radius=90.0, angle=0.0, stretch=1.0)
-    patch = synthetic._sample_shape(name, pose)
+    pose = paint.Pose(x=100.0, y=100.0, radius=90.0, angle=0.0, stretch=1.0)
+    patch = paint.sample_shape(name, pose, margin=0)
     mask = patch.coverage >= 0.5
     left, top, right, bottom = tight_corners(mask)
     star = 5 * 0.45 * np.sin(np.pi / 5) / ((1 + np.cos(np.pi / 5)) * 2 * np.sin(2 * np.pi / 5))
@@ -210,10 +211,9 @@ def test_a_shape_fills_its_box_to_a_share_of_its_own(name):
 @pytest.mark.parametrize(("x", "y"), [(0.3, 20.0), (39.2, 20.0), (20.0, 0.3), (20.0, 39.2), (1.0, 38.0)])
 def test_the_frame_cuts_a_shape_and_does_not_move_it(x, y):
     def object_at(shift, side):
-        pose = synthetic.Pose(x + shift, y + shift, radius=12.0, angle=0.4, stretch=0.9)
-        return synthetic._make_object(
-            1 + synthetic.CLASS_NAMES.index("heart"), [pose], side, side, is_crowd=False
-        )
+        pose = paint.Pose(x + shift, y + shift, radius=12.0, angle=0.4, stretch=0.9)
+        canvas = scene.Scene(np.zeros((side + 40, side + 40, 3)), 20, [])
+        return canvas.make_object(1 + paint.CLASS_NAMES.index("heart"), [pose], is_crowd=False)
 
     cut, whole = object_at(0, 40), object_at(20, 80)
     np.testing.assert_array_equal(cut.mask, whole.mask[20:60, 20:60])
@@ -223,7 +223,7 @@ def test_the_frame_cuts_a_shape_and_does_not_move_it(x, y):
 def test_specks_that_others_cut_off_are_not_annotated():
     mask = np.zeros((20, 20), dtype=bool)
     mask[2:10, 2:10] = mask[15, 15] = True
-    annotation = synthetic._annotation(synthetic.SceneObject(1, [], mask, area=100))
+    annotation = write.annotation_of(scene.SceneObject(1, [], mask, area=100))
     assert annotation["bbox"] == [2.0, 2.0, 8.0, 8.0]
     assert annotation["area"] == 64.0
 
@@ -231,25 +231,24 @@ def test_specks_that_others_cut_off_are_not_annotated():
 def test_a_placement_that_hides_an_object_is_refused():
     mask = np.zeros((20, 20), dtype=bool)
     mask[5:15, 5:15] = True
-    earlier = synthetic.SceneObject(1, [], mask, area=100)
+    earlier = scene.SceneObject(1, [], mask, area=100)
 
     def candidate(rows_hidden):
         hiding = np.zeros_like(mask)
         hiding[5 : 5 + rows_hidden, 5:15] = True
-        return synthetic.SceneObject(1, [], hiding, area=10 * rows_hidden)
+        return scene.SceneObject(1, [], hiding, area=10 * rows_hidden)
 
-    most = int(10 * (1 - synthetic.MIN_VISIBLE))
-    assert synthetic._fits(candidate(most), [earlier])
-    assert not synthetic._fits(candidate(most + 1), [earlier])
+    most = int(10 * (1 - scene.MIN_VISIBLE))
+    drawn = scene.Scene(np.zeros((60, 60, 3)), 20, [earlier])
+    assert drawn.has_room_for(candidate(most))
+    assert not drawn.has_room_for(candidate(most + 1))
 
 
 # --- folders ---
 
 
 def run_main(folder: Path, *extra: str) -> None:
-    synthetic.main(
-        ["--output_dir", str(folder), *(f"--{name}={value}" for name, value in SMALL.items()), *extra]
-    )
+    main(["--output_dir", str(folder), *(f"--{name}={value}" for name, value in SMALL.items()), *extra])
 
 
 def error_of(capsys, folder: Path, *extra: str) -> str:
@@ -289,29 +288,19 @@ def test_foreign_files_are_never_replaced(tmp_path, capsys, add_settings):
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-@pytest.mark.parametrize("stage", ["_write_split", "_replace"])
-def test_an_interrupted_run_changes_nothing(tmp_path, monkeypatch, stage):
+def test_an_interrupted_run_changes_nothing(tmp_path, monkeypatch):
     run_main(tmp_path / "set")
     before = files_of(tmp_path)
 
     def interrupt(*arguments, **named):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(synthetic, stage, interrupt)
+    monkeypatch.setattr(write, "_write_split", interrupt)
     for folder in (tmp_path / "set", tmp_path / "new"):
         with pytest.raises(KeyboardInterrupt):
-            synthetic.generate(folder, force=True, **SMALL)
+            generate(folder, force=True, **SMALL)
     assert files_of(tmp_path) == before
     assert os.listdir(tmp_path) == ["set"]
-
-
-def test_a_failed_exchange_puts_the_old_set_back(tmp_path):
-    folder = tmp_path / "set"
-    folder.mkdir()
-    (folder / "old").write_text("old")
-    with pytest.raises(FileNotFoundError):
-        synthetic._replace(folder, tmp_path / "missing", aside=tmp_path / "aside")
-    assert files_of(tmp_path) == {"set/old": b"old"}
 
 
 # --- command line ---
@@ -324,7 +313,7 @@ def test_a_failed_exchange_puts_the_old_set_back(tmp_path):
         "--val_images=-1",
         "--image_size=31",
         "--num_classes=0",
-        f"--num_classes={len(synthetic.CLASS_NAMES) + 1}",
+        f"--num_classes={len(paint.CLASS_NAMES) + 1}",
         "--max_objects=0",
         "--seed=-1",
         "--workers=0",

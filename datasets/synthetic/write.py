@@ -1,0 +1,215 @@
+"""A synthetic data set in COCO's layout: settings, annotations and files.
+
+Image i of a split depends on (seed, split, i) alone, so the files do not depend on the number of
+workers.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as mask_utils
+from scipy import ndimage
+from tqdm import tqdm
+
+from datasets.synthetic.paint import CLASS_NAMES
+from datasets.synthetic.scene import SceneObject, render_scene
+
+# increase with every change of the pictures: a data set of another version is made anew
+VERSION = 1
+SETTINGS_FILE = "synthetic.json"
+SPLITS = ("train2017", "val2017")
+OWN_ENTRIES = {*SPLITS, "annotations", SETTINGS_FILE}
+JPEG_QUALITY = 92
+MAX_WORKERS = 64
+MIN_PIECE = 4  # pixels of a piece of an object that others cut off; smaller ones are not annotated
+
+
+def _setting(default: int, low: int, high: int, help: str) -> Any:
+    return field(default=default, metadata={"low": low, "high": high, "help": help})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the files depend on. Raises ValueError for values out of range."""
+
+    train_images: int = _setting(2000, 0, 10**6, "images in train2017")
+    val_images: int = _setting(200, 0, 10**6, "images in val2017")
+    image_size: int = _setting(
+        128, 32, 2048, "longer side of the images in pixels; the other has 0.75 to 1.0 of it"
+    )
+    num_classes: int = _setting(5, 1, len(CLASS_NAMES), f"the first so many of: {', '.join(CLASS_NAMES)}")
+    max_objects: int = _setting(5, 1, 100, "most objects in an image; a crowd is not counted")
+    seed: int = _setting(0, 0, 2**32 - 1, "another seed gives other images")
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            _check(item.name, getattr(self, item.name), item.metadata["low"], item.metadata["high"])
+
+
+def _check(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{name} {value} must be from {low} to {high}")
+
+
+# --- annotations ---
+
+
+def annotation_of(item: SceneObject) -> dict[str, Any]:
+    """COCO's annotation of what is visible of an object, without ids. `bbox` is [x, y, width,
+    height] in pixels, `area` counts pixels, `segmentation` is compressed run lengths.
+    """
+    runs = mask_utils.encode(np.asfortranarray(_without_specks(item.mask), dtype=np.uint8))
+    return {
+        "category_id": item.category_id,
+        "bbox": mask_utils.toBbox(runs).tolist(),
+        "area": float(mask_utils.area(runs)),
+        "iscrowd": int(item.is_crowd),
+        "segmentation": {"size": runs["size"], "counts": runs["counts"].decode()},
+    }
+
+
+def _without_specks(mask: np.ndarray) -> np.ndarray:
+    """The mask (H, W) bool without pieces that are too small to see: they would enlarge the box."""
+    labels, _ = ndimage.label(mask, structure=np.ones((3, 3)))
+    large = np.bincount(labels.ravel()) >= MIN_PIECE
+    kept = mask & large[labels]
+    if not kept.any():
+        return mask
+    return kept
+
+
+# --- files ---
+
+
+def _write_image(
+    index: int, *, folder: Path, split: int, first_id: int, settings: Settings
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Write image `index` of a split; returns its COCO entry and its annotations, without ids."""
+    rng = np.random.default_rng(np.random.SeedSequence((settings.seed, split, index)))
+    image, objects = render_scene(
+        rng,
+        image_size=settings.image_size,
+        num_classes=settings.num_classes,
+        max_objects=settings.max_objects,
+    )
+    image_id = first_id + index
+    file_name = f"{image_id:012d}.jpg"
+    # Chroma subsampling would smear the small shapes at these sizes.
+    Image.fromarray(image).save(folder / file_name, quality=JPEG_QUALITY, subsampling=0)
+    height, width = image.shape[:2]
+    entry = {"id": image_id, "file_name": file_name, "height": height, "width": width}
+    return entry, [{"image_id": image_id, **annotation_of(item)} for item in objects]
+
+
+def _run(job: Callable[[int], Any], count: int, workers: int, description: str) -> list[Any]:
+    """[job(0), ..., job(count - 1)], with a progress bar on a terminal."""
+    progress = partial(tqdm, total=count, desc=description, unit="image", disable=None)
+    if workers == 1:
+        return list(progress(map(job, range(count))))
+    # Workers ignore Ctrl-C: the parent ends them, without a traceback from each.
+    with multiprocessing.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        return list(progress(pool.imap(job, range(count), chunksize=8)))
+
+
+def _write_split(folder: Path, split: int, settings: Settings, workers: int) -> None:
+    """Write the images and the annotations of SPLITS[split] below the folder."""
+    # images; as in COCO, no id occurs in both splits
+    name = SPLITS[split]
+    count = (settings.train_images, settings.val_images)[split]
+    first_id = (1, settings.train_images + 1)[split]
+    (folder / name).mkdir(parents=True)
+    job = partial(_write_image, folder=folder / name, split=split, first_id=first_id, settings=settings)
+    results = _run(job, count, workers, name)
+
+    # annotations, numbered in the order of the images
+    annotations: list[dict[str, Any]] = []
+    for _, of_image in results:
+        for annotation in of_image:
+            annotations.append({"id": len(annotations) + 1, **annotation})
+    classes = enumerate(CLASS_NAMES[: settings.num_classes], start=1)
+    content = {
+        "info": {"description": "synthetic shapes", "version": str(VERSION)},
+        "licenses": [],
+        "categories": [{"id": id_, "name": name, "supercategory": "shape"} for id_, name in classes],
+        "images": [entry for entry, _ in results],
+        "annotations": annotations,
+    }
+    path = folder / "annotations" / f"instances_{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, separators=(",", ":")))
+
+
+def _read_settings(folder: Path) -> Any:
+    """What SETTINGS_FILE in the folder says; None if it cannot be read."""
+    try:
+        return json.loads((folder / SETTINGS_FILE).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _check_replaceable(folder: Path, force: bool) -> None:
+    """Raise FileExistsError unless the folder is missing, empty, or a synthetic data set that
+    `force` gives up.
+    """
+    if not folder.exists():
+        return
+    entries = set(os.listdir(folder))
+    if entries and (SETTINGS_FILE not in entries or entries - OWN_ENTRIES):
+        raise FileExistsError(
+            f"{folder} holds other files than a synthetic data set; choose another --output_dir"
+        )
+    if entries and not force:
+        raise FileExistsError(f"{folder} holds a data set of other settings; --force replaces it")
+
+
+def generate(output_dir: str | Path, *, workers: int = 1, force: bool = False, **settings: int) -> bool:
+    """Write a data set in COCO's layout, whole or not at all.
+
+    Args:
+        output_dir: gets train2017/, val2017/, annotations/instances_{train,val}2017.json and
+            synthetic.json.
+        workers: processes; the files do not depend on it.
+        force: replaces a synthetic data set of other settings.
+        settings: the fields of Settings: train_images, val_images, image_size, num_classes,
+            max_objects, seed.
+
+    Returns:
+        False if a data set of these settings was there already, and nothing was done; else True.
+
+    Raises:
+        ValueError: a value is out of range.
+        OSError: the folder cannot be written; FileExistsError if it holds something else.
+    """
+    # is it there already, or something else?
+    chosen = Settings(**settings)
+    _check("workers", workers, 1, MAX_WORKERS)
+    description = {"version": VERSION, **asdict(chosen)}
+    folder = Path(output_dir).resolve()
+    if _read_settings(folder) == description and not force:
+        return False
+    _check_replaceable(folder, force)
+
+    # write beside the folder, then rename: an interruption leaves no half data set
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        # one folder deeper, because others may not read a temporary folder
+        new = Path(temporary, "new")
+        for split in range(len(SPLITS)):
+            _write_split(new, split, chosen, workers)
+        (new / SETTINGS_FILE).write_text(json.dumps(description, indent=2) + "\n")
+        if folder.exists():
+            folder.rename(Path(temporary, "old"))
+        new.rename(folder)
+    return True
