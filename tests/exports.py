@@ -4,16 +4,34 @@ number.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from pathlib import Path
 
 from PIL import Image
 
 from datasets.convert.common import Labelled
+from tools.convert_dataset import main
+from util.errors import UserError
 
 HEIGHT = 20
 # file -> [(class, x, y, width, height)]
 Boxes = dict[str, list[tuple]]
+
+
+def convert(*flags: object, code: int = 0) -> str:
+    """What tools/convert_dataset.py prints, or its error in one line."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            main([str(flag) for flag in flags])
+    except UserError as error:
+        assert error.exit_code == code, error
+        assert len(str(error).splitlines()) == 1
+        return str(error)
+    assert code == 0
+    return said.getvalue()
 
 
 def width_of(number: int) -> int:
@@ -77,7 +95,7 @@ def boxes(data: Labelled, root: Path) -> dict[str, Boxes]:
             ]
             for image in images
         }
-        for part, images in data.parts.items()
+        for part, images in data.splits.items()
     }
 
 

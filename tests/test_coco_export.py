@@ -5,7 +5,6 @@ kind.
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from datasets.convert.coco import read_coco
-from datasets.convert.common import Faults
-from tests.helpers import run, write_coco
+from datasets.convert.problems import Problems
+from tests.exports import convert
+from tests.helpers import write_coco
 from util.errors import UserError
 
 SIZE = (60, 40)
@@ -56,17 +56,18 @@ def write(folder: Path, content: dict[str, Any], name: str = "export.json") -> P
     return folder
 
 
-def converted(source: Path, on_bad: str = "skip") -> tuple[dict[str, Any], Faults]:
+def converted(source: Path, on_bad: str = "skip") -> tuple[dict[str, Any], Problems]:
     """Both parts together, in the order of the ids."""
-    faults = Faults(on_bad)
-    parts = read_coco(source, None, 42, faults).values()
+    faults = Problems(on_bad)
+    parts = read_coco(source, faults).values()
+    faults.stop_if_asked()
     whole = {
         name: [entry for part in parts for entry in part.content[name]] for name in ("images", "annotations")
     }
     return {name: sorted(entries, key=lambda entry: entry["id"]) for name, entries in whole.items()}, faults
 
 
-def told(faults: Faults) -> dict[str, int]:
+def told(faults: Problems) -> dict[str, int]:
     return {note: count for note, count in faults.notes.items() if count}
 
 
@@ -156,7 +157,7 @@ def test_a_category_has_one_number_in_all_files(tmp_path):
         for annotation, key in zip(content["annotations"], "abca", strict=True):
             annotation["category_id"] = f"{UUID}{key}"
         write(tmp_path / part, content, "_annotations.coco.json")
-    parts = read_coco(tmp_path, None, 42, Faults("stop"))
+    parts = read_coco(tmp_path, Problems("stop"))
     for part in parts.values():
         assert {category["name"]: category["id"] for category in part.content["categories"]} == {
             "van": 1,
@@ -279,7 +280,7 @@ def test_a_faulty_object_is_one_fault_and_the_others_arrive(tmp_path, name):
     assert faults.kinds == {kind: 1}
     assert len(faults.messages) == 1
     assert str(tmp_path / "export.json") in faults.messages[0]
-    with pytest.raises(UserError, match=f"; faults in all: {kind} 1; .*--on_bad skip"):
+    with pytest.raises(UserError, match=f"; problems in all: {kind} 1; .*--on_bad skip"):
         converted(tmp_path, "stop")
 
 
@@ -322,19 +323,14 @@ def test_an_export_of_which_nothing_is_left_is_refused(tmp_path):
     content = export()
     for image in content["images"]:
         image["file_name"] = None
-    with pytest.raises(UserError, match="no images that can be used"):
-        converted(write(tmp_path, content))
+    source = write(tmp_path / "in", content)
+    refused = convert(source, "--output_dir", tmp_path / "out", "--on_bad", "skip", code=2)
+    assert "no train images that can be used" in refused
     with pytest.raises(UserError, match="has no categories"):
-        converted(write(tmp_path, export() | {"categories": []}))
+        converted(write(tmp_path / "none", export() | {"categories": []}))
 
 
 # ---- the command
-
-
-def convert(*flags: object, code: int = 0) -> str:
-    result = run(sys.executable, "tools/convert_dataset.py", *map(str, flags))
-    assert result.returncode == code, result.stderr
-    return result.stderr if code else result.stdout
 
 
 def test_a_published_data_set_with_a_few_faults_is_converted_by_one_command(tmp_path):
@@ -346,20 +342,19 @@ def test_a_published_data_set_with_a_few_faults_is_converted_by_one_command(tmp_
     write(tmp_path / "in", content)
     said = convert(tmp_path / "in", "--output_dir", tmp_path / "out")
     assert f"{ANEW}: 2\n" in said
-    assert "left out by --on_bad: 0; next" in said.splitlines()[-1]
+    assert "nothing left out; next" in said.splitlines()[-1]
     for i in range(30):
         content["annotations"][10 * i]["bbox"] = [INFINITE, INFINITE, -INFINITE, -INFINITE]
     content["annotations"][11]["image_id"] = 77
     write(tmp_path / "in", content)
     refused = convert(tmp_path / "in", "--output_dir", tmp_path / "stopped", code=2)
     assert (
-        "faults in all: wrong_bbox 30, unknown_image 1; mend them, or leave such things out with "
+        "problems in all: wrong_bbox 30, unknown_image 1; fix them, or leave such things out with "
         "--on_bad skip" in refused
     )
-    assert len(refused.splitlines()) == 1
     assert not list((tmp_path / "stopped").iterdir())
     said = convert(tmp_path / "in", "--output_dir", tmp_path / "skipped", "--on_bad", "skip")
-    assert "left out by --on_bad: 31 (wrong_bbox 30, unknown_image 1); next" in said.splitlines()[-1]
+    assert "left out by --on_bad skip: 31 (wrong_bbox 30, unknown_image 1); next" in said.splitlines()[-1]
 
 
 def test_an_export_without_faults_is_written_as_it_is_to_the_byte(tmp_path):
@@ -460,7 +455,7 @@ def test_whatever_the_mixture_the_sound_arrives_and_the_rest_is_counted(folder, 
         written, faults = converted(folder, on_bad)
     except UserError as error:
         assert on_bad == "stop"
-        assert "faults in all: " in str(error)
+        assert "problems in all: " in str(error)
         assert len(sound_images) < len(images) or len(sound) < len(objects)
         return
     sizes = {image["file_name"]: (image["width"], image["height"]) for image in written["images"]}

@@ -14,11 +14,13 @@ import pytest
 from PIL import Image, ImageOps
 
 from datasets.coco_format import read_annotations
-from datasets.convert.common import Corners, Faults, as_stored, to_coco
+from datasets.convert.layout import to_coco
+from datasets.convert.problems import Corners, Problems, as_stored
 from datasets.convert.voc import VocRules, read_voc
 from datasets.convert.yolo import read_yolo
 from datasets.file_index import shown_size
 from tests import layouts
+from tests.exports import convert
 from tests.helpers import run, write_coco
 from util.errors import UserError
 from util.images.files import Header, read_header
@@ -82,14 +84,6 @@ def write_yolo(root: Path) -> None:
     )
 
 
-def convert(*flags: object, code: int = 0) -> str:
-    result = run(sys.executable, "tools/convert_dataset.py", *map(str, flags))
-    assert result.returncode == code, result.stderr
-    if code:
-        assert len(result.stderr.splitlines()) == 1
-    return result.stdout if code == 0 else result.stderr
-
-
 def content(folder: Path, part: str) -> dict:
     """What was written, which must be what training reads, with its images beside it."""
     path = folder / "annotations" / f"instances_{part}2017.json"
@@ -115,12 +109,13 @@ def boxes(written: dict, areas: bool = True) -> dict[str, list[tuple]]:
 
 def read(
     source: Path, on_bad: str = "stop", **rules: object
-) -> tuple[dict[str, dict[str, list[tuple]]], Faults]:
+) -> tuple[dict[str, dict[str, list[tuple]]], Problems]:
     """The boxes of every part of a source, and what was wrong with it."""
-    faults = Faults(on_bad)
+    faults = Problems(on_bad)
     is_voc = next(source.rglob("*.xml"), None) is not None
     data = read_voc(source, VocRules(**rules), faults) if is_voc else read_yolo(source, faults)
-    return {part: boxes(written) for part, written in to_coco(data).items()}, faults
+    faults.stop_if_asked()
+    return {part: boxes(written) for part, (written, _) in to_coco(data).items()}, faults
 
 
 def refusal(source: Path, **rules: object) -> str:
@@ -149,7 +144,7 @@ def test_voc_is_converted_by_one_command(tmp_path):
     assert boxes(val) == {"2007_c.jpg": []}
     assert {image["id"] for image in train["images"]}.isdisjoint(image["id"] for image in val["images"])
     assert "difficult objects (crowd): 1" in said
-    assert "3 classes; left out by --on_bad: 0" in said
+    assert "3 classes; nothing left out;" in said
     source, target = (tmp_path / place / "2007_a.jpg" for place in ("VOC2007/JPEGImages", "out/train2017"))
     assert source.samefile(target), "linked"
 
@@ -178,7 +173,9 @@ def test_other_lists_of_images_may_be_chosen(tmp_path):
     ]
     assert list(read(tmp_path, train_set="test")[0]["train"]) == ["2007_c.jpg"]
     assert "nowhere.txt can't be read" in refusal(tmp_path, train_set="nowhere")
-    assert "share 2 images, 2007_a" in refusal(tmp_path, train_set="trainval", val_set="cat_train")
+    assert "share 2 images, for example 2007_a" in refusal(
+        tmp_path, train_set="trainval", val_set="cat_train"
+    )
 
 
 @pytest.mark.parametrize(
@@ -423,7 +420,10 @@ def test_key_points_behind_a_box_are_passed_over(tmp_path):
         ("train: nowhere\nnames: [a]", "names nowhere, which is missing"),
         ("train: {a: b}\nnames: [a]", "be a path"),
         ("train: !!python/object/apply:os.system [x]\nnames: [a]", "is not YAML"),
-        ("train: images/val\nval: images/train/sub\nnames: [a, b, c]", "no image of the val part has labels"),
+        (
+            "train: images/val\nval: images/train/sub\nnames: [a, b, c]",
+            "no image of the val split has labels",
+        ),
     ],
 )
 def test_a_data_yaml_that_cannot_be_used_is_refused(tmp_path, text, wanted):
@@ -610,10 +610,16 @@ def test_mistakes_cost_one_line(tmp_path):
     write_voc(tmp_path / "both")
     (tmp_path / "empty").mkdir()
     out = ("--output_dir", tmp_path / "out")
-    assert "does not exist" in convert(tmp_path / "nowhere", *out, code=2)
+    command = (sys.executable, "tools/convert_dataset.py", "nowhere", "--output_dir", str(tmp_path / "out"))
+    result = run(*command)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: nowhere does not exist")
+    assert len(result.stderr.splitlines()) == 1
     assert "neither of Pascal" in convert(tmp_path / "empty", *out, code=2)
     assert "--format voc or --format yolo" in convert(tmp_path / "both", *out, code=2)
-    assert "has a validation part already" in convert(tmp_path / "voc", *out, "--val_fraction", "0.5", code=2)
+    assert "has a validation split already" in convert(
+        tmp_path / "voc", *out, "--val_fraction", "0.5", code=2
+    )
     assert "is not empty" in convert(tmp_path / "voc", "--output_dir", tmp_path / "both", code=2)
     assert not any((tmp_path / "out").iterdir()), "nothing is written before all has been read"
     convert(tmp_path / "both", *out, "--format", "yolo")
@@ -631,12 +637,12 @@ def test_a_source_of_which_nothing_is_left_says_what_is_wrong_with_it(tmp_path):
     write(tmp_path / "yolo/data.yaml", "train: train.txt\nnames: [car]\n")
     write(tmp_path / "yolo/train.txt", "nowhere.png\n")
     said = convert(tmp_path / "yolo", *out, "--on_bad", "skip", code=2)
-    assert "no train images that can be used; faults: 1, the first one:" in said
+    assert "no train images that can be used; problems: 1, the first one:" in said
     assert "line 1 names the image 'nowhere.png'" in said
     write(tmp_path / "coco/result.json", '{"images": [')
     assert "result.json is not JSON" in convert(tmp_path / "coco", *out, code=2)
     write(tmp_path / "coco/result.json", '{"images": [], "categories": []}')
-    assert "result.json is no COCO instances file: it lacks the lists annotations" in convert(
+    assert "result.json is no COCO instances file: the lists annotations are missing" in convert(
         tmp_path / "coco", *out, code=2
     )
 

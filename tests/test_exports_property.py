@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from datasets.convert.coco import read_coco
-from datasets.convert.common import Faults
+from datasets.convert.problems import Problems
 from datasets.convert.voc import VocRules, read_voc
 from datasets.convert.yolo import read_yolo
 from tests.exports import (
@@ -198,7 +198,7 @@ def test_yolo_exports(prefix, chosen, habit, layout):
                 root / "obj.data",
                 habit.line_end.join(("classes = 2", "train = data/train.txt", "names = data/obj.names")),
             )
-        faults = Faults("skip")
+        faults = Problems("skip")
         with nothing_else_opened(root):
             data = read_yolo(root, faults)
         found = boxes(data, root.parents[1])["train"]
@@ -229,7 +229,7 @@ def test_voc_exports(prefix, chosen, habit, numbered, listed):
         if listed:
             names = [habit.written(f"JPEGImages/{entry}.jpg") for entry in entries]
             habit.write_lines(root / "ImageSets/Main/default.txt", names)
-        faults = Faults("skip")
+        faults = Problems("skip")
         with nothing_else_opened(root):
             found = boxes(read_voc(root, VocRules(), faults), root.parents[1])["train"]
         assert {name: objects for name, objects in found.items() if objects} == wanted(
@@ -251,8 +251,8 @@ def test_coco_exports(prefix, chosen, habit, begins):
         write(root / "result.json", coco_text(names), habit.encoding)
         if sum(picture.fault == "" for picture in chosen) < 2:
             return  # two parts need an image each
-        faults = Faults("skip")
+        faults = Problems("skip")
         with nothing_else_opened(root):
-            parts = read_coco(root, None, 1, faults)
+            parts = read_coco(root, faults)
         assert merged(coco_boxes(parts, root.parents[1])) == wanted(places(root, chosen, "images", habit))
         assert len(faults.messages) == sum(bool(picture.fault) for picture in chosen)

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from datasets.convert.coco import read_coco
-from datasets.convert.common import Faults
+from datasets.convert.formats import format_of
+from datasets.convert.problems import Problems
 from datasets.convert.voc import VocRules, read_voc
 from datasets.convert.yolo import read_yolo
 from datasets.file_index import BARE, END, SPELLING
@@ -23,6 +24,7 @@ from tests.exports import (
     boxes,
     coco_boxes,
     coco_text,
+    convert,
     merged,
     voc_text,
     wanted,
@@ -32,8 +34,7 @@ from tests.exports import (
     yolo_line,
 )
 from tests.faults.fuzz_watch import Watch
-from tests.test_convert_dataset import convert, refusal
-from tools.convert_dataset import format_of
+from tests.test_convert_dataset import refusal
 from util.errors import UserError
 
 # ---- COCO's format
@@ -89,10 +90,10 @@ def test_coco_exports_of_labelling_tools(tmp_path, tool):
     # a picture of the right name where the file says, outside of what was given
     for number in places:
         write_image(tmp_path / f"upload/4/0123abcd-{number}.jpg", number)
-    faults = Faults()
-    assert format_of(root) == "coco"
+    faults = Problems()
+    assert format_of(root).name == "coco"
     with Watch(root, 600, hard=False).case():
-        parts = read_coco(root, None, 1, faults)
+        parts = read_coco(root, faults)
     assert merged(coco_boxes(parts, root)) == wanted(places)
     assert +faults.notes == ({how: 6} if how else {})
     convert(root, "--output_dir", tmp_path / "out")
@@ -105,7 +106,7 @@ def test_coco_exports_of_labelling_tools(tmp_path, tool):
 
 def test_images_that_are_named_without_an_ending_get_one(tmp_path):
     places = coco_export(tmp_path, "result.json", "{}".format, "images/{}.jpg".format)
-    parts = read_coco(tmp_path, None, 1, Faults())
+    parts = read_coco(tmp_path, Problems())
     assert merged(coco_boxes(parts, tmp_path)) == wanted(places)
     assert {name for part in parts.values() for name in part.files} == {f"{number}.jpg" for number in places}
 
@@ -114,7 +115,7 @@ def test_an_instances_file_may_be_given_without_its_folder(tmp_path):
     places = coco_export(
         tmp_path, "annotations/instances_default.json", "{}.jpg".format, "images/{}.jpg".format
     )
-    parts = read_coco(tmp_path / "annotations/instances_default.json", None, 1, Faults())
+    parts = read_coco(tmp_path / "annotations/instances_default.json", Problems())
     assert merged(coco_boxes(parts, tmp_path)) == wanted(places)
 
 
@@ -127,8 +128,8 @@ def test_roboflow_coco(tmp_path):
             coco_text({number: f"{number}_jpg.rf.0f.jpg" for number in numbers}),
         )
     write(tmp_path / "README.roboflow.txt", "text")
-    faults = Faults()
-    found = coco_boxes(read_coco(tmp_path, None, 1, faults), tmp_path)
+    faults = Problems()
+    found = coco_boxes(read_coco(tmp_path, faults), tmp_path)
     assert found["train"] == wanted({1: "train/1_jpg.rf.0f.jpg", 2: "train/2_jpg.rf.0f.jpg"})
     assert found["val"] == wanted({3: "valid/3_jpg.rf.0f.jpg"})
     assert sum(faults.notes.values()) == 1
@@ -144,8 +145,8 @@ def test_of_cocos_own_folder_the_instances_are_taken(tmp_path):
             write(tmp_path / f"annotations/{kind}_{part}2017.json", coco_text({number: f"{number}.jpg"}))
         write(tmp_path / f"annotations/captions_{part}2017.json", '{"images": [], "annotations": []}')
     write(tmp_path / "annotations/image_info_test-dev2017.json", '{"images": [], "categories": []}')
-    faults = Faults()
-    found = coco_boxes(read_coco(tmp_path, None, 1, faults), tmp_path)
+    faults = Problems()
+    found = coco_boxes(read_coco(tmp_path, faults), tmp_path)
     assert found == {"train": wanted({1: "train2017/1.jpg"}), "val": wanted({2: "val2017/2.jpg"})}
     (said,) = +faults.notes
     assert faults.notes[said] == 9
@@ -156,7 +157,7 @@ def test_key_points_alone_serve_for_their_boxes(tmp_path):
     places = coco_export(
         tmp_path, "annotations/person_keypoints_default.json", "{}.jpg".format, "images/{}.jpg".format
     )
-    assert merged(coco_boxes(read_coco(tmp_path, None, 1, Faults()), tmp_path)) == wanted(places)
+    assert merged(coco_boxes(read_coco(tmp_path, Problems()), tmp_path)) == wanted(places)
 
 
 def test_an_image_of_another_part_is_not_taken_for_one_that_is_missing(tmp_path):
@@ -168,9 +169,10 @@ def test_an_image_of_another_part_is_not_taken_for_one_that_is_missing(tmp_path)
             coco_text({number: f"{number}.jpg" for number in (1, 2, 3, 4)}),
         )
     with pytest.raises(UserError, match="names the image '4.jpg', and below .* it is not there; "):
-        read_coco(tmp_path, None, 1, Faults())
-    faults = Faults("skip")
-    found = coco_boxes(read_coco(tmp_path, None, 1, faults), tmp_path)
+        read_coco(tmp_path, problems := Problems())
+        problems.stop_if_asked()
+    faults = Problems("skip")
+    found = coco_boxes(read_coco(tmp_path, faults), tmp_path)
     assert found["train"] == wanted({number: f"images/train/{number}.jpg" for number in (1, 2, 3)})
     assert found["val"] == wanted({number: f"images/val/{number}.jpg" for number in (1, 2, 3, 4)})
     assert len(faults.messages) == 1
@@ -187,7 +189,7 @@ def test_cvat_voc(tmp_path):
     write(tmp_path / "ImageSets/Main/default.txt", '"cam 1/a"\ncam2/a\nb\n')
     write(tmp_path / "ImageSets/Main/thing_default.txt", '"cam 1/a" 1\ncam2/a 1\nb -1\n')
     write(tmp_path / "labelmap.txt", "# label:color_rgb:parts:actions\nthing:128,0,0::\n")
-    data = read_voc(tmp_path, VocRules(), Faults())
+    data = read_voc(tmp_path, VocRules(), Problems())
     places = {1: "JPEGImages/cam 1/a.jpg", 2: "JPEGImages/cam2/a.jpg", 3: "JPEGImages/b.jpg"}
     assert boxes(data, tmp_path) == {"train": wanted(places)}
 
@@ -198,7 +200,7 @@ def test_subsets_may_have_the_names_of_tools(tmp_path, names):
         write_image(tmp_path / f"JPEGImages/{number}.jpg", number)
         write(tmp_path / f"Annotations/{number}.xml", voc_text(number))
         write(tmp_path / f"ImageSets/Main/{name}.txt", f"{number}\n")
-    found = boxes(read_voc(tmp_path, VocRules(), Faults()), tmp_path)
+    found = boxes(read_voc(tmp_path, VocRules(), Problems()), tmp_path)
     assert found == {"train": wanted({1: "JPEGImages/1.jpg"}), "val": wanted({2: "JPEGImages/2.jpg"})}
 
 
@@ -225,7 +227,7 @@ def test_lists_of_voc_in_every_form(tmp_path, entry):
         write_image(tmp_path / f"JPEGImages/a {number}.jpg", number)
         write(tmp_path / f"Annotations/a {number}.xml", voc_text(number))
     write(tmp_path / "ImageSets/Main/train.txt", "\ufeff# chosen\n" + entry.format("a 2") + "\n")
-    assert boxes(read_voc(tmp_path, VocRules(), Faults()), tmp_path) == {
+    assert boxes(read_voc(tmp_path, VocRules(), Problems()), tmp_path) == {
         "train": wanted({2: "JPEGImages/a 2.jpg"})
     }
 
@@ -235,7 +237,7 @@ def test_xml_files_of_other_names_are_of_the_image_that_they_name(tmp_path):
         write_image(tmp_path / f"images/photo {number}.jpg", number)
         write_image(tmp_path / f"masks/{number:06}.png", number)
         write(tmp_path / f"annotations/{number:06}.xml", voc_text(number, f"D:\\photos\\photo {number}.jpg"))
-    faults = Faults()
+    faults = Problems()
     found = boxes(read_voc(tmp_path, VocRules(), faults), tmp_path)
     assert found == {"train": wanted({1: "images/photo 1.jpg", 2: "images/photo 2.jpg"})}
     assert faults.notes[BARE] == 2
@@ -248,7 +250,8 @@ def test_a_mask_is_not_taken_for_an_image_that_is_missing(tmp_path):
         write(tmp_path / f"Annotations/{number}.xml", voc_text(number, f"{number}.jpg"))
     (tmp_path / "JPEGImages/2.jpg").unlink()
     with pytest.raises(UserError, match="2.xml has no image: none of that name is below"):
-        read_voc(tmp_path, VocRules(), Faults())
+        read_voc(tmp_path, VocRules(), problems := Problems())
+        problems.stop_if_asked()
 
 
 def test_an_image_of_another_part_is_no_xml_files(tmp_path):
@@ -257,7 +260,7 @@ def test_an_image_of_another_part_is_no_xml_files(tmp_path):
         write(tmp_path / f"{part}/{number}.xml", voc_text(number, f"{number}.jpg"))
     write(tmp_path / "train/3.xml", voc_text(3, "3.jpg"))
     write_image(tmp_path / "valid/3.jpg", 3)
-    faults = Faults("skip")
+    faults = Problems("skip")
     found = boxes(read_voc(tmp_path, VocRules(), faults), tmp_path)
     assert found == {"train": wanted({1: "train/1.jpg"}), "val": wanted({2: "valid/2.jpg"})}
     assert len(faults.messages) == 1
@@ -290,9 +293,9 @@ def test_cvat_yolo_1_1(tmp_path, names):
     write(tmp_path / "obj.names", "\ufeffthing\r\n")
     write_list(tmp_path / "train.txt", "data/obj_train_data/{n}.jpg", range(1, 5))
     write_list(tmp_path / "val.txt", "data/obj_val_data/{n}.jpg", range(5, 7))
-    assert format_of(tmp_path) == format_of(tmp_path / "obj.data") == "yolo"
+    assert format_of(tmp_path).name == format_of(tmp_path / "obj.data").name == "yolo"
     for source in (tmp_path, tmp_path / "obj.data"):
-        faults = Faults()
+        faults = Problems()
         assert boxes(read_yolo(source, faults), tmp_path) == places
         assert faults.notes[END] == 6
 
@@ -303,7 +306,7 @@ def test_darknet_is_started_above_its_files(tmp_path):
     write(tmp_path / "data/obj.names", "thing\n")
     write_list(tmp_path / "data/train.txt", "data/train/{n}.jpg", range(1, 5))
     write_list(tmp_path / "data/val.txt", "data/val/{n}.jpg", range(5, 7))
-    assert boxes(read_yolo(tmp_path / "cfg/obj.data", Faults()), tmp_path) == places
+    assert boxes(read_yolo(tmp_path / "cfg/obj.data", Problems()), tmp_path) == places
 
 
 @pytest.mark.parametrize(
@@ -328,7 +331,7 @@ def test_lists_of_ultralytics_in_every_form(tmp_path, entry):
     write(root / "data.yaml", "path: .\ntrain: train.txt\nval: images/val\nnames:\n  0: thing\n")
     write_list(root / "train.txt", entry, range(1, 5))
     with Watch(root, 600, hard=False).case():
-        assert boxes(read_yolo(root, Faults()), root) == places
+        assert boxes(read_yolo(root, Problems()), root) == places
 
 
 def test_lists_of_two_parts_may_have_the_same_names(tmp_path):
@@ -337,7 +340,7 @@ def test_lists_of_two_parts_may_have_the_same_names(tmp_path):
         write(tmp_path / f"{part}/labels/a.txt", yolo_line(number))
         write(tmp_path / f"{part}/list.txt", "images/a.jpg\n")
     write(tmp_path / "data.yaml", "train: train/list.txt\nval: val/list.txt\nnames: [thing]\n")
-    found = boxes(read_yolo(tmp_path, Faults()), tmp_path)
+    found = boxes(read_yolo(tmp_path, Problems()), tmp_path)
     assert found == {"train": wanted({1: "train/images/a.jpg"}), "val": wanted({2: "val/images/a.jpg"})}
 
 
@@ -349,7 +352,7 @@ def test_roboflow_yolo(tmp_path):
     folders = "train: ../train/images\nval: ../val/images\ntest: ../test/images\n"
     write(tmp_path / "in/data.yaml", f"{folders}\nnc: 1\nnames: ['thing']\n")
     for source in (tmp_path / "in", tmp_path / "in/data.yaml"):
-        assert boxes(read_yolo(source, Faults()), tmp_path / "in") == places
+        assert boxes(read_yolo(source, Problems()), tmp_path / "in") == places
 
 
 def test_a_part_that_is_missing_is_not_another(tmp_path):
@@ -357,7 +360,7 @@ def test_a_part_that_is_missing_is_not_another(tmp_path):
     places = yolo_export(tmp_path, "images/{n}.jpg", "labels/{n}.txt")
     write(tmp_path / "data.yaml", "train: ../images\nval: ../valid/images\nnames: [thing]\n")
     assert "names ../valid/images, which is missing" in refusal(tmp_path)
-    faults = Faults("skip")
+    faults = Problems("skip")
     assert merged(boxes(read_yolo(tmp_path, faults), tmp_path)) == merged(places)
     assert len(faults.messages) == 1
     write(tmp_path / "data.yaml", "train: a/images\nval: b/images\nnames: [thing]\n")
@@ -377,7 +380,7 @@ def test_a_part_that_is_missing_is_not_another(tmp_path):
 def test_folders_of_data_yaml_in_every_form(tmp_path, text):
     places = yolo_export(tmp_path, "images/{part}/{n}.jpg", "labels/{part}/{n}.txt")
     write(tmp_path / "dataset.yaml", text + "names: [thing]\n")
-    assert boxes(read_yolo(tmp_path, Faults()), tmp_path) == places
+    assert boxes(read_yolo(tmp_path, Problems()), tmp_path) == places
 
 
 def test_label_studio_yolo(tmp_path):
@@ -387,8 +390,8 @@ def test_label_studio_yolo(tmp_path):
         tmp_path / "notes.json",
         '{"categories": [{"id": 0, "name": "thing"}], "info": {"contributor": "Label Studio"}}',
     )
-    assert format_of(tmp_path) == "yolo"
-    data = read_yolo(tmp_path, Faults())
+    assert format_of(tmp_path).name == "yolo"
+    data = read_yolo(tmp_path, Problems())
     assert data.names == ["thing", "other"]
     assert merged(boxes(data, tmp_path)) == merged(places)
 
@@ -429,15 +432,15 @@ def test_text_of_a_yaml_stays_text(tmp_path):
         for encoding in ("utf-8", "utf-8-sig", "utf-16"):
             content = f"train: images/train\nval: images/val\ntest: # none\n{text}"
             (tmp_path / "data.yaml").write_bytes(content.replace("\n", "\r\n").encode(encoding))
-            assert read_yolo(tmp_path, Faults()).names == names
+            assert read_yolo(tmp_path, Problems()).names == names
     write(tmp_path / "data.yaml", "train: images/train\nval: null\nnames: [thing]\n")
-    assert list(read_yolo(tmp_path, Faults()).parts) == ["train"]
+    assert list(read_yolo(tmp_path, Problems()).splits) == ["train"]
 
 
 def test_class_files_are_read_as_text(tmp_path):
     yolo_export(tmp_path, "images/{n}.jpg", "labels/{n}.txt")
     (tmp_path / "classes.txt").write_bytes('# classes\r\n"no"\r\n007\r\nStraße 1\r\n\r\n'.encode("utf-16"))
-    faults = Faults()
+    faults = Problems()
     assert read_yolo(tmp_path, faults).names == ["no", "007", "Straße 1"]
     assert [count for note, count in faults.notes.items() if "begin with #" in note] == [1]
 
@@ -447,9 +450,9 @@ def test_labels_of_no_image_are_counted(tmp_path):
     write(tmp_path / "classes.txt", "thing\n")
     write(tmp_path / "README.txt", "5 images were 0.5 of all\n")
     write(tmp_path / "labels/7.txt", yolo_line(7))
-    faults = Faults()
+    faults = Problems()
     read_yolo(tmp_path, faults)
-    assert faults.notes["files of labels that belong to no image of these parts, left out"] == 1
+    assert faults.notes["files of labels that belong to no image of these splits, left out"] == 1
 
 
 def test_images_and_labels_that_two_folders_share_are_not_guessed(tmp_path):
@@ -460,12 +463,12 @@ def test_images_and_labels_that_two_folders_share_are_not_guessed(tmp_path):
     write(tmp_path / "labels/b.txt", yolo_line(3))
     write(tmp_path / "labels/A.Txt", yolo_line(2))
     write(tmp_path / "classes.txt", "thing\n")
-    found = boxes(read_yolo(tmp_path, Faults()), tmp_path)
+    found = boxes(read_yolo(tmp_path, Problems()), tmp_path)
     assert found["train"] == wanted({1: "images/a.jpg", 2: "images/A.jpg", 3: "images/b.jpg"})
     (tmp_path / "labels/a.TXT").rename(tmp_path / "labels/á.txt")
     (tmp_path / "labels/A.Txt").unlink()
     (tmp_path / "images/a.jpg").rename(tmp_path / unicodedata.normalize("NFD", "images/á.jpg"))
     (tmp_path / "images/A.jpg").rename(tmp_path / "images/Á.jpg")
-    faults = Faults("skip")
+    faults = Problems("skip")
     assert boxes(read_yolo(tmp_path, faults), tmp_path) == {"train": wanted({3: "images/b.jpg"})}
     assert len(faults.messages) == 2

@@ -20,7 +20,7 @@ sys.path.insert(
 )  # run as a script, this folder would be searched instead
 
 from datasets.coco_format import read_annotations
-from datasets.convert.layout import WAYS, write_part
+from datasets.convert.layout import WAYS, write_split
 from datasets.file_index import respell
 from util.config import make_parser
 from util.errors import UserError, run_as_command
@@ -42,7 +42,7 @@ def main() -> None:
         }
         written = (part,) if args.split == "both" else ("train", "val")
         for name in written:
-            write_part(folder, name, subset, files, args.images)
+            write_split(folder, name, subset, files, args.images)
         objects = len(subset["annotations"])
         print(
             f"{folder}: {len(files)} images with {objects} objects of {len(subset['categories'])} "

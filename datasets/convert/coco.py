@@ -1,5 +1,5 @@
 """COCO's instances format in other places than the published ones, as labelling tools export it, or
-not yet parted.
+not split yet.
 """
 
 from __future__ import annotations
@@ -7,20 +7,19 @@ from __future__ import annotations
 import functools
 import json
 import os
-import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from datasets.coco_format import is_file_name, read_json
-from datasets.convert.coco_export import check_export, leave_out, mend
-from datasets.convert.common import PARTS, ROLES, VAL_FRACTION, Faults
-from datasets.convert.layout import Part
+from datasets.convert.coco_export import LISTS, Content, check_export, entries_of, leave_out, mend
+from datasets.convert.common import ROLES, split_named
+from datasets.convert.layout import CocoSplit
+from datasets.convert.problems import Problems
 from datasets.file_index import IMAGE_SUFFIXES, Found, Index, annotated_size, files_below, portable
 from util.errors import UserError
 from util.images.files import read_regular_file
 
-_LISTS = ("images", "annotations", "categories")
 # words in the names of COCO's other annotation files, some of which have boxes too
 _OTHER_KINDS = {"captions", "keypoints", "stuff", "panoptic", "info"}
 
@@ -32,113 +31,72 @@ def is_coco(source: Path) -> bool:
 
 def has_json(source: Path) -> bool:
     """Whether there is a file that may have been meant as an instances file."""
-    return bool(_json_files(source))
+    return bool(_json_files(source)[0])
 
 
-def read_coco(source: Path, fraction: float | None, seed: int, faults: Faults) -> dict[str, Part]:
-    """The "train" and "val" parts of an instances file, or of a folder with one or with one for
-    each part.
+def read_coco(source: Path, problems: Problems) -> dict[str, CocoSplit]:
+    """What is sound in an instances file ("train"), or in a folder with one or with one for each
+    split ("train" and "val").
 
-    A file belongs to the part that its name or its folder names (train; val, valid or validation;
-    test, where there is no val). A single file is parted at random: `fraction` of its images are
-    for validation, the same ones for the same seed. Whole numbers that are ids stay as they are
-    (see coco_export.mend). Annotation files that are not taken are noted.
+    A file belongs to the split that its name or its folder names (train; val, valid or validation;
+    test, if there is no val). Ids that are whole numbers stay as they are (see coco_export.mend).
+    Annotation files that are not used are noted.
 
     Raises:
-        UserError: files can't be told apart, nothing is left to convert; or as Faults says, of all
-        faults at once.
+        UserError: files can't be told apart, or hold nothing that could be used.
     """
-    paths = _instances(source) or [_no_instances(source)]
-    root = source if source.is_dir() else _folder_of(source)
-    if source.is_dir():
-        _note("annotation files without instances, left out", _by_kind(source)[1], faults)
+    # the folder that image names may be relative to
+    root = source
+    if not source.is_dir():
+        root = source.parent
+        if root.name.lower() in ROLES and not files_below(root, IMAGE_SUFFIXES):
+            root = root.parent  # images may lie beside the folder `annotations`
+
+    chosen = _choose(source, root, problems)
+    contents = {path: read_json(path) for path in chosen.values()}
+    mend(contents, problems)
+    splits = {}
+    for split, path in chosen.items():
+        files = _find_images(contents[path], path, root, problems)
+        check_export(contents[path], files, path, problems)
+        splits[split] = CocoSplit(contents[path], files)
+    return splits
+
+
+# ---- annotation files
+
+
+def _choose(source: Path, root: Path, problems: Problems) -> dict[str, Path]:
+    """The instances file of each split; a single one is "train"."""
+    paths = _instances(source)
+    if not paths:
+        raise _no_instances(source)
+    _note("annotation files without instances, left out", _json_files(source)[1], problems)
     if len(paths) == 1:
-        (whole,) = _read(paths, root, faults)
-        contents = _split(whole.content, paths[0], fraction or VAL_FRACTION, seed)
-        return {part: Part(content, whole.files) for part, content in contents.items()}
-    named = {
-        part: [path for path in paths if _part_of(path, root) == part]
-        for part in ("train", "val", "test", "")
+        return {"train": paths[0]}
+
+    by_split: dict[str, list[Path]] = {}
+    for path in paths:
+        by_split.setdefault(_split_of(path, root), []).append(path)
+    options = {
+        "train": by_split.get("train") or by_split.get("", []),
+        "val": by_split.get("val") or by_split.get("test", []),
     }
-    chosen = {"train": named["train"] or named[""], "val": named["val"] or named["test"]}
-    for part, files in chosen.items():
+    for split, files in options.items():
         if len(files) != 1:
             listed = ", ".join(path.name for path in files or paths)
             raise UserError(
-                f"{source} has {len(files)} instances files for {part} ({listed}); name one file "
+                f"{source} has {len(files)} instances files for {split} ({listed}); name one file "
                 f"to convert instead"
             )
-    if fraction is not None:
-        raise UserError(
-            f"--val_fraction {fraction}: {source} has a validation part already; leave the flag out"
-        )
-    unused = [path for path in paths if path not in (chosen["train"][0], chosen["val"][0])]
-    _note("instances files of another part, left out", unused, faults)
-    return dict(
-        zip(chosen, _read([path for files in chosen.values() for path in files], root, faults), strict=True)
-    )
-
-
-def _folder_of(path: Path) -> Path:
-    """The folder of an export of which an instances file is given alone: images may lie beside its
-    folder, `annotations`.
-    """
-    beside = path.parent.name.lower() in ROLES and not files_below(path.parent, IMAGE_SUFFIXES)
-    return path.parent.parent if beside else path.parent
-
-
-def _read(paths: Sequence[Path], root: Path, faults: Faults) -> list[Part]:
-    """What is sound in instances files, and where the images are."""
-    contents = {path: read_json(path) for path in paths}
-    parts = []
-    with faults.all_at_once() as found:
-        mend(contents, found)
-        for path, content in contents.items():
-            files = _find(content, path, root, found)
-            check_export(content, files, path, found)
-            parts.append(Part(content, files))
-    for path, part in zip(paths, parts, strict=True):
-        if not part.content["images"]:
-            raise faults.nothing_left(f"{path} has no images")
-    return parts
+    chosen = {split: files[0] for split, files in options.items()}
+    unused = [path for path in paths if path not in chosen.values()]
+    _note("instances files of another split, left out", unused, problems)
+    return chosen
 
 
 def _instances(source: Path) -> list[Path]:
-    return [path for path in _json_files(source) if _looks_like_instances(path)]
-
-
-def _json_files(source: Path) -> list[Path]:
-    if source.is_dir():
-        return _by_kind(source)[0]
-    return [source] if source.suffix.lower() == ".json" else []
-
-
-def _no_instances(source: Path) -> NoReturn:
-    """Raises UserError with what is wrong with the first file."""
-    for path in _json_files(source):
-        content = read_json(path)
-        lacks = [
-            name
-            for name in _LISTS
-            if not isinstance(content, dict) or not isinstance(content.get(name), list)
-        ]
-        raise UserError(f"{path} is no COCO instances file: it lacks the lists {', '.join(lacks)}")
-    raise UserError(f"{source} has no COCO instances file (.json)")
-
-
-def _by_kind(folder: Path) -> tuple[list[Path], list[Path]]:
-    """JSON files that may hold instances, and those of COCO's other kinds. The latter are not read:
-    they can be gigabytes.
-    """
-    kinds: dict[bool, list[Path]] = {True: [], False: []}
-    for path in files_below(folder, [".json"]):
-        kinds[_OTHER_KINDS.isdisjoint(_words(path))].append(path)
-    return (kinds[True], kinds[False]) if kinds[True] else (kinds[False], [])
-
-
-def _note(what: str, paths: list[Path], faults: Faults) -> None:
-    names = ", ".join(path.name for path in paths[:5]) + ", ..." * (len(paths) > 5)
-    faults.notes[f"{what} ({names})"] += len(paths)
+    return [path for path in _json_files(source)[0] if _looks_like_instances(path)]
 
 
 def _looks_like_instances(path: Path) -> bool:
@@ -146,63 +104,81 @@ def _looks_like_instances(path: Path) -> bool:
         content = json.loads(read_regular_file(path))
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(content, dict) and all(isinstance(content.get(name), list) for name in _LISTS)
+    return not _missing_lists(content)
 
 
-def _part_of(path: Path, root: Path) -> str:
-    """By the words in its name, or else by the nearest folder that is named after a part."""
-    for name in [*_words(path), *(folder.name.lower() for folder in path.relative_to(root).parents)]:
-        name = name.rstrip("0123456789")  # train2017
-        if name in PARTS:
-            return PARTS[name]
-    return ""
+def _missing_lists(content: Any) -> list[str]:
+    if not isinstance(content, dict):
+        return list(LISTS)
+    return [name for name in LISTS if not isinstance(content.get(name), list)]
+
+
+def _no_instances(source: Path) -> UserError:
+    """What is wrong with the first file."""
+    for path in _json_files(source)[0]:
+        missing = ", ".join(_missing_lists(read_json(path)))
+        return UserError(f"{path} is no COCO instances file: the lists {missing} are missing")
+    return UserError(f"{source} has no COCO instances file (.json)")
+
+
+def _json_files(source: Path) -> tuple[list[Path], list[Path]]:
+    """JSON files that may hold instances, and those of COCO's other kinds. The latter are not read:
+    they can be gigabytes.
+    """
+    if not source.is_dir():
+        return [path for path in [source] if path.suffix.lower() == ".json"], []
+    likely, others = [], []
+    for path in files_below(source, [".json"]):
+        if _OTHER_KINDS.isdisjoint(_words(path)):
+            likely.append(path)
+        else:
+            others.append(path)
+    if not likely:
+        return others, []
+    return likely, others
+
+
+def _note(what: str, paths: Sequence[Path], problems: Problems) -> None:
+    names = ", ".join(path.name for path in paths[:5])
+    if len(paths) > 5:
+        names += ", ..."
+    problems.notes[f"{what} ({names})"] += len(paths)
+
+
+def _split_of(path: Path, root: Path) -> str:
+    """By the words in its name, or else by the nearest folder that is named after a split."""
+    folders = [folder.name for folder in path.relative_to(root).parents]
+    return split_named([*_words(path), *folders])
 
 
 def _words(path: Path) -> list[str]:
     return path.stem.lower().replace("-", "_").replace(".", "_").split("_")
 
 
-def _split(content: dict[str, Any], path: Path, fraction: float, seed: int) -> dict[str, dict[str, Any]]:
-    images = sorted(content["images"], key=lambda image: image["id"])
-    count = max(1, round(len(images) * fraction))
-    if count >= len(images):
-        raise UserError(
-            f"{path}: {len(images)} images can't be parted by --val_fraction {fraction}; both parts need one"
-        )
-    chosen = {images[i]["id"] for i in random.Random(seed).sample(range(len(images)), count)}
-    parts = {}
-    for part, wanted in (("train", False), ("val", True)):
-        parts[part] = {
-            **content,
-            "images": [image for image in images if (image["id"] in chosen) == wanted],
-            "annotations": [
-                entry for entry in content["annotations"] if (entry["image_id"] in chosen) == wanted
-            ],
-        }
-    return parts
+# ---- images
 
 
-def _find(content: dict[str, Any], path: Path, root: Path, faults: Faults) -> dict[str, Path]:
+def _find_images(content: Content, path: Path, root: Path, problems: Problems) -> dict[str, Path]:
     """Where the images are: as named below the folder of the file or of the source, or else found
     by their names.
 
     In `content` names that can't be used below another folder are replaced, and images that are
     missing are left out.
     """
-    entries = [
-        image
-        for image in content["images"]
-        if isinstance(image, dict) and isinstance(image.get("file_name"), str)
-    ]
-    names = {image["file_name"]: annotated_size(image) for image in entries}
+    # all names as they stand
+    entries = [image for image in entries_of(content, "images") if isinstance(image.get("file_name"), str)]
+    sizes = {image["file_name"]: annotated_size(image) for image in entries}
     for folder in (path.parent, root):
-        if all(is_file_name(name) and os.path.isfile(folder / name) for name in names):
-            return {name: folder / name for name in names}
-    findings = Index.below(root).find(names, prefers=_preference(path, root))
-    files = faults.located(findings, str(path))
-    leave_out(
-        content, "images", [image for image in entries if image["file_name"] in findings.missing], faults
-    )
+        if all(is_file_name(name) and os.path.isfile(folder / name) for name in sizes):
+            return {name: folder / name for name in sizes}
+
+    # search
+    findings = Index.below(root).find(sizes, prefers=_preference(path, root))
+    files = problems.located(findings, str(path))
+    missing = [image for image in entries if image["file_name"] in findings.missing]
+    leave_out(content, "images", missing, problems)
+
+    # names to write
     written = {name: _written(name, found) for name, found in findings.found.items()}
     for image in entries:
         image["file_name"] = written.get(image["file_name"], image["file_name"])
@@ -210,22 +186,26 @@ def _find(content: dict[str, Any], path: Path, root: Path, faults: Faults) -> di
 
 
 def _written(name: str, found: Found) -> str:
-    """The name below the folder to write. It has an ending, or prediction would not find the image
-    in that folder.
+    """The name below the folder to write. It needs an ending, or prediction would not find the
+    image in that folder.
     """
     if not found.how:
         return name
     plain = portable(name)
-    return plain if plain.lower().endswith(IMAGE_SUFFIXES) else plain + found.path.suffix
+    if plain.lower().endswith(IMAGE_SUFFIXES):
+        return plain
+    return plain + found.path.suffix
 
 
 def _preference(path: Path, root: Path) -> Callable[[Path], int]:
-    """An annotation file of one part doesn't take images of another part."""
-    part = _part_of(path, root)
+    """An annotation file of one split doesn't use images of another split."""
+    split = _split_of(path, root)
 
     @functools.cache
     def of_folder(folder: Path) -> int:
-        other = _part_of(folder, root) if folder != root else ""
-        return 0 if "" in (part, other) else 1 if part == other else -1
+        other = _split_of(folder, root) if folder != root else ""
+        if not split or not other:
+            return 0
+        return 1 if split == other else -1
 
     return lambda file: of_folder(file.parent)

@@ -4,31 +4,27 @@ Classes Challenge, section 2.3 of the development kits).
 
 from __future__ import annotations
 
-import itertools
+import functools
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
 from datasets.convert.common import (
-    PARTS,
     ROLES,
-    Corners,
-    Faults,
+    SPLITS,
     Labelled,
-    LabelledImage,
     Object,
-    as_stored,
-    checked_name,
+    Pair,
     files_by_key,
-    names_in_part,
-    part_of,
-    parts_by_folder,
-    progress,
+    read_images,
+    split_of,
+    splits_by_folder,
 )
+from datasets.convert.problems import BOXES_TURNED, Corners, Problems, as_stored
 from datasets.file_index import (
     IMAGE_SUFFIXES,
     SPELLING,
@@ -45,11 +41,11 @@ from util.errors import UserError
 from util.images.files import Header, read_regular_file
 from util.text_files import read_lines, unquoted
 
-_SETS = Path("ImageSets/Main")
-# how an image was found, as the user is told
+_LISTS = Path("ImageSets/Main")
+_SIDES = ("xmin", "ymin", "xmax", "ymax")
 BY_FILENAME = "images found by the filename in their XML files"
-# training and validation set, in order of preference
-_SET_PAIRS = (
+# lists for training and validation, in order of preference
+_LIST_PAIRS = (
     ("train", "val"),
     ("trainval", "test"),
     ("train", "test"),
@@ -61,12 +57,12 @@ _SET_PAIRS = (
 
 @dataclass(frozen=True)
 class VocRules:
-    """difficult: keep such objects, make them crowd (no detection of them is wrong, as VOC's own
-    evaluation has it) or drop them.
+    """How to read Pascal VOC's format.
 
-    first_pixel: the number of the first column and row, 1 in VOC; others that write such files
-    number from 0. train_set, val_set: names of lists in ImageSets/Main; "": the first pair of
-    train/val, trainval/test that is there.
+    difficult: "keep" such objects, make them "crowd" (no detection of them is wrong, as in VOC's
+    own evaluation) or "drop" them. first_pixel: the number of the first column and row, 1 in VOC;
+    some programs number from 0. train_set, val_set: names of lists in ImageSets/Main; "": the first
+    pair of train/val, trainval/test that is there.
     """
 
     difficult: str = "crowd"
@@ -79,176 +75,191 @@ def is_voc(root: Path) -> bool:
     return root.is_dir() and bool(files_below(root, [".xml"]))
 
 
-def read_voc(root: Path, rules: VocRules, faults: Faults) -> Labelled:
+def read_voc(root: Path, rules: VocRules, problems: Problems) -> Labelled:
     """A folder with JPEGImages, Annotations and ImageSets/Main, or any folder of images with an XML
     file of the same name each.
 
     Coordinates are whole pixels that belong to the box, the first one 1: xmin 1 and xmax 10 is a
-    box 10 pixels wide at the left border. `truncated` and all other fields are passed over. Classes
+    box 10 pixels wide at the left border. `truncated` and all other fields are ignored. Classes
     are in alphabetical order, which is VOC's own.
 
     Raises:
-        UserError: there is nothing to convert; or as Faults says.
+        UserError: there is nothing to convert.
     """
+    # which XML files belong to which split
     root = _with_annotations(root)
-    images = files_by_key(root, IMAGE_SUFFIXES, faults)
-    labels = files_by_key(root, [".xml"], faults)
+    images = files_by_key(root, IMAGE_SUFFIXES, problems)
+    labels = files_by_key(root, [".xml"], problems)
     if not labels:
         raise UserError(f"{root} has no XML files: it is no data set in Pascal VOC's format")
-    listed = _parts(root, labels, rules, faults)
-    missing = [key for keys in listed.values() for key in keys if key in labels and key not in images]
-    images |= _images_of_other_names(dict.fromkeys(missing), root, labels, images, faults)
-    parts = {}
-    for part, keys in listed.items():
-        pairs = {}
+    if rules.train_set or rules.val_set or (root / _LISTS).is_dir():
+        keys_of = _listed_splits(root / _LISTS, labels, rules, problems)
+    else:
+        keys_of = splits_by_folder(labels)
+
+    # images whose names are not those of their XML files
+    missing = {key for keys in keys_of.values() for key in keys if key in labels and key not in images}
+    images |= _images_of_other_names(missing, root, labels, images, problems)
+    if not (root / _LISTS).is_dir():
+        used = {os.path.realpath(images[key]) for key in labels if key in images}
+        unused = {os.path.realpath(path) for path in images.values()} - used
+        problems.notes["images without an XML file, left out"] += len(unused)
+
+    # the objects
+    splits = {}
+    read_objects = functools.partial(_read_objects, rules=rules, problems=problems)
+    for split, keys in keys_of.items():
         for key in keys:
             if key not in labels:
-                faults.add(f"{root / _SETS}: image {'/'.join(key)} of the {part} set has no XML file")
-            elif key in images:
-                pairs[key] = images[key]
-        named = zip(pairs, names_in_part(pairs.items()), strict=True)
-        parts[part] = list(_read_images(named, labels, rules, faults, part))
-    used = {os.path.realpath(images[key]) for key in labels if key in images}
-    unused = {os.path.realpath(path) for path in images.values()} - used
-    if not (root / _SETS).is_dir():
-        faults.notes["images without an XML file, left out"] += len(unused)
-    names = sorted(
-        {item.name for images_of_part in parts.values() for image in images_of_part for item in image.objects}
-    )
-    return Labelled(names, parts)
+                name = "/".join(key)
+                problems.add(f"{root / _LISTS}: image {name} of the {split} set has no XML file")
+        there = [key for key in dict.fromkeys(keys) if key in labels and key in images]
+        pairs = [Pair(key, images[key], labels[key]) for key in there]
+        splits[split] = read_images(pairs, read_objects, split, problems)
+    names = {item.name for labelled in splits.values() for image in labelled for item in image.objects}
+    return Labelled(sorted(names), splits)
 
 
 def _with_annotations(root: Path) -> Path:
     """The folder itself, or the only VOC<year> in it."""
     if (root / "Annotations").is_dir():
         return root
-    years = [
-        path.parent
-        for pattern in ("VOC*", "VOCdevkit/VOC*")
-        for path in sorted(root.glob(f"{pattern}/Annotations"))
-    ]
+    found = [*root.glob("VOC*/Annotations"), *root.glob("VOCdevkit/VOC*/Annotations")]
+    years = sorted(path.parent for path in found)
+    if not years:
+        return root
     if len(years) > 1:
-        raise UserError(
-            f"{root} holds {', '.join(path.name for path in years)}; name one of them, {years[0]} say"
-        )
-    return years[0] if years else root
+        names = ", ".join(path.name for path in years)
+        raise UserError(f"{root} holds {names}; name one of them, for example {years[0]}")
+    return years[0]
+
+
+# ---- images of other names than their XML files
 
 
 def _images_of_other_names(
-    missing: Iterable[Key], root: Path, labels: dict[Key, Path], images: dict[Key, Path], faults: Faults
+    missing: Iterable[Key], root: Path, labels: dict[Key, Path], images: dict[Key, Path], problems: Problems
 ) -> dict[Key, Path]:
-    """Images of XML files for which there is none of the same name; what is not found is a fault.
+    """Images of XML files for which there is none of the same name; if none is found, that is a
+    problem.
 
-    An image that has an XML file, or that lies in a folder of another part, is none of them.
+    An image that has an XML file of its name, or is in a folder of another split, is not used.
     """
-    found: dict[Key, Path] = {}
+    by_split: dict[str, dict[Key, _Description]] = {}
+    for key in sorted(missing):
+        by_split.setdefault(split_of(key), {})[key] = _describe(labels[key])
     free = {key: path for key, path in images.items() if key not in labels}
-    for part, keys in itertools.groupby(sorted(missing, key=part_of), part_of):
-        likely = {key: path for key, path in free.items() if not part or part_of(key) in (part, "")}
-        described = {key: _description(labels[key]) for key in keys}
-        files = _of_other_spelling(described, likely, root)
-        files |= _of_filename(
-            {key: described[key] for key in described if key not in files}, files.values(), likely, root
-        )
-        faults.notes.update(file.how or BY_FILENAME for file in files.values())
-        found |= {key: file.path for key, file in files.items()}
-        for key in [key for key in described if key not in files]:
-            faults.add(f"{labels[key]} has no image: none of that name is below {root}", "missing_image")
-    return found
+    result: dict[Key, Path] = {}
+    for split, described in by_split.items():
+        likely = {key: path for key, path in free.items() if not split or split_of(key) in (split, "")}
+        found = _by_spelling(described, likely, root)
+        rest = {key: description for key, description in described.items() if key not in found}
+        found |= _by_filename(rest, likely, root, [file.path for file in found.values()])
+        for key in described:
+            if key in found:
+                problems.notes[found[key].how or BY_FILENAME] += 1
+                result[key] = found[key].path
+            else:
+                problems.add(
+                    f"{labels[key]} has no image: none of that name is below {root}", "missing_image"
+                )
+    return result
 
 
-def _of_other_spelling(
-    described: Mapping[Key, tuple[str, Size]], images: dict[Key, Path], root: Path
-) -> dict[Key, Found]:
-    """The same name in another folder does not count: with any ending, it may be a mask or a
-    drawing of the image.
+# what an XML file says of its image: filename and size
+_Description = tuple[str, Size]
+
+
+def _describe(path: Path) -> _Description:
+    try:
+        root = _parse(path)
+        size = _written_size(root)
+    except ValueError:
+        return "", UNKNOWN_SIZE
+    return root.findtext("filename", "").strip(), size
+
+
+def _by_spelling(described: dict[Key, _Description], images: dict[Key, Path], root: Path) -> dict[Key, Found]:
+    """By the XML file's own name in another spelling. The same name in another folder may be that
+    of a mask or a drawing.
     """
     keys = {"/".join(key): key for key in described}
     found = Index(images.items(), root).find({name: described[key][1] for name, key in keys.items()}).found
     return {keys[name]: file for name, file in found.items() if file.how == SPELLING}
 
 
-def _of_filename(
-    described: Mapping[Key, tuple[str, Size]], taken: Iterable[Found], images: dict[Key, Path], root: Path
+def _by_filename(
+    described: dict[Key, _Description], images: dict[Key, Path], root: Path, taken: list[Path]
 ) -> dict[Key, Found]:
-    """By what `filename` says in the XML file, where no other says the same."""
+    """By `filename` in the XML file, if no other file has the same."""
     counts = Counter(name for name, _ in described.values())
     keys = {name: key for key, (name, _) in described.items() if counts[name] == 1}
-    files = ((parts_of(path.relative_to(root).as_posix()), path) for path in images.values())
     sizes = {name: described[key][1] for name, key in keys.items()}
-    found = Index(files, root).find(sizes, [file.path for file in taken]).found
+    files = ((parts_of(path.relative_to(root).as_posix()), path) for path in images.values())
+    found = Index(files, root).find(sizes, taken).found
     return {keys[name]: file for name, file in found.items()}
-
-
-def _description(path: Path) -> tuple[str, Size]:
-    """What an XML file says of its image: its name and size, as far as it does."""
-    try:
-        root = _parse(path)
-        size = _said_size(root)
-    except ValueError:
-        return "", UNKNOWN_SIZE
-    return root.findtext("filename", "").strip(), size
 
 
 # ---- lists of images
 
 
-def _parts(root: Path, labels: dict[Key, Path], rules: VocRules, faults: Faults) -> dict[str, list[Key]]:
-    lists = root / _SETS
-    if not (rules.train_set or rules.val_set or lists.is_dir()):
-        return parts_by_folder(labels)
-    train, val = _sets(lists, rules)
-    parts = {
-        part: _listed(lists / f"{name}.txt", labels, faults)
-        for part, name in (("train", train), ("val", val))
-        if name
-    }
-    shared = set(parts["train"]) & set(parts.get("val", []))
+def _listed_splits(
+    lists: Path, labels: dict[Key, Path], rules: VocRules, problems: Problems
+) -> dict[str, list[Key]]:
+    train, val = _list_names(lists, rules)
+    splits = {"train": _read_list(lists / f"{train}.txt", labels, problems)}
+    if not val:
+        return splits
+    splits["val"] = _read_list(lists / f"{val}.txt", labels, problems)
+    shared = set(splits["train"]) & set(splits["val"])
     if shared:
+        example = "/".join(min(shared))
         raise UserError(
-            f"{lists}: {train}.txt and {val}.txt share {len(shared)} images, {'/'.join(min(shared))} for one"
+            f"{lists}: {train}.txt and {val}.txt share {len(shared)} images, for example {example}"
         )
-    return parts
+    return splits
 
 
-def _sets(lists: Path, rules: VocRules) -> tuple[str, str]:
+def _list_names(lists: Path, rules: VocRules) -> tuple[str, str]:
     """The names of the lists for training and validation; "": there is none for validation."""
     if rules.train_set or rules.val_set:
         return rules.train_set or "train", rules.val_set
-    # exact names last, so that they have priority
-    names = sorted((path.stem for path in lists.glob("*.txt")), key=lambda name: name in ("train", "val"))
-    there = {"": ""} | {PARTS.get(name.lower(), name): name for name in names}
-    pair = next((pair for pair in _SET_PAIRS if set(pair) <= there.keys()), None)
-    if pair is None:
-        raise UserError(
-            f"{lists} has no train.txt, trainval.txt or default.txt; name a list with --train_set"
-        )
-    return there[pair[0]], there[pair[1]]
+    there = {"": ""}
+    # exact names last, so that they replace others (Train.txt)
+    for name in sorted((path.stem for path in lists.glob("*.txt")), key=lambda name: name in SPLITS):
+        there[SPLITS.get(name.lower(), name)] = name
+    for train, val in _LIST_PAIRS:
+        if train in there and val in there:
+            return there[train], there[val]
+    raise UserError(f"{lists} has no train.txt, trainval.txt or default.txt; name a list with --train_set")
 
 
-def _listed(path: Path, labels: dict[Key, Path], faults: Faults) -> list[Key]:
+def _read_list(path: Path, labels: dict[Key, Path], problems: Problems) -> list[Key]:
     """The keys of a list's entries, in order."""
     try:
         entries = [_entry(line.text, labels) for line in read_lines(path)]
     except UserError as error:
         raise UserError(f"{error}; --train_set and --val_set must name lists that are there") from None
+
+    # entries that are spelled otherwise, or begin with other folders
     others = {"/".join(key): None for key in entries if key not in labels}
     findings = Index(labels.items(), path).find(others)
-    faults.notes.update({f"entries of lists: {how}": count for how, count in findings.notes().items()})
-    keys = {file: key for key, file in labels.items()}
-    found = {name: keys[file.path] for name, file in findings.found.items()}
+    for how, count in findings.notes().items():
+        problems.notes[f"entries of lists: {how}"] += count
+    key_of_file = {file: key for key, file in labels.items()}
+    found = {name: key_of_file[file.path] for name, file in findings.found.items()}
     return [found.get("/".join(key), key) for key in entries]
 
 
 def _entry(text: str, labels: dict[Key, Path]) -> Key:
-    """The name of an image, whose folders and ending some programs write, too."""
+    """The key of an image; some programs write folders and ending, too."""
     written = tuple(text.split("/"))
     if written in labels:
         return written
-    # lists of one class say for each image whether it has it
+    # lists of one class say for each image whether it has the class: 1, 0 or -1
     name = unquoted(re.sub(r"\s+(-1|0|1)$", "", text))
-    parts = parts_of(name)
     stem, suffix = os.path.splitext(name)
+    parts = parts_of(name)
     if suffix.lower() in (*IMAGE_SUFFIXES, ".xml"):
         parts = parts_of(stem)
     return tuple(part for part in parts if part.lower() not in ROLES) or (name,)
@@ -257,40 +268,17 @@ def _entry(text: str, labels: dict[Key, Path]) -> Key:
 # ---- XML files
 
 
-def _read_images(
-    named: Iterator[tuple[Key, tuple[str, Path]]],
-    labels: dict[Key, Path],
-    rules: VocRules,
-    faults: Faults,
-    part: str,
-) -> Iterator[LabelledImage]:
-    for key, (name, path) in progress(named, part):
-        header = faults.header(path) if checked_name(name, path, faults) else None
-        if header is None:
-            continue
-        try:
-            root = _parse(labels[key])
-        except ValueError as error:
-            faults.add(f"{labels[key]} {error}")
-            continue
-        turned = _is_turned(root, header, labels[key], faults)
-        if turned is None:
-            continue
-        objects = _objects(root, header, turned, labels[key], rules, faults)
-        yield LabelledImage(path, name, header.size, list(objects))
-
-
 class _PlainXml(ElementTree.TreeBuilder):
-    """Refuses document types: with them come entities, which may name other files or grow without
-    bound.
-    """
+    """Refuses document types: their entities could name other files or grow without bound."""
 
     def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
         raise ValueError("has a document type (DTD), which no annotation needs")
 
 
 def _parse(path: Path) -> ElementTree.Element:
-    """The root of an XML file. Raises ValueError with what is wrong, to be read after the path."""
+    """The root of an XML file. Raises ValueError; its message continues a sentence that begins with
+    the path.
+    """
     parser = ElementTree.XMLParser(target=_PlainXml())
     try:
         parser.feed(_xml_text(read_regular_file(path)))
@@ -307,68 +295,78 @@ def _parse(path: Path) -> ElementTree.Element:
 
 
 def _xml_text(content: bytes) -> bytes | str:
-    """Python knows more encodings than ElementTree does, GB2312 and Shift JIS for example."""
+    """Python knows more encodings than ElementTree, for example GB2312 and Shift JIS."""
     named = re.match(rb"""<\?xml[^>]*\sencoding=["']([\w.-]+)["']""", content)
     if not named:
         return content
-    name = named[1].decode().lower()
-    return content.decode(
-        "utf-8" if name.startswith("utf") else name
-    )  # what says utf-16 in bytes of ASCII is none
+    encoding = named[1].decode().lower()
+    if encoding.startswith("utf"):  # "utf-16" in ASCII letters can't be true
+        encoding = "utf-8"
+    return content.decode(encoding)
 
 
-def _is_turned(root: ElementTree.Element, header: Header, path: Path, faults: Faults) -> bool | None:
-    """Whether the boxes are those of the image turned by its EXIF orientation, as labelling tools
-    show it.
-
-    The size in the file tells, where turning changes it. None: the size is of another image.
-    """
+def _written_size(root: ElementTree.Element) -> tuple[int, int]:
+    """(width, height) in the XML file; 0 where there is none. Raises ValueError."""
+    width, height = (float(root.findtext(f"size/{side}", "0")) for side in ("width", "height"))
     try:
-        said = _said_size(root)
-    except ValueError:
-        return faults.add(f"{path}: its size is no number")
-    if 0 in said or said == shown_size(header):  # some programs write no size, or 0
-        if header.orientation > 1:
-            faults.notes["images with an EXIF orientation: boxes turned to the pixels as stored"] += 1
-        return header.orientation > 1
-    if said == header.size:
-        return False
-    width, height = header.size
-    return faults.add(f"{path}: its size is {said[0]} x {said[1]}, and the image's {width} x {height}")
-
-
-def _said_size(root: ElementTree.Element) -> tuple[int, int]:
-    """(width, height); 0 where there is none. Raises ValueError."""
-    try:
-        width, height = (int(float(root.findtext(f"size/{side}", "0"))) for side in ("width", "height"))
+        return int(width), int(height)
     except OverflowError as error:
         raise ValueError from error
-    return width, height
 
 
-def _objects(
-    root: ElementTree.Element, header: Header, turned: bool, path: Path, rules: VocRules, faults: Faults
-) -> Iterator[Object]:
+def _read_objects(path: Path, header: Header, rules: VocRules, problems: Problems) -> list[Object] | None:
+    """The objects of an XML file. None: the file can't be used."""
+    try:
+        root = _parse(path)
+    except ValueError as error:
+        problems.add(f"{path} {error}")
+        return None
+    try:
+        size = _written_size(root)
+    except ValueError:
+        problems.add(f"{path}: its size is no number")
+        return None
+
+    # The size tells whether boxes are those of the image as shown or as stored, if these differ.
+    # Some programs write no size, or 0; labelling tools show the turned image.
+    as_shown = 0 in size or size == shown_size(header)
+    if not as_shown and size != header.size:
+        width, height = header.size
+        problems.add(f"{path}: its size is {size[0]} x {size[1]}, and the image's {width} x {height}")
+        return None
+    is_turned = as_shown and header.orientation > 1
+    problems.notes[BOXES_TURNED] += is_turned
+
+    objects = []
     for number, item in enumerate(root.iterfind("object"), 1):
-        name = (item.findtext("name") or "").strip()
-        where = f"{path}: object {number} ({name[:40]!r})"
-        if not name:
-            faults.add(f"{path}: object {number} has no name")
+        read = _read_object(item, f"{path}: object {number}", rules, problems)
+        if read is None:
             continue
-        difficult = (item.findtext("difficult") or "0").strip() not in ("0", "false", "False")
-        if difficult:
-            faults.notes[f"difficult objects ({rules.difficult})"] += 1
-            if rules.difficult == "drop":
-                continue
-        try:
-            x0, y0, x1, y1 = (
-                float(item.findtext(f"bndbox/{side}", "")) for side in ("xmin", "ymin", "xmax", "ymax")
-            )
-        except ValueError:
-            faults.add(f"{where} has no box of four numbers xmin, ymin, xmax, ymax")
-            continue
-        first = rules.first_pixel
-        corners = Corners(x0 - first, y0 - first, x1 - first + 1, y1 - first + 1)
-        placed = faults.placed(as_stored(corners, header) if turned else corners, header.size, where)
+        corners = as_stored(read.corners, header) if is_turned else read.corners
+        placed = problems.placed(corners, header.size, f"{path}: object {number} ({read.name[:40]!r})")
         if placed:
-            yield Object(name, placed, difficult and rules.difficult == "crowd")
+            objects.append(read._replace(corners=placed))
+    return objects
+
+
+def _read_object(item: ElementTree.Element, where: str, rules: VocRules, problems: Problems) -> Object | None:
+    """An object as the file has it; None if it is left out. `where` begins messages."""
+    name = (item.findtext("name") or "").strip()
+    if not name:
+        problems.add(f"{where} has no name")
+        return None
+
+    is_difficult = (item.findtext("difficult") or "0").strip() not in ("0", "false", "False")
+    problems.notes[f"difficult objects ({rules.difficult})"] += is_difficult
+    if is_difficult and rules.difficult == "drop":
+        return None
+
+    try:
+        x0, y0, x1, y1 = (float(item.findtext(f"bndbox/{side}", "")) for side in _SIDES)
+    except ValueError:
+        problems.add(f"{where} ({name[:40]!r}) has no box of four numbers {', '.join(_SIDES)}")
+        return None
+    # the last column and row belong to the box
+    first = rules.first_pixel
+    corners = Corners(x0 - first, y0 - first, x1 - first + 1, y1 - first + 1)
+    return Object(name, corners, is_difficult and rules.difficult == "crowd")

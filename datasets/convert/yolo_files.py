@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets.coco_format import shown
-from datasets.convert.common import PARTS, Faults
+from datasets.convert.common import split_named
+from datasets.convert.problems import Problems
 from datasets.file_index import (
     IMAGE_FOLDERS,
     IMAGE_SUFFIXES,
@@ -29,8 +30,9 @@ from util.text_files import read_lines, read_text, unquoted
 YAML = (".yaml", ".yml")
 DARKNET = ".data"
 LABELS_BY_SPELLING = "files of labels found by another spelling of their names"
+PLACES_BY_END = "folders and lists found by the end of their paths, or by another spelling"
 # values of a YAML file that name nothing
-_NOTHING = ("", "~", "null", "Null", "NULL")
+_NOTHING: tuple[Any, ...] = (None, "", [], {}, "~", "null", "Null", "NULL")
 
 
 # ---- what is written in the file
@@ -40,57 +42,68 @@ _NOTHING = ("", "~", "null", "Null", "NULL")
 class Description:
     """What the file `path` says.
 
-    names: the class names, or the path of a file with them. parts: of "train" and "val" the folders
-    and lists of images. root: where those are, relative to the file's folder. boxes_first: other
-    columns follow the box in every line of labels.
+    names: the class names, or the path of a file with them. splits: of "train" and "val" the
+    folders and lists of images. root: where those are, relative to the file's folder. boxes_first:
+    other columns follow the box in every line of labels.
     """
 
     path: Path
     names: list[str] | str
-    parts: dict[str, list[str]]
+    splits: dict[str, list[str]]
     root: str = ""
     boxes_first: bool = False
 
 
 def describe(path: Path) -> Description:
     """Read a data.yaml or an obj.data. Raises UserError."""
-    return _describe_darknet(path) if path.suffix.lower() == DARKNET else _describe_yaml(path)
+    if path.suffix.lower() == DARKNET:
+        return _describe_darknet(path)
+    return _describe_yaml(path)
 
 
 def _describe_darknet(path: Path) -> Description:
     """Lines `key = value`."""
-    pairs = [line.text.partition("=") for line in read_lines(path)]
-    content = {key.strip().lower(): unquoted(value.strip()) for key, _, value in pairs}
+    content = {}
+    for line in read_lines(path):
+        key, _, value = line.text.partition("=")
+        content[key.strip().lower()] = unquoted(value.strip())
     for key in ("names", "train"):
         if not content.get(key):
             raise UserError(
                 f"{path} has no {key!r}: it must name the file of the class names, and the list of "
                 f"training images"
             )
-    parts = {part: [content[key]] for part, key in (("train", "train"), ("val", "valid")) if content.get(key)}
-    return Description(path, content["names"], parts)
+    splits = {"train": [content["train"]]}
+    if content.get("valid"):
+        splits["val"] = [content["valid"]]
+    return Description(path, content["names"], splits)
 
 
 def _describe_yaml(path: Path) -> Description:
     content = _yaml_content(path)
     names = class_names(content.get("names"), path)
-    named = {"train": content.get("train"), "val": content.get("val") or content.get("valid")}
-    parts = {part: _entries(value, path) for part, value in named.items() if value and value not in _NOTHING}
-    if "train" not in parts:
+    splits = {}
+    for split, value in (
+        ("train", content.get("train")),
+        ("val", content.get("val") or content.get("valid")),
+    ):
+        if value not in _NOTHING:
+            splits[split] = _entries(value, path)
+    if "train" not in splits:
         raise UserError(f"{path} has no 'train': it must name the folder or the list of the training images")
     root = content.get("path")
-    root = root if isinstance(root, str) and root not in _NOTHING else ""
-    return Description(path, names, parts, root, "kpt_shape" in content)
+    if not isinstance(root, str) or root in _NOTHING:
+        root = ""
+    return Description(path, names, splits, root, "kpt_shape" in content)
 
 
 def _yaml_content(path: Path) -> dict[str, Any]:
-    """All values are text: YAML would make a truth value of `no`, and a number of 007."""
+    """All values are text: YAML would read `no` as a truth value, and 007 as a number."""
     import yaml  # of all formats only this one needs it
 
     class TextLoader(yaml.SafeLoader):
-        yaml_implicit_resolvers = {
-            "<": yaml.SafeLoader.yaml_implicit_resolvers["<"]
-        }  # merges of mappings stay
+        # without the rules for types; merges of mappings stay
+        yaml_implicit_resolvers = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}
 
     try:
         content = yaml.load(read_text(path), TextLoader)
@@ -111,9 +124,11 @@ def _entries(value: Any, path: Path) -> list[str]:
 def class_names(names: Any, path: Path) -> list[str]:
     """Class names by number, of a list or of a mapping from 0, 1, ... Raises UserError."""
     if isinstance(names, dict):
-        if sorted(map(str, names)) != sorted(map(str, range(len(names)))):
+        by_number = {str(number): name for number, name in names.items()}
+        numbers = [str(number) for number in range(len(names))]
+        if by_number.keys() != set(numbers):
             raise UserError(f"{path}: the keys of 'names' must be 0, 1, ... without gaps")
-        names = [name for _, name in sorted(names.items(), key=lambda item: int(item[0]))]
+        names = [by_number[number] for number in numbers]
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise UserError(f"{path}: 'names' must be a list of class names, or a mapping from numbers to names")
     if len(set(names)) < len(names):
@@ -122,19 +137,19 @@ def class_names(names: Any, path: Path) -> list[str]:
     return names
 
 
-def names_in(path: Path, faults: Faults) -> list[str]:
+def names_in(path: Path, problems: Problems) -> list[str]:
     """The class names of a file, one a line. Raises UserError."""
     comments = sum(line.lstrip().startswith("#") for line in read_text(path).split("\n"))
-    faults.notes[f"lines of {path} that begin with #, taken for comments"] += comments
+    problems.notes[f"lines of {path} that begin with #, taken for comments"] += comments
     return class_names([line.text for line in read_lines(path)], path)
 
 
-# ---- what it leads to
+# ---- the files that it names
 
 
-class _Listed(NamedTuple):
-    """An image of a folder or a list. where: begins a message. path: None where its name alone is
-    not enough to find it.
+class _Entry(NamedTuple):
+    """An image in a folder or a list. where: begins a message. path: None if the name as written is
+    not that of a file.
     """
 
     name: str
@@ -151,15 +166,22 @@ class Lookup:
             machine, too.
     """
 
-    def __init__(self, description: Description, anywhere: bool, faults: Faults) -> None:
-        self._description, self._anywhere, self._faults = description, anywhere, faults
+    def __init__(self, description: Description, anywhere: bool, problems: Problems) -> None:
+        self._description, self._anywhere, self._problems = description, anywhere, problems
+        # folders that paths may be relative to, and folders to search
         folder = description.path.parent
         self._bases = [folder / description.root, folder]
-        roots = [*self._bases] if anywhere and self._bases[0].is_dir() else [folder]
+        roots = [folder]
+        if anywhere and self._bases[0].is_dir():
+            roots = list(self._bases)
         if anywhere:
             self._bases.append(folder.parent)  # Darknet's paths are relative to where it is started
         self._places = [Places(Path(os.path.normpath(root))) for root in dict.fromkeys(roots)]
-        self._labels = Places(Path(Path(os.path.abspath(folder)).anchor)) if anywhere else self._places[0]
+
+        # labels lie beside the images, which may be anywhere
+        self._labels = self._places[0]
+        if anywhere:
+            self._labels = Places(Path(Path(os.path.abspath(folder)).anchor))
         self._by_end: dict[Path, str] = {}
 
     def names(self) -> list[str]:
@@ -173,22 +195,25 @@ class Lookup:
                 f"{self._description.path} names {names}, which is missing; it must be the file of "
                 f"the class names"
             )
-        return names_in(place, self._faults)
+        return names_in(place, self._problems)
 
     def images(self) -> dict[str, list[Path]]:
-        """The images of "train" and, if any of its folders or lists is there, of "val", each once;
-        what is missing is a fault.
+        """The images of "train" and, if any of its folders or lists is there, of "val", each once.
+        A file that is missing is a problem.
         """
-        listed: dict[str, list[_Listed]] = {}
-        for part, entries in self._description.parts.items():
-            places = [place for place in map(self._part_place, entries) if place is not None]
-            if places or part == "train":
-                listed[part] = [item for place in places for item in self._items(place)]
-        found = self._search([item for items in listed.values() for item in items])
+        # what folders and lists say
+        entries: dict[str, list[_Entry]] = {}
+        for split, named in self._description.splits.items():
+            places = [place for place in map(self._split_place, named) if place is not None]
+            if places or split == "train":
+                entries[split] = [entry for place in places for entry in self._entries(place)]
+
+        # files that are not where their names say
+        found = self._search([entry for of_split in entries.values() for entry in of_split])
         images = {}
-        for part, items in listed.items():
-            paths = [item.path or found.get(item.name) for item in items]
-            images[part] = list(dict.fromkeys(path for path in paths if path is not None))
+        for split, of_split in entries.items():
+            paths = [entry.path or found.get(entry.name) for entry in of_split]
+            images[split] = list(dict.fromkeys(path for path in paths if path is not None))
         return images
 
     def label_file(self, image: Path) -> Path:
@@ -196,44 +221,48 @@ class Lookup:
         places = self._labels
         options = _label_options(Path(os.path.relpath(image, places.root)).parts)
         exact = [places.root.joinpath(*option) for option in options]
-        there = [path for path in exact if os.path.isfile(path)]
-        if there:
-            return there[0]
-        spelled = [path for path in map(places.at, options) if path is not None]
-        self._faults.notes[LABELS_BY_SPELLING] += bool(spelled)
-        return spelled[0] if spelled else exact[0]
+        for path in exact:
+            if os.path.isfile(path):
+                return path
+        for option in options:
+            path_there = places.at(option)
+            if path_there is not None:
+                self._problems.notes[LABELS_BY_SPELLING] += 1
+                return path_there
+        return exact[0]
 
-    def _part_place(self, entry: str) -> Path | None:
+    def _split_place(self, entry: str) -> Path | None:
         place = self._place(entry)
         if place is None:
             tried = ", ".join(dict.fromkeys(str(base / entry) for base in self._bases))
-            self._faults.add(f"{self._description.path} names {entry}, which is missing: tried {tried}")
+            self._problems.add(f"{self._description.path} names {entry}, which is missing: tried {tried}")
         return place
 
     def _place(self, entry: str) -> Path | None:
         """A folder or list: where the file says, or at the end of that path below its folder."""
         literal = [Path(os.path.normpath(base / entry)) for base in self._bases]
-        is_absolute = self._anywhere and os.path.isabs(entry)
-        exact = [path for path in literal if os.path.exists(path) and (is_absolute or self._is_within(path))]
-        if exact:
-            return exact[0]
+        there = [path for path in literal if os.path.exists(path)]
+        for path in there:
+            if self._is_within(path) or (self._anywhere and os.path.isabs(entry)):
+                return path
         for end in _ends(parts_of(entry)):
             for places in self._places:
                 place = places.at(end)
+                # one folder can't be that of two entries
                 if place is not None and self._by_end.setdefault(place, entry) == entry:
-                    self._faults.notes[
-                        "folders and lists found by the end of their paths, or by another spelling"
-                    ] += 1
+                    self._problems.notes[PLACES_BY_END] += 1
                     return place
-        return next((path for path in literal if self._anywhere and os.path.exists(path)), None)
+        if self._anywhere and there:
+            return there[0]
+        return None
 
-    def _items(self, place: Path) -> Iterator[_Listed]:
+    def _entries(self, place: Path) -> Iterator[_Entry]:
         if place.is_dir():
             for path in files_below(place, IMAGE_SUFFIXES):
-                yield _Listed(str(path), str(place), path)
+                yield _Entry(str(path), str(place), path)
             return
         for number, name in read_lines(place):
-            yield _Listed(name, f"{place}: line {number}", self._as_written(name, place.parent))
+            yield _Entry(name, f"{place}: line {number}", self._as_written(name, place.parent))
 
     def _as_written(self, name: str, folder: Path) -> Path | None:
         for base in (folder, *self._bases):
@@ -242,23 +271,21 @@ class Lookup:
                 return path
         return None
 
-    def _search(self, items: list[_Listed]) -> dict[str, Path]:
-        """The files of images that are not where their names say, by these names."""
-        taken = [item.path for item in items if item.path is not None]
-        where = {item.name: item.where for item in items if item.path is None}
+    def _search(self, entries: list[_Entry]) -> dict[str, Path]:
+        """The files of entries without a path, by name."""
+        taken = [entry.path for entry in entries if entry.path is not None]
+        where = {entry.name: entry.where for entry in entries if entry.path is None}
         found: dict[str, Path] = {}
-        reasons: dict[str, str] = {}
-        for places in self._places if where else ():
-            findings = Index.below(places.root).find(
-                {name: None for name in where if name not in found}, taken
-            )
-            self._faults.notes.update(findings.notes())
+        missing = dict.fromkeys(where, "")
+        for places in self._places:
+            if not missing:
+                break
+            findings = Index.below(places.root).find(dict.fromkeys(missing), taken)
+            self._problems.notes.update(findings.notes())
             found |= {name: file.path for name, file in findings.found.items()}
-            reasons |= findings.missing
-        for name in [name for name in where if name not in found]:
-            self._faults.add(
-                f"{where[name]} names the image {shown(name)}, and {reasons[name]}", "missing_image"
-            )
+            missing = findings.missing
+        for name, reason in missing.items():
+            self._problems.add(f"{where[name]} names the image {shown(name)}, and {reason}", "missing_image")
         return found
 
     def _is_within(self, path: Path) -> bool:
@@ -266,12 +293,12 @@ class Lookup:
 
 
 def _ends(parts: Key) -> Iterator[Key]:
-    """The path, then without its first folders. A folder of a part is not left out: what is in it
-    may be another part's.
+    """The path, then without its first folders. The folder of a split is never left out: what is
+    in it may be another split's.
     """
     for start, part in enumerate(parts):
         yield parts[start:]
-        if folded(part).rstrip("0123456789") in PARTS:
+        if split_named([part]):
             return
 
 
@@ -280,5 +307,8 @@ def _label_options(parts: Key) -> list[Key]:
     or beside it.
     """
     names = (*parts[:-1], f"{os.path.splitext(parts[-1])[0]}.txt")
-    folders = [i for i, part in enumerate(parts[:-1]) if folded(part) in IMAGE_FOLDERS]
-    return [*((*names[:i], "labels", *names[i + 1 :]) for i in reversed(folders)), names]
+    options = []
+    for i in reversed(range(len(parts) - 1)):
+        if folded(parts[i]) in IMAGE_FOLDERS:
+            options.append((*names[:i], "labels", *names[i + 1 :]))
+    return [*options, names]
