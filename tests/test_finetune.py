@@ -1,4 +1,4 @@
-"""--finetune: what is copied, what is made anew, what is refused."""
+"""--finetune: what is copied, what is initialised, what is refused."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_rows_go_where_their_names_are_now(tune, flags):
         assert bias[1] == pytest.approx(PRIOR.item())
         assert not (weight[1] == old_weight).all(-1).any()
     assert "2 of 3 classes copied by name: Hot-Dog, CAT" in told
-    assert "made anew: zebra" in told
+    assert "initialised: zebra" in told
     assert "1 of the checkpoint skipped: dog" in told
 
 
@@ -117,14 +117,14 @@ def test_no_name_in_common_makes_all_rows_anew(tune):
     for weight, bias in heads(state):
         assert weight.shape == (2, 64)
         torch.testing.assert_close(bias, PRIOR.expand(2))
-    assert "0 of 2 classes copied by name; made anew: ship, plane" in told
+    assert "0 of 2 classes copied by name; initialised: ship, plane" in told
 
 
 def test_the_same_classes_give_the_same_detector(tune):
     state, told = tune(entries(), PETS)
     require_equal(state, trained()[0].state_dict())
     assert "3 of 3 classes copied by name: cat, dog, hot dog" in told
-    assert "anew" not in told
+    assert "initialised" not in told
     assert "skipped" not in told
 
 
@@ -160,7 +160,7 @@ def test_coco_is_known_by_its_91_logits(tune):
     assert torch.equal(
         found["class_embed.1.bias"][[0, 1, 3]], model.state_dict()["class_embed.1.bias"][[1, 64, 72]]
     )
-    assert "3 of 4 classes copied by name: person, pottedplant, TV; made anew: aeroplane" in told
+    assert "3 of 4 classes copied by name: person, pottedplant, TV; initialised: aeroplane" in told
     assert "77 of the checkpoint skipped: bicycle, car" in told
     same, _ = tune(None, COCO_CLASSES, *REFINED)
     require_equal(same, model.state_dict())
@@ -170,10 +170,10 @@ def test_classes_without_names_are_taken_if_there_are_as_many(tune):
     unnamed = {"model": entries()["model"]}
     state, told = tune(unnamed, named("a", "b", "c"))
     require_equal(state, trained()[0].state_dict())
-    assert "taken as they are; the checkpoint does not name its classes" in told
+    assert "copied as they are; the checkpoint does not name its classes" in told
     state, told = tune(unnamed, named("a", "b"))
     torch.testing.assert_close(state["class_embed.0.bias"], PRIOR.expand(2))
-    assert "made anew, for 2 classes; the checkpoint does not name its classes" in told
+    assert "initialised, for 2 classes; the checkpoint does not name its classes" in told
 
 
 def test_rows_that_no_class_has_go_with_their_like():
@@ -203,7 +203,7 @@ def test_a_hugging_face_folder_is_as_good(tune, tmp_path):
         state, told = tune(None, named("dog", "zebra"), *flags, "--finetune", str(source))
         require_equal(rest(state), rest(model.state_dict()))
         assert torch.equal(state["class_embed.1.weight"][0], model.state_dict()["class_embed.1.weight"][1])
-        assert "1 of 2 classes copied by name: dog; made anew: zebra" in told
+        assert "1 of 2 classes copied by name: dog; initialised: zebra" in told
 
 
 def test_batchformer_is_added_to_a_plain_detector_and_left_away_from_another(tune):
@@ -334,7 +334,7 @@ def test_a_run_starts_with_the_weights_and_goes_on_after_the_same_command(tmp_pa
     assert first.returncode == 0, first.stderr
     assert f"fine-tuning from {tmp_path / 'a.pth'}" in first.stdout
     assert (
-        "1 of 3 classes copied by name: three; made anew: one, two; 1 of the checkpoint skipped: "
+        "1 of 3 classes copied by name: three; initialised: one, two; 1 of the checkpoint skipped: "
         "other" in first.stdout
     )
     assert "BatchFormerV2: 12 tensors made anew" in first.stdout

@@ -171,9 +171,15 @@ def without(*parts: str, flags: tuple[str, ...] = ()) -> dict[str, torch.Tensor]
 
 
 REMOVED = {
-    "class heads": (("class_embed",), "class heads: made anew, for 3 classes; the checkpoint has none\n"),
-    "all heads": (("class_embed", "bbox_embed"), "box heads: made anew; the checkpoint has none\n"),
-    "heads and queries": (("_embed.",), "box heads and queries: made anew; the checkpoint has none\n"),
+    "class heads": (("class_embed",), "class heads: initialised; the checkpoint has none\n"),
+    "all heads": (
+        ("class_embed", "bbox_embed"),
+        "class heads, box heads: initialised; the checkpoint has none\n",
+    ),
+    "heads and queries": (
+        ("_embed.",),
+        "class heads, box heads, queries: initialised; the checkpoint has none\n",
+    ),
 }
 
 
@@ -280,7 +286,7 @@ def test_an_index_that_lies_is_told(folder):
     index = folder / "model.safetensors.index.json"
     content = json.loads(index.read_text())
     (folder / files[2]).rename(folder / "elsewhere")
-    with pytest.raises(UserError, match=rf"{files[2]}, which is not there: fetch all 3 files"):
+    with pytest.raises(UserError, match=rf"{files[2]}, which is not there: download all 3 files"):
         load_model(folder)
     for name in ("../model-00001-of-00003.safetensors", "/etc/passwd", 3):
         index.write_text(json.dumps({"weight_map": {**content["weight_map"], "x": name}}))
@@ -288,7 +294,7 @@ def test_an_index_that_lies_is_told(folder):
             load_model(folder)
     (folder / "elsewhere").rename(folder / files[2])
     index.write_text(json.dumps({"weight_map": {**content["weight_map"], "lost": files[0]}}))
-    with pytest.raises(UserError, match=f"{files[0]} is damaged: it lacks the tensor lost"):
+    with pytest.raises(UserError, match=f"{files[0]} is damaged: it does not have the tensor lost"):
         load_model(folder)
 
 

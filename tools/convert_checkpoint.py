@@ -2,8 +2,10 @@
 
 A .pth file, published or of a run, becomes a folder that transformers loads. Such a folder, its
 safetensors file, or the https address of a model on the hub becomes a .pth file. Outputs are equal,
-and there and back gives the same tensors.
+and converting back gives the same tensors.
 """
+
+from __future__ import annotations
 
 import argparse
 import logging
@@ -13,9 +15,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # a script sees only its own folder, not the project
+# a script sees only its own folder, not the project
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from util.config import (
     BatchFormerConfig,
     Config,
@@ -32,17 +33,21 @@ EXAMPLE = """python tools/convert_checkpoint.py exps/run/checkpoint.pth converte
   python tools/convert_checkpoint.py https://huggingface.co/SenseTime/deformable-detr deformable_detr.pth"""
 
 
-def main(argv: Sequence[str]) -> None:
-    parser = make_parser("tools/convert_checkpoint.py", __doc__, EXAMPLE)
-    add = parser.add_argument
+def parser() -> argparse.ArgumentParser:
+    result = make_parser("tools/convert_checkpoint.py", __doc__, EXAMPLE)
+    add = result.add_argument
     add(
         "source",
         help="a .pth file; or Hugging Face's layout: a folder, a safetensors file or an https address",
     )
-    add("target", help="the folder or .pth file to write; nothing may have that name yet")
-    add_weights_flag(parser)
-    add_untold_flags(parser)
-    args = parser.parse_args(argv)
+    add("target", help="the folder or .pth file to write; it must not exist")
+    add_weights_flag(result)
+    add_untold_flags(result)
+    return result
+
+
+def main(argv: Sequence[str]) -> None:
+    args = parser().parse_args(argv)
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
     convert(args.source, Path(args.target), args.weights, **untold_flags(args))
 
@@ -52,28 +57,32 @@ def convert(source: str, target: Path, which: str = "auto", **architecture: Any)
 
     Args:
         which: "auto", "model" or "ema" weights of a run.
-        architecture: flags that go before what the checkpoint says.
+        architecture: flags that replace what the checkpoint says.
 
     Raises:
         UserError: the source can't be read or converted; the target exists.
     """
-    # imported here so that --help is immediate
+    # imported here so that --help does not import torch
     from models.weights.architecture import config_of
-    from models.weights.hugging_face import is_hugging_face
+    from models.weights.hugging_face_files import is_hugging_face
     from models.weights.load import choose_weights, read_trained
 
+    # the target
     to_file = is_hugging_face(source)
     if target.exists():
         raise UserError(f"target {target} exists already; remove it or give another name")
     if to_file != (target.suffix == ".pth"):
-        raise UserError(
-            f"target {target}: from {source} {'a .pth file' if to_file else 'a folder'} is made; name one"
-        )
+        kind = "a .pth file" if to_file else "a folder"
+        raise UserError(f"target {target}: {source} is converted to {kind}; name one")
+
+    # the source
     checkpoint = read_trained(source, "source")
     state, which = choose_weights(checkpoint, source, "source", which)
     checkpoint = {**checkpoint, "model": state}
     config = config_of(checkpoint, source, "source", **architecture)
-    if to_file:  # its config.json must agree with its weights
+
+    # The other layout. A folder's config.json must agree with its weights.
+    if to_file:
         check_weights(state, config.with_flags({**checkpoint.get("args", {}), "resume": source}), source)
         write_file(checkpoint, target)
     else:
@@ -82,17 +91,14 @@ def convert(source: str, target: Path, which: str = "auto", **architecture: Any)
 
 
 def with_batchformer(config: Config, checkpoint: Mapping[str, Any]) -> Config:
-    """The Config with the checkpoint's flags of BatchFormerV2, which a detector to predict with
-    does without.
-    """
+    """The Config with the checkpoint's flags of BatchFormerV2, which prediction does not need."""
     args = checkpoint.get("args", {})
-    said = vars(args) if isinstance(args, argparse.Namespace) else args
-    flags = {
-        item.name: said[item.name]
-        for item in fields(BatchFormerConfig)
-        if said.get("bf") and item.name in said
-    }
-    return config.with_flags(flags)
+    if isinstance(args, argparse.Namespace):
+        args = vars(args)
+    if not args.get("bf"):
+        return config
+    names = [item.name for item in fields(BatchFormerConfig) if item.name in args]
+    return config.with_flags({name: args[name] for name in names})
 
 
 def check_weights(state: Mapping[str, Any], config: Config, source: str) -> None:
@@ -106,22 +112,21 @@ def check_weights(state: Mapping[str, Any], config: Config, source: str) -> None
 
 
 def write_file(checkpoint: Mapping[str, Any], target: Path) -> None:
+    """Write a .pth file."""
     from util.checkpoint import write_atomically
 
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(dict(checkpoint), target)
-    named = len(checkpoint["classes"]["categories"]) if "classes" in checkpoint else 0
-    log.info(
-        "%s: %d tensors; %s",
-        target,
-        len(checkpoint["model"]),
-        f"{named} classes" if named else "classes without names",
-    )
+    classes = "classes without names"
+    if "classes" in checkpoint:
+        classes = f"{len(checkpoint['classes']['categories'])} classes"
+    log.info("%s: %d tensors; %s", target, len(checkpoint["model"]), classes)
 
 
 def write_folder(
     checkpoint: Mapping[str, Any], which: str, config: Config, source: str, target: Path
 ) -> None:
+    """Write a folder in Hugging Face's layout, and say what transformers has no place for."""
     from models.weights.hugging_face import write_hugging_face
     from util.class_map import classes_of
 
@@ -132,7 +137,7 @@ def write_folder(
     if written.batchformer:
         log.info(
             "%d tensors of BatchFormerV2 are beside them in batchformer.safetensors: transformers "
-            "has no place for them, and evaluation does without",
+            "has no place for them, and evaluation does not need them",
             len(written.batchformer),
         )
     if written.left_out:

@@ -1,8 +1,8 @@
-"""--finetune: the weights of a trained detector as the start of another run.
+"""--finetune: start a run from the weights of a trained detector.
 
-Everything but the class heads must fit. A row of a class head goes where the class of its name is
-now; classes that the checkpoint did not know start as in any new detector, and so do heads and
-queries that somebody removed from it.
+Everything but the class heads must fit. The row of each class is copied from the checkpoint's class
+of the same name. Classes that the checkpoint does not have are initialised as in a new detector;
+so are heads and queries that were removed from the checkpoint.
 """
 
 from __future__ import annotations
@@ -12,10 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from models.weights.architecture import HEADS
 from models.weights.load import choose_weights
 from util.checkpoint import BATCHFORMER, LoadReport, load_state
 from util.class_map import ClassMap, classes_of
@@ -23,17 +21,17 @@ from util.config import Config
 
 FLAG = "--finetune"
 _CLASS_HEAD = re.compile(r"class_embed\.(\d+)\.(weight|bias)")
-_REMOVABLE = {**dict(zip(HEADS, ("class heads", "box heads"), strict=True)), "query_embed.": "queries"}
-_OBJECT = 0  # in two-stage the encoder's head is trained on this row alone: is there an object?
+# what may be missing in a checkpoint: how the names of its tensors begin, what it is
+_REMOVABLE = {"class_embed.": "class heads", "bbox_embed.": "box heads", "query_embed.": "queries"}
 
 
 @dataclass(frozen=True)
 class FineTuned:
-    """What a run starts with.
+    """What a run starts with, for the log.
 
-    report: the tensors; weights: "model" or "ema", the averaged ones; classes: the run's; known:
-    the checkpoint's, None if it does not say; rows: rows of the class heads -> those of the
-    checkpoint that were copied.
+    report: the tensors. weights: "model" or "ema", the averaged ones. classes: the run's. known:
+    the checkpoint's classes, None if it does not say. rows: row of the class heads -> the
+    checkpoint's row that was copied.
     """
 
     report: LoadReport
@@ -43,35 +41,38 @@ class FineTuned:
     rows: Mapping[int, int]
 
     def __str__(self) -> str:
-        return "\n".join([self._weights(), self._classes(), *self._removed(), *self.report.batchformer()])
-
-    def _weights(self) -> str:
+        # the weights
         kind = "averaged weights, " if self.weights == "ema" else ""
-        return f"fine-tuning from {self.report.source}: {kind}{len(self.report.loaded)} tensors loaded"
+        count = len(self.report.loaded)
+        lines = [f"fine-tuning from {self.report.source}: {kind}{count} tensors loaded"]
+
+        # the class heads, and what else the checkpoint does not have
+        missing = [what for part, what in _REMOVABLE.items() if _has(self.report.missing, part)]
+        if "class heads" not in missing:
+            lines.append(f"class heads: {self._classes()}")
+        if missing:
+            lines.append(f"{', '.join(missing)}: initialised; the checkpoint has none")
+        return "\n".join([*lines, *self.report.batchformer()])
 
     def _classes(self) -> str:
         total = len(self.classes.categories)
-        if any(name.startswith("class_embed.") for name in self.report.missing):
-            return f"class heads: made anew, for {total} classes; the checkpoint has none"
         if self.known is None:
-            how = "taken as they are" if self.rows else f"made anew, for {total} classes"
-            return f"class heads: {how}; the checkpoint does not name its classes"
-        copied = {label: name for label, name in self.classes.names.items() if label in self.rows}
-        new = [name for label, name in self.classes.names.items() if label not in copied]
-        skipped = [name for label, name in self.known.names.items() if label not in self.rows.values()]
-        parts = [f"{len(copied)} of {total} classes copied by name{_listed(copied.values())}"]
-        parts += [f"made anew{_listed(new)}"] if new else []
-        parts += [f"{len(skipped)} of the checkpoint skipped{_listed(skipped)}"] if skipped else []
-        return f"class heads: {'; '.join(parts)}"
+            how = "copied as they are" if self.rows else f"initialised, for {total} classes"
+            return f"{how}; the checkpoint does not name its classes"
 
-    def _removed(self) -> list[str]:
-        others = {part: what for part, what in _REMOVABLE.items() if part != "class_embed."}
-        lacking = [
-            what
-            for part, what in others.items()
-            if any(name.startswith(part) for name in self.report.missing)
-        ]
-        return [f"{' and '.join(lacking)}: made anew; the checkpoint has none"] if lacking else []
+        copied, new = [], []
+        for label, name in self.classes.names.items():
+            if label in self.rows:
+                copied.append(name)
+            else:
+                new.append(name)
+        skipped = [name for label, name in self.known.names.items() if label not in self.rows.values()]
+        said = f"{len(copied)} of {total} classes copied by name{_listed(copied)}"
+        if new:
+            said += f"; initialised{_listed(new)}"
+        if skipped:
+            said += f"; {len(skipped)} of the checkpoint skipped{_listed(skipped)}"
+        return said
 
 
 def fine_tune(
@@ -94,66 +95,73 @@ def fine_tune(
     Raises:
         UserError: the checkpoint is of another detector.
     """
+    # which row of the class heads is which
     state, which = choose_weights(checkpoint, source, flag, weights)
     known = classes_of({**checkpoint, "model": state}, f"{flag} {source}")
     rows = matching_rows(known, len(state.get("class_embed.0.weight", ())), classes)
-    heads = _class_heads(model, state, rows, config)
+
+    # in two-stage the encoder's head comes after those of the decoder layers
+    encoder_head = config.transformer.dec_layers if config.transformer.two_stage else None
+    heads = _class_heads(model.state_dict(), state, rows, encoder_head)
     report = load_state(model, {"model": state | heads}, source, flag)
-    removed = tuple(part for part in _REMOVABLE if not any(name.startswith(part) for name in state))
+    removed = tuple(part for part in _REMOVABLE if not _has(state, part))
     report.require_same_architecture(may_lack=(BATCHFORMER, *removed))
     return FineTuned(report, which, classes, known, rows)
 
 
 def matching_rows(known: ClassMap | None, num_known: int, classes: ClassMap) -> dict[int, int]:
-    """Row of a class head now -> row of the checkpoint's `num_known` to copy. Labels without a
-    class go with their like.
+    """Row of a class head -> row of the checkpoint's `num_known` to copy.
 
-    Names are compared without regard to case, spaces, hyphens and underscores. If nobody knows the
-    checkpoint's, heads of as many rows are taken as they are.
+    Names are compared without regard to case, spaces, hyphens and underscores. Rows that belong to
+    no class in both heads are copied, too. If the checkpoint does not name its classes, heads of
+    the same number of rows are copied as they are.
     """
     if known is None:
-        return (
-            {label: label for label in range(classes.num_classes)} if num_known == classes.num_classes else {}
-        )
+        if num_known != classes.num_classes:
+            return {}
+        return {label: label for label in range(num_known)}
+
     by_name = {_plain(name): label for label, name in reversed(known.names.items())}
-    unused = (set(range(classes.num_classes)) - classes.names.keys()) & (
-        set(range(num_known)) - known.names.keys()
-    )
     rows = {label: by_name[_plain(name)] for label, name in classes.names.items() if _plain(name) in by_name}
-    return rows | {label: label for label in unused}
+    for label in range(min(num_known, classes.num_classes)):
+        if label not in classes.names and label not in known.names:
+            rows[label] = label
+    return rows
 
 
 def _class_heads(
-    model: nn.Module, state: Mapping[str, Tensor], rows: Mapping[int, int], config: Config
+    own: Mapping[str, Tensor], state: Mapping[str, Tensor], rows: Mapping[int, int], encoder_head: int | None
 ) -> dict[str, Tensor]:
-    """The model's class heads with the rows that can be copied."""
+    """The class heads among the tensors `own`, with the rows that can be copied from `state`."""
     heads = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in own.items():
         match = _CLASS_HEAD.fullmatch(name)
         if not match or name not in state:
             continue
         there = state[name]
-        of_proposals = config.transformer.two_stage and int(match[1]) == config.transformer.dec_layers
-        copied = _proposal_rows(len(tensor), len(there)) if of_proposals else rows
+        copied = rows
+        if int(match[1]) == encoder_head:
+            # Of its rows only the first is trained, as "object"; all others learn background,
+            # whatever their class. So they keep their order.
+            copied = {row: row for row in range(min(len(tensor), len(there)))}
         heads[name] = tensor.clone()
-        if copied:
-            here, origin = torch.tensor(list(copied.items())).T
-            heads[name][here] = there[origin].to(tensor.dtype)
+        for row, origin in copied.items():
+            heads[name][row] = there[origin]
     return heads
 
 
-def _proposal_rows(num_rows: int, num_known: int) -> dict[int, int]:
-    """All rows but that of objects are trained as background, whatever their class: they stay in
-    their order.
-    """
-    return {row: row for row in range(_OBJECT, min(num_rows, num_known))}
+def _has(names: Iterable[str], prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in names)
 
 
 def _plain(name: str) -> str:
     return re.sub(r"[\s_-]+", "", name).casefold()
 
 
-def _listed(names: Iterable[str], most: int = 12) -> str:
-    names = list(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f": {', '.join(names[:most])}{more}" if names else ""
+def _listed(names: list[str], most: int = 12) -> str:
+    if not names:
+        return ""
+    listed = f": {', '.join(names[:most])}"
+    if len(names) > most:
+        listed += f" and {len(names) - most} more"
+    return listed

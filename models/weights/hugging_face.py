@@ -1,7 +1,7 @@
 """The detector in the layout of Hugging Face: a folder with config.json and model.safetensors, as
 transformers' DeformableDetrForObjectDetection reads and writes it. transformers itself is not
-needed here. Read are also its older pytorch_model.bin, weights in several files with an index, and
-a DeformableDetrModel, which has no heads.
+needed here. Its older pytorch_model.bin, weights in several files with an index, and a
+DeformableDetrModel, which has no heads, can be read, too.
 
 What transformers has no place for lies where it does not look: the category ids in an entry of
 config.json, the weights of BatchFormerV2 with their flags in batchformer.safetensors.
@@ -15,28 +15,30 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from models.weights.hugging_face_files import (
+    CONFIG,
+    WEIGHTS,
+    files_of,
+    read_json,
+    read_safetensors,
+    read_weights,
+)
 from models.weights.hugging_face_names import Converted, from_hugging_face, to_hugging_face
-from util.checkpoint import folder_given, is_address, local_file, read_checkpoint, temporary_name
-from util.class_map import AUTO, ClassMap
+from util.checkpoint import temporary_name
+from util.class_map import ClassMap
 from util.config import RESNETS, BackboneConfig, BatchFormerConfig, Config
 from util.errors import NotSavedError, UserError
 from util.other_layouts import in_our_layout
 
-CONFIG, WEIGHTS, PROCESSOR = "config.json", "model.safetensors", "preprocessor_config.json"
+PROCESSOR = "preprocessor_config.json"
 BATCHFORMER = "batchformer.safetensors"
-_OLD_WEIGHTS = "pytorch_model.bin"
-_INDEX = ".index.json"  # of weights in several files
-_ALL_WEIGHTS = (WEIGHTS, WEIGHTS + _INDEX, _OLD_WEIGHTS, _OLD_WEIGHTS + _INDEX)
-_SHARD = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)")
-_PAGE = re.compile(r"https://huggingface\.co/[^/]+/[^/]+/?")
-_NO_CLASS = "N/A"  # what the hub's COCO models call the labels that no category has
-# what transformers calls the classes of a model that has no names
+_NO_CLASS = "N/A"  # in the hub's COCO models: the name of a label that no category has
+# transformers' names of the classes of a model that has no names
 _UNNAMED = re.compile(r"LABEL_\d+")
 _CATEGORY_IDS = "category_ids"
 
@@ -59,19 +61,6 @@ _FIELDS = {
 _BATCHFORMER_FLAGS = tuple(BatchFormerConfig.__dataclass_fields__)
 
 
-def is_hugging_face(source: str) -> bool:
-    """Whether a path or address names this layout: a folder, a file of weights as they lie in one,
-    or a model's page.
-    """
-    if is_address(source):
-        return bool(_PAGE.fullmatch(source)) or urlparse(source).path.endswith(".safetensors")
-    path = Path(source)
-    in_folder = path.name in _ALL_WEIGHTS or _SHARD.fullmatch(path.name) or path.name == CONFIG
-    return (
-        path.suffix == ".safetensors" or path.is_dir() or bool(in_folder and path.with_name(CONFIG).is_file())
-    )
-
-
 def read_hugging_face(source: str, flag: str) -> dict[str, Any]:
     """A checkpoint in our layout: `model`, `args` and, if the classes have names, `classes`.
 
@@ -80,30 +69,38 @@ def read_hugging_face(source: str, flag: str) -> dict[str, Any]:
             model's page.
         flag: to be named in errors.
 
-    Without config.json beside it a safetensors file is another program's, with our names of
+    A safetensors file without config.json beside it is another program's, with our names of
     tensors.
 
     Raises:
         UserError: it can't be read, or is no Deformable DETR that this program can build.
     """
-    config_file, weights_file = _files_of(source, flag)
-    weights = _read_weights(weights_file, flag)
+    config_file, weights_file = files_of(source, flag)
+    weights = read_weights(weights_file, flag)
     if not config_file.is_file():
         return in_our_layout(weights, str(weights_file))
-    config = _read_json(config_file, flag)
-    flags = flags_of(config, f"{flag} {config_file}") | _sizes_in(config_file.with_name(PROCESSOR), flag)
+
+    # the detector that config.json describes
+    where = f"{flag} {config_file}"
+    config = read_json(config_file, flag)
+    flags = flags_of(config, where) | _sizes_in(config_file.with_name(PROCESSOR), flag)
     state = from_hugging_face(
         weights, flags["with_box_refine"], flags["dec_layers"], f"{flag} {weights_file}"
     )
-    if "class_embed.0.bias" in state:
-        flags["num_classes"] = len(state["class_embed.0.bias"])
-    if (beside := weights_file.with_name(BATCHFORMER)).is_file():
+    bias = state.get("class_embed.0.bias")
+    if bias is not None:
+        flags["num_classes"] = len(bias)
+
+    # what transformers has no place for
+    beside = weights_file.with_name(BATCHFORMER)
+    if beside.is_file():
         modules, module_flags = _read_batchformer(beside, flag)
         state, flags = state | modules, flags | module_flags
-    checkpoint = {"model": state, "args": _checked(flags, f"{flag} {config_file}")}
-    labels = flags["num_classes"]
-    classes = _classes_in(config, labels, f"{flag} {config_file}") if labels != AUTO else None
-    return checkpoint | ({"classes": classes.to_plain()} if classes else {})
+    checkpoint = {"model": state, "args": _checked(flags, where)}
+    classes = _classes_in(config, len(bias), where) if bias is not None else None
+    if classes:
+        checkpoint["classes"] = classes.to_plain()
+    return checkpoint
 
 
 def write_hugging_face(
@@ -116,72 +113,79 @@ def write_hugging_face(
         UserError: transformers has no such model; `folder` exists.
         NotSavedError: it can't be written; nothing of the attempt is left.
     """
-    refuse_what_transformers_lacks(config)
+    refuse_unknown_to_transformers(config)
     if folder.exists():
         raise UserError(f"{folder} exists already; remove it or give another name")
     converted = to_hugging_face(state, config.transformer.with_box_refine, config.transformer.two_stage)
     num_classes = len(converted.weights["class_embed.0.bias"])
+
+    # written under another name, so that the folder is whole or not there
     temporary = temporary_name(folder)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_file(converted.weights, temporary / WEIGHTS, metadata={"format": "pt"})
         if converted.batchformer:
-            save_file(converted.batchformer, temporary / BATCHFORMER, metadata=_batchformer_flags(config))
-        (temporary / CONFIG).write_text(json.dumps(json_of(config, classes, num_classes), indent=2) + "\n")
-        (temporary / PROCESSOR).write_text(json.dumps(_processor_of(config), indent=2) + "\n")
+            flags = config.flags()
+            metadata = {name: json.dumps(flags[name]) for name in _BATCHFORMER_FLAGS}
+            save_file(converted.batchformer, temporary / BATCHFORMER, metadata=metadata)
+        _write_json(temporary / CONFIG, json_of(config, classes, num_classes))
+        _write_json(temporary / PROCESSOR, _processor_of(config))
         temporary.replace(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise NotSavedError(
-            f"{folder} could not be written ({getattr(error, 'strerror', None) or error})"
-        ) from None
+        reason = getattr(error, "strerror", None) or error
+        raise NotSavedError(f"{folder} could not be written ({reason})") from None
     return converted
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 # ---- config.json
 
 
-def refuse_what_transformers_lacks(config: Config) -> None:
+def refuse_unknown_to_transformers(config: Config) -> None:
     """Raise UserError for a detector that transformers can't compute."""
-    backbone = config.backbone
-    lacking = {
-        "--backbone_norm gn (its backbones are normalised by frozen statistics)": backbone.backbone_norm
-        == "gn",
-        f"--position_embedding_scale {backbone.position_embedding_scale}": (
-            backbone.position_embedding_scale != BackboneConfig.position_embedding_scale
-        ),
-        "--eval_bf (nothing that relates the images of a batch)": config.batchformer.eval_bf,
-    }
-    for what, lacks in lacking.items():
-        if lacks:
-            raise UserError(
-                f"transformers has no Deformable DETR with {what}: this checkpoint can't be converted"
-            )
+    backbone, unknown = config.backbone, ""
+    if backbone.backbone_norm == "gn":
+        unknown = "--backbone_norm gn (its backbones are normalised by frozen statistics)"
+    elif backbone.position_embedding_scale != BackboneConfig.position_embedding_scale:
+        unknown = f"--position_embedding_scale {backbone.position_embedding_scale}"
+    elif config.batchformer.eval_bf:
+        unknown = "--eval_bf (nothing that relates the images of a batch)"
+    if unknown:
+        raise UserError(
+            f"transformers has no Deformable DETR with {unknown}: this checkpoint can't be converted"
+        )
 
 
 def json_of(config: Config, classes: ClassMap | None, num_classes: int) -> dict[str, Any]:
     """The contents of config.json."""
-    if classes:
-        names = dict.fromkeys(range(num_classes), _NO_CLASS) | classes.names
-        ids = {_CATEGORY_IDS: {str(category.label): category.id for category in classes.categories}}
-    else:
-        names, ids = {label: f"LABEL_{label}" for label in range(num_classes)}, {}
+    # sizes of the detector
     flags = config.flags()
-    return {
+    content = {
         "architectures": ["DeformableDetrForObjectDetection"],
         "model_type": "deformable_detr",
         "use_timm_backbone": True,
         "use_pretrained_backbone": False,
         "backbone": config.backbone.backbone,
         "backbone_config": None,
-        **{field: flags[flag] for flag, fields in _FIELDS.items() for field in fields},
         "num_queries": config.transformer.num_queries,
         "two_stage_num_proposals": config.transformer.num_queries,
-        "id2label": {str(label): name for label, name in names.items()},
-        "label2id": {name: label for label, name in names.items()},
-        **ids,
     }
+    for flag, names_there in _FIELDS.items():
+        content |= dict.fromkeys(names_there, flags[flag])
+
+    # classes
+    names = {label: f"LABEL_{label}" for label in range(num_classes)}
+    if classes:
+        names = dict.fromkeys(range(num_classes), _NO_CLASS) | classes.names
+        content[_CATEGORY_IDS] = {str(category.label): category.id for category in classes.categories}
+    content["id2label"] = {str(label): name for label, name in names.items()}
+    content["label2id"] = {name: label for label, name in names.items()}
+    return content
 
 
 def flags_of(config: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -191,20 +195,20 @@ def flags_of(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     """
     if config.get("model_type") != "deformable_detr":
         raise UserError(f"{source} is of no Deformable DETR: its model_type is {config.get('model_type')!r}")
-    flags = {
-        **Config().flags(),
-        "backbone": _backbone_in(config, source),
-    }  # what is not said has transformers' default, and ours
-    for flag, fields in _FIELDS.items():
-        values = [config[field] for field in fields if config.get(field) is not None]
+    # fields that are not there have transformers' defaults, which are ours
+    flags = {**Config().flags(), "backbone": _backbone_in(config, source)}
+    for flag, names in _FIELDS.items():
+        values = [config[name] for name in names if config.get(name) is not None]
         if any(value != values[0] for value in values):
             raise UserError(
-                f"{source} can't be used: its {' and '.join(fields)} differ, and here both are --{flag}"
+                f"{source} can't be used: its {' and '.join(names)} differ, and here both are --{flag}"
             )
         if values:
             flags[flag] = values[0]
     queries = config.get("two_stage_num_proposals" if flags["two_stage"] else "num_queries")
-    return flags | ({} if queries is None else {"num_queries": queries})
+    if queries is not None:
+        flags["num_queries"] = queries
+    return flags
 
 
 def _checked(flags: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -216,18 +220,21 @@ def _checked(flags: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 def _backbone_in(config: Mapping[str, Any], source: str) -> str:
     """The ResNet's name at torchvision, which is timm's."""
-    own = config.get("backbone_config") or {"backbone": config.get("backbone") or "resnet50"}
-    name = str(own.get("backbone")).split(".")[0]  # what follows names a set of pretrained weights
+    full_name = config.get("backbone") or "resnet50"
+    if config.get("backbone_config"):
+        full_name = config["backbone_config"].get("backbone")
+    name = str(full_name).split(".")[0]  # what follows names a set of pretrained weights
     if name not in RESNETS:
         raise UserError(
-            f"{source} can't be used: its backbone is {own.get('backbone')!r}; here it can be "
-            f"{', '.join(RESNETS)}"
+            f"{source} can't be used: its backbone is {full_name!r}; here it can be {', '.join(RESNETS)}"
         )
     return name
 
 
 def _classes_in(config: Mapping[str, Any], num_classes: int, source: str) -> ClassMap | None:
-    """The classes that have names; without category ids, as in files of others, labels are ids."""
+    """The classes that have names. Files of other programs have no category ids; then labels are
+    ids.
+    """
     try:
         ids = config.get(_CATEGORY_IDS) or {}
         names = {int(label): name for label, name in (config.get("id2label") or {}).items()}
@@ -236,19 +243,20 @@ def _classes_in(config: Mapping[str, Any], num_classes: int, source: str) -> Cla
             for label, name in sorted(names.items())
             if name != _NO_CLASS and not _UNNAMED.fullmatch(name)
         ]
-        return (
-            ClassMap.from_plain({"num_classes": num_classes, "categories": categories})
-            if categories
-            else None
-        )
+        if not categories:
+            return None
+        return ClassMap.from_plain({"num_classes": num_classes, "categories": categories})
     except (AttributeError, TypeError, ValueError):
         raise UserError(
             f"{source} is damaged: its id2label or {_CATEGORY_IDS} can't be those of {num_classes} logits"
         ) from None
 
 
+# ---- the other files
+
+
 def _processor_of(config: Config) -> dict[str, Any]:
-    """The contents of preprocessor_config.json: the sizes of our evaluation. The rest is
+    """The contents of preprocessor_config.json: the image sizes of our evaluation. The rest is
     transformers' default, and ours.
     """
     size = {"shortest_edge": config.data.eval_size, "longest_edge": config.data.max_size}
@@ -256,121 +264,29 @@ def _processor_of(config: Config) -> dict[str, Any]:
 
 
 def _sizes_in(processor: Path, flag: str) -> dict[str, Any]:
-    """The image sizes in preprocessor_config.json, if it is there and says others than the
-    published ones.
-    """
+    """The image sizes in preprocessor_config.json, if there are any other than the published ones."""
     if not processor.is_file():
         return {}
-    content = _read_json(processor, flag)
+    content = read_json(processor, flag)
     size = content.get("size")
     if not isinstance(size, dict):  # as older versions wrote it
         size = {"shortest_edge": size, "longest_edge": content.get("max_size")}
-    sizes = {"eval_size": size.get("shortest_edge"), "max_size": size.get("longest_edge")}
-    if (
-        not all(isinstance(value, int) for value in sizes.values())
-        or sizes.items() <= Config().flags().items()
-    ):
+    eval_size, max_size = size.get("shortest_edge"), size.get("longest_edge")
+    if not isinstance(eval_size, int) or not isinstance(max_size, int):
         return {}
-    # or max_size might not fit the published ones
-    return {**sizes, "train_sizes": [sizes["eval_size"]]}
-
-
-# ---- files
-
-
-def _files_of(source: str, flag: str) -> tuple[Path, Path]:
-    """Paths of config.json, which may be lacking, and of the weights or their index; fetched if
-    they are elsewhere.
-    """
-    if is_address(source):
-        is_page = _PAGE.fullmatch(source)
-        weights_at = (
-            source.rstrip("/") + f"/resolve/main/{WEIGHTS}"
-            if is_page
-            else source.replace("/blob/", "/resolve/")
-        )
-        return local_file(weights_at.rpartition("/")[0] + f"/{CONFIG}", flag), local_file(weights_at, flag)
-    path = Path(source)
-    if path.is_file() and path.name not in (CONFIG, *_ALL_WEIGHTS) and not _SHARD.fullmatch(path.name):
-        return path.with_name(CONFIG), path
-    folder = path if path.is_dir() else path.parent
-    weights = next((folder / name for name in _ALL_WEIGHTS if (folder / name).is_file()), None)
-    if weights is None and any(folder.glob("*.pth")):
-        raise folder_given(flag, folder)
-    if weights is None or not path.exists():
-        raise UserError(
-            f"{flag} {source} has no {WEIGHTS} in it; give a folder with {CONFIG} and {WEIGHTS}, "
-            f"or a .pth file"
-        )
-    return folder / CONFIG, weights
-
-
-def _read_json(path: Path, flag: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{flag} {path} can't be read: it must hold a JSON object")
-    return content
-
-
-def _read_weights(path: Path, flag: str) -> dict[str, Tensor]:
-    if path.name.endswith(_INDEX):
-        return _read_shards(path, flag)
-    return read_checkpoint(path, flag) if path.suffix == ".bin" else _read_safetensors(path, flag)[0]
-
-
-def _read_shards(index: Path, flag: str) -> dict[str, Tensor]:
-    """The tensors of all files that an index names, which lie beside it."""
-    places = _read_json(index, flag).get("weight_map")
-    names = (
-        sorted(set(places.values()))
-        if isinstance(places, dict) and all(map(_is_shard, places.values()))
-        else []
-    )
-    if not names:
-        raise UserError(f"{flag} {index} is damaged: its weight_map must map tensors to files beside it")
-    if missing := [name for name in names if not (index.parent / name).is_file()]:
-        raise UserError(
-            f"{flag} {index} names {missing[0]}, which is not there: fetch all {len(names)} files "
-            f"of the weights"
-        )
-    weights: dict[str, Tensor] = {}
-    for name in names:
-        weights |= _read_weights(index.parent / name, flag)
-    if lacking := sorted(places.keys() - weights.keys()):
-        raise UserError(
-            f"{flag} {places[lacking[0]]} is damaged: it lacks the tensor {lacking[0]}, which "
-            f"{index} says it has"
-        )
-    return weights
-
-
-def _is_shard(name: Any) -> bool:
-    return isinstance(name, str) and bool(_SHARD.fullmatch(name))
-
-
-def _read_safetensors(path: Path, flag: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{flag} {path} is damaged or no safetensors file ({error})") from None
+    published = Config().data
+    if (eval_size, max_size) == (published.eval_size, published.max_size):
+        return {}
+    # the published sizes of training might exceed max_size
+    return {"eval_size": eval_size, "max_size": max_size, "train_sizes": [eval_size]}
 
 
 def _read_batchformer(path: Path, flag: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The modules of BatchFormerV2 and its flags."""
-    modules, metadata = _read_safetensors(path, flag)
+    modules, metadata = read_safetensors(path, flag)
     try:
         return modules, {name: json.loads(metadata[name]) for name in _BATCHFORMER_FLAGS}
     except (KeyError, ValueError):
         raise UserError(
-            f"{flag} {path} is damaged: it lacks flags of BatchFormerV2; remove it to go on without"
+            f"{flag} {path} is damaged: flags of BatchFormerV2 are missing; remove it to go on without"
         ) from None
-
-
-def _batchformer_flags(config: Config) -> dict[str, str]:
-    flags = config.flags()
-    return {name: json.dumps(flags[name]) for name in _BATCHFORMER_FLAGS}

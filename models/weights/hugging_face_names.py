@@ -1,14 +1,14 @@
 """Names of the detector's tensors: ours, which are the published ones, and those of Hugging Face's
 DeformableDetr.
 
-Written are the names of the models on the hub, which every version of transformers reads; read are
-those and the names that version 5 has in memory.
+The names of the models on the hub are written, because every version of transformers reads them.
+These and the names that version 5 has in memory are read.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from util.errors import UserError
 
-# ours, Hugging Face's; {n}: a number, {rest}: anything. The first that fits counts
+# ours, Hugging Face's; {n}: a number, {rest}: anything. The first that fits is used
 _NAMES = (
     ("backbone.0.body.{rest}", "model.backbone.conv_encoder.model.{rest}"),
     ("backbone.1.row_embed.{rest}", "model.position_embedding.row_embeddings.{rest}"),
@@ -44,10 +44,11 @@ _NEWER = (
     (".o_proj.", ".out_proj."),
     (".mlp.fc", ".fc"),
 )
-_REFINED = (("bbox_embed.", "model.decoder.bbox_embed."),)
-_TWO_STAGE = (("class_embed.", "model.decoder.class_embed."),)
-# version 5, version 4
-_POSITIONS = (("model.position_embedding.", "model.backbone.position_embedding."),)
+# tensors that have a second name: of position embeddings in version 4, of boxes with refinement, of
+# classes in two-stage
+_POSITIONS = ("model.position_embedding.", "model.backbone.position_embedding.")
+_REFINED = ("bbox_embed.", "model.decoder.bbox_embed.")
+_TWO_STAGE = ("class_embed.", "model.decoder.class_embed.")
 # nn.MultiheadAttention's one tensor, and transformers' three
 _FUSED = re.compile(r"(transformer\.decoder\.layers\.\d+\.self_attn\.)in_proj_(weight|bias)")
 _SINGLE = re.compile(r"(transformer\.decoder\.layers\.\d+\.self_attn\.)([qkv])_proj\.(weight|bias)")
@@ -56,8 +57,8 @@ _COUNT = "num_batches_tracked"
 
 
 class Converted(NamedTuple):
-    """weights: under Hugging Face's names; batchformer: those that it has no place for, under ours;
-    left_out: names of ours with which nothing is lost.
+    """weights: under Hugging Face's names. batchformer: those that it has no place for, under ours.
+    left_out: our names of tensors that transformers does not need.
     """
 
     weights: dict[str, Tensor]
@@ -69,88 +70,95 @@ def to_hugging_face(state: Mapping[str, Tensor], with_box_refine: bool, two_stag
     """Our tensors under Hugging Face's names, each in memory of its own (safetensors has no shared
     tensors).
     """
+    # each tensor once
     weights: dict[str, Tensor] = {}
+    batchformer: dict[str, Tensor] = {}
+    left_out = []
     for name, tensor in state.items():
-        if name.startswith(_MODULES) or name.endswith(_COUNT):
-            continue
-        if match := _FUSED.fullmatch(name):
-            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-                weights[_to_hub(f"{match[1]}{letter}_proj.{match[2]}")] = part
+        match = _FUSED.fullmatch(name)
+        if name.endswith(_COUNT):
+            left_out.append(name)  # frozen statistics, all that transformers has, count nothing
+        elif name.startswith(_MODULES):
+            batchformer[name] = _unshared(tensor)
+        elif match:
+            for letter, third in zip("qkv", tensor.chunk(3), strict=True):
+                weights[_to_hub(f"{match[1]}{letter}_proj.{match[2]}")] = _unshared(third)
         else:
-            weights[_to_hub(name)] = tensor
-    twice = (*_POSITIONS, *(_REFINED if with_box_refine else ()), *(_TWO_STAGE if two_stage else ()))
-    for first, second in twice:
-        weights |= {
-            second + name.removeprefix(first): x for name, x in weights.items() if name.startswith(first)
-        }
-    return Converted(
-        _unshared(weights),
-        _unshared({name: tensor for name, tensor in state.items() if name.startswith(_MODULES)}),
-        # frozen statistics, all that transformers has, count nothing
-        tuple(name for name in state if name.endswith(_COUNT)),
-    )
+            weights[_to_hub(name)] = _unshared(tensor)
+
+    # second names
+    doubles = [_POSITIONS]
+    if with_box_refine:
+        doubles.append(_REFINED)
+    if two_stage:
+        doubles.append(_TWO_STAGE)
+    for first, second in doubles:
+        for name in [name for name in weights if name.startswith(first)]:
+            weights[second + name.removeprefix(first)] = _unshared(weights[name])
+    return Converted(weights, batchformer, tuple(left_out))
 
 
 def from_hugging_face(
     weights: Mapping[str, Tensor], with_box_refine: bool, dec_layers: int, source: str
 ) -> dict[str, Tensor]:
-    """The reverse of `to_hugging_face`; heads that all layers share are given for each, though the
+    """The reverse of `to_hugging_face`. Heads that all layers share are given for each, though the
     file may have them once.
 
     Raises UserError if a part of an attention layer is missing.
     """
     state: dict[str, Tensor] = {}
-    fused: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in _single_names(weights).items():
-        name = _from_hub(name)
-        if match := _SINGLE.fullmatch(name):
-            fused.setdefault(f"{match[1]}in_proj_{match[3]}", {})[match[2]] = tensor
+    thirds: dict[str, dict[str, Tensor]] = {}
+    for hub_name, tensor in _single_names(weights).items():
+        name = _from_hub(hub_name)
+        match = _SINGLE.fullmatch(name)
+        if match:
+            thirds.setdefault(f"{match[1]}in_proj_{match[3]}", {})[match[2]] = tensor
         elif not name.endswith(_COUNT):
             state[name] = tensor
-    for name, parts in fused.items():
+
+    for name, parts in thirds.items():
         if len(parts) < 3:
             raise UserError(
                 f"{source} is damaged: of {name}'s three parts it has only {', '.join(sorted(parts))}"
             )
         state[name] = torch.cat([parts[letter] for letter in "qkv"])
-    return state if with_box_refine else _shared_heads(state, dec_layers) | state
+    if with_box_refine:
+        return state
+
+    # one head for all layers
+    shared = {}
+    for name, tensor in state.items():
+        if name.startswith(("class_embed.0.", "bbox_embed.0.")):
+            for layer in range(dec_layers):
+                shared[name.replace("_embed.0.", f"_embed.{layer}.", 1)] = tensor
+    return shared | state
 
 
 def _single_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The hub's names, one for each tensor."""
-    named: dict[str, Tensor] = {}
-    again: dict[str, Tensor] = {}
-    # what DeformableDetrModel saves
-    without_heads = not any(name.startswith("model.") for name in weights)
+    first_names: dict[str, Tensor] = {}
+    second_names: dict[str, Tensor] = {}
+    is_bare = not any(name.startswith("model.") for name in weights)  # DeformableDetrModel's
     for name, tensor in weights.items():
-        name = f"model.{name}" if without_heads else name
+        if is_bare:
+            name = f"model.{name}"
         for newer, hub in _NEWER:
             name = name.replace(newer, hub)
-        for first, second in (*_POSITIONS, *_REFINED, *_TWO_STAGE):
-            if name.startswith(second):
-                again[first + name.removeprefix(second)] = tensor
-                break
+        seconds = [pair for pair in (_POSITIONS, _REFINED, _TWO_STAGE) if name.startswith(pair[1])]
+        if seconds:
+            first, second = seconds[0]
+            second_names[first + name.removeprefix(second)] = tensor
         else:
-            named[name] = tensor
-    return again | named
+            first_names[name] = tensor
+    return second_names | first_names
 
 
-def _shared_heads(state: Mapping[str, Tensor], dec_layers: int) -> dict[str, Tensor]:
-    return {
-        name.replace("_embed.0.", f"_embed.{layer}.", 1): tensor
-        for name, tensor in state.items()
-        if name.startswith(("class_embed.0.", "bbox_embed.0."))
-        for layer in range(dec_layers)
-    }
+def _unshared(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
-def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-    }
-
-
-def _renaming(pairs: tuple[tuple[str, str], ...]) -> Callable[[str], str]:
+def _renaming(pairs: Iterable[tuple[str, str]]) -> Callable[[str], str]:
+    """A function that renames by the first of the patterns that fits."""
     rules = []
     for source, target in pairs:
         pattern = re.escape(source)
@@ -166,4 +174,4 @@ def _renaming(pairs: tuple[tuple[str, str], ...]) -> Callable[[str], str]:
 
 
 _to_hub = _renaming(_NAMES)
-_from_hub = _renaming(tuple((theirs, ours) for ours, theirs in _NAMES))
+_from_hub = _renaming((theirs, ours) for ours, theirs in _NAMES)

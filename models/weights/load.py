@@ -1,4 +1,4 @@
-"""A trained detector in a file of any layout, and which of its weights to take."""
+"""Read a trained detector from a file of any layout, and choose which of its weights to use."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from models.weights.hugging_face import is_hugging_face, read_hugging_face
+from models.weights.hugging_face import read_hugging_face
+from models.weights.hugging_face_files import is_hugging_face
 from util.checkpoint import read_checkpoint, weights_of
 from util.errors import UserError
 
@@ -18,34 +19,38 @@ def read_trained(source: str, flag: str) -> dict[str, Any]:
 
     Raises UserError, which names `flag`.
     """
-    return read_hugging_face(source, flag) if is_hugging_face(source) else read_checkpoint(source, flag)
+    if is_hugging_face(source):
+        return read_hugging_face(source, flag)
+    return read_checkpoint(source, flag)
 
 
 def choose_weights(
     checkpoint: Mapping[str, Any], source: str, flag: str, which: str = "auto"
 ) -> tuple[dict[str, Tensor], str]:
-    """Weights under our names, and which they are.
+    """Weights under our names, and which they are: "model" or "ema".
 
     Args:
-        which: "model"; "ema", the averaged ones; or "auto": the averaged ones, unless their last
-            evaluation was worse.
+        which: "model"; "ema", the averaged ones; or "auto": the averaged ones if there are any,
+            unless their last evaluation was worse.
 
-    Raises UserError if the checkpoint has not got them.
+    Raises UserError if the checkpoint does not have them.
     """
     averaged = checkpoint.get("ema")
-    if which == "auto":
-        which = "model" if averaged is None or _averaged_are_worse(checkpoint) else "ema"
-    if which == "ema" and averaged is None:
+    if which == "model" or (which == "auto" and (averaged is None or _averaged_are_worse(checkpoint))):
+        return weights_of(checkpoint, source, flag), "model"
+    if averaged is None:
         raise UserError(f"{flag} {source} has no averaged weights; a run keeps them with --ema_decay")
-    return weights_of(averaged if which == "ema" else checkpoint, source, flag), which
+    return weights_of(averaged, source, flag), "ema"
 
 
 def _averaged_are_worse(checkpoint: Mapping[str, Any]) -> bool:
-    """By the last line of the log that has both figures."""
+    """By AP in the last line of the log that has both."""
+    plain, averaged = "test_coco_eval_bbox", "test_ema_coco_eval_bbox"
     try:
-        lines = [json.loads(line) for line in checkpoint["history"]["lines"]]
-        names = ("test_coco_eval_bbox", "test_ema_coco_eval_bbox")
-        last = next(line for line in reversed(lines) if all(name in line for name in names))
-        return bool(last[names[1]][0] < last[names[0]][0])
-    except (LookupError, TypeError, ValueError, StopIteration):
-        return False
+        for line in reversed(checkpoint["history"]["lines"]):
+            metrics = json.loads(line)
+            if plain in metrics and averaged in metrics:
+                return bool(metrics[averaged][0] < metrics[plain][0])
+    except (LookupError, TypeError, ValueError):
+        pass  # a checkpoint of another program
+    return False
