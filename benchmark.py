@@ -29,8 +29,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import timer  # synchronises with the GPU before it reads the clock
 
-from datasets import build_dataset
-from datasets.coco import CocoDetection
+from datasets import DetectionData, build_dataset
 from datasets.loader import collate
 from models.build import build_model
 from models.criterion import SetCriterion
@@ -268,7 +267,7 @@ def _classes(number: int | str) -> ClassMap:
     return ClassMap(int(number), ())
 
 
-def _dataset(config: Config) -> CocoDetection:
+def _dataset(config: Config) -> DetectionData:
     try:
         return build_dataset("val", config)
     except UserError as error:

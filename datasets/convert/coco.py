@@ -73,12 +73,14 @@ def _choose(source: Path, root: Path, problems: Problems) -> dict[str, Path]:
     if not paths:
         raise _no_instances(source)
     _note("annotation files without instances, left out", _json_files(source)[1], problems)
+    # without a second file there is nothing to tell apart
     if len(paths) == 1:
         return {"train": paths[0]}
 
     by_split: dict[str, list[Path]] = {}
     for path in paths:
         by_split.setdefault(_split_of(path, root), []).append(path)
+    # files of no split are "train", and "test" is used if there is no "val"
     options = {
         "train": by_split.get("train") or by_split.get("", []),
         "val": by_split.get("val") or by_split.get("test", []),
@@ -134,6 +136,7 @@ def _json_files(source: Path) -> tuple[list[Path], list[Path]]:
             likely.append(path)
         else:
             others.append(path)
+    # a folder of only such files: they may be meant
     if not likely:
         return others, []
     return likely, others
@@ -192,6 +195,7 @@ def _written(name: str, found: Found) -> str:
     """
     if not found.how:
         return name
+    # without folders of another machine
     plain = portable(name)
     if plain.lower().endswith(IMAGE_SUFFIXES):
         return plain
@@ -202,6 +206,7 @@ def _preference(path: Path, root: Path) -> Callable[[Path], int]:
     """An annotation file of one split doesn't use images of another split."""
     split = _split_of(path, root)
 
+    # one answer for all files of a folder
     @functools.cache
     def of_folder(folder: Path) -> int:
         other = _split_of(folder, root) if folder != root else ""

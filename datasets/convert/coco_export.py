@@ -9,7 +9,6 @@ is lost by mending it.
 from __future__ import annotations
 
 import itertools
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -52,11 +51,13 @@ def mend(contents: Mapping[Path, Content], problems: Problems) -> None:
     the number 7, and others get numbers that are free, a category the same one in all files.
     Different entries with one id are left out with their objects.
     """
+    # ids of images and annotations are those of one file
     for path, content in contents.items():
         _fill_in(content, problems)
         _make_whole([content], "images", problems)
         _number_annotations(entries_of(content, "annotations"), problems)
         _leave_out_ambiguous(content, "images", path, problems)
+    # a category has one id in all files
     _make_whole(list(contents.values()), "categories", problems)
     for path, content in contents.items():
         _leave_out_ambiguous(content, "categories", path, problems)
@@ -75,6 +76,7 @@ def leave_out(content: Content, section: str, entries: Sequence[Entry], problems
     out = {id(entry) for entry in entries}
     content[section] = [entry for entry in content[section] if id(entry) not in out]
 
+    # their objects
     ids = {entry["id"] for entry in entries if is_id(entry.get("id"))}
     key, annotations = _REFERENCE[section], content["annotations"]
     gone = {
@@ -86,6 +88,7 @@ def leave_out(content: Content, section: str, entries: Sequence[Entry], problems
 
 def _fill_in(content: Content, problems: Problems) -> None:
     for image in entries_of(content, "images"):
+        # null and 0 both mean unknown
         if image.get("width") in (None, 0) or image.get("height") in (None, 0):
             image["width"] = image["height"] = 0
     for annotation in entries_of(content, "annotations"):
@@ -99,7 +102,7 @@ def _fill_in(content: Content, problems: Problems) -> None:
 
 def _make_whole(contents: Sequence[Content], section: str, problems: Problems) -> None:
     """Make the ids of a list whole numbers, in the list and where annotations refer to it."""
-    # numbers that are free, for ids that are text
+    # ids that are text get numbers that are free
     entries = [entry for content in contents for entry in entries_of(content, section)]
     known = dict.fromkeys(_known_as(entry.get("id")) for entry in entries)
     free = _free_numbers(set(known))
@@ -117,12 +120,11 @@ def _free_numbers(taken: set[Any]) -> Iterator[int]:
 
 
 def _change(entry: Entry, key: str, numbers: Mapping[str, int]) -> bool:
-    """Make an id a whole number, if it is none and can be one. Returns whether it was changed."""
-    if is_id(entry.get(key)):
-        return False
-    known = _known_as(entry.get(key))
+    """Make an id a whole number, if it can be one. Returns whether it was changed."""
+    value = entry.get(key)
+    known = _known_as(value)
     number = numbers.get(known) if isinstance(known, str) else known
-    if number is None:
+    if is_id(value) or number is None:
         return False
     entry[key] = number
     return True
@@ -130,17 +132,18 @@ def _change(entry: Entry, key: str, numbers: Mapping[str, int]) -> bool:
 
 def _known_as(value: Any) -> int | str | None:
     """The whole number that an id stands for; else its text; None for what is no id."""
+    # 7.0 and "7" stand for 7
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, str) and _WHOLE.fullmatch(value):
         value = int(value)
     if is_id(value):
         return int(value)
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
+
+    # what JSON can hold besides: true, null, NaN, lists
+    if type(value) not in (int, float, str) or str(value) in ("", "nan", "inf", "-inf"):
         return None
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) or None
+    return str(value)
 
 
 def _number_annotations(annotations: Sequence[Entry], problems: Problems) -> None:
@@ -155,6 +158,7 @@ def _number_annotations(annotations: Sequence[Entry], problems: Problems) -> Non
 
 def _leave_out_ambiguous(content: Content, section: str, path: Path, problems: Problems) -> None:
     """Different entries with one id: which one an object means is unknown."""
+    # the same entry again is no doubt: coco_format.py drops it
     by_id: dict[int, list[Entry]] = {}
     for entry in entries_of(content, section):
         if is_id(entry.get("id")):
@@ -207,6 +211,7 @@ def _merge_images(content: Content, files: Mapping[str, Path], problems: Problem
     """An image that is listed twice could be in both splits, or half of its objects would be
     taken for background.
     """
+    # file -> first id; id -> first id of its file
     first: dict[Path, int] = {}
     merged: dict[int, int] = {}
     for image in content["images"]:
@@ -247,6 +252,7 @@ def _turn_boxes(annotations: Iterable[Entry], turned: Mapping[int, Header]) -> N
             x, y, width, height = annotation["bbox"]
             x0, y0, x1, y1 = as_stored(Corners(x, y, x + width, y + height), header)
             annotation["bbox"] = [x0, y0, x1 - x0, y1 - y0]
+            # outlines are not used; turned boxes would contradict them
             annotation.pop("segmentation", None)
 
 

@@ -79,6 +79,7 @@ def read_images(
     images = []
     named = zip(pairs, names_in_split(pairs), strict=True)
     for pair, name in tqdm(named, total=len(pairs), desc=split, unit="image", disable=None):
+        # such names can't be in an annotation file, nor shown in a message
         if not is_file_name(name):
             problems.add(f"{str(pair.image)!r} has a name that annotations can't hold")
             continue
@@ -109,12 +110,14 @@ def files_by_key(
 
     Two files of one key are left out, unless one is a link to the other.
     """
+    # all files of each key
     found: dict[Key, list[Path]] = {}
     for path in files_below(root, suffixes):
         key = key_of(path.relative_to(root))
         if wanted is None or key in wanted:
             found.setdefault(key, []).append(path)
 
+    # the keys of one file; two paths to one file are no doubt
     single = {}
     for key, (first, *others) in found.items():
         doubles = [other for other in others if not first.samefile(other)]
@@ -147,6 +150,7 @@ def splits_by_folder(keys: Iterable[Key]) -> dict[str, list[Key]]:
     splits: dict[str, list[Key]] = {}
     for key in keys:
         splits.setdefault(split_of(key), []).append(key)
+    # some tools write train and test only
     val = splits.get("val") or splits.get("test")
     if "train" in splits and val and "" not in splits:
         return {"train": splits["train"], "val": val}
@@ -159,6 +163,7 @@ def names_in_split(pairs: Iterable[Pair]) -> Iterator[str]:
     for key, image, _ in pairs:
         folders = [name for name in key[:-1] if not split_named([name])]
         name = "/".join((*folders, image.name))
+        # two folders of one split may have the same names; file systems may ignore case
         number = 1
         while name.lower() in taken:
             number += 1

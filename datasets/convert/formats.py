@@ -59,6 +59,7 @@ def _add_voc_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _read_voc(source: Path, args: argparse.Namespace, problems: Problems) -> dict[str, CocoSplit]:
+    # the flags of _add_voc_flags
     rules = VocRules(args.difficult, args.first_pixel, args.train_set, args.val_set)
     return to_coco(read_voc(source, rules, problems))
 
@@ -84,6 +85,7 @@ FORMATS = (
 
 def format_of(source: Path) -> Format:
     """By what the source looks like. Raises UserError."""
+    # weak signs count only where there is no clear one
     sure = [form for form in FORMATS if form.looks_like(source)]
     likely = sure or [form for form in FORMATS if form.may_be(source)]
     if not likely:
@@ -107,6 +109,7 @@ def read_source(args: argparse.Namespace, problems: Problems) -> dict[str, CocoS
         raise UserError(
             f"{source} does not exist; it must be a folder, a data.yaml, an obj.data or a COCO instances file"
         )
+    # --format auto names none
     named = [form for form in FORMATS if form.name == args.format]
     form = named[0] if named else format_of(source)
     splits = form.read(source, args, problems)

@@ -33,6 +33,7 @@ def to_coco(data: Labelled) -> dict[str, CocoSplit]:
     """COCO's instances format of every split; ids of categories, images and annotations count from
     1, through all splits.
     """
+    # ids count through both splits, so that no image has the id of another
     ids = {name: number for number, name in enumerate(data.names, 1)}
     categories = [{"id": number, "name": name} for name, number in ids.items()]
     image_ids, object_ids = itertools.count(1), itertools.count(1)
@@ -62,6 +63,7 @@ def split_randomly(whole: CocoSplit, source: Path, fraction: float, seed: int) -
 
     Raises UserError if a split would be empty.
     """
+    # by id, so that the order in the file does not matter
     images = sorted(whole.content["images"], key=lambda image: image["id"])
     count = max(1, round(len(images) * fraction))
     if count >= len(images):
@@ -70,6 +72,7 @@ def split_randomly(whole: CocoSplit, source: Path, fraction: float, seed: int) -
             f"need one at least"
         )
     chosen = {images[i]["id"] for i in random.Random(seed).sample(range(len(images)), count)}
+    # annotations go with their images
     splits = {}
     for split, is_val in (("train", False), ("val", True)):
         content = {
@@ -110,6 +113,7 @@ def write_split(
     Raises:
         UserError: something can't be read or written.
     """
+    # images first: without annotations the folder is visibly unfinished
     images = folder / f"{split}2017"
     for image in content["images"]:
         _place(files[image["file_name"]], images / image["file_name"], way)

@@ -102,6 +102,7 @@ class Problems:
         """The files that were found, by name. Names that were not exact are noted, missing files
         are problems.
         """
+        # the user should see how names were found
         self.notes.update(findings.notes())
         for name, reason in findings.missing.items():
             self.add(f"{where} names the image {shown(name)}, and {reason}", "missing_image")
@@ -122,6 +123,7 @@ def as_stored(corners: Corners, header: Header) -> Corners:
     Args:
         corners: the box in the image as viewers show it, turned by its EXIF orientation.
     """
+    # turning may exchange the corners
     (u0, v0), (u1, v1) = _stored_point(corners[:2], header), _stored_point(corners[2:], header)
     return Corners(min(u0, u1), min(v0, v1), max(u0, u1), max(v0, v1))
 

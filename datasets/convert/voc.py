@@ -25,7 +25,7 @@ from datasets.convert.common import (
     splits_by_folder,
 )
 from datasets.convert.problems import BOXES_TURNED, Corners, Problems, as_stored
-from datasets.file_index import SPELLING, UNKNOWN_SIZE, Found, Index, Size, shown_size
+from datasets.file_index import UNKNOWN_SIZE, Found, Index, Size, shown_size
 from datasets.file_names import IMAGE_SUFFIXES, Key, files_below, parts_of
 from util.errors import UserError
 from util.images.files import Header, read_regular_file
@@ -130,24 +130,22 @@ def _with_annotations(root: Path) -> Path:
 def _images_of_other_names(
     missing: Iterable[Key], root: Path, labels: dict[Key, Path], images: dict[Key, Path], problems: Problems
 ) -> dict[Key, Path]:
-    """Images of XML files for which there is none of the same name; if none is found, that is a
-    problem.
+    """Images of XML files for which there is none of the same name, by the `filename` in the XML
+    file; if none is found, that is a problem.
 
     An image that has an XML file of its name, or is in a folder of another split, is not used.
     """
-    by_split: dict[str, dict[Key, _Description]] = {}
+    by_split: dict[str, list[Key]] = {}
     for key in sorted(missing):
-        by_split.setdefault(split_of(key), {})[key] = _describe(labels[key])
+        by_split.setdefault(split_of(key), []).append(key)
     free = {key: path for key, path in images.items() if key not in labels}
     result: dict[Key, Path] = {}
-    for split, described in by_split.items():
-        likely = {key: path for key, path in free.items() if not split or split_of(key) in (split, "")}
-        found = _by_spelling(described, likely, root)
-        rest = {key: description for key, description in described.items() if key not in found}
-        found |= _by_filename(rest, likely, root, [file.path for file in found.values()])
-        for key in described:
+    for split, keys in by_split.items():
+        likely = [path for key, path in free.items() if not split or split_of(key) in (split, "")]
+        found = _by_filename({key: labels[key] for key in keys}, likely, root)
+        problems.notes.update(file.how or BY_FILENAME for file in found.values())
+        for key in keys:
             if key in found:
-                problems.notes[found[key].how or BY_FILENAME] += 1
                 result[key] = found[key].path
             else:
                 problems.add(
@@ -156,38 +154,26 @@ def _images_of_other_names(
     return result
 
 
-# what an XML file says of its image: filename and size
-_Description = tuple[str, Size]
+def _by_filename(labels: dict[Key, Path], images: list[Path], root: Path) -> dict[Key, Found]:
+    described = {key: _describe(path) for key, path in labels.items()}
+    counts = Counter(name for name, _ in described.values())
+
+    # a name that two files have is nobody's
+    keys = {name: key for key, (name, _) in described.items() if counts[name] == 1}
+    sizes = {name: described[key][1] for name, key in keys.items()}
+    files = ((parts_of(path.relative_to(root).as_posix()), path) for path in images)
+    found = Index(files, root).find(sizes).found
+    return {keys[name]: file for name, file in found.items()}
 
 
-def _describe(path: Path) -> _Description:
+def _describe(path: Path) -> tuple[str, Size]:
+    """Name and size of the image as an XML file has them; the file's own name may be that of a mask."""
     try:
         root = _parse(path)
         size = _written_size(root)
     except ValueError:
         return "", UNKNOWN_SIZE
     return root.findtext("filename", "").strip(), size
-
-
-def _by_spelling(described: dict[Key, _Description], images: dict[Key, Path], root: Path) -> dict[Key, Found]:
-    """By the XML file's own name in another spelling. The same name in another folder may be that
-    of a mask or a drawing.
-    """
-    keys = {"/".join(key): key for key in described}
-    found = Index(images.items(), root).find({name: described[key][1] for name, key in keys.items()}).found
-    return {keys[name]: file for name, file in found.items() if file.how == SPELLING}
-
-
-def _by_filename(
-    described: dict[Key, _Description], images: dict[Key, Path], root: Path, taken: list[Path]
-) -> dict[Key, Found]:
-    """By `filename` in the XML file, if no other file has the same."""
-    counts = Counter(name for name, _ in described.values())
-    keys = {name: key for key, (name, _) in described.items() if counts[name] == 1}
-    sizes = {name: described[key][1] for name, key in keys.items()}
-    files = ((parts_of(path.relative_to(root).as_posix()), path) for path in images.values())
-    found = Index(files, root).find(sizes, taken).found
-    return {keys[name]: file for name, file in found.items()}
 
 
 # ---- lists of images
@@ -201,6 +187,7 @@ def _listed_splits(
     if not val:
         return splits
     splits["val"] = _read_list(lists / f"{val}.txt", labels, problems)
+    # a picture in both splits would make the metrics too good
     shared = set(splits["train"]) & set(splits["val"])
     if shared:
         example = "/".join(min(shared))
@@ -214,6 +201,7 @@ def _list_names(lists: Path, rules: VocRules) -> tuple[str, str]:
     """The names of the lists for training and validation; "": there is none for validation."""
     if rules.train_set or rules.val_set:
         return rules.train_set or "train", rules.val_set
+    # name in lower case, or the split that it names -> name
     there = {"": ""}
     # exact names last, so that they replace others (Train.txt)
     for name in sorted((path.stem for path in lists.glob("*.txt")), key=lambda name: name in SPLITS):
@@ -269,6 +257,7 @@ def _parse(path: Path) -> ElementTree.Element:
     """The root of an XML file. Raises ValueError; its message continues a sentence that begins with
     the path.
     """
+    # the standard parser reads no other files, but it expands entities
     parser = ElementTree.XMLParser(target=_PlainXml())
     try:
         parser.feed(_xml_text(read_regular_file(path)))
@@ -279,6 +268,7 @@ def _parse(path: Path) -> ElementTree.Element:
         raise ValueError(f"is not in the encoding that it names ({error})") from None
     except ElementTree.ParseError as error:
         raise ValueError(f"is not XML ({error})") from None
+    # other programs write XML, too
     if root.tag != "annotation":
         raise ValueError(f"has {root.tag[:40]!r} where Pascal VOC has 'annotation'")
     return root
@@ -306,6 +296,7 @@ def _written_size(root: ElementTree.Element) -> tuple[int, int]:
 
 def _read_objects(path: Path, header: Header, rules: VocRules, problems: Problems) -> list[Object] | None:
     """The objects of an XML file. None: the file can't be used."""
+    # the file
     try:
         root = _parse(path)
     except ValueError as error:
@@ -327,6 +318,7 @@ def _read_objects(path: Path, header: Header, rules: VocRules, problems: Problem
     is_turned = as_shown and header.orientation > 1
     problems.notes[BOXES_TURNED] += is_turned
 
+    # its objects
     objects = []
     for number, item in enumerate(root.iterfind("object"), 1):
         read = _read_object(item, f"{path}: object {number}", rules, problems)

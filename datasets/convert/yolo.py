@@ -55,6 +55,7 @@ def _unpacked(source: Path) -> Path:
     if not source.is_dir():
         return source
     inside = [path for path in source.iterdir() if not is_left_behind(path.name)]
+    # files of the file manager do not count
     if len(inside) == 1 and inside[0].is_dir() and (is_yolo(inside[0]) or is_darknet(inside[0])):
         return inside[0]
     return source
@@ -137,6 +138,7 @@ def _add_other_spellings(
     """Add labels whose names are spelled otherwise than their images'; leave out images whose
     labels can't be told apart.
     """
+    # files of labels and images that are still without the other, by their spelling
     claimed = set(labels.values())
     spelled: dict[Key, list[Path]] = defaultdict(list)
     for path in files_below(root, [".txt"]):
@@ -145,6 +147,8 @@ def _add_other_spellings(
     unlabelled: dict[Key, list[Key]] = defaultdict(list)
     for key in images.keys() - labels.keys():
         unlabelled[folded_key(key)].append(key)
+
+    # one of each is a pair
     for spelling in spelled.keys() & unlabelled.keys():
         keys, paths = unlabelled[spelling], spelled[spelling]
         if len(keys) == len(paths) == 1:
@@ -158,6 +162,7 @@ def _add_other_spellings(
 
 
 def _note_unused_labels(root: Path, used: Iterable[Path], problems: Problems) -> None:
+    # by what links lead to
     used_files = {os.path.realpath(path) for path in used}
     for path in files_below(root, [".txt"]):
         if os.path.realpath(path) not in used_files and _has_labels(path):
@@ -165,6 +170,7 @@ def _note_unused_labels(root: Path, used: Iterable[Path], problems: Problems) ->
 
 
 def _has_labels(path: Path) -> bool:
+    # README.txt and lists of images have none
     try:
         return any(_LINE_OF_LABELS.match(line.text) for line in read_lines(path))
     except UserError:
@@ -184,6 +190,7 @@ def _darknet_in(folder: Path, suffix: str) -> Path | None:
 def _usual_file(folder: Path, suffixes: tuple[str, ...], stems: tuple[str, ...]) -> Path | None:
     found = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
     usual = [path for path in found if path.stem in stems]
+    # several files of other names can't be told apart
     if usual:
         return usual[0]
     return found[0] if len(found) == 1 else None

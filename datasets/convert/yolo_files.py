@@ -83,6 +83,7 @@ def _describe_yaml(path: Path) -> Description:
     if "train" not in splits:
         raise UserError(f"{path} has no 'train': it must name the folder or the list of the training images")
     root = content.get("path")
+    # `path: null` is usual
     if not isinstance(root, str) or root in _NOTHING:
         root = ""
     return Description(path, names, splits, root, "kpt_shape" in content)
@@ -212,6 +213,7 @@ class Lookup:
         places = self._labels
         options = _label_options(Path(os.path.relpath(image, places.root)).parts)
         exact = [places.root.joinpath(*option) for option in options]
+        # an exact name is better than a better place
         for path in exact:
             if os.path.isfile(path):
                 return path
@@ -231,11 +233,14 @@ class Lookup:
 
     def _place(self, entry: str) -> Path | None:
         """A folder or list: where the file says, or at the end of that path below its folder."""
+        # where the file says
         literal = [Path(os.path.normpath(base / entry)) for base in self._bases]
         there = [path for path in literal if os.path.exists(path)]
         for path in there:
             if self._is_within(path) or (self._anywhere and os.path.isabs(entry)):
                 return path
+
+        # by the end of the path
         for end in _ends(parts_of(entry)):
             for places in self._places:
                 place = places.at(end)
@@ -243,6 +248,8 @@ class Lookup:
                 if place is not None and self._by_end.setdefault(place, entry) == entry:
                     self._problems.notes[PLACES_BY_END] += 1
                     return place
+
+        # at last a relative path that leads out of the folder
         if self._anywhere and there:
             return there[0]
         return None
@@ -264,10 +271,13 @@ class Lookup:
 
     def _search(self, entries: list[_Entry]) -> dict[str, Path]:
         """The files of entries without a path, by name."""
+        # what is known, and what is to be found
         taken = [entry.path for entry in entries if entry.path is not None]
         where = {entry.name: entry.where for entry in entries if entry.path is None}
         found: dict[str, Path] = {}
         missing = dict.fromkeys(where, "")
+
+        # the second folder is searched for what is not in the first
         for places in self._places:
             if not missing:
                 break
@@ -297,6 +307,7 @@ def _label_options(parts: Key) -> list[Key]:
     """Where the labels of the image at `parts` may be: in `labels` in place of a folder of images,
     or beside it.
     """
+    # the innermost folder of images first
     names = (*parts[:-1], f"{os.path.splitext(parts[-1])[0]}.txt")
     options = []
     for i in reversed(range(len(parts) - 1)):

@@ -340,10 +340,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     text = "turns of each backend; the median counts (5)"
     add("--num_iters", "--num-iters", type=int, default=5, help=text)
     size, text = ("HEIGHT", "WIDTH"), "of images; repeatable"
-    add("--size", type=int, nargs=2, action="append", metavar=size, default=[], help=text)
+    add("--size", type=int, nargs=2, action="append", metavar=size, help=text)
     text = "images in a batch; repeatable (1 and 4)"
-    add("--batch", type=int, action="append", default=[], help=text)
+    add("--batch", type=int, action="append", help=text)
     options = parser.parse_args(arguments)
+    options.batch, options.size = options.batch or [], options.size or []
     if min([options.num_iters, *options.batch, *itertools.chain(*options.size)]) < 1:
         parser.error("--num_iters, --batch and --size must be above 0")
     options.size = [tuple(size) for size in options.size]

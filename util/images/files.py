@@ -214,7 +214,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
         return picture
     # Pillow has the upper 8 bits only of colours of 16: what to_8_bits gives, unless the numbers
     # have fewer
-    if max(high for _, high in picture.getextrema()) < 2**6:
+    if np.asarray(picture).max() < 2**6:
         reason = "has colours of 16 bits but no number above 16383, so what can be read of it is nearly black"
         raise BadImageError("an image", reason, _SCALE_IT)
     return _with_bits(picture, 16)
