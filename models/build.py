@@ -142,7 +142,10 @@ def build_model(
             "other data use build_model(config, build_dataset('train', config).classes)"
         )
         classes = COCO_CLASSES
-    config = with_classes(config, classes) if classes else config
+    if classes:
+        config = with_classes(config, classes)
+
+    # the backbone and the encoder know no classes: only the heads do
     transformer = config.transformer
     class_heads, box_heads = build_heads(
         transformer.hidden_dim,
@@ -196,6 +199,7 @@ def build_position(backbone: BackboneConfig, hidden_dim: int) -> nn.Module:
 
 def build_transformer(config: Config) -> DeformableTransformer:
     transformer, bf = config.transformer, config.batchformer
+    # one object with the weights, registered under their names, and one that applies them
     modules = None
     if bf.bf != OFF:
         modules = build_modules(
@@ -205,6 +209,7 @@ def build_transformer(config: Config) -> DeformableTransformer:
             shared=bool(bf.share_bf),
             num_layers=bf.bt_num_layers,
         )
+
     return DeformableTransformer(
         d_model=transformer.hidden_dim,
         nhead=transformer.nheads,
@@ -226,6 +231,7 @@ def build_transformer(config: Config) -> DeformableTransformer:
 
 def build_criterion(config: Config) -> SetCriterion:
     loss = config.loss
+    # the costs of the matching need not be the weights of the losses
     matcher = HungarianMatcher(loss.set_cost_class, loss.set_cost_bbox, loss.set_cost_giou, loss.focal_alpha)
     return SetCriterion(
         matcher,

@@ -114,6 +114,7 @@ class SetCriterion(nn.Module):
         self, group: OutputGroup, query_NT: Tensor, target_NT: Tensor, num_boxes: Tensor | float
     ) -> dict[str, Tensor]:
         """Every loss of every output: name -> [N]."""
+        # the matched pairs
         predicted = group.boxes.flatten(0, 2)[query_NT]
         wanted = group.targets.boxes[target_NT]
         giou = generalized_iou(*(box_convert(boxes, "cxcywh", "xyxy") for boxes in (predicted, wanted)))

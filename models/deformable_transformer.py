@@ -146,6 +146,7 @@ class DeformableTransformer(nn.Module):
         Raises:
             UserError: two-stage is to choose more queries than there are proposals.
         """
+        # BatchFormerV2 may double the batch within the encoder
         memory = self.encoder(self._flatten(maps, masks, positions))
         proposals = None
         if self.two_stage:
@@ -174,7 +175,9 @@ class DeformableTransformer(nn.Module):
         )
 
     def _learned_queries(self, query_embed: Tensor, batch: int) -> Queries:
+        # learned, and the same for every image
         position, content = query_embed.expand(batch, -1, -1).split(self.d_model, -1)
+        # a point in bfloat16 would be wrong by pixels
         with full_precision(position.device):
             return Queries(content, position, self.reference_points(position).sigmoid())
 
@@ -228,6 +231,7 @@ def _anchors(memory: TokenBatch) -> tuple[Tensor, Tensor]:
 
 
 def _tokens(map_BCHW: Tensor) -> Tensor:
+    # row after row
     return map_BCHW.flatten(2).transpose(1, 2)
 
 

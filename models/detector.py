@@ -64,6 +64,7 @@ class Detections:
 
     def above(self, score: float) -> Detections:
         """Those that score at least `score`."""
+        # a mask would do for tensors, but not for the names
         keep = (self.scores >= score).nonzero().flatten()
         return replace(
             self,
@@ -90,6 +91,7 @@ class Detections:
             yield Detection(name, score, tuple(box), label, category_id)
 
     def __repr__(self) -> str:
+        # a table: name, score, box
         width = max(map(len, self.names), default=0)
         plural = "" if len(self) == 1 else "s"
         lines = [f"{len(self)} detection{plural} on {self.size[1]} x {self.size[0]} pixels"]
@@ -134,6 +136,7 @@ class Detector:
         score_threshold: float = 0.0,
         max_image_megapixels: float = DataConfig.max_image_megapixels,
     ) -> None:
+        # named as the flags of tools/predict.py
         if batch_size < 1:
             raise UserError(f"--batch_size {batch_size} must be at least 1")
         if not 0 <= score_threshold <= 1:
@@ -158,6 +161,7 @@ class Detector:
         """
         if not isinstance(images, list | tuple):
             return self.detect([self.prepare(images)])[0]
+        # batches of at most batch_size
         found = []
         for start in range(0, len(images), self.batch_size):
             found += self.detect([self.prepare(image) for image in images[start : start + self.batch_size]])
@@ -177,6 +181,7 @@ class Detector:
     @torch.no_grad()
     def outputs(self, batch: Sequence[Prepared]) -> dict[str, Any]:
         """What the network gives for images that go through it together (DeformableDETR.forward)."""
+        # padded to the largest
         images = NestedTensor.from_images([item.pixels for item in batch]).to(self.device)
         with autocast(self.amp, self.device):
             return self.model(images)
@@ -188,6 +193,7 @@ class Detector:
         return [self._named(found, item.size).above(self.score_threshold) for found, item in pairs]
 
     def _named(self, found: dict[str, Tensor], size: tuple[int, int]) -> Detections:
+        # float32 on the host, whatever the model computed in
         labels = found["labels"].cpu()
         ids = [self.classes.id_of(label) for label in labels.tolist()]
         return Detections(
@@ -249,6 +255,8 @@ def load_detector(
     chosen, _ = choose_weights(content, source, "--resume", weights)
     config = config_of({**content, "model": chosen}, source, batchformer=batchformer, **architecture)
     classes = classes_of(content, source) or unnamed_classes(chosen)
+
+    # the model, with an operator that works in this precision
     model, _, _ = build_model(config, classes)
     load_state(model, {"model": chosen}, source).require_same_architecture()
     check_precision(model.to(where), amp)

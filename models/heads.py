@@ -61,6 +61,7 @@ def build_heads(
     head has its own weights, otherwise all are the same module.
     """
     count = num_layers + two_stage
+    # a fresh model says every class with the prior probability
     class_head = ClassHead(hidden_dim, num_classes)
     nn.init.constant_(class_head.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
     box_head = MLP(hidden_dim, hidden_dim, 4, 3)

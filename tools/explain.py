@@ -102,12 +102,14 @@ def explain_attention(args: argparse.Namespace) -> list[Path]:
     from models.inspection import recording
     from util.draw.attention import plot_samples
 
+    # one run of the network
     detector = _detector(args)
     picture = _read(args.image)
     prepared = [detector.prepare(picture)]
     with recording(detector.model) as record:
         outputs = detector.outputs(prepared)
 
+    # what is asked about, in which layers and heads
     if args.pixel:
         part, attentions = "encoder", record.encoder
         targets = _tokens(args, picture.size, record.spatial_shapes)

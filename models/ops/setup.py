@@ -45,6 +45,7 @@ def find_cuda() -> str | None:
         return home
     if not (nvcc := shutil.which("nvcc")):
         return None
+    # with --dryrun it prints its settings, TOP among them
     said = subprocess.run(
         [nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True
     ).stderr
@@ -122,6 +123,7 @@ class Build(BuildExtension):
         super().__init__(*args, no_python_abi_suffix=True, **kwargs)
 
     def run(self) -> None:
+        # a build that fails leaves no record, and the old library is not loaded
         for extension in self.extensions:
             self.record_path(extension).unlink(missing_ok=True)
         super().run()
