@@ -290,6 +290,7 @@ def _parse() -> tuple[argparse.Namespace, Config]:
     parser = make_parser("benchmark.py", __doc__)
     parser.usage = "python benchmark.py [inference|train|op] [flags]"
     own = parser.add_argument_group("benchmark")
+    # spelled as the published program's
     add = own.add_argument
     add("what", nargs="?", default="inference", choices=("inference", "train", "op"), help="what to time")
     add("--num_iters", "--num-iters", type=int, default=300, help="timed iterations")
@@ -304,7 +305,7 @@ def _parse() -> tuple[argparse.Namespace, Config]:
     args, config = parse_with_config(parser, None, batch_size=1)
     if args.num_iters < 1 or args.warm_iters < 0 or (args.size and min(args.size) < 1):
         raise UserError("--num_iters and --size must be above 0, --warm_iters not negative")
-    # the time does not depend on the weights: don't download any
+    # the time does not depend on the weights: no download
     if config.backbone.backbone_weights == "imagenet":
         config = config.with_flags({"backbone_weights": "none"})
     return args, _with_detector_of(config.run.resume, config)

@@ -62,6 +62,7 @@ class Body(nn.Module):
 
     def forward(self, images_B3HW: Tensor) -> list[Tensor]:
         """Images [B, 3, H, W] -> per stage a map [B, C_l, H / s_l, W / s_l]."""
+        # no map but those of the stages is kept
         x = images_B3HW
         maps = []
         for name, layer in self.named_children():
@@ -155,6 +156,7 @@ def _file_weights(path: str) -> dict[str, Tensor]:
 
 def _load(body: Body, state: dict[str, Tensor], source: str) -> None:
     """Load all but the classifier. Files of frozen statistics have no num_batches_tracked."""
+    # a head of classes is in most files, and not in the body
     own = body.state_dict()
     fitting = {name: state[name] for name in own if name in state and state[name].shape == own[name].shape}
     missing = [name for name in own if name not in fitting and not name.endswith("num_batches_tracked")]

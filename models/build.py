@@ -101,6 +101,7 @@ def load_model(
     config = with_classes(config, classes or classes_of(content, source) or unnamed_classes(state))
     model, criterion, postprocessors = build_model(config)
 
+    # rows by name, or all weights as they are
     if classes:
         log.info("%s", fine_tune(model, config, classes, content, source, flag, weights))
     else:
@@ -112,6 +113,7 @@ def load_model(
 
 def _checked_flags(flags: dict[str, Any]) -> dict[str, Any]:
     """The flags with paths as text. Raises UserError for one that load_model does not take."""
+    # the classes are an argument of their own
     for name in flags:
         if name == "num_classes" or name not in _FLAGS:
             raise UserError(
@@ -192,6 +194,7 @@ def build_backbone(config: Config) -> Backbone:
 
 
 def build_position(backbone: BackboneConfig, hidden_dim: int) -> nn.Module:
+    # half of the channels for each axis
     if backbone.position_embedding == "learned":
         return PositionEmbeddingLearned(hidden_dim // 2, LEARNED_POSITIONS)
     return PositionEmbeddingSine(hidden_dim // 2, scale=backbone.position_embedding_scale)

@@ -222,9 +222,11 @@ def _anchors(memory: TokenBatch) -> tuple[Tensor, Tensor]:
     padding = memory.padding_mask.split([h * w for h, w in memory.spatial_shapes], 1)
     boxes = []
     for level, (shape, mask) in enumerate(zip(memory.spatial_shapes, padding, strict=True)):
+        # in [0, 1] of the unpadded image
         extent = valid_extent(mask.unflatten(1, shape))
         centre = pixel_centres(shape, mask.device) / extent[:, None]
         boxes.append(torch.cat([centre, torch.full_like(centre, PROPOSAL_SIZE * 2**level)], -1))
+    # beyond these bounds the logits grow without end
     anchors = torch.cat(boxes, 1)
     inside = ((anchors > 0.01) & (anchors < 0.99)).all(-1, keepdim=True)
     return anchors, ~inside | memory.padding_mask[..., None]

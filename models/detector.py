@@ -80,6 +80,7 @@ class Detections:
         return len(self.scores)
 
     def __iter__(self) -> Iterator[Detection]:
+        # plain numbers, not tensors
         columns = (
             self.names,
             self.scores.tolist(),
@@ -145,6 +146,7 @@ class Detector:
         self.amp, self.batch_size, self.score_threshold = amp, batch_size, score_threshold
         self.max_image_megapixels = max_image_megapixels
         self.device = next(model.parameters()).device
+        # without weights, so it has no device
         self._postprocess = PostProcess()
 
     def __call__(
@@ -170,6 +172,7 @@ class Detector:
     def prepare(self, image: ImageLike) -> Prepared:
         """An image resized and normalised; several threads may do this."""
         picture = as_picture(image, self.max_image_megapixels)
+        # the size of evaluation
         data = self.config.data
         return Prepared(prepare(picture, data.eval_size, data.max_size), (picture.height, picture.width))
 
@@ -188,6 +191,7 @@ class Detector:
 
     def detections(self, outputs: dict[str, Any], batch: Sequence[Prepared]) -> list[Detections]:
         """The detections in `outputs` of one stream of `batch`."""
+        # boxes in pixels of the image as it was given
         sizes = torch.tensor([item.size for item in batch], device=self.device)
         pairs = zip(self._postprocess(outputs, sizes), batch, strict=True)
         return [self._named(found, item.size).above(self.score_threshold) for found, item in pairs]

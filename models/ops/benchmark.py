@@ -177,6 +177,7 @@ def _first_offsets(levels: int) -> Tensor:
 
 
 def _run(load: Load, tensors: list[Tensor], backend: str) -> Tensor:
+    # the two operators differ in what they take
     if load.fused:
         value, reference, offsets, logits = tensors
         return ms_deform_attn_fused(value, load.shapes, reference, offsets, logits, backend)
@@ -265,6 +266,7 @@ def peak_memory(step: Callable, device: torch.device) -> tuple[float, Any]:
         results = step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before, results
+    # garbage that is collected during the call would lower the peak
     gc.collect()
     try:
         # freed memory goes back to the system, so that it counts when it is used again
@@ -299,6 +301,7 @@ class Rates:
 
     @staticmethod
     def measured(device: torch.device) -> Rates:
+        # kHz; not every version of PyTorch has it
         properties = torch.cuda.get_device_properties(device)
         clock = getattr(properties, "clock_rate", 1_755_000) * 1e3
         return Rates(

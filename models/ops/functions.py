@@ -114,6 +114,7 @@ class MSDeformAttnFunction:
 
 def ms_deform_attn_core_pytorch(value, value_spatial_shapes, sampling_locations, attention_weights):
     """The published name of the plain PyTorch path: reference.forward, differentiated by autograd."""
+    # without the checks of the operator
     shapes = shape_pairs(flat_shapes(value_spatial_shapes))
     return reference.forward(value, shapes, sampling_locations, attention_weights)
 
@@ -276,6 +277,7 @@ def _fake_fused_forward(
     value: Tensor, shapes: list[int], reference_points, offsets, logits, backend: str = "auto"
 ) -> Tensor:
     _check_fused(value, shapes, reference_points, offsets, logits)
+    # a shape and a type are enough for a compiler
     return value.new_empty(value.shape[0], offsets.shape[1], value.shape[2] * value.shape[3])
 
 

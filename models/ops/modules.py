@@ -35,10 +35,7 @@ class MSDeformAttn(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Head m samples in direction m of the unit square, point p at p pixels, with equal weights.
-
-        "Deformable DETR", appendix A.4.
-        """
+        """Head m samples in direction m of the unit square, point p at p pixels, with equal weights."""
         # at first offsets and weights do not depend on the query
         for layer in (self.sampling_offsets, self.attention_weights):
             nn.init.zeros_(layer.weight)

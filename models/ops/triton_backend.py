@@ -119,7 +119,7 @@ def fused_backward(
     grad_value, grad_reference, grad_offsets, grad_weights = grads
     assert grad_reference is not None
 
-    # the kernel does not differentiate the softmax
+    # the kernel gives the gradient of the weights
     weights = logits.to(reference.dtype).flatten(-2).softmax(-1)
     softmax_backward = torch.ops.aten._softmax_backward_data
     grad_logits = softmax_backward(grad_weights.flatten(-2), weights, -1, weights.dtype)
@@ -136,6 +136,7 @@ def _forward(
 ) -> Tensor:
     batch, queries, heads, levels, count = scores.shape
     out = value.new_empty(batch, queries, heads * value.shape[3])
+    # without samples there is nothing to launch
     if not out.numel() or not levels * count:
         return out.zero_()
     inputs = (value, _level_table(tuple(shapes), value.device), reference, points, scores)
@@ -192,6 +193,7 @@ def _backward(
 
 def _sizes(value: Tensor, reference: Tensor | None, scores: Tensor) -> dict:
     """The constants that a kernel is compiled for: those of the model, none of the images."""
+    # powers of two: Triton's tiles have no other sizes
     heads, channels = value.shape[2:]
     levels, points = scores.shape[3:]
     width = min(triton.next_power_of_2(channels), _WIDEST)
@@ -211,6 +213,7 @@ def _sizes(value: Tensor, reference: Tensor | None, scores: Tensor) -> dict:
 
 def _extents(value: Tensor, scores: Tensor) -> tuple[int, int, int]:
     """What changes from batch to batch: rows, rows of an image, tokens of an image."""
+    # a row is one query of one head
     batch, queries, heads = scores.shape[:3]
     return batch * queries * heads, queries * heads, value.shape[1]
 
@@ -341,6 +344,7 @@ def _backward_kernel(
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     active = row < rows
     row = tl.where(active, row, 0)
+    # the first channel of the first token of the row's image and head
     tile = (row // image_rows * tokens * M + row % M)[:, None] * D + tl.arange(0, K)[None, :]
     highest, total = _softmax_terms(scores, row, L * P, COORDS, A, R, LP)
     for level in range(L):
@@ -484,6 +488,7 @@ def _corner_values(
 
     Those outside of the map are 0 and not read.
     """
+    # a corner may lie outside though the sample touches the map
     up, down, before, after = inside & (top >= 0), inside & (top + 1 < height), left >= 0, left + 1 < width
     v00 = _pixel_values(value, start + top * width + left, up & before, channel, M, D, A)
     v01 = _pixel_values(value, start + top * width + left + 1, up & after, channel, M, D, A)
@@ -506,6 +511,7 @@ def _scatter(
     """Add weight * grad, `share` [R, K], to the four pixels around a sample by bilinear weights."""
     up, down = used & (top >= 0)[:, None], used & (top + 1 < height)[:, None]
     before, after = (left >= 0)[:, None], (left + 1 < width)[:, None]
+    # in any order: see `deterministic`
     upper = grad_value + (start + top * width + left)[:, None] * (M * D)
     lower = upper + width * (M * D)
     share_upper, share_lower, x = share * (1 - y[:, None]), share * y[:, None], x[:, None]
