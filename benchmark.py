@@ -128,10 +128,12 @@ def _measure(
     if args.against_reference:
         timed.append(_with_reference_operator(calls[-1]))
     seconds = _time(timed, args)
+    # after the timing, so that no first call counts
     memory = []
     if training:
         memory = [op_benchmark.peak_memory(step, device)[0] for step in calls]
 
+    # a line for each, and its ratio to the one before
     for i, variant in enumerate(variants):
         line = _speed((title + variant.name).strip(), len(images), seconds[i])
         if training:
@@ -149,6 +151,7 @@ def _measure(
             counted = "what is allocated on the GPU"
         print(f"memory: {counted} at the peak of a step, beyond what there was before it")
 
+    # the last variant with the other operator
     if args.against_reference:
         what = (title + variants[-1].name).strip()
         print(_speed(f"{what}, the operator in plain PyTorch", len(images), seconds[-1]), flush=True)
@@ -174,6 +177,7 @@ def _training_step(
     config: Config, device: torch.device, images: NestedTensor, targets: list[dict[str, Tensor]]
 ) -> Callable[[], None]:
     """Forward, losses, backward, clipping and optimiser."""
+    # gradients and optimiser as in main.py
     model, criterion = _build(config, device)
     model.train()
     updater = build_updater(model, config)
@@ -247,6 +251,7 @@ def _batch(
 ) -> tuple[NestedTensor, list[dict[str, Tensor]], Config]:
     """Images and targets, of the validation set or noise, and the Config with their classes."""
     count = config.optim.batch_size
+    # the content of noise costs as much time as that of pictures
     if args.size:
         height, width = args.size
         classes = config.classes or _classes(config.data.num_classes)
@@ -275,6 +280,7 @@ def _dataset(config: Config) -> DetectionData:
 
 
 def _noise(height: int, width: int, num_classes: int) -> tuple[Tensor, dict[str, Tensor]]:
+    # cxcywh, all within the image
     boxes = torch.cat([torch.rand(OBJECTS, 2) * 0.5 + 0.25, torch.rand(OBJECTS, 2) * 0.4 + 0.05], 1)
     return torch.randn(3, height, width), {"boxes": boxes, "labels": torch.randint(num_classes, (OBJECTS,))}
 
@@ -283,6 +289,7 @@ def _parse() -> tuple[argparse.Namespace, Config]:
     parser = make_parser("benchmark.py", __doc__)
     parser.usage = "python benchmark.py [inference|train|op] [flags]"
     own = parser.add_argument_group("benchmark")
+    # spelled as the published program's
     add = own.add_argument
     add("what", nargs="?", default="inference", choices=("inference", "train", "op"), help="what to time")
     add("--num_iters", "--num-iters", type=int, default=300, help="timed iterations")
@@ -297,7 +304,7 @@ def _parse() -> tuple[argparse.Namespace, Config]:
     args, config = parse_with_config(parser, None, batch_size=1)
     if args.num_iters < 1 or args.warm_iters < 0 or (args.size and min(args.size) < 1):
         raise UserError("--num_iters and --size must be above 0, --warm_iters not negative")
-    # the time does not depend on the weights: don't download any
+    # the time does not depend on the weights: no download
     if config.backbone.backbone_weights == "imagenet":
         config = config.with_flags({"backbone_weights": "none"})
     return args, _with_detector_of(config.run.resume, config)
@@ -307,6 +314,7 @@ def _with_detector_of(resume: str, config: Config) -> Config:
     """The Config with the architecture and the classes of the checkpoint, if one is named."""
     if not resume:
         return dataclasses.replace(config, settled=True)
+    # the flags of the checkpoint fill those that the caller did not give
     checkpoint = read_checkpoint(resume)
     config = adopt(config, checkpoint, resume, purpose=Purpose.RESUME)
     classes = classes_of(checkpoint, resume) or unnamed_classes(weights_of(checkpoint, resume))

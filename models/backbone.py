@@ -54,6 +54,7 @@ class Body(nn.Module):
     def __init__(self, network: nn.Module, stages: Sequence[str], channels: Sequence[int]) -> None:
         super().__init__()
         self._stages, self.channels = tuple(stages), tuple(channels)
+        # under their own names, so that checkpoints fit
         for name, layer in network.named_children():
             self.add_module(name, layer)
             if name == self._stages[-1]:
@@ -61,6 +62,7 @@ class Body(nn.Module):
 
     def forward(self, images_B3HW: Tensor) -> list[Tensor]:
         """Images [B, 3, H, W] -> per stage a map [B, C_l, H / s_l, W / s_l]."""
+        # no map but those of the stages is kept
         x = images_B3HW
         maps = []
         for name, layer in self.named_children():
@@ -120,6 +122,7 @@ def build_body(name: str, norm: str, weights: str, *, dilation: bool, multi_scal
         UserError: the weights can't be had or don't fit.
     """
     entry = BACKBONES[name]
+    # a single scale is the last stage
     first = 0 if multi_scale else 2
     body = Body(entry.build(NORMS[norm], dilation), entry.stages[first:], entry.channels[first:])
     if weights == "imagenet":
@@ -147,11 +150,13 @@ def _imagenet_weights(name: str) -> dict[str, Tensor]:
 
 def _file_weights(path: str) -> dict[str, Tensor]:
     checkpoint = read_checkpoint(path, flag="--backbone_weights")
+    # torchvision's files are state dicts; training programs put one into a dict
     return checkpoint.get("state_dict", checkpoint.get("model", checkpoint))
 
 
 def _load(body: Body, state: dict[str, Tensor], source: str) -> None:
     """Load all but the classifier. Files of frozen statistics have no num_batches_tracked."""
+    # a head of classes is in most files, and not in the body
     own = body.state_dict()
     fitting = {name: state[name] for name in own if name in state and state[name].shape == own[name].shape}
     missing = [name for name in own if name not in fitting and not name.endswith("num_batches_tracked")]

@@ -101,6 +101,7 @@ def load_model(
     config = with_classes(config, classes or classes_of(content, source) or unnamed_classes(state))
     model, criterion, postprocessors = build_model(config)
 
+    # rows by name, or all weights as they are
     if classes:
         log.info("%s", fine_tune(model, config, classes, content, source, flag, weights))
     else:
@@ -112,6 +113,7 @@ def load_model(
 
 def _checked_flags(flags: dict[str, Any]) -> dict[str, Any]:
     """The flags with paths as text. Raises UserError for one that load_model does not take."""
+    # the classes are an argument of their own
     for name in flags:
         if name == "num_classes" or name not in _FLAGS:
             raise UserError(
@@ -144,7 +146,10 @@ def build_model(
             "other data use build_model(config, build_dataset('train', config).classes)"
         )
         classes = COCO_CLASSES
-    config = with_classes(config, classes) if classes else config
+    if classes:
+        config = with_classes(config, classes)
+
+    # the backbone and the encoder know no classes: only the heads do
     transformer = config.transformer
     class_heads, box_heads = build_heads(
         transformer.hidden_dim,
@@ -192,6 +197,7 @@ def build_backbone(config: Config, pretrained: bool | None = None) -> Backbone:
 
 
 def build_position(backbone: BackboneConfig, hidden_dim: int) -> nn.Module:
+    # half of the channels for each axis
     if backbone.position_embedding == "learned":
         return PositionEmbeddingLearned(hidden_dim // 2, LEARNED_POSITIONS)
     return PositionEmbeddingSine(hidden_dim // 2, scale=backbone.position_embedding_scale)
@@ -199,6 +205,7 @@ def build_position(backbone: BackboneConfig, hidden_dim: int) -> nn.Module:
 
 def build_transformer(config: Config) -> DeformableTransformer:
     transformer, bf = config.transformer, config.batchformer
+    # one object with the weights, registered under their names, and one that applies them
     modules = None
     if bf.bf != OFF:
         modules = build_modules(
@@ -208,6 +215,7 @@ def build_transformer(config: Config) -> DeformableTransformer:
             shared=bool(bf.share_bf),
             num_layers=bf.bt_num_layers,
         )
+
     return DeformableTransformer(
         d_model=transformer.hidden_dim,
         nhead=transformer.nheads,
@@ -229,6 +237,7 @@ def build_transformer(config: Config) -> DeformableTransformer:
 
 def build_criterion(config: Config) -> SetCriterion:
     loss = config.loss
+    # the costs of the matching need not be the weights of the losses
     matcher = HungarianMatcher(loss.set_cost_class, loss.set_cost_bbox, loss.set_cost_giou, loss.focal_alpha)
     return SetCriterion(
         matcher,

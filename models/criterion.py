@@ -108,12 +108,14 @@ class SetCriterion(nn.Module):
         # in evaluation processes may have different numbers of batches and cannot wait for each other
         if not self.training:
             return max(float(len(targets)), 1.0)
+        # the gradient is then that of one process with all images
         return average_number(len(targets), targets.boxes.device).clamp(min=1)
 
     def _group_losses(
         self, group: OutputGroup, query_NT: Tensor, target_NT: Tensor, num_boxes: Tensor | float
     ) -> dict[str, Tensor]:
         """Every loss of every output: name -> [N]."""
+        # the matched pairs
         predicted = group.boxes.flatten(0, 2)[query_NT]
         wanted = group.targets.boxes[target_NT]
         giou = generalized_iou(*(box_convert(boxes, "cxcywh", "xyxy") for boxes in (predicted, wanted)))
@@ -176,6 +178,7 @@ def _cardinality_error(group: OutputGroup) -> Tensor:
 
     A published statistic.
     """
+    # as in DETR, whose last class is "no object"; focal loss has none
     last_class = group.logits.shape[-1] - 1
     predicted_NB = (group.logits.argmax(-1) != last_class).sum(-1)
     return (predicted_NB - group.targets.count).abs().float().mean(-1)

@@ -108,5 +108,6 @@ class DeformableTransformerDecoder(nn.Module):
 
 def _per_level(reference: Tensor, valid_ratios_BL2: Tensor) -> Tensor:
     """References of the unpadded image, as fractions of every padded level: [B, Q, L, 2 or 4]."""
+    # width and height of boxes shrink like x and y
     ratios = valid_ratios_BL2.repeat(1, 1, reference.shape[-1] // 2)
     return reference[:, :, None] * ratios[:, None]

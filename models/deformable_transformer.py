@@ -146,6 +146,7 @@ class DeformableTransformer(nn.Module):
         Raises:
             UserError: two-stage is to choose more queries than there are proposals.
         """
+        # BatchFormerV2 may double the batch within the encoder
         memory = self.encoder(self._flatten(maps, masks, positions))
         proposals = None
         if self.two_stage:
@@ -174,7 +175,9 @@ class DeformableTransformer(nn.Module):
         )
 
     def _learned_queries(self, query_embed: Tensor, batch: int) -> Queries:
+        # learned, and the same for every image
         position, content = query_embed.expand(batch, -1, -1).split(self.d_model, -1)
+        # a point in bfloat16 would be wrong by pixels
         with full_precision(position.device):
             return Queries(content, position, self.reference_points(position).sigmoid())
 
@@ -219,15 +222,18 @@ def _anchors(memory: TokenBatch) -> tuple[Tensor, Tensor]:
     padding = memory.padding_mask.split([h * w for h, w in memory.spatial_shapes], 1)
     boxes = []
     for level, (shape, mask) in enumerate(zip(memory.spatial_shapes, padding, strict=True)):
+        # in [0, 1] of the unpadded image
         extent = valid_extent(mask.unflatten(1, shape))
         centre = pixel_centres(shape, mask.device) / extent[:, None]
         boxes.append(torch.cat([centre, torch.full_like(centre, PROPOSAL_SIZE * 2**level)], -1))
+    # beyond these bounds the logits grow without end
     anchors = torch.cat(boxes, 1)
     inside = ((anchors > 0.01) & (anchors < 0.99)).all(-1, keepdim=True)
     return anchors, ~inside | memory.padding_mask[..., None]
 
 
 def _tokens(map_BCHW: Tensor) -> Tensor:
+    # row after row
     return map_BCHW.flatten(2).transpose(1, 2)
 
 

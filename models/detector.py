@@ -64,6 +64,7 @@ class Detections:
 
     def above(self, score: float) -> Detections:
         """Those that score at least `score`."""
+        # a mask would do for tensors, but not for the names
         keep = (self.scores >= score).nonzero().flatten()
         return replace(
             self,
@@ -79,6 +80,7 @@ class Detections:
         return len(self.scores)
 
     def __iter__(self) -> Iterator[Detection]:
+        # plain numbers, not tensors
         columns = (
             self.names,
             self.scores.tolist(),
@@ -90,6 +92,7 @@ class Detections:
             yield Detection(name, score, tuple(box), label, category_id)
 
     def __repr__(self) -> str:
+        # a table: name, score, box
         width = max(map(len, self.names), default=0)
         plural = "" if len(self) == 1 else "s"
         lines = [f"{len(self)} detection{plural} on {self.size[1]} x {self.size[0]} pixels"]
@@ -134,6 +137,7 @@ class Detector:
         score_threshold: float = 0.0,
         max_image_megapixels: float = DataConfig.max_image_megapixels,
     ) -> None:
+        # named as the flags of tools/predict.py
         if batch_size < 1:
             raise UserError(f"--batch_size {batch_size} must be at least 1")
         if not 0 <= score_threshold <= 1:
@@ -142,6 +146,7 @@ class Detector:
         self.amp, self.batch_size, self.score_threshold = amp, batch_size, score_threshold
         self.max_image_megapixels = max_image_megapixels
         self.device = next(model.parameters()).device
+        # without weights, so it has no device
         self._postprocess = PostProcess()
 
     def __call__(
@@ -158,6 +163,7 @@ class Detector:
         """
         if not isinstance(images, list | tuple):
             return self.detect([self.prepare(images)])[0]
+        # batches of at most batch_size
         found = []
         for start in range(0, len(images), self.batch_size):
             found += self.detect([self.prepare(image) for image in images[start : start + self.batch_size]])
@@ -166,6 +172,7 @@ class Detector:
     def prepare(self, image: ImageLike) -> Prepared:
         """An image resized and normalised; several threads may do this."""
         picture = as_picture(image, self.max_image_megapixels)
+        # the size of evaluation
         data = self.config.data
         return Prepared(prepare(picture, data.eval_size, data.max_size), (picture.height, picture.width))
 
@@ -177,17 +184,20 @@ class Detector:
     @torch.no_grad()
     def outputs(self, batch: Sequence[Prepared]) -> dict[str, Any]:
         """What the network gives for images that go through it together (DeformableDETR.forward)."""
+        # padded to the largest
         images = NestedTensor.from_images([item.pixels for item in batch]).to(self.device)
         with autocast(self.amp, self.device):
             return self.model(images)
 
     def detections(self, outputs: dict[str, Any], batch: Sequence[Prepared]) -> list[Detections]:
         """The detections in `outputs` of one stream of `batch`."""
+        # boxes in pixels of the image as it was given
         sizes = torch.tensor([item.size for item in batch], device=self.device)
         pairs = zip(self._postprocess(outputs, sizes), batch, strict=True)
         return [self._named(found, item.size).above(self.score_threshold) for found, item in pairs]
 
     def _named(self, found: dict[str, Tensor], size: tuple[int, int]) -> Detections:
+        # float32 on the host, whatever the model computed in
         labels = found["labels"].cpu()
         ids = [self.classes.id_of(label) for label in labels.tolist()]
         return Detections(
@@ -249,6 +259,8 @@ def load_detector(
     chosen, _ = choose_weights(content, source, "--resume", weights)
     config = config_of({**content, "model": chosen}, source, batchformer=batchformer, **architecture)
     classes = classes_of(content, source) or unnamed_classes(chosen)
+
+    # the model, with an operator that works in this precision
     model, _, _ = build_model(config, classes)
     load_state(model, {"model": chosen}, source).require_same_architecture()
     check_precision(model.to(where), amp)

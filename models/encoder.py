@@ -32,6 +32,7 @@ class DeformableTransformerEncoderLayer(nn.Module):
         n_points: int,
     ) -> None:
         super().__init__()
+        # TokenLinear: there are many more tokens than queries
         self.self_attn = MSDeformAttn(d_model, n_levels, n_heads, n_points)
         self.dropout1 = nn.Dropout(dropout)
         self.norm1 = nn.LayerNorm(d_model)

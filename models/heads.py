@@ -61,6 +61,7 @@ def build_heads(
     head has its own weights, otherwise all are the same module.
     """
     count = num_layers + two_stage
+    # a fresh model says every class with the prior probability
     class_head = ClassHead(hidden_dim, num_classes)
     nn.init.constant_(class_head.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
     box_head = MLP(hidden_dim, hidden_dim, 4, 3)
@@ -85,6 +86,7 @@ def decode_boxes(deltas: Tensor, reference: Tensor) -> Tensor:
         deltas: [..., 4] output of a box head.
         reference: points [..., 2] or boxes [..., 4] in [0, 1].
     """
+    # the head's output is a change before the sigmoid; eps keeps 0 and 1 finite
     logits = torch.logit(reference, eps=1e-5)
     # a point has no size that the head's could be added to
     if logits.shape[-1] == 2:

@@ -57,6 +57,7 @@ class SampledAttention:
 
     def references_in_image(self) -> Tensor:
         """The reference points in [0, 1] of the image without its padding, [B, Q, L, 2 or 4]."""
+        # a box has a size too
         repeats = self.reference_points.shape[-1] // 2
         return self.reference_points / self.valid_ratios.repeat(1, 1, repeats)[:, None]
 
@@ -87,6 +88,7 @@ def recording(model: DeformableDETR, *, deformable: bool = True) -> Iterator[Rec
     """
     record, transformer = Record(), model.transformer
 
+    # the hooks see what goes into a module; the kernel of attention does not give its weights out
     def note_tokens(_: nn.Module, args: tuple[TokenBatch]) -> None:
         record.spatial_shapes, record.padding_mask = args[0].spatial_shapes, args[0].padding_mask.cpu()
 
@@ -96,7 +98,6 @@ def recording(model: DeformableDETR, *, deformable: bool = True) -> Iterator[Rec
     def note_batch(module: nn.MultiheadAttention, args: tuple, kwargs: dict[str, Any], _: Any) -> None:
         record.batch.append(_across_batch(module, *args, **kwargs))
 
-    # in the order of the layers
     hooks = [transformer.encoder.register_forward_pre_hook(note_tokens)]
 
     def watch(root: nn.Module, kind: type[nn.Module], hook: Callable) -> None:
@@ -104,6 +105,7 @@ def recording(model: DeformableDETR, *, deformable: bool = True) -> Iterator[Rec
             if isinstance(module, kind):
                 hooks.append(module.register_forward_hook(hook, with_kwargs=True))
 
+    # layers run in the order of their registration, and so do BatchFormerV2's
     if deformable:
         watch(transformer.encoder, MSDeformAttn, sampled_into(record.encoder))
         watch(transformer.decoder, MSDeformAttn, sampled_into(record.decoder))
@@ -151,6 +153,7 @@ def _sampled(
     # the softmax is over all levels and points of a head
     logits = module.attention_weights(query).unflatten(-1, (module.n_heads, -1))
     weights = logits.softmax(-1, dtype=kind).unflatten(-1, (module.n_levels, module.n_points))
+    # without a mask nothing is padding
     if input_padding_mask is None:
         input_padding_mask = torch.zeros(input_flatten.shape[:2], dtype=torch.bool)
     return SampledAttention(

@@ -104,6 +104,7 @@ class HungarianMatcher:
         """[N, T, Q]: each target against the queries of its own image only."""
         # of all pairs within an image, not of all pairs: [N, T, Q] instead of [N, B, Q, T]
         cost_bbox = (boxes_NBQ4[:, targets.image] - targets.boxes[:, None]).abs().sum(-1)
+        # GIoU needs corners
         corners = box_convert(boxes_NBQ4, "cxcywh", "xyxy")[:, targets.image]
         cost_giou = -generalized_iou(corners, box_convert(targets.boxes, "cxcywh", "xyxy")[:, None])
         cost_class = self._class_cost(logits_NBQK[:, targets.image, :, targets.labels].transpose(0, 1))
@@ -111,6 +112,7 @@ class HungarianMatcher:
 
     def _class_cost(self, logits: Tensor) -> Tensor:
         """The focal loss of the target's class as a positive minus that as a negative; gamma is 2."""
+        # the sum over the other classes is the same for all targets and cancels
         probability = logits.sigmoid()
         positive = self.focal_alpha * (1 - probability) ** 2 * -(probability + 1e-8).log()
         negative = (1 - self.focal_alpha) * probability**2 * -(1 - probability + 1e-8).log()

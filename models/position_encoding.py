@@ -11,7 +11,7 @@ from util.errors import UserError
 class PositionEmbeddingSine(nn.Module):
     """Sines and cosines of the normalised position in two dimensions.
 
-    "Attention is all you need", section 3.5; "DETR", appendix A.4.
+    "Attention is all you need", section 3.5, for each axis.
 
     Args:
         num_pos_feats: features per axis, C / 2.
@@ -74,6 +74,7 @@ def sine_features(position: Tensor, num_features: int, temperature: float = 1000
 
     The wavelengths grow from 2 pi to 2 pi * temperature.
     """
+    # two features of one wavelength each
     index = torch.arange(num_features, dtype=torch.float32, device=position.device)
     angle = position[..., None] / temperature ** (2 * (index // 2) / num_features)
     return torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], -1).flatten(-2)

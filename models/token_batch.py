@@ -74,6 +74,7 @@ def encoder_reference_points(spatial_shapes: tuple[tuple[int, int], ...], valid_
 def pixel_centres(shape: tuple[int, int], device: torch.device) -> Tensor:
     """[H * W, 2]: x + 0.5, y + 0.5 of every pixel, row after row."""
     height, width = shape
+    # made on the device
     y = torch.arange(height, dtype=torch.float32, device=device) + 0.5
     x = torch.arange(width, dtype=torch.float32, device=device) + 0.5
     return torch.stack([x.expand(height, width), y[:, None].expand(height, width)], -1).flatten(0, 1)
@@ -88,6 +89,7 @@ def valid_extent(mask_BHW: Tensor) -> Tensor:
 def valid_ratio(mask_BHW: Tensor) -> Tensor:
     """[B, 2]: width and height of the unpadded part over the padded."""
     extent = valid_extent(mask_BHW)
+    # column by column: a tensor of (width, height) would be a copy from the host
     height, width = mask_BHW.shape[1:]
     return torch.stack([extent[:, 0] / width, extent[:, 1] / height], -1)
 

@@ -102,12 +102,14 @@ def explain_attention(args: argparse.Namespace) -> list[Path]:
     from models.inspection import recording
     from util.draw.attention import plot_samples
 
+    # one run of the network
     detector = _detector(args)
     picture = _read(args.image)
     prepared = [detector.prepare(picture)]
     with recording(detector.model) as record:
         outputs = detector.outputs(prepared)
 
+    # what is asked about, in which layers and heads
     if args.pixel:
         part, attentions = "encoder", record.encoder
         targets = _tokens(args, picture.size, record.spatial_shapes)
@@ -120,6 +122,7 @@ def explain_attention(args: argparse.Namespace) -> list[Path]:
     layers = _chosen("--layer", args.layer, last + 1, default=[last])
     heads = _chosen("--head", args.head, num_heads, default=range(num_heads))
 
+    # a picture for every combination
     written = []
     for target, layer in itertools.product(targets, layers):
         title = f"{target.title} - {part} layer {layer} (of 0 to {last})"
@@ -164,6 +167,7 @@ def _tokens(args: argparse.Namespace, size: tuple[int, int], shapes: Shapes) -> 
         raise UserError(f"--pixel {x:g} {y:g} is outside of {args.image}, which is {width} x {height}")
     targets = []
     for level in _chosen("--level", args.level, len(shapes)):
+        # the cell of the picture that the token stands for
         row, column, index = _token_at(shapes, level, x / width, y / height)
         w, h = width / shapes[level][1], height / shapes[level][0]
         name, title = f"pixel{x:g}_{y:g}_level{level}", f"pixel {x:g}, {y:g} in level {level}"
@@ -178,6 +182,7 @@ def _samples(attention: SampledAttention, target: Target, size: tuple[int, int])
 
     from util.draw.attention import Samples
 
+    # one image, and the reference point of level 0: in the image all levels have the same
     reference = attention.references_in_image()[0, target.index, 0].double().numpy()
     return Samples(
         points=attention.locations_in_image()[0, target.index].double().numpy() * size,
@@ -201,6 +206,7 @@ def _chosen(
 
 def _token_at(shapes: Shapes, level: int, x: float, y: float) -> tuple[int, int, int]:
     """Row, column and number of a level's token at x, y in [0, 1]."""
+    # 1 belongs to the last token
     rows, columns = shapes[level]
     row, column = min(int(y * rows), rows - 1), min(int(x * columns), columns - 1)
     before = sum(height * width for height, width in shapes[:level])
@@ -258,6 +264,7 @@ def _batch_pages(
     title = f"Which images of a batch attend to which: {after}"
     figure = plot_batch_attention(sheets, _positions(weights, shapes, padded, args), title)
     yield _save(figure, args, f"positions_{name}")
+    # and where in the images
     title = f"Attention to the other images, {after}"
     figure = plot_other_shares(sheets, _maps(others, shapes), padded, title)
     yield _save(figure, args, f"others_{name}")
@@ -329,6 +336,7 @@ def _streams(
         shown = found.above(threshold)
         return draw_boxes(picture, shown.boxes.numpy(), shown.names, shown.scores.tolist(), classes=classes)
 
+    # a pair for every picture
     above = f"(score >= {threshold:g})"
     titles = f"plain stream, as in evaluation {above}", f"mixed stream {above}"
     both = detector.detections(plain, batch), detector.detections(mixed, batch)
@@ -377,6 +385,7 @@ def _save(figure: Figure, args: argparse.Namespace, name: str) -> Path:
 
 
 def _path(args: argparse.Namespace, name: str) -> Path:
+    # only now: a command that is refused leaves no folder
     args.output_dir.mkdir(parents=True, exist_ok=True)
     return args.output_dir / f"{name}.{args.format}"
 
@@ -425,6 +434,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_attention(parser: argparse.ArgumentParser) -> None:
+    # what is explained
     add = parser.add_mutually_exclusive_group().add_argument
     text = f"detections by rank, 0 is the best; default: the best {BEST}"
     add("--detection", type=int, nargs="+", help=text)

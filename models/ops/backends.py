@@ -46,6 +46,7 @@ def choose(asked: str | None, device: torch.device) -> ModuleType:
     name = asked or "auto"
     if name == "auto":
         name = os.environ.get(VARIABLE) or "auto"
+    # what a device has does not change; a graph that is recorded must not be disturbed
     backend, module = _choose(name, device.type)
     if backend != "reference" and not _capturing(device):
         _verify(backend, device)
@@ -119,6 +120,7 @@ def _probe(module: ModuleType, device: torch.device) -> list[Tensor]:
     shapes = [(4, 6), (2, 3)]
     heads, channels, queries, points = 2, 32, 5, 4
 
+    # the same numbers on every device
     def random(*size: int) -> Tensor:
         return torch.rand(*size, generator=generator, dtype=torch.float64).to(device, type_)
 
@@ -143,6 +145,7 @@ def _verdict(backend: str, device: torch.device, what: str) -> str:
     """What is wrong with a backend on a device, and what to do."""
     where = str(device)
     remedy = ". You can"
+    # kernels that were built for other GPUs are the usual cause
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         where += f" ({torch.cuda.get_device_name(device)}, sm_{major}{minor})"

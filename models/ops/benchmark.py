@@ -86,9 +86,11 @@ def loads(sizes: list[tuple[int, int]], batches: list[int]) -> list[Load]:
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    # the machine and what runs there
     names = [name for name in backends.NAMES if backends.missing(name, device.type) is None]
     machine = machine_name(device)
     print(f"{machine}, torch {torch.__version__}, {options.type}; backends: {', '.join(names)}", flush=True)
+    # the floor of a CPU is not known
     rates = Rates.measured(device) if device.type == "cuda" else None
     if rates:
         print(rates)
@@ -112,6 +114,8 @@ def _compare(
     # forward and step of every backend
     memory = [_extra_memory(step, device) for step in functions[1::2]]
     seconds = _time(functions, iterations, device)
+
+    # a line for each, and ratios to the reference, which is the last
     print(load.name)
     for i, name in enumerate(names):
         forward, step = seconds[2 * i], seconds[2 * i + 1]
@@ -164,6 +168,7 @@ def _centres(height: int, width: int) -> Tensor:
 
 def _first_offsets(levels: int) -> Tensor:
     """[M, L, P, 2] the offsets in pixels of a fresh layer (MSDeformAttn.reset_parameters)."""
+    # directions on the unit square
     angles = torch.arange(HEADS) * (2 * math.pi / HEADS)
     directions = torch.stack([angles.cos(), angles.sin()], -1)
     directions = directions / directions.abs().max(-1, keepdim=True).values
@@ -172,6 +177,7 @@ def _first_offsets(levels: int) -> Tensor:
 
 
 def _run(load: Load, tensors: list[Tensor], backend: str) -> Tensor:
+    # the two operators differ in what they take
     if load.fused:
         value, reference, offsets, logits = tensors
         return ms_deform_attn_fused(value, load.shapes, reference, offsets, logits, backend)
@@ -260,6 +266,7 @@ def peak_memory(step: Callable, device: torch.device) -> tuple[float, Any]:
         results = step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before, results
+    # garbage that is collected during the call would lower the peak
     gc.collect()
     try:
         # freed memory goes back to the system, so that it counts when it is used again
@@ -268,6 +275,7 @@ def peak_memory(step: Callable, device: torch.device) -> tuple[float, Any]:
         before = _resident("VmRSS")
     except (OSError, AttributeError):
         return math.nan, None
+    # the peak of the process since
     results = step()
     return _resident("VmHWM") - before, results
 
@@ -293,6 +301,7 @@ class Rates:
 
     @staticmethod
     def measured(device: torch.device) -> Rates:
+        # kHz; not every version of PyTorch has it
         properties = torch.cuda.get_device_properties(device)
         clock = getattr(properties, "clock_rate", 1_755_000) * 1e3
         return Rates(
@@ -321,6 +330,7 @@ class Rates:
 
 
 def _copy_rate(size: int, device: torch.device) -> float:
+    # in a graph, so that only the device counts
     source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
 
     def copies() -> None:

@@ -50,6 +50,7 @@ def missing(device_type: str) -> str | None:
     built_from = build_record(device_type).get("sources")
     if (FOLDER / "csrc").is_dir() and built_from != hash_of_sources(device_type):
         return f"{library.name} was built from other sources than these: build again ({HOW_TO_BUILD})"
+    # a library for another system or a PyTorch before 2.10
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
@@ -88,6 +89,7 @@ def forward(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -
 def backward(
     grad: Tensor, value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    # the kernel then sums in a fixed order
     deterministic = torch.are_deterministic_algorithms_enabled()
     return torch.ops.deformable.compiled_backward(
         grad, value, _flat(shapes), locations, weights, deterministic

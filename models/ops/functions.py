@@ -114,6 +114,7 @@ class MSDeformAttnFunction:
 
 def ms_deform_attn_core_pytorch(value, value_spatial_shapes, sampling_locations, attention_weights):
     """The published name of the plain PyTorch path: reference.forward, differentiated by autograd."""
+    # without the checks of the operator
     shapes = shape_pairs(flat_shapes(value_spatial_shapes))
     return reference.forward(value, shapes, sampling_locations, attention_weights)
 
@@ -147,6 +148,7 @@ def _check_value(value: Tensor, shapes: list[int]) -> None:
     # a kernel would read beyond the tokens
     if any(size < 0 for size in shapes):
         raise ValueError(f"spatial_shapes {shape_pairs(shapes)} must not be negative")
+    # the levels make up the tokens
     total = sum(h * w for h, w in shape_pairs(shapes))
     if total != value.shape[1]:
         raise ValueError(
@@ -216,6 +218,7 @@ def _forward(
     value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor, backend: str = "auto"
 ) -> Tensor:
     _check_ready(value, shapes, locations, weights)
+    # kernels read contiguous tensors of few types
     run = backends.choose(backend, value.device)
     return run.forward(value.contiguous(), shape_pairs(shapes), *_typed_ready(value, locations, weights))
 
@@ -258,6 +261,7 @@ def _fused_backward(
     return _like(grads, (value, reference_points, offsets, logits))
 
 
+# gradients have the types of the inputs, which the kernels do not see
 def _like(grads: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(grad.to(tensor.dtype) for grad, tensor in zip(grads, inputs, strict=True))
 
@@ -273,10 +277,12 @@ def _fake_fused_forward(
     value: Tensor, shapes: list[int], reference_points, offsets, logits, backend: str = "auto"
 ) -> Tensor:
     _check_fused(value, shapes, reference_points, offsets, logits)
+    # a shape and a type are enough for a compiler
     return value.new_empty(value.shape[0], offsets.shape[1], value.shape[2] * value.shape[3])
 
 
 def _fake_backward(grad: Tensor, value: Tensor, shapes: list[int], *others):
+    # the last is the backend
     *tensors, _ = others
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (value, *tensors))
 
@@ -288,6 +294,7 @@ def _save_inputs(ctx, inputs, output) -> None:
 
 
 def _gradient_by(name: str) -> Callable:
+    # shapes and backend have no gradient
     def gradient(ctx, grad: Tensor):
         value, *tensors = ctx.saved_tensors
         run = getattr(torch.ops.deformable, name)

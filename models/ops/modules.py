@@ -35,10 +35,7 @@ class MSDeformAttn(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Head m samples in direction m of the unit square, point p at p pixels, with equal weights.
-
-        "Deformable DETR", appendix A.4.
-        """
+        """Head m samples in direction m of the unit square, point p at p pixels, with equal weights."""
         # at first offsets and weights do not depend on the query
         for layer in (self.sampling_offsets, self.attention_weights):
             nn.init.zeros_(layer.weight)
@@ -47,6 +44,7 @@ class MSDeformAttn(nn.Module):
         # the offsets of a fresh layer
         angle_M = torch.arange(self.n_heads, dtype=torch.float32) * (2 * math.pi / self.n_heads)
         direction_M2 = torch.stack([angle_M.cos(), angle_M.sin()], -1)
+        # on the square, so that offsets are whole pixels for 8 heads
         direction_M2 = direction_M2 / direction_M2.abs().max(-1, keepdim=True).values
         distance_P = torch.arange(1, self.n_points + 1, dtype=torch.float32)
         offsets = direction_M2[:, None, None] * distance_P[None, None, :, None]
@@ -83,6 +81,7 @@ class MSDeformAttn(nn.Module):
         Raises:
             ValueError: reference points of neither 2 nor 4 coordinates, or shapes that don't fit.
         """
+        # padding counts as 0
         value = self.value_proj(input_flatten)
         if input_padding_mask is not None:
             value = value.masked_fill(input_padding_mask[..., None], 0.0)

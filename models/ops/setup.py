@@ -45,6 +45,7 @@ def find_cuda() -> str | None:
         return home
     if not (nvcc := shutil.which("nvcc")):
         return None
+    # with --dryrun it prints its settings, TOP among them
     said = subprocess.run(
         [nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True
     ).stderr
@@ -55,6 +56,7 @@ def find_cuda() -> str | None:
 def devices(cuda_home: str | None) -> list[str]:
     if asked := os.environ.get("MS_DEFORM_ATTN_DEVICES"):
         return asked.split()
+    # a login node of a cluster builds for the GPUs of others
     forced = os.environ.get("FORCE_CUDA")
     wants_cuda = forced == "1" or (forced != "0" and cuda_home is not None and torch.cuda.is_available())
     return ["cpu", "cuda"] if wants_cuda else ["cpu"]
@@ -122,6 +124,7 @@ class Build(BuildExtension):
         super().__init__(*args, no_python_abi_suffix=True, **kwargs)
 
     def run(self) -> None:
+        # a build that fails leaves no record, and the old library is not loaded
         for extension in self.extensions:
             self.record_path(extension).unlink(missing_ok=True)
         super().run()
@@ -160,6 +163,7 @@ def compiler() -> str:
 def architectures() -> str:
     if named := os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return named
+    # what torch.utils.cpp_extension then builds for
     capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
     return ";".join(f"{major}.{minor}" for major, minor in sorted(capabilities)) + "+PTX"
 

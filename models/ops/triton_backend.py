@@ -119,7 +119,7 @@ def fused_backward(
     grad_value, grad_reference, grad_offsets, grad_weights = grads
     assert grad_reference is not None
 
-    # the kernel does not differentiate the softmax
+    # the kernel gives the gradient of the weights
     weights = logits.to(reference.dtype).flatten(-2).softmax(-1)
     softmax_backward = torch.ops.aten._softmax_backward_data
     grad_logits = softmax_backward(grad_weights.flatten(-2), weights, -1, weights.dtype)
@@ -136,6 +136,7 @@ def _forward(
 ) -> Tensor:
     batch, queries, heads, levels, count = scores.shape
     out = value.new_empty(batch, queries, heads * value.shape[3])
+    # without samples there is nothing to launch
     if not out.numel() or not levels * count:
         return out.zero_()
     inputs = (value, _level_table(tuple(shapes), value.device), reference, points, scores)
@@ -192,6 +193,7 @@ def _backward(
 
 def _sizes(value: Tensor, reference: Tensor | None, scores: Tensor) -> dict:
     """The constants that a kernel is compiled for: those of the model, none of the images."""
+    # powers of two: Triton's tiles have no other sizes
     heads, channels = value.shape[2:]
     levels, points = scores.shape[3:]
     width = min(triton.next_power_of_2(channels), _WIDEST)
@@ -211,6 +213,7 @@ def _sizes(value: Tensor, reference: Tensor | None, scores: Tensor) -> dict:
 
 def _extents(value: Tensor, scores: Tensor) -> tuple[int, int, int]:
     """What changes from batch to batch: rows, rows of an image, tokens of an image."""
+    # a row is one query of one head
     batch, queries, heads = scores.shape[:3]
     return batch * queries * heads, queries * heads, value.shape[1]
 
@@ -220,11 +223,11 @@ def _level_table(shapes: tuple[tuple[int, int], ...], device: torch.device) -> T
     """[L, 3] int64: height, width and first token of the levels."""
     rows, start = [], 0
     for height, width in shapes:
-        # nothing lies between -1 and -1: every sample is outside of an empty level
-        if not height * width:
-            height = width = -1
-        rows.append((height, width, start))
-        start += max(height, 0) * width
+        if height * width:
+            rows.append((height, width, start))
+        else:  # nothing lies between -1 and -1: every sample is outside of an empty level
+            rows.append((-1, -1, start))
+        start += height * width
     table = torch.tensor(rows, dtype=torch.int64)
     if device.type == "cuda":  # a copy from pinned memory does not synchronise
         return table.pin_memory().to(device, non_blocking=True)
@@ -248,7 +251,7 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-# image sizes change from batch to batch: a kernel must not be compiled anew for them
+# image sizes change from batch to batch: a kernel must not be compiled again for them
 _CHANGING = ["rows", "image_rows", "tokens"]
 
 
@@ -273,10 +276,12 @@ def _forward_kernel(
     K: tl.constexpr,
     LP: tl.constexpr,
 ):
-    """out [rows, D]; a program computes R rows of K channels. `points` are locations and `scores`
-    weights if COORDS is 0, else offsets and logits, with a reference of COORDS coordinates. Offsets
-    into memory are 64 bits wide.
+    """out [rows, D]; a program computes R rows of K channels.
+
+    If COORDS is 0, `points` are locations and `scores` weights. Else they are offsets and logits,
+    with a reference of COORDS coordinates.
     """
+    # addresses are 64 bits wide: a batch may have more elements than 32 bits count
     chunks: tl.constexpr = (D + K - 1) // K
     program = tl.program_id(0).to(tl.int64)
     row = program // chunks * R + tl.arange(0, R)
@@ -284,6 +289,8 @@ def _forward_kernel(
     row = tl.where(active, row, 0)  # rows beyond the last repeat the first and store nothing
     channel = program % chunks * K + tl.arange(0, K)
     value += (row // image_rows * tokens * M + row % M)[:, None] * D + channel[None, :]
+
+    # the sum over levels and points
     highest, total = _softmax_terms(scores, row, L * P, COORDS, A, R, LP)
     sum_RK = tl.zeros([R, K], A)
     for level in range(L):
@@ -296,10 +303,8 @@ def _forward_kernel(
             v00, v01, v10, v11 = _corner_values(
                 value, start, top, left, height, width, inside, channel, M, D, A
             )
-            upper, lower = (
-                v00 * (1 - x[:, None]) + v01 * x[:, None],
-                v10 * (1 - x[:, None]) + v11 * x[:, None],
-            )
+            upper = v00 * (1 - x[:, None]) + v01 * x[:, None]
+            lower = v10 * (1 - x[:, None]) + v11 * x[:, None]
             sum_RK += weight[:, None] * (upper * (1 - y[:, None]) + lower * y[:, None])
     tl.store(out + row[:, None] * D + channel[None, :], sum_RK, mask=active[:, None] & (channel < D)[None, :])
 
@@ -339,6 +344,7 @@ def _backward_kernel(
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     active = row < rows
     row = tl.where(active, row, 0)
+    # the first channel of the first token of the row's image and head
     tile = (row // image_rows * tokens * M + row % M)[:, None] * D + tl.arange(0, K)[None, :]
     highest, total = _softmax_terms(scores, row, L * P, COORDS, A, R, LP)
     for level in range(L):
@@ -352,6 +358,7 @@ def _backward_kernel(
             x, y = _pixel(points, reference, sample, box, height, width, P, COORDS, A)
             inside, top, left, y, x = _corner(x, y, height, width)
             along_x, along_y, along_weight = tl.zeros([R], A), tl.zeros([R], A), tl.zeros([R], A)
+            # the channels, K at a time
             for first in range(0, D, K):
                 channel = first + tl.arange(0, K)
                 used = (inside & active)[:, None] & (channel < D)[None, :]
@@ -359,10 +366,8 @@ def _backward_kernel(
                 v00, v01, v10, v11 = _corner_values(
                     value + tile + first, start, top, left, height, width, inside, channel, M, D, A
                 )
-                upper, lower = (
-                    v00 * (1 - x[:, None]) + v01 * x[:, None],
-                    v10 * (1 - x[:, None]) + v11 * x[:, None],
-                )
+                upper = v00 * (1 - x[:, None]) + v01 * x[:, None]
+                lower = v10 * (1 - x[:, None]) + v11 * x[:, None]
                 slope = (v01 - v00) * (1 - y[:, None]) + (v11 - v10) * y[:, None]
                 along_x += tl.sum(grad_RK * slope, 1)
                 along_y += tl.sum(grad_RK * (lower - upper), 1)
@@ -374,13 +379,12 @@ def _backward_kernel(
                     )
             tl.store(grad_weights + sample, along_weight, mask=active)
             # an infinite weight times the zero outside would be NaN
-            pixel_x, pixel_y = (
-                tl.where(inside, weight * along_x, 0.0),
-                tl.where(inside, weight * along_y, 0.0),
-            )
+            pixel_x = tl.where(inside, weight * along_x, 0.0)
+            pixel_y = tl.where(inside, weight * along_y, 0.0)
             grad_x, grad_y = pixel_x * width.to(A), pixel_y * height.to(A)  # for the location
             box_x += grad_x
             box_y += grad_y
+            # offsets are in pixels around points, in parts of the box around boxes
             if COORDS == 2:
                 grad_x, grad_y = pixel_x, pixel_y
             if COORDS == 4:
@@ -409,9 +413,7 @@ def _level(levels, level):
 def _softmax_terms(
     scores, row, COUNT: tl.constexpr, COORDS: tl.constexpr, A: tl.constexpr, R: tl.constexpr, LP: tl.constexpr
 ):
-    """Highest of a row's logits, and the sum of exp(logit - highest): [R] each. Not used if scores
-    are weights.
-    """
+    """Highest of a row's logits, and the sum of exp(logit - highest): [R] each. For logits only."""
     highest, total = tl.zeros([R], A), tl.zeros([R], A)
     if COORDS:
         sample = tl.arange(0, LP)
@@ -435,8 +437,9 @@ def _weight(scores, sample, highest, total, COORDS: tl.constexpr, A: tl.constexp
 def _pixel(
     points, reference, sample, box, height, width, P: tl.constexpr, COORDS: tl.constexpr, A: tl.constexpr
 ):
-    """x, y of each row's sample [R], in pixels: 0 is the center of the first. `box` [R] numbers the
-    reference points.
+    """x, y of each row's sample [R] in pixels: 0 is the center of the first pixel.
+
+    `box` [R] are the numbers of the reference points.
     """
     x, y = _pair(points, sample, A)
     width, height = width.to(A), height.to(A)
@@ -467,8 +470,9 @@ def _store_pair(pointer, index, first, second, mask):
 
 @triton.jit
 def _corner(x, y, height, width):
-    """Whether a sample touches the map at all, its upper left pixel's row and column, and the parts
-    y, x beyond: [R] each.
+    """Whether a sample touches the map, row and column of its upper left pixel, and the rest y, x.
+
+    [R] each.
     """
     inside = (x > -1) & (x < width.to(x.dtype)) & (y > -1) & (y < height.to(y.dtype))
     x, y = tl.where(inside, x, 0.0), tl.where(inside, y, 0.0)  # NaN and infinity are no integers
@@ -480,9 +484,11 @@ def _corner(x, y, height, width):
 def _corner_values(
     value, start, top, left, height, width, inside, channel, M: tl.constexpr, D: tl.constexpr, A: tl.constexpr
 ):
-    """The four pixels around a sample, upper then lower, left then right: [R, K] each; zero outside
-    the map, unread.
+    """The four pixels around a sample, upper then lower, left then right: [R, K] each.
+
+    Those outside of the map are 0 and not read.
     """
+    # a corner may lie outside though the sample touches the map
     up, down, before, after = inside & (top >= 0), inside & (top + 1 < height), left >= 0, left + 1 < width
     v00 = _pixel_values(value, start + top * width + left, up & before, channel, M, D, A)
     v01 = _pixel_values(value, start + top * width + left + 1, up & after, channel, M, D, A)
@@ -502,11 +508,10 @@ def _pixel_values(value, token, valid, channel, M: tl.constexpr, D: tl.constexpr
 def _scatter(
     grad_value, share, start, top, left, y, x, height, width, used, M: tl.constexpr, D: tl.constexpr
 ):
-    """Add weight * grad, `share` [R, K], to the four pixels around a sample, each with its bilinear
-    part.
-    """
+    """Add weight * grad, `share` [R, K], to the four pixels around a sample by bilinear weights."""
     up, down = used & (top >= 0)[:, None], used & (top + 1 < height)[:, None]
     before, after = (left >= 0)[:, None], (left + 1 < width)[:, None]
+    # in any order: see `deterministic`
     upper = grad_value + (start + top * width + left)[:, None] * (M * D)
     lower = upper + width * (M * D)
     share_upper, share_lower, x = share * (1 - y[:, None]), share * y[:, None], x[:, None]

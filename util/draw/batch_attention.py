@@ -48,6 +48,7 @@ def on_padding(picture: Image.Image, own: tuple[int, int], batch: tuple[int, int
 
     `own` and `batch` are (height, width) of the picture there and of the padded batch.
     """
+    # stripes say padding, not a part of a photograph
     y, x = np.mgrid[: batch[0], : batch[1]]
     stripe = max(max(batch) // 40, 2)
     sheet = Image.fromarray(np.where((x + y) // stripe % 2, 222, 184).astype(np.uint8)).convert("RGB")
@@ -64,6 +65,7 @@ def plot_batch_attention(
         sheets: N pictures of one size, from `on_padding`.
         positions: T of them.
     """
+    # a cell has 0.6 inches, less for large batches
     count, heads = len(sheets), len(positions[0].weights)
     side = min(0.6, 5 / (count + 1)) * (count + 1)  # inches of the mean
     small = max(0.6 * side, 1.1)  # and of a head
@@ -119,6 +121,7 @@ def plot_other_shares(
             row[0].set_ylabel(number, rotation=0, ha="right", va="center")
             for axes, share, mask in zip(row[1:], shares, padded, strict=True):
                 _draw_heat(axes, share[number], mask[number], sheet.size, scale)
+        # the mean is that of the positions without padding
         for level, (share, part) in enumerate(zip(shares, inside, strict=True)):
             text = f"level {level}, {share.shape[2]} x {share.shape[1]}\nmean {part.mean():.0%}"
             cells[0, 1 + level].set_title(text, fontsize=8)

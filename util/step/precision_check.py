@@ -1,12 +1,11 @@
-"""Before a run in mixed precision: whether the device has the operators, and whether a CPU is right
-about small inputs.
+"""Check of mixed precision before a run.
 
-For a map of a few pixels or a product of a few rows a library may take a kernel that it takes for
-nothing else, and on some processors such a kernel reads memory that it does not own. So each kind
-of layer of a model is tried at small sizes, forward and backward, with garbage in freed memory, and
-compared with float64. An operator that is wrong at one of these sizes is from then on computed in
-float32 at all of them: garbage may do no harm here and harm in another run, whose bits must be the
-same.
+A device may not have all operators. And for a map of a few pixels, or a product of a few rows, a
+library may use a kernel of its own, which on some processors reads memory outside of its tensors.
+So each kind of layer of a model is run at small sizes on the CPU, forward and backward, with
+garbage in freed memory, and compared with float64. If an operator is wrong at one size, this process
+computes it in float32 at all small sizes: whether garbage does harm varies from run to run, and the
+bits must not.
 """
 
 from __future__ import annotations
@@ -28,37 +27,37 @@ from util.step.precision import LOW_TYPES, autocast, full_precision
 log = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
-SMALL = 8  # the pixels of a map's shorter side or the rows of a product, up to which it is small
-MAPS = [(2, 1), (1, 2), (3, 3)]  # height and width of those that are tried
-ROWS = [1, 2, 3]
+SMALL = 8  # pixels of a map's shorter side, or rows of a product, up to which a call is small
+MAPS = [(2, 1), (1, 2), (3, 3)]  # height and width of the maps that are tried
+ROWS = [1, 2, 3]  # and the rows
 # bytes: NaN in every type; 13 million in bfloat16 and float32, 14.6 in float16
 GARBAGE = [0xFF, 0x4B]
 
-# functions of torch.nn.functional, and operators of the same names; what is small about a call, by
-# its first argument
+# name in torch.nn.functional, and of the operator -> size of a call, from its first argument
 SIZES: dict[str, Callable[[Tensor], int]] = {
     "conv2d": lambda map_BCHW: min(map_BCHW.shape[-2:]),
     "linear": lambda x: x.shape[:-1].numel(),
     "scaled_dot_product_attention": lambda query: query.shape[-2],
 }
-_replaced: dict[
-    str, torch.library.Library
-] = {}  # by operator; a library holds what is registered as long as it lives
+# by operator; what is registered exists as long as its library
+_replaced: dict[str, torch.library.Library] = {}
 
 
 def check_precision(model: nn.Module, amp: str) -> None:
-    """Try, on the model's device, what it takes from PyTorch in this precision; small calls are
-    mended where need be.
+    """Try PyTorch's operators in this precision, and replace those that are wrong for small inputs.
+
+    Args:
+        model: on its device.
+        amp: "off", "bf16" or "fp16".
 
     Raises:
-        UserError: the device lacks an operator in this precision, or gives wrong numbers that can't
-        be mended.
+        UserError: the device has no such operator, or its numbers are wrong in float32 too.
     """
     if amp == "off":
         return
     device = next(model.parameters()).device
     try:
-        # the run's own random numbers are not to depend on this
+        # the random numbers of the run must not depend on this
         with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             _try_operators(amp, device)
             if device.type == "cpu":
@@ -69,12 +68,12 @@ def check_precision(model: nn.Module, amp: str) -> None:
 
 
 def _refusal(amp: str, device: torch.device, reason: str) -> str:
-    other = "bf16" if amp == "fp16" else "fp16"
+    other = {"bf16": "fp16", "fp16": "bf16"}[amp]
     return f"--amp {amp} can't be used on {device}: {reason}; use --amp {other}, or leave it out"
 
 
 def _try_operators(amp: str, device: torch.device) -> None:
-    """Every kind of layer of the detector once, its own attention aside, forward and backward."""
+    """Run every kind of layer of the detector but deformable attention, forward and backward."""
     body = nn.Sequential(
         nn.Conv2d(3, 32, 3),
         nn.BatchNorm2d(32),
@@ -103,47 +102,50 @@ class Call:
 
 
 def _try_small_calls(model: nn.Module, amp: str) -> None:
-    # each once
-    calls = dict.fromkeys(call for module in model.modules() for call in _small_calls(module))
-    for operator in SIZES:
-        mine = [call for call in calls if call.operator == operator]
-        wrong = next((call for call in mine if not _is_right(call, amp)), None)
+    # equal layers once
+    calls: dict[str, dict[Call, None]] = {operator: {} for operator in SIZES}
+    for module in model.modules():
+        for call in _small_calls(module):
+            calls[call.operator][call] = None
+
+    for operator, own in calls.items():
+        wrong = next((call for call in own if not _is_right(call, amp)), None)
         if wrong is None:
             continue
         what = f"PyTorch {torch.__version__} gives wrong numbers for {wrong}"
         _compute_in_float32(operator)
-        if not all(_is_right(call, amp) for call in mine):
+        if not all(_is_right(call, amp) for call in own):
             raise UserError(_refusal(amp, CPU, f"{what}, in float32 too"))
         then = f"every {operator} of at most {SMALL} pixels a side, or rows, is computed in float32"
         log.info("--amp %s on this CPU: %s; %s", amp, what, then)
 
 
 def _small_calls(module: nn.Module) -> Iterator[Call]:
-    """What a layer does to small inputs; of another module nothing."""
+    """The calls of a layer with small inputs; none for other modules."""
     if isinstance(module, nn.MultiheadAttention):
         head = module.embed_dim // module.num_heads
         for rows in ROWS:
-            for dropout in (0, 1e-9):  # which drops nothing, and has PyTorch take its other way
-                yield Call(
-                    "scaled_dot_product_attention",
-                    ((2, module.num_heads, rows, head),) * 3,
-                    (("dropout_p", dropout),),
-                )
-    if isinstance(module, nn.Conv2d | nn.Linear):
-        parameters = tuple(tuple(x.shape) for x in (module.weight, module.bias) if x is not None)
-        if isinstance(module, nn.Linear):
-            yield from (Call("linear", ((rows, module.in_features), *parameters)) for rows in ROWS)
-        else:
-            options = tuple(
-                (name, getattr(module, name)) for name in ("stride", "padding", "dilation", "groups")
-            )
-            yield from (
-                Call("conv2d", ((2, module.in_channels, *size), *parameters), options) for size in MAPS
-            )
+            # a tiny dropout drops nothing, and PyTorch uses another kernel
+            for dropout in (0, 1e-9):
+                shapes = ((2, module.num_heads, rows, head),) * 3
+                yield Call("scaled_dot_product_attention", shapes, (("dropout_p", dropout),))
+    elif isinstance(module, nn.Linear):
+        for rows in ROWS:
+            yield Call("linear", ((rows, module.in_features), *_parameter_shapes(module)))
+    elif isinstance(module, nn.Conv2d):
+        names = ("stride", "padding", "dilation", "groups")
+        options = tuple((name, getattr(module, name)) for name in names)
+        for size in MAPS:
+            yield Call("conv2d", ((2, module.in_channels, *size), *_parameter_shapes(module)), options)
+
+
+def _parameter_shapes(module: nn.Module) -> list[tuple[int, ...]]:
+    """Of the weight, and of the bias if there is one."""
+    return [tuple(parameter.shape) for parameter in module.parameters(recurse=False)]
 
 
 def _is_right(call: Call, amp: str) -> bool:
-    """Outputs and gradients are near float64's, and the same whatever lay in the memory before."""
+    """Whether outputs and gradients are near float64's, and do not depend on freed memory."""
     low = LOW_TYPES[amp]
     inputs = [_noise(shape, low) for shape in call.shapes]
     exact = [x.float() for x in _results(call, [x.double() for x in inputs], "off", low)]
@@ -164,9 +166,7 @@ def _results(
     low: torch.dtype,
     litter: Callable[[], None] = lambda: None,
 ) -> list[Tensor]:
-    """The output, and the gradients of all inputs; `litter` comes before the forward and before the
-    backward.
-    """
+    """The output and the gradients of all inputs. `litter` runs before the forward and the backward."""
     leaves = [x.detach().requires_grad_() for x in inputs]
     litter()
     with autocast(amp, CPU):
@@ -178,30 +178,26 @@ def _results(
 
 
 def _is_near(result: Tensor, exact: Tensor) -> bool:
-    """Rounding is far below a tenth of the largest number, and a kernel that leaves something out
-    far above.
-    """
+    # rounding is far below a tenth of the largest number, a wrong kernel far above
     return bool((result.float() - exact).abs().max() < 0.1 * (1 + exact.abs().max()))
 
 
 def _litter(like: Sequence[Tensor], byte: int) -> None:
-    """Leave garbage in freed memory, in blocks as large as these tensors in low precision and in
-    float32.
-    """
+    """Leave garbage in freed memory, in blocks of the sizes of these tensors in 16 and 32 bits."""
     blocks = [torch.full((width * x.numel(),), byte, dtype=torch.uint8) for x in like for width in (2, 4)]
     del blocks
 
 
 def _compute_in_float32(operator: str) -> None:
-    """Have autocast on a CPU take float32 for the small calls of an operator, and round the results
-    as it does else.
-    """
+    """Make autocast on a CPU use float32 for small calls of an operator; results stay in its type."""
     function, size = getattr(F, operator), SIZES[operator]
 
     def run(x: Tensor, *others: Any, **options: Any) -> Tensor:
-        low = torch.get_autocast_dtype("cpu")
-        taken = torch.float32 if size(x) <= SMALL else low
-        arguments = [_cast(argument, taken) for argument in (x, *others)]
+        low = used = torch.get_autocast_dtype("cpu")
+        if size(x) <= SMALL:
+            used = torch.float32
+        arguments = [_cast(argument, used) for argument in (x, *others)]
+        # without autocast: this function would call itself
         with full_precision(CPU):
             return function(*arguments, **options).to(low)
 
@@ -212,4 +208,6 @@ def _compute_in_float32(operator: str) -> None:
 
 
 def _cast(argument: Any, dtype: torch.dtype) -> Any:
-    return argument.to(dtype) if isinstance(argument, Tensor) and argument.is_floating_point() else argument
+    if isinstance(argument, Tensor) and argument.is_floating_point():
+        return argument.to(dtype)
+    return argument
