@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import util.config.checks as checks
 from util.class_map import ClassMap
-from util.config import checks
 from util.config.fields import FLAGS, GROUPS, DataConfig, OptimConfig, RunConfig
 from util.config.model_fields import (
     BackboneConfig,
