@@ -63,7 +63,9 @@ def build_dataset(image_set: str, config: Any, classes: ClassMap | None = None) 
     """
     name = config.data.dataset_file
     if name not in FORMATS:
-        raise UserError(f"--dataset_file {name!r} is unknown; use {' or '.join(FORMATS)}")
+        raise UserError(
+            f"--dataset_file {name!r} is unknown or not available yet; use {' or '.join(FORMATS)}"
+        )
     module = import_module(FORMATS[name])
     return module.build(image_set, config.data, config.run.seed, classes or config.classes)
 

@@ -123,10 +123,6 @@ def check_batchformer(config: BatchFormerConfig, transformer: TransformerConfig,
 
 
 def check_data(data: DataConfig, evaluate: bool) -> None:
-    require(
-        data.dataset_file == "coco",
-        f"--dataset_file {data.dataset_file!r} is unknown or not available yet; use coco",
-    )
     _check_both("val", data.val_images, data.val_annotations)
     # else no image would reach the shorter side
     require(
