@@ -147,7 +147,7 @@ OTHERS = {
         "its config.json",
     ),
     "Faster R-CNN": ({"model": {"roi_heads.box_head.fc6.weight": torch.ones(1)}}, "a two-stage detector"),
-    "anything else": ({"model": {"layer.weight": torch.ones(1)}}, "it lacks 'transformer.level_embed'"),
+    "anything else": ({"model": {"layer.weight": torch.ones(1)}}, "it has no 'transformer.level_embed'"),
 }
 
 

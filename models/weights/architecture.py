@@ -33,6 +33,8 @@ HEADS = ("class_embed.", "bbox_embed.")
 _MODULES = frozenset(name for name, flag in FLAGS.items() if flag.group == "batchformer")
 _ARCHITECTURE = tuple(name for name in flags_of("architecture") if name not in _MODULES)
 _SIZES = flags_of("evaluation")
+# flags of BatchFormerV2 that decide which weights there are, with one stream or two
+_MODULE_WEIGHTS = ("share_bf", "bt_num_layers", "insert_idx")
 
 
 class Purpose(Enum):
@@ -72,7 +74,7 @@ def config_of(
         flag or has a value that is not possible.
     """
     known = {name for name, item in FLAGS.items() if item.group in ("backbone", "transformer")}
-    known |= set(_SIZES)
+    known.update(_SIZES)
     for name in sorted(overrides.keys() - known):
         raise UserError(
             f"{name} is no flag of a detector's architecture; there are {', '.join(sorted(known))}"
@@ -212,10 +214,6 @@ def _alike(name: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> bool
     if name == "backbone_norm" and "gn" not in (there[name], here[name]):
         return True  # statistics may be frozen or go on
     return bool(there[name] == here[name])
-
-
-# flags of BatchFormerV2 that decide which weights there are, be there one stream or two
-_MODULE_WEIGHTS = ("share_bf", "bt_num_layers", "insert_idx")
 
 
 def _same_modules(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
