@@ -7,8 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import util.config.checks as checks
 from util.class_map import ClassMap
+from util.config.checks import (
+    check_architecture,
+    check_batchformer,
+    check_data,
+    check_loss,
+    check_run,
+    check_start,
+    check_values,
+)
 from util.config.fields import FLAGS, GROUPS, DataConfig, OptimConfig, RunConfig
 from util.config.model_fields import (
     BackboneConfig,
@@ -46,15 +54,15 @@ class Config:
 
     def __post_init__(self) -> None:
         # these hold for each flag or group alone
-        checks.check_values(self.flags(), self.run.eval)
-        checks.check_loss(self.loss)
-        checks.check_run(self.run, self.optim)
+        check_values(self.flags(), self.run.eval)
+        check_loss(self.loss)
+        check_run(self.run, self.optim)
 
         # flags that were not given may be others in the checkpoint
         if self.settled:
-            checks.check_architecture(self.backbone, self.transformer, self.run)
-            checks.check_batchformer(self.batchformer, self.transformer, self.is_given("bf"))
-            checks.check_data(self.data, self.run.eval)
+            check_architecture(self.backbone, self.transformer, self.run)
+            check_batchformer(self.batchformer, self.transformer, self.is_given("bf"))
+            check_data(self.data, self.run.eval)
 
     def is_given(self, name: str) -> bool:
         return self.given is None or name in self.given
@@ -104,7 +112,7 @@ class Config:
 
 def check_trainable(config: Config) -> None:
     """Raise UserError for what a model may be built with, but a training can't start from."""
-    checks.check_start(config.backbone, config.data, config.run)
+    check_start(config.backbone, config.data, config.run)
 
 
 def with_classes(config: Config, classes: ClassMap) -> Config:

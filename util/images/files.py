@@ -1,5 +1,6 @@
-"""Image files from anywhere: nothing but a regular file is opened, nothing of absurd size decoded,
-nothing executed.
+"""Image files from anywhere, read safely.
+
+Only regular files are opened, nothing of absurd size is decoded, and nothing is executed.
 """
 
 from __future__ import annotations
@@ -30,14 +31,13 @@ _STORE_IT = "replace the file, or store it with 8 bits a channel"
 _BYTES_PER_PIXEL = 16
 _METADATA_BYTES = 2**24
 
-# Pillow's own limit would refuse crops too. While a file is decoded, --max_image_megapixels takes
-# its place
+# Pillow's own limit would refuse crops too. --max_image_megapixels replaces it while a file is decoded
 Image.MAX_IMAGE_PIXELS = None
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 class BadImageError(UserError):
-    """An image file that can't be used. `path` and `reason` are for those who go on without it.
+    """An image file that can't be used.
 
     Args:
         path: the file, as the message names it.
@@ -56,11 +56,15 @@ class BadImageError(UserError):
 def read_regular_file(path: Path) -> bytes:
     """The content of a regular file, or of one that a link leads to.
 
-    Raises OSError; also for a pipe or a device, which would keep the reader waiting for ever.
+    Raises OSError; also for a pipe or a device, which could block the reader for ever.
     """
+    _require_regular(path)
+    return path.read_bytes()
+
+
+def _require_regular(path: Path) -> None:
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(0, "not a regular file")
-    return path.read_bytes()
 
 
 def read_image_file(path: Path, megapixels: float, otherwise: str) -> bytes:
@@ -100,9 +104,9 @@ def decode(
             if image.width * image.height > limit:
                 raise Image.DecompressionBombError(f"{image.width * image.height} pixels")
             picture = as_rgb(image)
-            return (
-                _turned(picture, _orientation(image)) if upright else picture
-            )  # asked for late: see read_header
+            # after decoding, which may turn the picture and change its metadata
+            turn = _UPRIGHT.get(_orientation(image)) if upright else None
+            return picture if turn is None else picture.transpose(turn)
     except BadImageError as error:
         reason, remedy = error.reason, error.remedy
     except UnidentifiedImageError:
@@ -118,9 +122,10 @@ def decode(
 
 
 class Header(NamedTuple):
-    """size: (width, height) in pixels as stored, which is what `decode` gives. orientation: EXIF's,
-    1 to 8, which it leaves aside and viewers turn or mirror the image by (1: not at all; from 5 on
-    the sides change places).
+    """size: (width, height) in pixels as stored, as `decode` returns it by default.
+
+    orientation: EXIF's, 1 to 8, by which viewers turn or mirror the image (1: not at all; from 5 on
+    the sides are exchanged).
     """
 
     size: tuple[int, int]
@@ -128,12 +133,9 @@ class Header(NamedTuple):
 
 
 def read_header(path: Path, megapixels: float, otherwise: str) -> Header:
-    """Size and orientation of an image file, without decoding it. Raises BadImageError as
-    `read_image_file` and `decode` do.
-    """
+    """Size and orientation of an image file, without decoding it. Raises BadImageError."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise OSError(0, "not a regular file")
+        _require_regular(path)
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height <= int(megapixels * 1e6):
                 turned_by_decoding = image.format == "TIFF"  # by Pillow, which leaves nothing to do
@@ -166,9 +168,7 @@ def _too_large(what: str, megapixels: float) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def _pillow_limit(pixels: int) -> Iterator[None]:
-    """Let Pillow refuse, too, what is far larger: some of its decoders take memory for all pixels
-    before they tell the size.
-    """
+    """Let Pillow refuse what is far larger: some decoders allocate all pixels before we know the size."""
     Image.MAX_IMAGE_PIXELS = pixels  # it raises above twice this
     try:
         yield
@@ -188,10 +188,6 @@ _UPRIGHT = {
 }
 
 
-def _turned(image: Image.Image, orientation: int) -> Image.Image:
-    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
-
-
 # bits that cameras, scanners and screens have for a number
 _DEPTHS = (8, 10, 12, 14, 16)
 _SCALE_IT = "scale all pictures of the data by one factor, to uint8 or to floats in [0, 1]"
@@ -201,36 +197,41 @@ def as_rgb(image: Image.Image) -> Image.Image:
     """Any image as RGB of 8 bits; numbers of more bits are scaled by `to_8_bits`, where Pillow
     would cut them off at 255.
 
-    `info["bits"]` of the outcome is `bit_depth` of such numbers, if they are whole. Raises
+    `info["bits"]` of the result is `bit_depth` of such numbers, if they are integers. Raises
     BadImageError as `to_8_bits` does.
     """
+    # one channel of integers (I) or floats (F)
     if image.mode[0] in "IF":
         numbers = np.asarray(image)
         picture = Image.fromarray(to_8_bits(numbers)).convert("RGB")
-        return _with_bits(picture, bit_depth(numbers)) if image.mode[0] == "I" else picture
+        if image.mode[0] == "I":
+            picture.info["bits"] = bit_depth(numbers)
+        return picture
+
+    # Pillow reads only the upper 8 bits of colours of 16: what to_8_bits gives, unless the numbers
+    # have fewer
     upper_half = any(";16" in str(tile) for tile in getattr(image, "tile", ()))
     picture = image.convert("RGB")
-    if not upper_half:
-        return picture
-    # Pillow has the upper 8 bits only of colours of 16: what to_8_bits gives, unless the numbers
-    # have fewer
-    if np.asarray(picture).max() < 2**6:
-        reason = "has colours of 16 bits but no number above 16383, so what can be read of it is nearly black"
-        raise BadImageError("an image", reason, _SCALE_IT)
-    return _with_bits(picture, 16)
+    if upper_half:
+        if np.asarray(picture).max() < 2**6:
+            reason = (
+                "has colours of 16 bits but no number above 16383, so what can be read of it is nearly black"
+            )
+            raise BadImageError("an image", reason, _SCALE_IT)
+        picture.info["bits"] = 16
+    return picture
 
 
 def to_8_bits(numbers: np.ndarray) -> np.ndarray:
     """The numbers of a picture as uint8, by one rule for files, arrays and tensors.
 
-    Floats must lie in [0, 1], and are multiplied by 255 and rounded. Whole numbers of any dtype
-    must lie in 0 to 65535; their upper 8 bits are taken, of as many as `bit_depth` says, so numbers
-    up to 255 stay as they are.
+    Floats must lie in [0, 1]; they are multiplied by 255 and rounded. Integers of any dtype must lie
+    in 0 to 65535; the upper 8 of `bit_depth` bits are taken, so numbers up to 255 do not change.
 
     Raises BadImageError for any others.
     """
     if np.issubdtype(numbers.dtype, np.floating):
-        if not ((numbers >= 0) & (numbers <= 1)).all():  # not so for NaN either
+        if not ((numbers >= 0) & (numbers <= 1)).all():  # NaN does not lie in [0, 1] either
             reason = f"has floats outside of [0, 1], from {numbers.min():g} to {numbers.max():g}"
             raise BadImageError("an image", reason, _SCALE_IT)
         return (numbers * 255).round().astype(np.uint8)
@@ -246,15 +247,9 @@ def to_8_bits(numbers: np.ndarray) -> np.ndarray:
 
 
 def bit_depth(numbers: np.ndarray) -> int:
-    """The smallest of 8, 10, 12, 14 and 16 bits that hold the largest of whole numbers from 0 to
-    65535.
-    """
-    return next(depth for depth in _DEPTHS if int(numbers.max()) < 2**depth)
-
-
-def _with_bits(picture: Image.Image, bits: int) -> Image.Image:
-    picture.info["bits"] = bits
-    return picture
+    """The smallest of 8, 10, 12, 14 and 16 bits that hold the largest of integers from 0 to 65535."""
+    largest = int(numbers.max())
+    return next(depth for depth in _DEPTHS if largest < 2**depth)
 
 
 def _in_a_line(error: BaseException) -> str:

@@ -1,6 +1,4 @@
-"""From a picture to the detector's input: one size and normalisation for training, evaluation and
-prediction.
-"""
+"""From a picture to the detector's input, the same for training, evaluation and prediction."""
 
 from __future__ import annotations
 
@@ -25,14 +23,16 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def read_picture(path: Path, megapixels: float, otherwise: str, *, upright: bool = True) -> Image.Image:
-    """The RGB picture in a file; by default as viewers show it (util.images.files.decode). Raises
-    BadImageError.
+    """The RGB picture in a file; by default as viewers show it. Raises BadImageError.
+
+    The arguments are those of util.images.files.decode.
     """
-    return decode(read_image_file(path, megapixels, otherwise), path, megapixels, otherwise, upright=upright)
+    content = read_image_file(path, megapixels, otherwise)
+    return decode(content, path, megapixels, otherwise, upright=upright)
 
 
 def as_picture(image: ImageLike, megapixels: float) -> Image.Image:
-    """An RGB picture of what programs have images in.
+    """An RGB picture of an image in any usual form.
 
     Args:
         image: a path; a PIL image, whose pixels are taken as they lie; an array [H, W], [H, W, 1],
@@ -62,17 +62,19 @@ def _picture_of_tensor(image: Tensor) -> Image.Image:
         raise UserError(
             f"a tensor of shape {list(image.shape)} is no image: it must be [3, H, W]; give several as a list"
         )
-    wide = image.detach().float() if image.is_floating_point() else image.detach()
-    return _picture_of_array(wide.permute(1, 2, 0).cpu().numpy())
+    if image.is_floating_point():
+        image = image.float()  # NumPy has no bfloat16
+    return _picture_of_array(image.detach().permute(1, 2, 0).cpu().numpy())
 
 
 def _picture_of_array(image: np.ndarray) -> Image.Image:
-    if image.ndim not in (2, 3) or image.ndim == 3 and image.shape[2] not in (1, 3, 4) or 0 in image.shape:
+    if image.ndim == 2:
+        image = image[..., None]
+    if image.ndim != 3 or image.shape[2] not in (1, 3, 4) or 0 in image.shape:
         raise UserError(
             f"an array of shape {list(image.shape)} is no image: it must be [H, W, 3]; give several as a list"
         )
-    grey = image.ndim == 2 or image.shape[2] == 1
-    pixels = image.reshape(image.shape[:2]) if grey else image[..., :3]
+    pixels = image[..., 0] if image.shape[2] == 1 else image[..., :3]
     return as_rgb(Image.fromarray(np.ascontiguousarray(to_8_bits(pixels))))
 
 
@@ -98,8 +100,7 @@ def resize(inpt: Any, size: list[int]) -> Any:
 
 
 def resized(height: int, width: int, size: int, max_size: int | None) -> tuple[int, int]:
-    """(height, width) with the shorter side at `size`, or less where the longer would exceed
-    `max_size`.
+    """(height, width) with the shorter side at `size`, or less if the longer would exceed `max_size`.
 
     As published: the limited side is rounded and the other truncated, so the longer one may exceed
     `max_size` by a pixel or two.
