@@ -11,12 +11,11 @@ from util.errors import UserError
 
 
 class TrainBatches(Sampler[list[int]]):
-    """Shuffled batches of an epoch, the same number for every process; leftovers wait for another
-    epoch's order.
+    """Shuffled batches of an epoch, the same number for every process.
 
-    The order depends on seed and epoch alone. With one process and with several the first
-    `batch_size x processes` indices form the first step, and so on: process r takes the r-th part
-    of them.
+    Images that do not fill a step are left out; they differ from epoch to epoch. The order depends
+    on seed and epoch alone: for any number of processes, the first `batch_size x processes` indices
+    are the first step, and process r takes the r-th batch of them.
 
     Raises:
         UserError: there are fewer images than one step takes.
@@ -27,23 +26,24 @@ class TrainBatches(Sampler[list[int]]):
         if num_images < step:
             raise UserError(
                 f"{num_images} training images are fewer than the {step} of one step (--batch_size "
-                f"{batch_size} x {world_size} "
-                "processes); lower --batch_size or start fewer processes"
+                f"{batch_size} x {world_size} processes); lower --batch_size or start fewer processes"
             )
+        # set by the training loop; the second is above 0 if an epoch is resumed
         self.epoch, self.first_image = 0, 0
         self.images_per_step = step
         self._num_images, self._batch_size, self._rank, self._seed = num_images, batch_size, rank, seed
 
     @property
     def images(self) -> int:
-        """How many images the steps of a whole epoch take."""
+        """Number of images in the steps of a whole epoch."""
         return self._num_images - self._num_images % self.images_per_step
 
     def __len__(self) -> int:
-        """Steps that are left of the epoch."""
+        """Steps left of the epoch."""
         return (self._num_images - self.first_image) // self.images_per_step
 
     def __iter__(self) -> Iterator[list[int]]:
+        # the factor keeps the orders of neighbouring seeds and epochs apart
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self.epoch)
         order = torch.randperm(self._num_images, generator=generator).tolist()
         for step in range(len(self)):
@@ -54,9 +54,8 @@ class TrainBatches(Sampler[list[int]]):
 class EvalBatches(Sampler[list[int]]):
     """Batches of neighbouring images, each image in exactly one batch of exactly one process.
 
-    Whole batches are dealt to the processes. As images are padded to the largest of their batch,
-    this gives every image the same neighbours, and so the same detections, however many processes
-    there are.
+    Whole batches are dealt to the processes. Images are padded to the largest of their batch, so with
+    the same neighbours every image has the same detections for any number of processes.
     """
 
     def __init__(self, num_images: int, batch_size: int, rank: int, world_size: int) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from pycocotools.coco import COCO
 
@@ -19,7 +18,7 @@ from datasets.respell import respell
 from util.config import DataConfig, add_score_threshold_flag, make_parser
 from util.draw.boxes import contact_sheet, draw_coco, side_by_side
 from util.errors import UserError, run_as_command
-from util.images.files import decode, read_image_file
+from util.images import evenly_chosen
 
 EXAMPLE = """\
   python tools/draw_detections.py --images coco/val2017 \\
@@ -92,10 +91,7 @@ def choose_images(coco: COCO, num_images: int, image_ids: Sequence[int] | None) 
         raise UserError(f"num_images {num_images} must be at least 1")
     if not coco.imgs:
         raise UserError("the annotations have no images")
-    known = sorted(coco.imgs)
-    # first and last are among them
-    places = np.linspace(0, len(known) - 1, min(num_images, len(known))).round().astype(int)
-    return [known[i] for i in places]
+    return evenly_chosen(sorted(coco.imgs), num_images)
 
 
 def _listed(image_ids: Iterable[int]) -> str:

@@ -1,9 +1,8 @@
-"""Cut a smaller data set out of a COCO-format one: some classes, or some images to see whether a
-model can learn them by heart.
+"""Make a smaller data set from a COCO-format one: some classes, or some images to overfit on.
 
-With --split both each part is cut out of its own; with train or val the images of that part become
-training and validation set alike, since then what is asked is whether they were learnt. Ids of
-images, objects and categories stay as they are.
+With --split both, each split is taken from its own. With train or val, the images of that split
+become both the training and the validation set, to see whether the model has learnt them. Ids of
+images, objects and categories do not change.
 """
 
 from __future__ import annotations
@@ -15,9 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # run as a script, this folder would be searched instead
+# run as a script, Python searches only this folder
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets.coco_format import read_annotations
 from datasets.convert.layout import WAYS, write_split
@@ -33,81 +31,80 @@ def main() -> None:
     source, folder = Path(args.coco_path), Path(args.output_dir)
     if folder.resolve() == source.resolve():
         raise UserError(f"--output_dir {folder} is the source itself; name another folder")
-    for part in ("train", "val") if args.split == "both" else (args.split,):
-        content = read_annotations(source / "annotations" / f"instances_{part}2017.json").dataset
-        respell(content["images"], source / f"{part}2017")
+
+    # splits to write, by the split that they are taken from
+    written: dict[str, tuple[str, ...]] = {args.split: ("train", "val")}
+    if args.split == "both":
+        written = {"train": ("train",), "val": ("val",)}
+    for split, names in written.items():
+        content = read_annotations(source / "annotations" / f"instances_{split}2017.json").dataset
+        images = source / f"{split}2017"
+        respell(content["images"], images)
         subset = cut(content, args)
-        files = {
-            image["file_name"]: source / f"{part}2017" / image["file_name"] for image in subset["images"]
-        }
-        written = (part,) if args.split == "both" else ("train", "val")
-        for name in written:
+        files = {image["file_name"]: images / image["file_name"] for image in subset["images"]}
+        for name in names:
             write_split(folder, name, subset, files, args.images)
         objects = len(subset["annotations"])
         print(
             f"{folder}: {len(files)} images with {objects} objects of {len(subset['categories'])} "
-            f"classes as {' and '.join(written)}"
+            f"classes as {' and '.join(names)}"
         )
 
 
 def cut(content: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """What the flags leave of annotations. Raises UserError if that is not what they ask for."""
+    """What the flags leave of annotations. Raises UserError if they can't be satisfied."""
+    # classes first, because the other flags count only objects of these
     if args.classes:
         content = with_classes(content, args.classes)
     if args.num_images:
-        images = choose_images(content, args.num_images, args.max_objects)
-    else:
-        objects = Counter(annotation["image_id"] for annotation in content["annotations"])
-        images = [image for image in content["images"] if objects[image["id"]] or not args.drop_empty]
-    return restrict(content, {image["id"] for image in images})
+        return restrict(content, choose_images(content, args.num_images, args.max_objects))
+    if args.drop_empty:
+        return restrict(content, {annotation["image_id"] for annotation in content["annotations"]})
+    return content
 
 
 def with_classes(content: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """The same images with the categories of these names alone. Raises UserError for a name that is
-    none.
-    """
+    """All images, with only the categories of these names. Raises UserError for an unknown name."""
     known = {category["name"]: category["id"] for category in content["categories"]}
     for name in names:
         if name not in known:
             raise UserError(f"--classes {name!r} is no category; there are {', '.join(list(known)[:100])}")
     ids = {known[name] for name in names}
     return content | {
-        "annotations": [
-            annotation for annotation in content["annotations"] if annotation["category_id"] in ids
-        ],
+        "annotations": [entry for entry in content["annotations"] if entry["category_id"] in ids],
         "categories": [category for category in content["categories"] if category["id"] in ids],
     }
 
 
-def choose_images(content: dict[str, Any], count: int, max_objects: int) -> list[dict[str, Any]]:
-    """The first `count` images by id that have between 1 and `max_objects` objects. Raises
-    UserError if there are fewer.
+def choose_images(content: dict[str, Any], count: int, max_objects: int) -> set[int]:
+    """The first `count` ids of images that have between 1 and `max_objects` objects.
+
+    Raises UserError if there are fewer.
     """
     objects = Counter(annotation["image_id"] for annotation in content["annotations"])
-    fitting = [image for image in content["images"] if 1 <= objects[image["id"]] <= max_objects]
+    fitting = sorted(number for number, count in objects.items() if count <= max_objects)
     if len(fitting) < count:
         raise UserError(
             f"only {len(fitting)} images have 1 to {max_objects} objects; lower --num_images or "
             f"raise --max_objects"
         )
-    return sorted(fitting, key=lambda image: image["id"])[:count]
+    return set(fitting[:count])
 
 
 def restrict(content: dict[str, Any], image_ids: set[int]) -> dict[str, Any]:
     """The same annotations for some images only."""
     return content | {
         "images": [image for image in content["images"] if image["id"] in image_ids],
-        "annotations": [
-            annotation for annotation in content["annotations"] if annotation["image_id"] in image_ids
-        ],
+        "annotations": [entry for entry in content["annotations"] if entry["image_id"] in image_ids],
     }
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser("tools/subset_coco.py", __doc__, EXAMPLE)
+    # which data, what of it, and where to
     parser.add_argument("--coco_path", default="data/coco", help="folder in COCO's layout")
     parser.add_argument(
-        "--split", default="train", choices=("train", "val", "both"), help="part to take the images from"
+        "--split", default="train", choices=("train", "val", "both"), help="split to take the images from"
     )
     parser.add_argument(
         "--classes", nargs="+", default=[], metavar="NAME", help="keep objects of these classes only"

@@ -22,7 +22,9 @@ class NestedTensor:
     @staticmethod
     def from_images(images: Sequence[Tensor]) -> NestedTensor:
         """A list of [3, h, w] images, padded to the largest h and w among them."""
-        height, width = (max(image.shape[axis] for image in images) for axis in (-2, -1))
+        height = max(image.shape[-2] for image in images)
+        width = max(image.shape[-1] for image in images)
+        # all of it is padding, until an image is copied into its corner
         tensors = images[0].new_zeros(len(images), images[0].shape[0], height, width)
         mask = torch.ones(len(images), height, width, dtype=torch.bool, device=tensors.device)
         for image, row, row_mask in zip(images, tensors, mask, strict=True):
@@ -32,11 +34,10 @@ class NestedTensor:
         return NestedTensor(tensors, mask)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> NestedTensor:
-        return NestedTensor(
-            self.tensors.to(device, non_blocking=non_blocking),
-            self.mask.to(device, non_blocking=non_blocking),
-        )
+        tensors = self.tensors.to(device, non_blocking=non_blocking)
+        return NestedTensor(tensors, self.mask.to(device, non_blocking=non_blocking))
 
+    # DataLoader calls it by this name
     def pin_memory(self) -> NestedTensor:
         return NestedTensor(self.tensors.pin_memory(), self.mask.pin_memory())
 

@@ -1,7 +1,6 @@
-"""Videos as pictures, one after another, and pictures as a video again; never more than a few in
-memory.
+"""Videos read as pictures, one after another, and written from pictures; few are in memory at once.
 
-By PyAV, which brings FFmpeg with it. Only videos need it, so it is imported when one is opened.
+PyAV does both and includes FFmpeg. It is imported only when a video is opened.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ SUFFIXES = (
     ".ogv",
 )
 _UPRIGHT = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
-# BT.709 and its limited range, which players take a video for that does not say
+# BT.709 and its limited range, which players assume by default
 _BT709, _LIMITED = 1, 1
 
 
@@ -54,8 +53,8 @@ class VideoReader:
 
     Attributes:
         rate: frames a second, on average.
-        num_frames: how many there are, as far as the file tells; 0 if it does not.
-        pixel_aspect: width of a pixel by its height, of the upright picture; known after the first
+        num_frames: 0 if the file does not tell.
+        pixel_aspect: width of a pixel by its height, of the upright picture; valid after the first
             frame.
 
     Raises:
@@ -92,11 +91,15 @@ class VideoReader:
         count = 0
         try:
             for frame in self._container.decode(self._stream):
-                shown = frame.pts * frame.time_base if frame.pts is not None else count / self.rate
-                first = shown if first is None else first
-                # time stamps that stand still, or go back, are of broken files: no player could
-                # follow
-                seconds = shown - first if shown - first > last else last + 1 / self.rate
+                # when it is shown; in broken files time stamps are missing, stand still or go back
+                shown = count / self.rate
+                if frame.pts is not None:
+                    shown = frame.pts * frame.time_base
+                if first is None:
+                    first = shown
+                seconds = shown - first
+                if seconds <= last:
+                    seconds = last + 1 / self.rate
                 last, count = seconds, count + 1
                 yield Frame(self._upright(frame), seconds)
         except self._av.error.FFmpegError as error:
@@ -105,7 +108,7 @@ class VideoReader:
             raise self._bad("holds no pictures")
 
     def _upright(self, frame: Any) -> Image.Image:
-        """Turned as the file says: telephones store what their sensor saw, and how they were held."""
+        """Turned as the file says: telephones store the sensor's picture and how they were held."""
         aspect = Fraction(self._stream.sample_aspect_ratio or 1)
         turn = frame.rotation % 360
         self.pixel_aspect = 1 / aspect if turn in (90, 270) else aspect
@@ -115,21 +118,17 @@ class VideoReader:
     def _from_duration(self) -> int:
         if self._stream.duration:
             return round(self._stream.duration * self._stream.time_base * self.rate)
-        return (
-            round(self._container.duration / self._av.time_base * self.rate)
-            if self._container.duration
-            else 0
-        )
+        return round((self._container.duration or 0) / self._av.time_base * self.rate)
 
     def _bad(self, reason: str) -> BadImageError:
         return BadImageError(str(self._path), reason, f"replace the file, {self._otherwise}")
 
 
 class VideoWriter:
-    """An MP4 file of pictures of one size, each at its time: H.264, or VP9 where a side is odd,
-    which H.264 can't have.
+    """An MP4 file of pictures of one size, each at its time.
 
-    What was added before an error is kept: the file is closed as a whole video.
+    H.264, or VP9 if a side is odd, because H.264 needs even sides. After an error the file is closed
+    as a whole video of the pictures so far.
 
     Raises:
         UserError: this FFmpeg lacks the encoder, or the file can't be written.
@@ -138,6 +137,7 @@ class VideoWriter:
     def __init__(
         self, path: Path, size: tuple[int, int], rate: Fraction, pixel_aspect: Fraction = Fraction(1)
     ) -> None:
+        # codec
         av = _pyav(path)
         self._av, self._path, self._size = av, path, size
         odd = size[0] % 2 or size[1] % 2
@@ -147,6 +147,8 @@ class VideoWriter:
                 f"{path} can't be written: this FFmpeg has no {codec}; pip install av brings one that has"
             )
         quality = {"crf": "30", "b": "0", "deadline": "realtime", "cpu-used": "5"} if odd else {"crf": "20"}
+
+        # file and stream
         try:
             self._container = av.open(str(path), "w", format="mp4")
         except (OSError, av.error.FFmpegError) as error:
@@ -160,9 +162,7 @@ class VideoWriter:
         context.color_range = _LIMITED
 
     def add(self, picture: Image.Image, seconds: Fraction) -> None:
-        """One more picture, shown `seconds` after the first, and scaled if its size is another.
-        Raises UserError.
-        """
+        """One more picture, shown `seconds` after the first; scaled if needed. Raises UserError."""
         frame = self._av.VideoFrame.from_image(picture).reformat(
             *self._size, "yuv420p", dst_colorspace=_BT709, dst_color_range=_LIMITED
         )

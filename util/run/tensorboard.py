@@ -20,6 +20,7 @@ from PIL import Image
 
 from util.draw.curves import FIGURES
 from util.errors import UserError
+from util.images import evenly_chosen
 from util.images.prepare import read_picture
 
 if TYPE_CHECKING:
@@ -150,9 +151,8 @@ def detection_pictures(
     """
     from util.draw.boxes import draw_coco, side_by_side  # takes most of a second
 
-    ids = sorted(images)
-    places = np.linspace(0, len(ids) - 1, min(PICTURES, len(ids))).round().astype(int)
-    found: dict[int, list[Mapping[str, Any]]] = {ids[place]: [] for place in places}
+    chosen = evenly_chosen(sorted(images), PICTURES)
+    found: dict[int, list[Mapping[str, Any]]] = {image_id: [] for image_id in chosen}
     for result in results:
         if result["image_id"] in found and result["score"] >= THRESHOLD:
             found[result["image_id"]].append(result)
