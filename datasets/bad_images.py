@@ -60,6 +60,7 @@ class BadImages:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint. Raises UserError for anything that `state_dict` never returns."""
+        # the file may be damaged in any way
         paths = state.get("paths") if isinstance(state, Mapping) else None
         if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
             raise UserError(

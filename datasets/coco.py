@@ -147,6 +147,7 @@ def build(image_set: str, data: DataConfig, seed: int, classes: ClassMap | None 
         )
     else:
         transform = eval_transform(data.eval_size, data.max_size)
+
     dataset = CocoDetection(
         images,
         data.annotations_file(image_set),
@@ -183,6 +184,7 @@ def _random_choices(seed: int) -> Iterator[None]:
 
 def _target(annotations: list[dict[str, Any]], classes: ClassMap, height: int, width: int) -> dict[str, Any]:
     """Boxes clamped to the image, without crowds."""
+    # a crowd's box is not one object; evaluation ignores crowds too
     kept = [annotation for annotation in annotations if not annotation["iscrowd"]]
     boxes = torch.tensor([annotation["bbox"] for annotation in kept], dtype=torch.float32).reshape(-1, 4)
     labels = [classes.label_of(annotation["category_id"]) for annotation in kept]
@@ -193,6 +195,8 @@ def _target(annotations: list[dict[str, Any]], classes: ClassMap, height: int, w
         "iscrowd": torch.zeros(len(kept), dtype=torch.int64),
     }
     target = _without_empty(target)
+
+    # types by which transforms know what to do with them
     target["area"] = Area(target["area"])
     target["boxes"] = BoundingBoxes(
         target["boxes"], format=BoundingBoxFormat.XYXY, canvas_size=(height, width)

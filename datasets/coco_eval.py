@@ -54,6 +54,7 @@ def coco_results(
         detections: of each image, on the host: labels [n], scores [n], and the outputs of IOU_TYPES
             that the detector has: boxes [n, 4] as x0, y0, x1, y1 in pixels.
     """
+    # columns of an image's detections, then one dictionary for each
     results = []
     for image_id, detection in zip(image_ids, detections, strict=True):
         columns: dict[str, list[Any]] = {
@@ -80,6 +81,7 @@ def evaluate_results(
             Its precision, recall, scores and metrics have the same bits.
         iou_type: of IOU_TYPES.
     """
+    # both write to stdout
     faster = _faster_coco_eval() if evaluator == "faster" else None
     with contextlib.redirect_stdout(io.StringIO()):
         truth, detections = _prepared(ground_truth, results, iou_type)

@@ -135,6 +135,7 @@ def average_precision(scores: NDArray[np.float64], correct: NDArray[np.bool_], n
         return 0.0
     # of equal scores the first of the file comes first, as in pycocotools
     order = np.argsort(-scores, kind="mergesort")
+    # the precision at a recall is the highest at this recall or above
     right = np.cumsum(correct[order])
     recall = right / num_objects
     precision = right / np.arange(1, len(order) + 1)

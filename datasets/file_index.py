@@ -157,6 +157,7 @@ class Index:
 
     def _options(self, name: str) -> list[_Option]:
         """The files whose path's end has most in common with the name."""
+        # from the longest end to the bare name
         parts = parts_of(name)
         wanted, is_plain = folded_key(parts), portable(name) == name
         for start in range(len(wanted)):
@@ -167,6 +168,7 @@ class Index:
 
     def _option(self, key: Key, path: Path, parts: Key, start: int, is_plain: bool) -> _Option:
         """A file whose key ends like `parts` from `start` on."""
+        # the name is complete if the folder's path, or nothing, precedes the common end
         length, rest = len(parts) - start, folded_key(parts[:start])
         base = None
         if not rest:
@@ -190,6 +192,7 @@ class Index:
 
     def _elsewhere(self, options: list[_Option], size: Size | None, doubtful: Container[str]) -> Found | str:
         """The one file with the longest end in common, or why it is not taken."""
+        # none, several, or probably a mask
         if not options:
             return f"below {self._place} it is not there"
         path = options[0].path
@@ -202,6 +205,8 @@ class Index:
             return (
                 f"{path} may be a mask or a copy of it: its folder has the names of images that lie elsewhere"
             )
+
+        # the only one must be as large as annotated
         if size is not None and not _has_size(path, size):
             return f"{path}, the only one of that name, is not a picture of the annotated size"
         return Found(path, END if options[0].length > 1 else BARE)
@@ -209,6 +214,7 @@ class Index:
 
 def _distinct(options: list[_Option]) -> list[_Option]:
     """One of the paths that lead to the same file through links."""
+    # the exact spelling first
     files: dict[str, _Option] = {}
     for option in sorted(options, key=lambda option: not option.exact):
         files.setdefault(os.path.realpath(option.path), option)
@@ -238,6 +244,7 @@ def _home(fitting: Mapping[str, list[_Option]], prefers: Callable[[Path], int]) 
 
     None if there is none, or if several are equal.
     """
+    # one vote a name; how likely a folder is decides between equals
     votes: Counter[Key] = Counter()
     likely: dict[Key, tuple[int, bool]] = {}
     for options in fitting.values():

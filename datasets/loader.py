@@ -121,6 +121,7 @@ class _Batches(Dataset):
 
     def _item(self, index: int, skipped: list[UserError]) -> Item | None:
         """The item of an index, or its replacement. Errors that were skipped are added to `skipped`."""
+        # the item itself, then the next ones
         for step in range(self._tries):
             try:
                 return self._dataset[(index + step) % len(self._dataset)]
@@ -146,6 +147,7 @@ def _share(batch: LoadedBatch) -> None:
 
     The queue would do that too, but with a full /dev/shm it loses the batch and the run hangs.
     """
+    # all tensors of the batch
     assert batch.images is not None
     tensors = [batch.images.tensors, batch.images.mask]
     for target in batch.targets:
@@ -174,6 +176,7 @@ class DeviceBatches:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Batch]:
+        # errors are recorded here, because a worker does not see those of the other workers
         left_out = 0
         for images, targets, errors in run_workers(self._loader):
             self.bad_images.add(errors, REPLACED if self._replace else LEFT_OUT)

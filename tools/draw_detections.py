@@ -19,6 +19,7 @@ from util.config import DataConfig, add_score_threshold_flag, make_parser
 from util.draw.boxes import contact_sheet, draw_coco, side_by_side
 from util.errors import UserError, run_as_command
 from util.images import evenly_chosen
+from util.images.prepare import read_picture
 
 EXAMPLE = """\
   python tools/draw_detections.py --images coco/val2017 \\
@@ -122,7 +123,7 @@ def open_image(folder: Path, info: dict[str, Any]) -> Image.Image:
     """Raises UserError if the file cannot be read, or has another size than its annotations."""
     path = folder / info["file_name"]
     megapixels, otherwise = DataConfig.max_image_megapixels, "or choose other --image_ids"
-    image = decode(read_image_file(path, megapixels, otherwise), path, megapixels, otherwise)
+    image = read_picture(path, megapixels, otherwise, upright=False)
     width, height = info.get("width", image.width), info.get("height", image.height)
     if image.size != (width, height):  # the boxes would all be in the wrong place
         size = f"{image.width} x {image.height}"

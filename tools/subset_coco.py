@@ -81,8 +81,9 @@ def choose_images(content: dict[str, Any], count: int, max_objects: int) -> set[
 
     Raises UserError if there are fewer.
     """
+    # images without objects are not counted at all
     objects = Counter(annotation["image_id"] for annotation in content["annotations"])
-    fitting = sorted(number for number, count in objects.items() if count <= max_objects)
+    fitting = sorted(number for number, found in objects.items() if found <= max_objects)
     if len(fitting) < count:
         raise UserError(
             f"only {len(fitting)} images have 1 to {max_objects} objects; lower --num_images or "

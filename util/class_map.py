@@ -43,6 +43,7 @@ class ClassMap:
             UserError: there are no categories, or one has an id outside [0, num_classes); `source`
             names the file.
         """
+        # labels follow the ids, not the order in the file
         named = sorted((category["id"], category["name"]) for category in categories)
         if not named:
             raise UserError(f"{source} has no categories: there is nothing to detect; add them")
@@ -79,6 +80,7 @@ class ClassMap:
 
     def check(self, categories: Iterable[Mapping[str, Any]], source: str) -> None:
         """Raise UserError unless this map has all `categories` of the file `source`, by id and name."""
+        # a renamed category is another one, even with the same id
         known = {category.id: category.name for category in self.categories}
         for category in categories:
             number, name = category["id"], category["name"]
@@ -95,6 +97,7 @@ class ClassMap:
 
         Ids may differ, because they belong to the data set.
         """
+        # a label that only one of them has is a difference too
         for label in sorted(self.names.keys() | other.names.keys()):
             here, there = self.names.get(label), other.names.get(label)
             if here != there:
@@ -121,6 +124,7 @@ class ClassMap:
 
     def _is_sound(self) -> bool:
         """Whether all types are right, labels lie below `num_classes`, and nothing is there twice."""
+        # a bool is an int to isinstance
         if type(self.num_classes) is not int:
             return False
         for label, number, name in self.categories:
@@ -151,6 +155,7 @@ def classes_of(checkpoint: Mapping[str, Any], source: str) -> ClassMap | None:
 
     Raises UserError if the entry can't be right; `source` names the file.
     """
+    # the number of logits, from the first class head
     weights = checkpoint.get("model", checkpoint)
     biases = [tensor for name, tensor in weights.items() if name.endswith("class_embed.0.bias")]
     logits = len(biases[0]) if biases else None

@@ -91,6 +91,7 @@ def check_annotations(
 
 def check_classes(splits: Sequence[CheckedSplit], num_classes: int | str) -> None:
     """Whether categories fit --num_classes, and those of later splits the first's, as in training."""
+    # the first split decides what the labels are
     trained, *others = splits
     if not trained.categories:
         return  # which has been reported
@@ -99,6 +100,8 @@ def check_classes(splits: Sequence[CheckedSplit], num_classes: int | str) -> Non
     except UserError as error:
         trained.add(Problem("wrong_num_classes", str(error)))
         return
+
+    # one by one, to report all categories and not only the first
     for split in others:
         for category in split.categories:
             try:
@@ -149,6 +152,7 @@ def _listed(names: Sequence[str]) -> str:
 def _check_file_names(split: CheckedSplit) -> None:
     first: dict[str, Any] = {}
     for image in split.images:
+        # a/./b.jpg is a/b.jpg
         name = os.path.normpath(image["file_name"])
         other = first.setdefault(name, image)
         if other is not image:
@@ -160,6 +164,7 @@ def _check_file_names(split: CheckedSplit) -> None:
 
 
 def _check_categories(split: CheckedSplit) -> None:
+    # names are what the user sees, so they must be unique like ids
     first: dict[str, Any] = {}
     for category in split.categories:
         name, number = category["name"], category["id"]
@@ -189,6 +194,7 @@ def _check_boxes(split: CheckedSplit, tolerance: float) -> None:
         split.add(Problem("boxes_in_shares", f"{split.annotations}: {message}"))
         return
 
+    # boxes and areas that can't be right
     for kind, flagged in box_problems(boxes.xywh, sizes_of(split.images)[boxes.image], tolerance).items():
         for i in flagged.nonzero()[0].tolist():
             split.add(_problem(split, kind, i, box_problem(kind, split.images[boxes.image[i]], tolerance)))

@@ -61,6 +61,7 @@ def box_problems(
 
     Each box has one kind at most.
     """
+    # only the worst problem of a box is reported
     low, high = xywh[:, :2], xywh[:, :2] + xywh[:, 2:]
     degenerate = (xywh[:, 2:] <= 0).any(1)
     outside = ~degenerate & ((high <= 0) | (low >= sizes)).any(1)
@@ -79,6 +80,7 @@ def box_problem(kind: str, image: Mapping[str, Any], tolerance: float = BOX_TOLE
 
 def wrong_areas(xywh: np.ndarray, area: np.ndarray) -> np.ndarray:
     """[N] bool: areas that no object in a box [N, 4] of that size can have."""
+    # within a pixel, rounding explains everything
     box_area = xywh[:, 2] * xywh[:, 3]
     too_large = area > _LARGEST_SHARE * box_area + 1
     empty = (area == 0) & (box_area > 1)

@@ -92,6 +92,7 @@ def check_files(splits: Sequence[CheckedSplit], *, whole: bool, megapixels: floa
 
 def check_paths(splits: Sequence[CheckedSplit]) -> None:
     """Find images that are in several splits, by their names alone."""
+    # within a split it is a duplicate_file, which the annotations tell
     first: dict[Path, tuple[CheckedSplit, dict[str, Any]]] = {}
     for split in splits:
         folder = split.folder.resolve()
@@ -173,12 +174,14 @@ def _look_at(task: _Task) -> _Seen:
     if not path.exists():
         return _Seen("missing_image", f"{path} is missing; add the file, or {otherwise}")
     try:
+        # the whole file: a copy has the same content
         if task.whole:
             content = read_image_file(path, megapixels, otherwise)
             digest = hashlib.blake2b(content, digest_size=16).digest()
             picture = decode(content, path, megapixels, otherwise)
             size, bits = picture.size, picture.info.get("bits")
             seen = _Seen(identity=(digest,), levels=_levels(picture), bits=bits)
+        # the header alone: a link has the same place
         else:
             status = path.stat()
             seen = _Seen(identity=(status.st_dev, status.st_ino))

@@ -16,6 +16,7 @@ from util.errors import UserError
 
 log = logging.getLogger(__name__)
 
+# what training does about boxes that the full check reports as problems
 _COUNTED = {
     "degenerate_box": "boxes without width or height (training leaves them out)",
     "box_outside": "boxes outside of their image (training leaves them out)",
@@ -32,6 +33,7 @@ def quick_check(
     Returns the error to end with if image files are missing, for the caller to raise in all
     processes. With `skip_missing` that is only a part of the warning.
     """
+    # each split: files, then boxes and objects
     notes = []
     for name, dataset in (("train", train), ("val", val)):
         missing = _missing_files(dataset)
@@ -43,6 +45,8 @@ def quick_check(
         content = dataset.coco.dataset
         lists = content["images"], content["categories"], content["annotations"]
         notes += _doubts(CheckedSplit(name, dataset.images, dataset.annotations, *lists), num_queries)
+
+    # images in both, and the warning
     shared = len(_paths(train) & _paths(val))
     if shared:
         notes.append(f"images in both train and val: {shared}")
@@ -67,5 +71,6 @@ def _doubts(split: CheckedSplit, num_queries: int) -> Iterator[str]:
 
 
 def _paths(dataset: Any) -> set[str]:
+    # only the folder is resolved: resolving each file would ask the file system for every image
     folder = str(dataset.images.resolve())
     return {os.path.normpath(f"{folder}/{image['file_name']}") for image in dataset.coco.imgs.values()}

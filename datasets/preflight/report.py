@@ -35,6 +35,7 @@ class Summary(NamedTuple):
 
 def summary(split: CheckedSplit) -> Summary:
     """What a split has."""
+    # each class; crowds count for none
     boxes, single = split.boxes, ~split.boxes.crowd
     classes = {}
     for category in sorted(split.categories, key=lambda category: category["id"]):
@@ -47,6 +48,7 @@ def summary(split: CheckedSplit) -> Summary:
             **dict(zip(SIZE_LIMITS, by_size, strict=True)),
             "images": len(np.unique(boxes.image[chosen])),
         }
+
     return Summary(
         images=len(split.images),
         empty_images=len(split.images) - len(np.unique(boxes.image)),
@@ -84,6 +86,7 @@ def class_table(summaries: Mapping[str, Summary]) -> str:
     for name in summaries:
         header += [f"{name} boxes", *columns[1:]]
     rows: list[Sequence[Any]] = [header]
+    # a class may be in one split only
     for number in sorted(set().union(*of_split)):
         counts = [classes.get(number, {}) for classes in of_split]
         name = next(count["name"] for count in counts if count)
@@ -134,6 +137,7 @@ def write_report(path: Path, summaries: Mapping[str, Summary], problems: Sequenc
     """Counts, and every problem with kind, file and ids. Raises UserError if it can't be written."""
     warnings = sum(problem.is_warning for problem in problems)
     content = {
+        # the names of these keys stay: programs read the file
         "faults": len(problems) - warnings,
         "warnings": warnings,
         "parts": {name: s._asdict() for name, s in summaries.items()},
@@ -148,12 +152,14 @@ def write_report(path: Path, summaries: Mapping[str, Summary], problems: Sequenc
 def _plain(problem: Problem) -> dict[str, Any]:
     """A problem as the report has it, with the ids of its entry, as far as it has any."""
     entry = problem.entry if isinstance(problem.entry, dict) else {}
-    ids = dict.fromkeys(("image_id", "annotation_id", "category_id"))
+    # its own id, and those that an annotation refers to
+    ids: dict[str, Any] = dict.fromkeys(("image_id", "annotation_id", "category_id"))
     if problem.section == "annotations":
         ids |= {"image_id": entry.get("image_id"), "category_id": entry.get("category_id")}
     own = {"images": "image_id", "annotations": "annotation_id", "categories": "category_id"}
     if problem.section:
         ids[own[problem.section]] = entry.get("id")
+    # an id of a wrong type may be of any size
     for name, value in ids.items():
         if type(value) not in (int, str) and value is not None:
             ids[name] = shown(value)

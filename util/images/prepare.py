@@ -74,6 +74,7 @@ def _picture_of_array(image: np.ndarray) -> Image.Image:
         raise UserError(
             f"an array of shape {list(image.shape)} is no image: it must be [H, W, 3]; give several as a list"
         )
+    # one channel is grey, and a fourth would be transparency
     pixels = image[..., 0] if image.shape[2] == 1 else image[..., :3]
     return as_rgb(Image.fromarray(np.ascontiguousarray(to_8_bits(pixels))))
 
@@ -105,6 +106,7 @@ def resized(height: int, width: int, size: int, max_size: int | None) -> tuple[i
     As published: the limited side is rounded and the other truncated, so the longer one may exceed
     `max_size` by a pixel or two.
     """
+    # published code, kept as it is: each rounding counts
     shorter, longer = min(height, width), max(height, width)
     if max_size is not None and longer / shorter * size > max_size:
         size = round(max_size * shorter / longer)

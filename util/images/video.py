@@ -86,6 +86,7 @@ class VideoReader:
         self._container.close()
 
     def __iter__(self) -> Iterator[Frame]:
+        # seconds are exact fractions, so that no frame moves by rounding
         first: Fraction | None = None
         last = Fraction(-1)
         count = 0
@@ -166,11 +167,13 @@ class VideoWriter:
         frame = self._av.VideoFrame.from_image(picture).reformat(
             *self._size, "yuv420p", dst_colorspace=_BT709, dst_color_range=_LIMITED
         )
+        # in units of the stream's time base
         frame.pts, frame.time_base = round(seconds / self._time_base), self._time_base
         self._write(frame)
 
     def close(self) -> None:
         """Finish the file. Raises UserError if it can't be written."""
+        # None: the encoder gives out the frames that it still holds
         try:
             self._write(None)
         finally:
