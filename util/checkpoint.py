@@ -278,9 +278,8 @@ def _seal(file: BinaryIO) -> None:
 def check_intact(path: Path, flag: str = "--resume") -> None:
     """Compare a file with its checksum: ours over the whole file, or those of a zip file's records.
 
-    Raises:
-        UserError: it is damaged, can't be read, or is neither a zip file (which torch.save writes
-        since version 1.6) nor a plain pickle.
+    Raises UserError if it is damaged, can't be read, or is neither a zip file (which torch.save
+    writes since version 1.6) nor a plain pickle.
     """
     try:
         with open(path, "rb") as file:
