@@ -14,10 +14,10 @@ import tarfile
 import pytest
 import torch
 
+from tests.gpu_check import resume, runner, steps
+from tests.gpu_check.runner import Check
+from tests.gpu_check.steps import CheckStep
 from tests.helpers import ROOT, run
-from tools.gpu_check import resume, runner, steps
-from tools.gpu_check.runner import Check
-from tools.gpu_check.steps import CheckStep
 
 STEPS = (steps.PREPARE, *steps.TIMINGS, *steps.CHECKS)
 
@@ -72,7 +72,7 @@ def assert_program_takes(words, monkeypatch):
         done = run(sys.executable, *words, "--markers")
         assert done.returncode == 0, done.stderr
         assert all((ROOT / word).is_file() for word in words if word.startswith("tests/"))
-    elif words in (["models/ops/test.py"], ["-m", "tools.gpu_check.compare_plain"]):
+    elif words in (["models/ops/test.py"], ["-m", "tests.gpu_check.compare_plain"]):
         pass
     elif words[:2] == ["-m", "tests.faults.compare"]:
         assert len(words) == 4
@@ -254,6 +254,6 @@ def test_the_line_that_matters_is_shown(name, line):
 
 @pytest.mark.slow
 def test_data_parallel_in_one_process():
-    done = run("python", "-m", "tools.gpu_check.one_rank", "--device", "cpu")
+    done = run("python", "-m", "tests.gpu_check.one_rank", "--device", "cpu")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("True ") == 2 and done.stdout.endswith("the group has ended\n")

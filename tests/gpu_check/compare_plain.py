@@ -1,6 +1,6 @@
 """Times the compiled CUDA kernels against those of plain.cu, at the encoder's and the decoder's shape.
 
-python -m tools.gpu_check.compare_plain  # after tools.gpu_check.prepare, which builds plain.so
+python -m tests.gpu_check.compare_plain  # after tests.gpu_check.prepare, which builds plain.so
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from models.ops import compiled
 from models.ops.benchmark import Load, make_inputs, seconds_of
 from models.ops.functions import flat_shapes
-from tools.gpu_check.prepare import PLAIN
+from tests.gpu_check.prepare import PLAIN
 
 IMAGE = (800, 1333)
 TARGET = 2.0  # times as fast as the plain kernels, in the encoder

@@ -1,6 +1,6 @@
 """DistributedDataParallel over NCCL in a group of one process.
 
-    python -m tools.gpu_check.one_rank [--device cpu]
+    python -m tests.gpu_check.one_rank [--device cpu]
 
 main.py uses no DDP for one process, and NCCL takes no two processes on one GPU, so on a machine
 with one GPU nothing else tests it. Every exchange of training is made once.
@@ -19,7 +19,7 @@ from torch import nn
 
 from engine import data_parallel, train_one_epoch, training_loss
 from models import build_model
-from tools.gpu_check.prepare import device_parser
+from tests.gpu_check.prepare import device_parser
 from util.config import Config, parse_config
 from util.distributed.processes import process_group
 from util.nested_tensor import NestedTensor

@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tools.gpu_check.steps import CHECKS, CHECKS_TAKE, PREPARE, SIZES, TIMINGS, CheckStep
+from tests.gpu_check.steps import CHECKS, CHECKS_TAKE, PREPARE, SIZES, TIMINGS, CheckStep
 from util.atomic import replace_text
 
 LAST_SECONDS = 15  # kept for ending what runs, and for the results

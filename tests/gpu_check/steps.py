@@ -96,7 +96,7 @@ PREPARE = CheckStep(
     "prepare",
     10,
     150,
-    "python3 -m tools.gpu_check.prepare --device {device}",
+    "python3 -m tests.gpu_check.prepare --device {device}",
     "device:|software:|kernels:",
 )
 
@@ -156,7 +156,7 @@ TIMINGS = (
         "plain kernels",
         15,
         30,
-        "python3 -m tools.gpu_check.compare_plain",
+        "python3 -m tests.gpu_check.compare_plain",
         "encoder|decoder| +(times faster|ordered)",
         needs_gpu=True,
     ),
@@ -165,7 +165,7 @@ TIMINGS = (
         "counters",
         30,
         45,
-        "{ncu} python3 -m tools.gpu_check.op_once --device {device}",
+        "{ncu} python3 -m tests.gpu_check.op_once --device {device}",
         r" +(forward_kernel|backward_kernel|smsp__inst|lts__t_sectors_op_red|l1tex__t_sector_hit)",
     ),
 )
@@ -186,7 +186,7 @@ CHECKS = (
         "stop and resume",
         100,
         150,
-        f"python3 -m tools.gpu_check.resume {MAIN_FLAGS}"
+        f"python3 -m tests.gpu_check.resume {MAIN_FLAGS}"
         " --output_dir {work}/resume --save_every 4 --deterministic --epochs 2",
         "identical",
         TRAINING,
@@ -217,7 +217,7 @@ CHECKS = (
         "one process of NCCL",
         20,
         60,
-        "python3 -m tools.gpu_check.one_rank --device {device}",
+        "python3 -m tests.gpu_check.one_rank --device {device}",
         "one process|True|False",
         TRAINING,
     ),

@@ -1,6 +1,6 @@
 """Says what machine this is, and builds the kernels that are missing.
 
-    python -m tools.gpu_check.prepare [--device cpu]
+    python -m tests.gpu_check.prepare [--device cpu]
 
 Kernels that were built elsewhere are kept if they compute correctly here.
 """

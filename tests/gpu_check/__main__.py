@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from tools.gpu_check.prepare import device_parser
-from tools.gpu_check.runner import Check
+from tests.gpu_check.prepare import device_parser
+from tests.gpu_check.runner import Check
 from util.errors import UserError, run_as_command
 
 

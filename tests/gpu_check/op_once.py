@@ -1,6 +1,6 @@
 """Three calls of the encoder's fused operator, forward and backward, for Nsight Compute.
 
-    ncu -k regex:'^(forward|backward)_kernel$' python -m tools.gpu_check.op_once
+    ncu -k regex:'^(forward|backward)_kernel$' python -m tests.gpu_check.op_once
 
 It calls the kernels directly: otherwise the comparison with the reference would be profiled too.
 """
@@ -13,7 +13,7 @@ import torch
 
 from models.ops import compiled
 from models.ops.benchmark import CHANNELS, HEADS, Load, make_inputs
-from tools.gpu_check.prepare import device_parser
+from tests.gpu_check.prepare import device_parser
 
 
 def main() -> None:

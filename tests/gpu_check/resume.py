@@ -1,6 +1,6 @@
 """A run that resumes in the middle of an epoch must end like one that was never stopped.
 
-    python -m tools.gpu_check.resume <main.py's flags>
+    python -m tests.gpu_check.resume <main.py's flags>
 
 Trains in <output_dir>/whole, copies that without its last checkpoints, resumes the copy, and
 compares both results bit by bit. Needs --output_dir, --deterministic, --save_every and two epochs.
