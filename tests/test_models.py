@@ -124,7 +124,7 @@ def test_more_positions_than_cuda_takes_go_through_the_module_in_parts(batch, mo
     model.transformer.bf.register_forward_hook(lambda module, args, out: calls.append(args[0].shape[1]))
     whole = model(batch[0])["pred_logits"]
     (positions,) = calls
-    monkeypatch.setattr(batchformer, "_MOST_POSITIONS", positions - 7)
+    monkeypatch.setattr(batchformer, "MOST_POSITIONS", positions - 7)
     in_parts = model(batch[0])["pred_logits"]
     assert calls == [positions, positions - 7, 7]
     torch.testing.assert_close(in_parts, whole, atol=1e-5, rtol=0)
