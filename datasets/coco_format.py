@@ -261,12 +261,18 @@ def _reference_problems(content: dict[str, Any], known: dict[str, set[int]], pat
             continue
 
         # one of a broken entry has been reported there
-        start = f"{path}: annotation {annotation['id']} has"
+        number = annotation["id"]
         if image not in known["images"]:
-            message = f"{start} image_id {image}, which is no image's id; take it out or add the image"
+            message = (
+                f"{path}: annotation {number} has image_id {image}, which is no image's id; take it out "
+                "or add the image"
+            )
             yield Problem("unknown_image", message, "annotations", annotation)
         if category not in known["categories"]:
-            message = f"{start} category_id {category}, which its categories lack; add the category"
+            message = (
+                f"{path}: annotation {number} has category_id {category}, which its categories lack; "
+                "add the category"
+            )
             yield Problem("unknown_category", message, "annotations", annotation)
     content["annotations"] = kept
 
