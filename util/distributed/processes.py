@@ -224,6 +224,7 @@ def choose_device(flag: str) -> torch.device:
     # every process of a machine has a GPU of its own
     if not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no CUDA device on this machine; use --device cpu")
+    # --device cuda:1 names one by itself
     index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
     count = torch.cuda.device_count()
     if index >= count:
@@ -263,6 +264,7 @@ def broadcast_from_main(item: Any) -> Any:
     """The main process's item, on every process."""
     if world_size() == 1:
         return item
+    # the backend fills the list on the other processes
     box = [item]
     with waiting("broadcast_from_main"):
         dist.broadcast_object_list(box)
