@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from util.nested_tensor import NestedTensor
 from util.optim import build_schedule
 from util.step.log import StepLog
 from util.step.metrics import published_names
-from util.step.not_finite import Targets
+from util.step.not_finite import FiniteWatch, Targets
 from util.step.precision import autocast
 from util.step.precision_check import check_precision
 from util.step.progress import Progress, Throughput
@@ -70,6 +71,7 @@ def train_one_epoch(
     Raises:
         UserError: a loss or a gradient was not finite; the weights are those from before that step.
     """
+    # The criterion too: in training it divides by the boxes of all processes.
     model.train()
     criterion.train()
     for step, (images, targets) in enumerate(batches, step_log.first_step):
@@ -135,6 +137,7 @@ def build_learner(config: Config, device: torch.device, start: Start, classes: C
         load_checkpoint(model, start.weights, start.source)
     elif start.weights is not None:
         log.info("%s", fine_tune(model, config, classes, start.weights, start.source))
+    # Before the optimiser, which holds the parameters of the device.
     check_precision(model.to(device), config.run.amp)
 
     updater = build_updater(model, config)
@@ -143,6 +146,19 @@ def build_learner(config: Config, device: torch.device, start: Start, classes: C
         wrapped = data_parallel(model, config, device)
     schedule = build_schedule(updater.optimizer, config)
     return Learner(model, wrapped, criterion, postprocessors, updater, schedule)
+
+
+def build_watch(config: Config, learner: Learner) -> FiniteWatch:
+    """The check of losses and gradients, which can run a step of the learner again."""
+    run = config.run
+    return FiniteWatch(
+        learner.model,
+        training_loss(learner.model, learner.criterion, run.amp),
+        config.flags(),
+        Path(run.output_dir) if run.output_dir else None,
+        skip=run.on_nan == "skip",
+        max_steps=run.max_nan_steps,
+    )
 
 
 def data_parallel(model: nn.Module, config: Config, device: torch.device) -> DistributedDataParallel:
@@ -227,6 +243,7 @@ def evaluate(
     Raises:
         UserError: no image of the data set could be read.
     """
+    # In evaluation mode the criterion divides by the boxes of its own batch: no process waits.
     model.eval()
     criterion.eval()
     progress, throughput = Progress(title, len(batches), run.log_every), Throughput()
@@ -239,6 +256,7 @@ def evaluate(
         # The device works on this batch; the host converts the detections of the previous one.
         if pending:
             done.append(pending.collect())
+        # Boxes in pixels of the image as it is stored.
         losses = criterion(outputs, targets)
         sizes = torch.stack([target["orig_size"] for target in targets])
         pending = PendingResult(targets, postprocessors["bbox"](outputs, sizes), losses, dataset.classes)
@@ -271,6 +289,7 @@ class PendingResult:
         self._classes = classes
         self._image_ids = [int(target["image_id"]) for target in targets]
         self._loss_names = list(losses)
+        # The constructor starts the copies; one copy for all losses.
         self._losses = HostCopy(torch.stack([loss.float() for loss in losses.values()]))
         self._detections = {
             name: HostCopy(torch.stack([image[name] for image in detections])) for name in detections[0]
@@ -288,6 +307,7 @@ def _summarise(
     done: list[BatchResult], weights: Mapping[str, float], ground_truth: COCO, evaluator: str
 ) -> Evaluation:
     """Gather the results of all processes on the main one, in the order of the data set."""
+    # Only the main process knows all detections, and computes the metrics.
     shares = gather_on_main(done)
     if not is_main():
         return Evaluation(broadcast_from_main(None), [], {})
@@ -306,6 +326,7 @@ def _summarise(
     # Metrics and mean losses.
     note("COCO metrics of %d detections", len(results))
     evaluation = evaluate_results(ground_truth, results, evaluator)
+    # fsum: the mean must not depend on which process had which batch.
     means = {
         name: math.fsum(batch.losses[name] for batch in in_order) / len(in_order)
         for name in in_order[0].losses

@@ -15,7 +15,6 @@ if __name__ == "__main__":
 import contextlib
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,12 +22,11 @@ from torch import nn
 
 from datasets.splits import (
     TrainingData,
-    check_classes,
     evaluation_loader,
     open_evaluation_data,
     open_training_data,
 )
-from engine import Learner, build_learner, check_operator, evaluate, train_one_epoch, training_loss
+from engine import Learner, build_learner, build_watch, check_operator, evaluate, train_one_epoch
 from models import build_model
 from models.weights import adopt, find_start, load_checkpoint, read_trained
 from util.distributed import (
@@ -60,7 +58,6 @@ from util.run import (
 from util.run.tensorboard import Board, check_tensorboard, evaluation_pictures
 from util.step import (
     EpochSums,
-    FiniteWatch,
     RandomGenerators,
     StepLog,
     check_precision,
@@ -79,16 +76,20 @@ def main(config: Config) -> None:
         UserError: a mistake of the user.
         Preempted: a signal asked the run to exit (util/run/stop.py), and everything is saved.
     """
+    # Before anything computes on a GPU: cuBLAS reads its environment once.
     if config.run.deterministic:
         make_deterministic()
     request = StopRequest(what_is_kept(config, "nothing was trained since the start"))
     processes = process_group(config.run.device, config.run.dist_timeout)
     with request.installed() as stop, processes as device, explaining_refusals():
+        # What would stop the run later stops it now, before data is read.
         start_logging(device)
         seed_everything(config.run.seed + rank())
         check_operator(device)
         check_tensorboard(config.run.tensorboard)
+
         if config.run.eval:
+            # A published checkpoint may be in any layout; one to resume is our own.
             with RunFolder.open(config, lambda source: read_trained(source, "--resume")) as folder:
                 evaluate_checkpoint(config, device, folder)
         else:
@@ -100,26 +101,28 @@ def evaluate_checkpoint(config: Config, device: torch.device, folder: RunFolder)
     """Evaluate the weights of a checkpoint, and its averaged weights if it has them (--eval)."""
     checkpoint, source = folder.checkpoint, folder.source
     assert checkpoint is not None, "--eval needs --resume"
+    # The checkpoint decides the architecture, and the classes of the data.
     config = adopt(config, checkpoint, source)
     announce(config)
     dataset = open_evaluation_data(config, checkpoint, source)
-    check_classes(dataset.classes, checkpoint, source)
     config = with_classes(config, dataset.classes)
     batches = evaluation_loader(dataset, config, device)
-    if folder.path:
-        record_start(folder.path, config, device, {"checkpoint": source}, val=dataset)
+    record_start(folder.path, config, device, {"checkpoint": source}, val=dataset)
 
+    # The averaged weights have files of their own.
     model, criterion, postprocessors = build_model(config, pretrained=False)
     model.to(device)
     weights = {"": checkpoint}
     if "ema" in checkpoint:
         weights["_ema"] = checkpoint["ema"]
     for suffix, state in weights.items():
+        # Only what training needs may be missing, and evaluation needs all of the rest.
         load_checkpoint(model, state, source, "averaged weights: " if suffix else "", may_lack=())
         check_precision(model, config.run.amp)
         evaluation = evaluate(model, criterion, postprocessors, batches, dataset, config.run)
         evaluation.print_metrics()
         if folder.path:
+            # Another run may have taken the folder over while this process was suspended.
             folder.check()
             tables, results = evaluation.tables, evaluation.results
             write_evaluation(folder.path, tables, results, suffix, config.run.save_predictions)
@@ -135,8 +138,7 @@ def train(config: Config, device: torch.device, stop: StopRequest, folder: RunFo
     announce(start.config)
 
     # Data: both splits and the classes.
-    data = open_training_data(start.config, device)
-    check_classes(data.classes, folder.checkpoint, folder.source)
+    data = open_training_data(start.config, device, folder.checkpoint, folder.source)
     config = with_classes(start.config, data.classes)
 
     # Learner: the detector with its weights, its losses and its optimiser.
@@ -166,17 +168,11 @@ class Training:
     ) -> None:
         self.config, self.device, self.folder, self.data, self.learner = config, device, folder, data, learner
         self.stop, self.votes = stop, StopVote(stop)
+        # What an interrupted run restores, besides the learner.
         self.position, self.sums = TrainingPosition(), EpochSums()
         self.history = History(folder.path / "log.txt" if folder.path else None)
         self.summary = EpochSummary(config.optim.epochs, config.run.output_dir)
-        self.watch = FiniteWatch(
-            learner.model,
-            training_loss(learner.model, learner.criterion, config.run.amp),
-            config.flags(),
-            Path(config.run.output_dir) if config.run.output_dir else None,
-            skip=config.run.on_nan == "skip",
-            max_steps=config.run.max_nan_steps,
-        )
+        self.watch = build_watch(config, learner)
         self.state = TrainingState(
             config,
             data.classes,
@@ -200,19 +196,18 @@ class Training:
     def restore(self) -> None:
         """Restore the checkpoint's state, and make the folder this run's own."""
         folder = self.folder
+        # The order matters: a kill before `begin` must leave the earlier run as it was.
         self.exact = self.state.restore(folder.checkpoint, folder.source)
         epoch_restarts = self._handle_changed_data()
         folder.begin(self.history)
+
+        # Records beside the checkpoint: TensorBoard and run.json.
         if self.config.run.tensorboard and folder.path:
             self.board = Board(folder.path / "tensorboard", self._images_trained(), self._first_epoch())
-        if folder.path:
-            start = {
-                "epoch": self.position.epoch,
-                "images": self.position.images,
-                "checkpoint": folder.source,
-            }
-            data = self.data
-            record_start(folder.path, self.config, self.device, start, train=data.train, val=data.val)
+        start = {"epoch": self.position.epoch, "images": self.position.images, "checkpoint": folder.source}
+        train, val = self.data.train, self.data.val
+        record_start(folder.path, self.config, self.device, start, train=train, val=val)
+
         if epoch_restarts:
             self._save(must=True)
             # After the save: a kill before it must leave a checkpoint to resume from.
@@ -236,6 +231,7 @@ class Training:
             if self.history.unfinished is None:
                 self._train(epoch)
             self._evaluate(epoch)
+        # With the results of the last evaluation.
         self._save(must=True)
         self.summary.finish(self.history.best)
 
@@ -247,6 +243,7 @@ class Training:
 
     def _train(self, epoch: int) -> None:
         data, learner, run = self.data, self.learner, self.config.run
+        # Order and augmentation depend on the epoch.
         data.order.epoch = data.train.epoch = epoch
         data.order.first_image = self.position.images
         first_step = 0
@@ -264,11 +261,14 @@ class Training:
             on_step=self._after_step,
             on_window=self._after_window,
         )
+
+        # Within this block a signal is noted, and `_after_step` acts on it.
         with self.stop.deferred():
             stats = train_one_epoch(
                 learner.wrapped, learner.criterion, data.batches, learner.updater, steps, run.amp
             )
             learner.schedule.step()
+            # Each process has its own statistics of batch norm until now.
             equalise_buffers(learner.model)
 
             # Save before the evaluation, so that a kill repeats the evaluation only.
@@ -279,6 +279,7 @@ class Training:
             optim = self.config.optim
             self._save(scheduled_names(epoch, optim.lr_drop, optim.lr_drop_epochs))
             self.stop.saved = what_is_kept(self.config, f"epoch {epoch} is saved, its evaluation is next")
+            # All processes must leave together, or the others would wait for this one.
             if self.votes.agreed_now():
                 self.stop.leave(self.stop.saved)
 
@@ -286,11 +287,13 @@ class Training:
         """Save if it is time to; save and exit if any process was asked to."""
         order = self.data.order
         self.position.images += order.images_per_step
+        # The vote of the previous step: waiting for this one would block every step.
         leave = self.votes.agreed()
         every = self.config.run.save_every
         # The last step of an epoch is saved with the end of the epoch.
         due = every and steps % every == 0 and self.position.images < order.images
         if leave or due:
+            # A checkpoint must not hold a step whose loss is unknown.
             self.watch.check()
             self._save(must=leave)
         if leave:
@@ -311,6 +314,7 @@ class Training:
             results = self._evaluate_weights(self.learner.model, epoch, "")
             averaged = self.learner.updater.averaged
             if averaged:
+                # The average has no buffers of its own.
                 averaged.take_buffers()
                 results |= self._evaluate_weights(averaged.model, epoch, "ema_")
             entries = results | entries
@@ -329,6 +333,7 @@ class Training:
         if not prefix:
             self.board.pictures(lambda: evaluation_pictures(data.val, evaluation.results), epoch)
         if self.folder.path:
+            # The checkpoint of this epoch is written already; the best one is another name of it.
             self.folder.check()
             if is_best:
                 self.folder.name_newest(BEST)
@@ -352,9 +357,11 @@ class Training:
         if not self.config.run.output_dir:
             return
         note("saving after %d images of epoch %d", self.position.images, self.position.epoch)
+        # Random states and sums are of each process, so all of them take part.
         content = self.state.gather()
         if content:
             self.folder.save(content, self.position, also or [], must=must)
+        # A process that went on could ask for the file before it is there.
         broadcast_from_main(None)
 
     def _handle_changed_data(self) -> bool:

@@ -38,11 +38,21 @@ class TrainingData:
         return self.train.classes
 
 
-def open_training_data(config: Config, device: torch.device) -> TrainingData:
-    """Open and check both splits. Raises UserError for data that would end the run later."""
+def open_training_data(
+    config: Config, device: torch.device, checkpoint: Mapping[str, Any] | None = None, source: str = ""
+) -> TrainingData:
+    """Open and check both splits.
+
+    Args:
+        checkpoint: to resume, if there is one; source: its name for messages.
+
+    Raises:
+        UserError: data that would end the run later, or other classes than the checkpoint's.
+    """
     train = build_dataset("train", config)
     val = build_dataset("val", config, train.classes)
     _check(train, val, config)
+    check_classes(train.classes, checkpoint, source)
     order = TrainBatches(len(train), config.optim.batch_size, rank(), world_size(), config.run.seed)
     bad_images = BadImages(config.data.on_bad_image, config.data.max_bad_images)
     workers = config.data.num_workers
@@ -63,16 +73,17 @@ def open_evaluation_data(config: Config, checkpoint: Mapping[str, Any], source: 
         classes = classes_of(checkpoint, source)
     dataset = build_dataset("val", config, classes)
     logits = unnamed_classes(weights_of(checkpoint, source)).num_classes
-    if classes or config.data.num_classes != AUTO or dataset.classes.num_classes == logits:
-        return dataset
-
-    # A published checkpoint on data with another number of categories.
-    log.warning(
-        "%s does not name its classes; category ids are taken for the numbers of its %d logits",
-        source,
-        logits,
-    )
-    return build_dataset("val", config.with_flags({"num_classes": logits}))
+    known = classes or config.data.num_classes != AUTO
+    if not known and dataset.classes.num_classes != logits:
+        # A published checkpoint on data with another number of categories.
+        log.warning(
+            "%s does not name its classes; category ids are taken for the numbers of its %d logits",
+            source,
+            logits,
+        )
+        dataset = build_dataset("val", config.with_flags({"num_classes": logits}))
+    check_classes(dataset.classes, checkpoint, source)
+    return dataset
 
 
 def evaluation_loader(

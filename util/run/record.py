@@ -29,14 +29,16 @@ KEPT_STARTS = 100  # beside the first: a run may be preempted every hour for mon
 
 
 def record_start(
-    folder: Path, config: Config, device: torch.device, start: Mapping[str, Any], **splits: Any
+    folder: Path | None, config: Config, device: torch.device, start: Mapping[str, Any], **splits: Any
 ) -> None:
-    """Write the record of a run that starts now.
+    """Write the record of a run that starts now; without a folder, nothing.
 
     Args:
         start: where it resumes: epoch, images, checkpoint.
         splits: data sets by "train" and "val".
     """
+    if folder is None:
+        return
     write_record(folder, run_facts(config, **splits), environment(device), start)
 
 

@@ -58,6 +58,7 @@ class StepLog:
 
     def before_forward(self, step: int, images: NestedTensor, targets: Targets) -> None:
         """Keep what a diagnosis of this step needs."""
+        # Dropout of a rerun must draw the same numbers.
         random = torch_state(images.tensors.device)
         self._inputs = StepInputs(self._epoch, step, images, targets, random)
         note("epoch %d, step %d: forward", self._epoch, step)
@@ -93,6 +94,7 @@ class StepLog:
         if norm is not None:
             self._sums.norms.update({"grad_norm": norm})
         self._sums.losses.update(losses)
+        # The copy to the host starts now, and is read in the next step.
         self._watch.expect(inputs, losses, total, norm, scale)
         self._throughput.add(len(inputs.images) * world_size())
 
@@ -103,6 +105,7 @@ class StepLog:
             window["images_per_second"] = self._throughput.rate()
             self._on_window(window)
             fields = _fields(window, lr, device)
+        # Saving comes last: the sums have this step already.
         self._progress.step(fields)
         self._on_step(inputs.number + 1)
         note("epoch %d, step %d: waiting for the batch", self._epoch, inputs.number + 1)

@@ -30,13 +30,15 @@ class MeanOnDevice:
     @torch.no_grad()
     def update(self, values: Mapping[str, Tensor]) -> None:
         """Add the scalars of one step; the names must be those of the first step."""
+        # The count travels with the sums, so that one transfer reads both.
         one = torch.ones((), device=next(iter(values.values())).device)
         vector = torch.stack([*(value.detach().float().reshape(()) for value in values.values()), one])
+        # Decided on the device; one bad step would spoil the mean of the epoch.
         vector = torch.where(torch.isfinite(vector).all(), vector, 0.0)
         self._names = self._names or list(values)
         assert list(values) == self._names, "the losses of a run never change their names"
 
-        # A resumed total comes from the host.
+        # A resumed total is on the host until now.
         self._total = vector.clone() if self._total is None else self._total.to(vector.device) + vector
         self._window = vector if self._window is None else self._window + vector
 
@@ -66,6 +68,7 @@ class MeanOnDevice:
         """Resume from another number of processes: the main process takes the sums of all."""
         self.load_state_dict(states[0])
         totals = [state["total"] for state in states if state["total"] is not None]
+        # The sum over processes counts every share once.
         if totals:
             self._total = torch.stack(totals).sum(0)
             if not is_main():
@@ -116,6 +119,7 @@ def published_names(means: Mapping[str, float], weights: Mapping[str, float]) ->
     Returns:
         `loss` (the weighted sum), each weighted term under its name, each term with `_unscaled`.
     """
+    # Only weighted terms are part of the loss.
     scaled = {name: means[name] * weight for name, weight in weights.items() if name in means}
     named = {name: means[name] for name in ("class_error", "grad_norm") if name in means}
     unscaled = {f"{name}_unscaled": value for name, value in means.items() if name != "grad_norm"}

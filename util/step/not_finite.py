@@ -110,6 +110,7 @@ class FiniteWatch:
         scale: Tensor | None,
     ) -> None:
         """Start copying the numbers of a step to the host, and keep its inputs for a diagnosis."""
+        # One tensor, one copy: total, norm, scale, then the terms.
         total = total.detach().float()
         numbers = [total, total, torch.ones_like(total)]
         if norm is not None:
@@ -135,6 +136,7 @@ class FiniteWatch:
         finite = outcome.loss_is_finite and outcome.norm_is_finite
         if not finite and not self._is_the_scaler(outcome):
             self._handle(step, outcome)
+        # The next step begins a new group.
         if has_norm:
             self._saved_in_group = False
             if outcome.norm_is_finite:
@@ -159,6 +161,7 @@ class FiniteWatch:
 
     def _handle(self, step: StepInputs, outcome: StepOutcome) -> None:
         where = f"epoch {step.epoch}, step {step.number}, process {rank()}"
+        # Without --on_nan skip the run ends here, with a diagnosis.
         if not self._skip:
             module = self._run_again(step, outcome).module
             saved = self._save(step, outcome, module)
@@ -185,6 +188,7 @@ class FiniteWatch:
 
     def _run_again(self, step: StepInputs, outcome: StepOutcome) -> Rerun:
         device = step.images.tensors.device
+        # The run's own generators stay as they are: it may be resumed from here.
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             set_torch_state(step.random, device)
             return run_again(self._model, lambda: self._loss_of(step.images, step.targets), outcome.scale)
@@ -193,6 +197,7 @@ class FiniteWatch:
         if self._folder is None:
             return "nothing saved without --output_dir"
         path = self._folder / f"nonfinite_{step.epoch:04}_{step.number:06}_process{rank()}.pth"
+        # Everything that tools/replay.py needs to run this step again.
         content = {
             "epoch": step.epoch,
             "step": step.number,
@@ -239,12 +244,14 @@ def run_again(model: nn.Module, loss_of_model: Callable[[], Tensor], scale: floa
     forward: list[str] = []
     backward: list[str] = []
     parameters = [p for p in model.parameters() if p.requires_grad]
+    # An unfinished accumulation keeps its gradients.
     before = [p.grad for p in parameters]
     model.zero_grad(set_to_none=True)
     norm = math.nan
     try:
         with _watched(model, forward, backward):
             loss = loss_of_model()
+            # A forward that is wrong already makes every gradient wrong.
             if not forward and torch.isfinite(loss):
                 (loss * scale).backward()
                 gradients = [p.grad for p in parameters if p.grad is not None]
@@ -256,6 +263,7 @@ def run_again(model: nn.Module, loss_of_model: Callable[[], Tensor], scale: floa
 
 
 def _where(loss: Tensor, norm: float, forward: list[str], backward: list[str]) -> str:
+    # In the order of a step: forward, losses, backward, parameters.
     if forward:
         return f"{forward[0]} (forward)"
     if not torch.isfinite(loss):
@@ -280,6 +288,7 @@ def _watched(model: nn.Module, forward: list[str], backward: list[str]) -> Itera
             for tensor in _tensors(output):
                 if not torch.isfinite(tensor).all():
                     forward.append(name)
+                # The gradient of an output belongs to the backward of this module.
                 if tensor.requires_grad:
                     tensor.register_hook(check_gradient)
 

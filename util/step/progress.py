@@ -69,6 +69,7 @@ class Progress:
         bar.update()
 
     def _left(self) -> str:
+        # Steps before a resume took no time of this start.
         pace = (time.perf_counter() - self._start) / (self._done - self._done_before)
         return duration(pace * (self._steps - self._done))
 
@@ -98,6 +99,7 @@ class Throughput:
         self._images += images
 
     def rate(self) -> float:
+        # A window without a measurable time has no division by zero.
         now = time.perf_counter()
         rate = self._images / max(now - self._start, 1e-9)
         self._start, self._images = now, 0

@@ -32,6 +32,7 @@ class AveragedWeights:
         self._source = model
         self._averages: list[Tensor] = []
         self._parameters: list[Tensor] = []
+        # Frozen parameters never change.
         for average, parameter in zip(self.model.parameters(), model.parameters(), strict=True):
             if parameter.requires_grad:
                 self._averages.append(average.detach())
@@ -41,6 +42,7 @@ class AveragedWeights:
     @torch.no_grad()
     def update(self) -> None:
         """Add the present weights to the average."""
+        # The first update copies.
         share = 1 - self._decay
         if self._updates == 0:
             share = 1.0
@@ -137,6 +139,7 @@ class Updater:
         Returns:
             the norm of the gradient before clipping, a scalar on the device.
         """
+        # Clipping compares true norms.
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._clip_max_norm or math.inf)
@@ -144,12 +147,14 @@ class Updater:
         if self.scaler:
             self.scaler.update()
         self.optimizer.zero_grad()
+        # After a skipped step too: the average moves towards the same weights.
         if self.averaged:
             self.averaged.update()
         return norm
 
     def pending_gradients(self) -> list[Tensor | None]:
         """Gradients of this process for an unfinished group, by parameter; [] between groups."""
+        # zero_grad sets gradients to None after a step.
         if all(parameter.grad is None for parameter in self._parameters):
             return []
         return [None if p.grad is None else p.grad.detach().clone() for p in self._parameters]
@@ -186,6 +191,7 @@ class Updater:
                     shape = list(parameter.shape)
                     raise ValueError(f"the state of a parameter of {shape} has another shape")
 
+        # A run may switch mixed precision or averages on when it resumes.
         if self.scaler and "scaler" in checkpoint:
             self.scaler.load_state_dict(checkpoint["scaler"])
         if self.averaged and "ema" in checkpoint:
