@@ -69,9 +69,10 @@ def train_one_epoch(
         means of the epoch over all processes, under the names of log.txt without "train_".
 
     Raises:
-        UserError: a loss or a gradient was not finite; the weights are those from before that step.
+        UserError: a loss or a gradient was not finite, without --on_nan skip or too often. The
+            weights are those from before that step.
     """
-    # The criterion too: in training it divides by the boxes of all processes.
+    # The criterion has modes too: in training it divides by the mean number of boxes per process.
     model.train()
     criterion.train()
     for step, (images, targets) in enumerate(batches, step_log.first_step):
@@ -79,17 +80,17 @@ def train_one_epoch(
         step_log.before_forward(step, images, targets)
 
         with _exchange_of_gradients(model, last_of_group):
-            # Forward and losses.
+            # The matching in the criterion blocks on the device.
             with autocast(amp, images.tensors.device):
                 outputs = model(images)
             losses = criterion(outputs, targets)
             total = criterion.total(losses)
 
-            # Backward. The previous step is checked before its weights change.
+            # Backward. First check the previous step, before this step changes the weights.
             step_log.before_backward()
             scale = updater.backward(total, group_size)
 
-        # Step, once a group.
+        # Gradients are averaged over a group of batches.
         norm = updater.step() if last_of_group else None
         step_log.after_step(losses, total, norm, scale, updater.lr)
     return step_log.close(updater.lr)
@@ -137,7 +138,7 @@ def build_learner(config: Config, device: torch.device, start: Start, classes: C
         load_checkpoint(model, start.weights, start.source)
     elif start.weights is not None:
         log.info("%s", fine_tune(model, config, classes, start.weights, start.source))
-    # Before the optimiser, which holds the parameters of the device.
+    # Move the model first: the optimiser keeps references to its parameters.
     check_precision(model.to(device), config.run.amp)
 
     updater = build_updater(model, config)
@@ -166,7 +167,7 @@ def data_parallel(model: nn.Module, config: Config, device: torch.device) -> Dis
 
     Needs a process group. Buffers are not synchronised here, but once an epoch (equalise_buffers).
     """
-    # Only with these two flags do heads exist that no loss reaches.
+    # With both flags some heads get no loss, and DDP must look for unused parameters.
     unused = config.loss.no_aux_loss and config.transformer.with_box_refine
     options: dict[str, Any] = {"find_unused_parameters": unused, "gradient_as_bucket_view": True}
     if device.type == "cuda":
@@ -243,7 +244,7 @@ def evaluate(
     Raises:
         UserError: no image of the data set could be read.
     """
-    # In evaluation mode the criterion divides by the boxes of its own batch: no process waits.
+    # In evaluation mode the criterion divides by the boxes of its own batch, so no process waits.
     model.eval()
     criterion.eval()
     progress, throughput = Progress(title, len(batches), run.log_every), Throughput()
@@ -320,10 +321,10 @@ def _summarise(
             "not one image of the validation set could be read: there is nothing to evaluate; mend the data"
         )
     results = [detection for batch in in_order for detection in batch.detections]
-    # Skipped batches shift the turns of the processes.
+    # Skipped batches break the order of the turns.
     results.sort(key=lambda detection: detection["image_id"])
 
-    # Metrics and mean losses.
+    # The metrics take minutes for large data: a note for the watchdog.
     note("COCO metrics of %d detections", len(results))
     evaluation = evaluate_results(ground_truth, results, evaluator)
     # fsum: the mean must not depend on which process had which batch.

@@ -89,7 +89,7 @@ def main(config: Config) -> None:
         check_tensorboard(config.run.tensorboard)
 
         if config.run.eval:
-            # A published checkpoint may be in any layout; one to resume is our own.
+            # Evaluation also takes Hugging Face's layout.
             with RunFolder.open(config, lambda source: read_trained(source, "--resume")) as folder:
                 evaluate_checkpoint(config, device, folder)
         else:
@@ -109,14 +109,14 @@ def evaluate_checkpoint(config: Config, device: torch.device, folder: RunFolder)
     batches = evaluation_loader(dataset, config, device)
     record_start(folder.path, config, device, {"checkpoint": source}, val=dataset)
 
-    # The averaged weights have files of their own.
     model, criterion, postprocessors = build_model(config, pretrained=False)
     model.to(device)
     weights = {"": checkpoint}
     if "ema" in checkpoint:
+        # Written to eval_ema.pth and predictions_ema.json.
         weights["_ema"] = checkpoint["ema"]
     for suffix, state in weights.items():
-        # Only what training needs may be missing, and evaluation needs all of the rest.
+        # In evaluation no weight may be missing.
         load_checkpoint(model, state, source, "averaged weights: " if suffix else "", may_lack=())
         check_precision(model, config.run.amp)
         evaluation = evaluate(model, criterion, postprocessors, batches, dataset, config.run)
@@ -131,7 +131,7 @@ def evaluate_checkpoint(config: Config, device: torch.device, folder: RunFolder)
 
 
 def train(config: Config, device: torch.device, stop: StopRequest, folder: RunFolder) -> None:
-    """A training in four stages: the folder says where it starts, then data, learner and state."""
+    """A training in four stages: folder (where it starts), data, learner, state."""
     # Folder: the checkpoint that the run resumes, or the weights that it starts from.
     start = find_start(config, folder.checkpoint, folder.source)
     check_trainable(start.config)
@@ -189,7 +189,7 @@ class Training:
                 "bad_images": data.bad_images,
             },
         )
-        # Whether the batches of an interrupted epoch are those that it would have had.
+        # True if the rest of an interrupted epoch has the same batches as without the interruption.
         self.exact = True
         self.board = Board(None)
 
@@ -201,7 +201,7 @@ class Training:
         epoch_restarts = self._handle_changed_data()
         folder.begin(self.history)
 
-        # Records beside the checkpoint: TensorBoard and run.json.
+        # TensorBoard continues after the images that the checkpoint knows.
         if self.config.run.tensorboard and folder.path:
             self.board = Board(folder.path / "tensorboard", self._images_trained(), self._first_epoch())
         start = {"epoch": self.position.epoch, "images": self.position.images, "checkpoint": folder.source}
@@ -231,7 +231,7 @@ class Training:
             if self.history.unfinished is None:
                 self._train(epoch)
             self._evaluate(epoch)
-        # With the results of the last evaluation.
+        # Save again, now with the results of the last evaluation.
         self._save(must=True)
         self.summary.finish(self.history.best)
 
@@ -262,7 +262,7 @@ class Training:
             on_window=self._after_window,
         )
 
-        # Within this block a signal is noted, and `_after_step` acts on it.
+        # Within this block a signal is only noted. `_after_step`, or the end of the block, acts on it.
         with self.stop.deferred():
             stats = train_one_epoch(
                 learner.wrapped, learner.criterion, data.batches, learner.updater, steps, run.amp
@@ -314,7 +314,7 @@ class Training:
             results = self._evaluate_weights(self.learner.model, epoch, "")
             averaged = self.learner.updater.averaged
             if averaged:
-                # The average has no buffers of its own.
+                # Buffers are not averaged: copy the model's.
                 averaged.take_buffers()
                 results |= self._evaluate_weights(averaged.model, epoch, "ema_")
             entries = results | entries
@@ -361,7 +361,7 @@ class Training:
         content = self.state.gather()
         if content:
             self.folder.save(content, self.position, also or [], must=must)
-        # A process that went on could ask for the file before it is there.
+        # All processes wait until the file is written.
         broadcast_from_main(None)
 
     def _handle_changed_data(self) -> bool:

@@ -19,8 +19,8 @@ OFF, TWO_STREAMS, ONE_STREAM = 0, 1, 7  # the published values of --bf
 # as in the published code; there are no flags for them
 NUM_HEADS = 4
 DROPOUT = 0.5
-# Token positions that go through a module at a time. They are the batch of its attention, and CUDA
-# takes no larger one. An image of 1330 x 2300 pixels has more.
+# Most token positions of one call: they are the batch of its attention, and CUDA takes no larger one.
+# An image of 1400 x 2400 pixels has more (about 70,000 on four levels).
 MOST_POSITIONS = 65_535
 
 
@@ -68,7 +68,8 @@ class BatchFormerV2:
             module = module[layer]
         # without a position term and a padding mask, as published
         mixed = [module(some_BSC) for some_BSC in tokens_BSC.split(MOST_POSITIONS, dim=1)]
-        if len(mixed) == 1:  # no copy
+        # torch.cat would copy a single tensor.
+        if len(mixed) == 1:
             return mixed[0]
         return torch.cat(mixed, 1)
 
@@ -90,6 +91,7 @@ def build_modules(
 
 def _build_module(hidden_dim: int, num_layers: int) -> nn.Module:
     layer = nn.TransformerEncoderLayer(hidden_dim, NUM_HEADS, dim_feedforward=hidden_dim, dropout=DROPOUT)
-    if num_layers == 1:  # under the published names
+    # Published checkpoints of one layer have no `layers.0.` in their names.
+    if num_layers == 1:
         return layer
     return nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)

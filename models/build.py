@@ -37,7 +37,7 @@ from util.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# flags that decide how a process runs, and those of features that do not exist yet, are not a model's
+# flags that load_model takes: not those of the run, and not those of masks
 _FLAGS = {name for name, flag in FLAGS.items() if flag.group not in ("run", "segmentation")}
 
 
@@ -76,8 +76,9 @@ def load_model(
             class heads are copied where names match, the others start new, as with --finetune.
         weights: "ema" the averaged weights (--ema_decay), "model" the others, "auto" the averaged
             where the file has them, unless their last evaluation was worse.
-        flags: flags of main.py, except those of the group `run`, which replace the flags of the
-            file: coco_path, eval_size, lr, bf and so on. Tuples or lists for several values.
+        flags: flags of main.py that replace those of the file: coco_path, eval_size, lr, bf and so
+            on; not num_classes, and none of the groups run and segmentation. Tuples or lists for
+            several values.
 
     Raises:
         UserError (a ValueError): the file can't be read, holds no detector, or one that contradicts
@@ -175,7 +176,7 @@ def build_model(
 def build_backbone(config: Config, pretrained: bool | None = None) -> Backbone:
     backbone = config.backbone
     if pretrained is None:
-        pretrained = not (config.run.resume or config.run.finetune)
+        pretrained = not config.run.starts_from_weights
     weights = "none"
     if pretrained:
         weights = backbone.backbone_weights

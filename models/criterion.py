@@ -74,7 +74,7 @@ class SetCriterion(nn.Module):
             last layer, in percent) and cardinality_error (of every output).
         """
         flat = Targets.from_list(targets, outputs.get("num_streams", 1))
-        # under autocast too
+        # float32 or float64 even inside an autocast block
         with full_precision(flat.boxes.device):
             return self._losses(self._groups(outputs, flat), flat)
 
@@ -98,7 +98,7 @@ class SetCriterion(nn.Module):
         """All decoder layers as one group, the last layer first; the proposals as another."""
         layers = [outputs, *outputs.get("aux_outputs", [])]
         groups = [OutputGroup.of(layers, _suffixes(len(layers)), targets)]
-        # there are more proposals than queries
+        # a group of its own: it has S proposals and not Q queries
         if "enc_outputs" in outputs:
             groups.append(OutputGroup.of([outputs["enc_outputs"]], ["_enc"], targets.of_one_class()))
         return groups
@@ -115,7 +115,7 @@ class SetCriterion(nn.Module):
         self, group: OutputGroup, query_NT: Tensor, target_NT: Tensor, num_boxes: Tensor | float
     ) -> dict[str, Tensor]:
         """Every loss of every output: name -> [N]."""
-        # the matched pairs
+        # boxes of the matched pairs, [N, T', 4]
         predicted = group.boxes.flatten(0, 2)[query_NT]
         wanted = group.targets.boxes[target_NT]
         giou = generalized_iou(*(box_convert(boxes, "cxcywh", "xyxy") for boxes in (predicted, wanted)))
@@ -163,9 +163,9 @@ class OutputGroup:
 def _class_error(
     group: OutputGroup, query_NT: Tensor, target_NT: Tensor, num_boxes: Tensor | float
 ) -> Tensor:
-    """Share of the targets whose query in the first output has another best class, in percent.
+    """Percentage of targets whose matched query of the last decoder layer predicts another class.
 
-    The share of `num_boxes`: the mean over processes is then the share among all their targets.
+    Divided by `num_boxes`, so that the mean over processes is the percentage among all targets.
     """
     predicted = group.logits.flatten(0, 2)[query_NT[0]].argmax(-1)
     correct = (predicted == group.targets.labels[target_NT[0]]).sum()
@@ -174,7 +174,7 @@ def _class_error(
 
 @torch.no_grad()
 def _cardinality_error(group: OutputGroup) -> Tensor:
-    """Difference between the queries whose best class is not the last and the targets: [N].
+    """|queries whose best class is not the last class - targets|, the mean over images: [N].
 
     A published statistic.
     """

@@ -16,7 +16,7 @@ from util.errors import UserError
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 # eight buffers of 4 MiB: cuBLAS then takes its workspace in a fixed order
 FIXED_WORKSPACE = ":4096:8"
-# what PyTorch's messages have in common since they exist; they have no type of their own
+# parts of the messages: PyTorch raises a plain RuntimeError
 _NO_IMPLEMENTATION = " does not have a deterministic implementation"
 _NO_FIXED_WORKSPACE = "not deterministic because it uses CuBLAS"
 

@@ -19,7 +19,7 @@ from util.step.random_state import torch_state
 class StepLog:
     """Takes the notes of one epoch. The loop calls the methods in their order in every step.
 
-    Nothing waits for the device, except every `log_every` steps for the numbers of a line.
+    Apart from the matching, a step blocks on the device only if a line is due (every `log_every` steps).
 
     Args:
         epoch: counted from 0.
@@ -100,7 +100,7 @@ class StepLog:
 
         fields: list[str] = []
         if self._progress.due():
-            # Besides the matching, the only place of a step that waits for the device.
+            # This blocks on the device.
             window = published_names(self._sums.window(), self._weights)
             window["images_per_second"] = self._throughput.rate()
             self._on_window(window)

@@ -168,10 +168,10 @@ class FiniteWatch:
             raise UserError(
                 f"{where}: {outcome}; images {step.image_ids}; first wrong: {module}; {saved}. "
                 f"Look at these images and "
-                "their boxes, or lower --lr or --clip_max_norm, and go on with --resume auto"
+                "their boxes, or lower --lr or --clip_max_norm, and resume with --resume auto"
             )
 
-        # One file a group: of the batch with the bad loss, else of the bad gradient at its end.
+        # Save one file per group: the first bad batch, or the last batch if only the gradient is bad.
         saved = ""
         if not self._saved_in_group:
             saved = f"; {self._save(step, outcome, '')}"

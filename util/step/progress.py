@@ -15,7 +15,7 @@ from util.distributed.processes import is_main
 
 log = logging.getLogger("progress")
 
-# Narrower terminals show numbers instead of a bar.
+# Narrower terminals show no bar, to have room for the numbers.
 WIDE_TERMINAL = 120
 
 
@@ -99,8 +99,8 @@ class Throughput:
         self._images += images
 
     def rate(self) -> float:
-        # A window without a measurable time has no division by zero.
         now = time.perf_counter()
+        # 1e-9 avoids a division by zero.
         rate = self._images / max(now - self._start, 1e-9)
         self._start, self._images = now, 0
         return rate

@@ -1,4 +1,4 @@
-"""The only copies between host and device inside a step, so that synchronisations can be counted.
+"""The copies between host and device inside a step, except the numbers of a log line, so that synchronisations can be counted.
 
 `to_host` synchronises with the device. `to_device` and `HostCopy` do not.
 """

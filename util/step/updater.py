@@ -127,8 +127,8 @@ class Updater:
         if self.scaler:
             loss = self.scaler.scale(loss)
             scale = self.scaler.scale(torch.ones_like(total.detach()))
-        # A loss that is not finite can have finite derivatives. NaN gradients, which all processes
-        # exchange, let all of them leave the step out.
+        # An infinite loss can have finite gradients. Make them NaN then: after the exchange every
+        # process has NaN and skips the step.
         finite = torch.isfinite(total.detach())
         loss.backward(gradient=torch.where(finite, 1.0, torch.nan).to(loss.dtype))
         return scale
@@ -147,7 +147,7 @@ class Updater:
         if self.scaler:
             self.scaler.update()
         self.optimizer.zero_grad()
-        # After a skipped step too: the average moves towards the same weights.
+        # Also after a skipped step, in which the weights did not change.
         if self.averaged:
             self.averaged.update()
         return norm
@@ -173,7 +173,7 @@ class Updater:
         return state
 
     def load_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Restore the entries of `state_dict`. Averages that the checkpoint lacks start from the weights.
+        """Restore the entries of `state_dict`. Averages that are not in the checkpoint start from the weights.
 
         Raises ValueError if the optimiser's state is of other parameters.
         """
