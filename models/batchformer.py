@@ -1,7 +1,8 @@
 """BatchFormerV2 (Hou et al., arXiv 2204.01254): attention across the images of a batch.
 
-Each token position is a sequence of its own, whose elements are the images. All that the method
-does to a batch is in this file; models/inspection.py computes its attention again for pictures.
+Each token position is a sequence of its own, whose elements are the images. The module
+and the rule when it acts are here. token_batch.py doubles a batch, matcher.py repeats the targets for
+both streams, inspection.py computes the attention again for pictures.
 
 Shape letters: B images of all streams, S tokens of all levels, C channels.
 """

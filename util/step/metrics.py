@@ -16,7 +16,8 @@ from util.distributed.processes import is_main, sum_over_processes
 
 
 class MeanOnDevice:
-    """Means of named scalars, summed on their device. `window()`, `totals()` and `state_dict()` copy them to the host.
+    """Means of named scalars, summed on their device. `window()`, `totals()` and `state_dict()`
+    copy them to the host.
 
     A step with a scalar that is not finite is not counted.
     """

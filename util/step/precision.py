@@ -2,9 +2,9 @@
 
 `autocast` goes around the model's forward and nothing else. PyTorch then computes convolutions,
 linear layers and attention in the low precision. What places something in an image stays in
-float32, because the spacing of bfloat16 numbers just below 1 is 1 / 256, which is 5 pixels of 1333: reference points,
-boxes, the heads that give them, valid ratios and position encodings. So do the sums along the
-residual branches, the matching and the losses.
+float32, because the spacing of bfloat16 numbers just below 1 is 1 / 256, which is 5 pixels of 1333:
+reference points, boxes, the heads that give them, valid ratios and position encodings. So do the
+sums along the residual branches, the matching and the losses.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The copies between host and device inside a step, except the numbers of a log line, so that synchronisations can be counted.
+"""The copies between host and device inside a step, in one place so that they can be counted.
+
+Only the numbers of a log line are copied elsewhere (metrics.py).
 
 `to_host` synchronises with the device. `to_device` and `HostCopy` do not.
 """

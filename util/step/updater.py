@@ -173,7 +173,7 @@ class Updater:
         return state
 
     def load_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Restore the entries of `state_dict`. Averages that are not in the checkpoint start from the weights.
+        """Restore the entries of `state_dict`. Averages that it does not have start from the weights.
 
         Raises ValueError if the optimiser's state is of other parameters.
         """
