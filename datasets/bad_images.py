@@ -48,11 +48,10 @@ class BadImages:
             self._paths[error.path] = None
             log.warning("%s %s; %s", error.path, error.reason, consequence)
             if self.count > self.limit:
-                raise UserError(
-                    f"{self.count} image files can't be used, more than --max_bad_images "
-                    f"{self.limit}; the last is {error.path}, which {error.reason}; mend the data "
-                    f"or raise --max_bad_images"
-                )
+                more = f"more than --max_bad_images {self.limit}"
+                last = f"the last is {error.path}, which {error.reason}"
+                remedy = "mend the data or raise --max_bad_images"
+                raise UserError(f"{self.count} image files can't be used, {more}; {last}; {remedy}")
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data for a checkpoint."""
