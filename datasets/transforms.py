@@ -24,16 +24,16 @@ def train_transform(data: DataConfig) -> v2.Transform:
 
     data.augmentation "flip" leaves out the crop, "none" the flip too.
     """
-    # further augmentations go here: before the normalisation, on a PIL image
     scale = RandomShorterSide(data.train_sizes, data.max_size)
-    steps: list[Callable] = [scale, normalize()]
+    steps: list[Callable] = [scale]
     if data.augmentation == "published":
         before_crop = RandomShorterSide(data.crop_resize_sizes, _LONGEST_BEFORE_CROP)
         crop = v2.Compose([before_crop, RandomCrop(*data.crop_sizes), scale])
-        steps[0] = v2.RandomChoice([scale, crop])
+        steps = [v2.RandomChoice([scale, crop])]
     if data.augmentation != "none":
         steps.insert(0, v2.RandomHorizontalFlip())
-    return v2.Compose(steps)
+    # further augmentations go here: before the normalisation, on a PIL image
+    return v2.Compose([*steps, normalize()])
 
 
 def eval_transform(size: int, max_size: int) -> v2.Transform:
