@@ -68,6 +68,3 @@ def build_dataset(image_set: str, config: Any, classes: ClassMap | None = None) 
         )
     module = import_module(FORMATS[name])
     return module.build(image_set, config.data, config.run.seed, classes or config.classes)
-
-
-__all__ = ["FORMATS", "DetectionData", "build_dataset"]

@@ -40,16 +40,18 @@ class TrainingData:
 
 def open_training_data(config: Config, device: torch.device) -> TrainingData:
     """Open and check both splits. Raises UserError for data that would end the run later."""
+    # both splits with the classes of the training data
     train = build_dataset("train", config)
     val = build_dataset("val", config, train.classes)
     _check(train, val, config)
-    order = TrainBatches(len(train), config.optim.batch_size, rank(), world_size(), config.run.seed)
+
+    # one record of bad images, which a checkpoint keeps
     bad_images = BadImages(config.data.on_bad_image, config.data.max_bad_images)
-    workers = config.data.num_workers
-    batches = build_loader(train, order, workers, device, bad_images, timeout=_loader_timeout(config))
-    return TrainingData(
-        train, val, order, bad_images, batches, evaluation_loader(val, config, device, bad_images)
-    )
+    order = TrainBatches(len(train), config.optim.batch_size, rank(), world_size(), config.run.seed)
+    timeout = _loader_timeout(config)
+    batches = build_loader(train, order, config.data.num_workers, device, bad_images, timeout=timeout)
+    val_batches = evaluation_loader(val, config, device, bad_images)
+    return TrainingData(train, val, order, bad_images, batches, val_batches)
 
 
 def open_evaluation_data(config: Config, checkpoint: Mapping[str, Any], source: str) -> DetectionData:
@@ -94,10 +96,12 @@ def evaluation_loader(
 
 def check_classes(classes: ClassMap, checkpoint: Mapping[str, Any] | None, source: str) -> None:
     """Print the classes of the data. Raises UserError if the checkpoint was trained on others."""
+    # a published checkpoint does not say its classes
+    trained = None
     if checkpoint and "classes" in checkpoint:
         trained = classes_of(checkpoint, source)
-        if trained:
-            classes.require_same(trained, source)
+    if trained:
+        classes.require_same(trained, source)
     names = ", ".join(classes.names.values())
     if len(names) > 200:
         names = f"{names[:200]} ..."

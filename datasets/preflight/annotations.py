@@ -13,7 +13,6 @@ import numpy as np
 from datasets.coco_format import Problem, format_problems, read_json, shown
 from datasets.preflight.boxes import (
     BOX_TOLERANCE,
-    Boxes,
     box_problem,
     box_problems,
     describe_box,
@@ -34,7 +33,10 @@ _UNCROWD = "set iscrowd to 0 where they are single objects, or convert Pascal VO
 class CheckedSplit:
     """A split of a data set, its sound entries, and all problems found so far.
 
-    name: "train" or "val". folder: of its images. annotations: the file. boxes: one for each object.
+    name: "train" or "val". folder: of its images. annotations: the file.
+
+    Of N objects: image [N] (index among the images), category_id [N], xywh [N, 4] in pixels, area
+    [N], crowd [N] bool.
     """
 
     name: str
@@ -46,7 +48,16 @@ class CheckedSplit:
     problems: list[Problem] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.boxes = Boxes.of(self.images, self.objects)
+        place = {image["id"]: i for i, image in enumerate(self.images)}
+        self.image = np.array([place[entry["image_id"]] for entry in self.objects], np.int64)
+        self.category_id = np.array([entry["category_id"] for entry in self.objects], np.int64)
+        self.xywh = np.array([entry["bbox"] for entry in self.objects], np.float64).reshape(-1, 4)
+        self.area = np.array([entry["area"] for entry in self.objects], np.float64)
+        self.crowd = np.array([entry["iscrowd"] for entry in self.objects], bool)
+
+    def flagged_boxes(self, tolerance: float) -> dict[str, np.ndarray]:
+        """By kind of problem, which objects [N] have it (datasets/preflight/boxes.py)."""
+        return box_problems(self.xywh, sizes_of(self.images)[self.image], tolerance)
 
     def add(self, problem: Problem, file: Path | None = None) -> None:
         """`file`: where the problem is, if not in the annotations."""
@@ -113,8 +124,8 @@ def object_warnings(split: CheckedSplit, num_queries: int) -> Iterator[tuple[str
     """(kind, message) of objects that can be neither learnt nor measured."""
     # objects that are none
     purpose = "learn" if split.name == "train" else "measure"
-    boxes, single = split.boxes, ~split.boxes.crowd
-    crowds_only = np.setdiff1d(boxes.category_id, boxes.category_id[single])
+    single = ~split.crowd
+    crowds_only = np.setdiff1d(split.category_id, split.category_id[single])
     if not len(single):
         yield "no_objects", f"no object in {len(split.images)} images: there is nothing to {purpose}"
     elif not single.any():
@@ -131,7 +142,7 @@ def object_warnings(split: CheckedSplit, num_queries: int) -> Iterator[tuple[str
         counted = f"the {COUNTED_DETECTIONS} detections that count"
         meaning = f"{counted}: not even a perfect detector has an AP of 1"
         limits.append(("more_than_detections", COUNTED_DETECTIONS, meaning))
-    counts = np.bincount(boxes.image[single], minlength=len(split.images))
+    counts = np.bincount(split.image[single], minlength=len(split.images))
     for kind, limit, meaning in limits:
         if counts.max() > limit:
             most = f"up to {counts.max()} (image {split.images[counts.argmax()]['id']})"
@@ -166,7 +177,7 @@ def _check_categories(split: CheckedSplit) -> None:
             split.add(Problem("duplicate_category_name", message, "categories", category))
 
     # without any object at all, only that is reported
-    used = set(split.boxes.category_id.tolist())
+    used = set(split.category_id.tolist())
     unused = [category["name"] for category in split.categories if category["id"] not in used]
     if used and unused:
         meaning = "can never be learned" if split.name == "train" else "are not measured"
@@ -175,22 +186,21 @@ def _check_categories(split: CheckedSplit) -> None:
 
 
 def _check_boxes(split: CheckedSplit, tolerance: float) -> None:
-    boxes = split.boxes
-    if split.objects and (boxes.xywh <= 1).all():
+    if split.objects and (split.xywh <= 1).all():
         message = "no box exceeds 1; boxes must be in pixels, not shares of the image"
         split.add(Problem("boxes_in_shares", f"{split.annotations}: {message}"))
         return
 
     # boxes and areas that can't be right
-    for kind, flagged in box_problems(boxes.xywh, sizes_of(split.images)[boxes.image], tolerance).items():
+    for kind, flagged in split.flagged_boxes(tolerance).items():
         for i in np.flatnonzero(flagged).tolist():
-            _add_box(split, kind, i, box_problem(kind, split.images[boxes.image[i]], tolerance))
-    for i in np.flatnonzero(wrong_areas(boxes.xywh, boxes.area)).tolist():
-        what = f"an area of {boxes.area[i]:g}, which no object in that box can have; give its pixels"
+            _add_box(split, kind, i, box_problem(kind, split.images[split.image[i]], tolerance))
+    for i in np.flatnonzero(wrong_areas(split.xywh, split.area)).tolist():
+        what = f"an area of {split.area[i]:g}, which no object in that box can have; give its pixels"
         _add_box(split, "wrong_area", i, what)
 
     # objects with the same image, category, box and crowd flag
-    rows = np.column_stack([boxes.image, boxes.category_id, boxes.crowd, boxes.xywh])
+    rows = np.column_stack([split.image, split.category_id, split.crowd, split.xywh])
     _, first, number = np.unique(rows, axis=0, return_index=True, return_inverse=True)
     first = first[number.reshape(-1)]
     for i in np.flatnonzero(first != np.arange(len(first))).tolist():
@@ -200,6 +210,6 @@ def _check_boxes(split: CheckedSplit, tolerance: float) -> None:
 
 def _add_box(split: CheckedSplit, kind: str, i: int, what: str) -> None:
     """Add a problem of object i."""
-    image, entry = split.images[split.boxes.image[i]], split.objects[i]
-    message = describe_box(split.annotations, entry["id"], split.boxes.xywh[i], image, what)
+    image, entry = split.images[split.image[i]], split.objects[i]
+    message = describe_box(split.annotations, entry["id"], split.xywh[i], image, what)
     split.add(Problem(kind, message, "annotations", entry))

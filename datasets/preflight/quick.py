@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from datasets.preflight.annotations import CheckedSplit, object_warnings
-from datasets.preflight.boxes import BOX_TOLERANCE, box_problems, sizes_of
+from datasets.preflight.boxes import BOX_TOLERANCE
 from datasets.respell import absent_names
 from util.config import TransformerConfig
 from util.errors import UserError
@@ -61,8 +61,7 @@ def quick_check(
 
 
 def _doubts(split: CheckedSplit, num_queries: int) -> Iterator[str]:
-    sizes = sizes_of(split.images)[split.boxes.image]
-    for kind, flagged in box_problems(split.boxes.xywh, sizes).items():
+    for kind, flagged in split.flagged_boxes(BOX_TOLERANCE).items():
         if flagged.any():
             yield f"{_COUNTED[kind]} in {split.name}: {flagged.sum()}"
     for _, message in object_warnings(split, num_queries):

@@ -26,15 +26,15 @@ def summary(split: CheckedSplit) -> dict[str, Any]:
     all and by size (without crowds), and images.
     """
     # each class; crowds count for none
-    boxes, single = split.boxes, ~split.boxes.crowd
-    size = np.searchsorted(list(SIZE_LIMITS.values()), boxes.area, side="right")
+    single = ~split.crowd
+    size = np.searchsorted(list(SIZE_LIMITS.values()), split.area, side="right")
     classes = {}
     for category in sorted(split.categories, key=lambda category: category["id"]):
-        chosen = single & (boxes.category_id == category["id"])
+        chosen = single & (split.category_id == category["id"])
         counts = {"name": category["name"], "boxes": int(chosen.sum())}
         for i, name in enumerate(SIZE_LIMITS):
             counts[name] = int((size[chosen] == i).sum())
-        counts["images"] = len(np.unique(boxes.image[chosen]))
+        counts["images"] = len(np.unique(split.image[chosen]))
         classes[category["id"]] = counts
 
     # without images, sizes are 0
@@ -42,9 +42,9 @@ def summary(split: CheckedSplit) -> dict[str, Any]:
     width, height = np.quantile(sizes, (0, 0.5, 1), axis=0).astype(int).T.tolist()
     return {
         "images": len(split.images),
-        "empty_images": len(split.images) - len(np.unique(boxes.image)),
+        "empty_images": len(split.images) - len(np.unique(split.image)),
         "boxes": int(single.sum()),
-        "crowds": int(boxes.crowd.sum()),
+        "crowds": int(split.crowd.sum()),
         "width": width,
         "height": height,
         "classes": classes,
