@@ -39,6 +39,7 @@ class BadImages:
             UserError: an error that can't be skipped, or more than `limit` different files.
         """
         for error in errors:
+            # only image files can be skipped, not a full /dev/shm
             if not self.skip or not isinstance(error, BadImageError):
                 raise error
             if error.path in self._paths:

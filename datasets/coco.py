@@ -116,6 +116,7 @@ class CocoDetection(Dataset):
         Files that can't be read raise BadImageError here or, with `leave_out_bad`, as items.
         """
         for info in self.coco.imgs.values():
+            # an item of a bad file raises again, and is then skipped
             try:
                 self._cache[info["file_name"]] = self._bytes(info)
             except BadImageError:

@@ -117,6 +117,7 @@ def precision_tables(evaluation: COCOeval) -> dict[str, Any]:
     precision and scores [T, R, K, A, M], recall [T, K, A, M]: T IoU thresholds, R recalls, K
     categories, A ranges of areas, M limits of detections an image.
     """
+    # contiguous copies, because a checkpoint would keep what a view belongs to
     tables: dict[str, Any] = {}
     for name in ("precision", "recall", "scores"):
         tables[name] = torch.from_numpy(np.ascontiguousarray(evaluation.eval[name]))
@@ -177,6 +178,7 @@ def _accumulate_as_pycocotools(evaluation: Any) -> None:
     params.recThrs = np.append(recalls, 2.0 ** (1 - np.arange(power.max(initial=0) + 1)))
     evaluation.evaluate()
     evaluation.accumulate()
+    # summarize reads them
     params.recThrs = recalls
 
     # correct the precision where it shows that only the first detection is right
@@ -195,6 +197,7 @@ def _count_objects(evaluation: Any) -> np.ndarray:
     params = evaluation.params
     objects = [entry for entry in evaluation.cocoGt.dataset["annotations"] if not entry["iscrowd"]]
     place = np.searchsorted(params.catIds, [entry["category_id"] for entry in objects])
+    # one object may be in several ranges
     area = np.array([entry["area"] for entry in objects])
     counts = np.zeros((len(params.catIds), len(params.areaRng)), dtype=int)
     for i, (low, high) in enumerate(params.areaRng):

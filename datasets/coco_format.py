@@ -103,6 +103,7 @@ def read_images_and_categories(path: Path) -> tuple[list[dict[str, Any]], list[d
     Raises:
         UserError: as `read_annotations`.
     """
+    # test sets have no annotations
     content = read_json(path, without=("annotations",))
     if isinstance(content, dict):
         content["annotations"] = []
@@ -305,6 +306,7 @@ def _is_portable(value: Any) -> bool:
 
 
 def _is_flag(value: Any) -> bool:
+    # some programs write true and false
     return type(value) in (int, bool) and value in (0, 1)
 
 

@@ -40,6 +40,7 @@ class Objects:
     image: np.ndarray
     category: np.ndarray
     box: np.ndarray
+    # filled in by find_errors
     found_by: np.ndarray
 
 
@@ -101,6 +102,7 @@ class Errors:
             kept[mended] = correct[mended] = True
             category[mended] = self.objects.category[found.object[mended]]
 
+        # each class with the objects that count
         values = []
         for number in np.unique(self.objects.category):
             mine = kept & (category == number)
@@ -109,10 +111,12 @@ class Errors:
 
     def _first_of_each_object(self, kind: str) -> np.ndarray:
         """The detections of a kind with the highest score, of each object that was not found."""
+        # those about objects that nothing found, best first
         found = self.detections
         wrong = np.flatnonzero(found.kind == kind)
         wrong = wrong[self.objects.found_by[found.object[wrong]] < 0]
         wrong = wrong[np.argsort(-found.score[wrong], kind="stable")]
+        # unique gives the first place of each object
         _, first = np.unique(found.object[wrong], return_index=True)
         return wrong[first]
 
@@ -159,6 +163,7 @@ def _objects(evaluation: COCOeval) -> Objects:
 
 def _detections(evaluation: COCOeval, objects: Objects) -> SortedDetections:
     """In the order in which COCOeval accumulates them. Errors have the kind "" still."""
+    # COCOeval names objects by their ids
     places = {number: place for place, number in enumerate((objects.index + 1).tolist())}
     entries, kinds, targets = [], [], []
     for image in filter(None, evaluation.evalImgs):
@@ -172,6 +177,7 @@ def _detections(evaluation: COCOeval, objects: Objects) -> SortedDetections:
             entries.append(evaluation.cocoDt.anns[number])
             kinds.append(kind)
             targets.append(target)
+    # the kinds of errors are longer than "" and "correct"
     return SortedDetections(
         image=_column(entries, "image_id"),
         category=_column(entries, "category_id"),
@@ -187,6 +193,7 @@ def _groups(ids: np.ndarray) -> dict[int, np.ndarray]:
     """The places of every id."""
     if not len(ids):
         return {}
+    # sorted by id, the places of one id are neighbours
     order = np.argsort(ids, kind="stable")
     values, starts = np.unique(ids[order], return_index=True)
     return dict(zip(values.tolist(), np.split(order, starts[1:]), strict=True))
@@ -207,6 +214,7 @@ def _sort_errors(
     # the nearest object of the same class and of another
     iou = np.asarray(mask_utils.iou(detections.box[rows], objects.box[columns], [0] * len(columns)))
     iou = iou.reshape(len(rows), -1)
+    # an IoU of 0 stands for objects of the other kind
     same_class = detections.category[rows][:, None] == objects.category[columns]
     same, other = np.where(same_class, iou, 0.0), np.where(same_class, 0.0, iou)
     most_same, most_other = same.max(1), other.max(1)

@@ -119,6 +119,7 @@ class Index:
         """All files below a folder. Names may begin with the folder's own name, or with its whole
         path.
         """
+        # without the root: "/" is no part of a name
         files = [(parts_of(path.relative_to(root).as_posix()), path) for path in files_below(root, suffixes)]
         return cls(files, root, Path(os.path.abspath(root)).parts[1:])
 
@@ -193,6 +194,7 @@ class Index:
         # none, several, or probably a mask
         if not options:
             return f"below {self._place} it is not there"
+        # all have equally long ends in common with the name
         first, *others = options
         if others:
             both = f"{first.path} and {others[0].path} first"

@@ -37,6 +37,7 @@ class InputFile:
     @property
     def output_name(self) -> str:
         """The name of the annotated copy: the same, if that is a format to write."""
+        # the first is for inputs of other formats
         formats = (".mp4",) if self.is_video else (".png", ".jpg", ".jpeg")
         if self.path.suffix.lower() in formats:
             return self.name

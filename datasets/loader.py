@@ -69,6 +69,7 @@ def build_loader(
 
 def collate(items: Sequence[Item]) -> Batch:
     """(image, target) items to a batch, padded."""
+    # targets have different numbers of objects, so they stay a list
     images, targets = zip(*items, strict=True)
     return NestedTensor.from_images(images), list(targets)
 
@@ -106,6 +107,7 @@ class _Batches(Dataset):
             items = [item for item in found if item]
             if not items:
                 return LoadedBatch(None, [], skipped)
+            # padded in the worker, so that the training process does not wait for it
             images, targets = collate(items)
             if get_worker_info():
                 _share(images, targets)
@@ -139,6 +141,7 @@ def _share(images: NestedTensor, targets: Sequence[dict[str, Tensor]]) -> None:
 
     The queue would do that too, but with a full /dev/shm it loses the batch and the run hangs.
     """
+    # all tensors of the batch
     tensors = [images.tensors, images.mask]
     for target in targets:
         tensors += target.values()
@@ -172,6 +175,7 @@ class DeviceBatches:
         for images, targets, errors in run_workers(self.loader):
             self.bad_images.add(errors, consequence)
             left_out += len(errors)
+            # None: all images of the batch were left out
             if images is not None:
                 images = images.to(self.device, non_blocking=self.loader.pin_memory)
                 yield images, [self._moved(target) for target in targets]
@@ -182,6 +186,7 @@ class DeviceBatches:
 
     def _moved(self, target: dict[str, Tensor]) -> dict[str, Tensor]:
         """A target on the device, except `image_id`, which only the host reads."""
+        # reading it from a GPU would synchronise
         moved = dict(target)
         for name in target.keys() - {"image_id"}:
             moved[name] = target[name].to(self.device, non_blocking=self.loader.pin_memory)

@@ -60,6 +60,7 @@ def open_evaluation_data(config: Config, checkpoint: Mapping[str, Any], source: 
     Args:
         source: name of the checkpoint for messages.
     """
+    # --num_classes has priority over the classes of the checkpoint
     classes = None
     if config.data.num_classes == AUTO:
         classes = classes_of(checkpoint, source)
@@ -82,6 +83,7 @@ def evaluation_loader(
 ) -> DeviceBatches:
     """The batches of `dataset` that this process evaluates."""
     bad_images = bad_images or BadImages(config.data.on_bad_image, config.data.max_bad_images)
+    # without replacement: every image counts once
     batches = EvalBatches(len(dataset), config.optim.batch_size, rank(), world_size())
     return build_loader(
         dataset,
@@ -110,6 +112,7 @@ def check_classes(classes: ClassMap, checkpoint: Mapping[str, Any] | None, sourc
 
 def _check(train: DetectionData, val: DetectionData, config: Config) -> None:
     """The quick part of tools/check_data.py on the main process; every process raises what it finds."""
+    # one process looks, because the file system is slow; all end with the same message
     error = None
     if is_main():
         skip_missing = config.data.on_bad_image == "skip"

@@ -27,6 +27,7 @@ def train_transform(data: DataConfig) -> v2.Transform:
     scale = RandomShorterSide(data.train_sizes, data.max_size)
     steps: list[Callable] = [scale]
     if data.augmentation == "published":
+        # no practical limit: the crop makes it small again
         before_crop = RandomShorterSide(data.crop_resize_sizes, _LONGEST_BEFORE_CROP)
         crop = v2.Compose([before_crop, RandomCrop(*data.crop_sizes), scale])
         steps = [v2.RandomChoice([scale, crop])]
@@ -57,6 +58,7 @@ class RandomShorterSide(v2.Transform):
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         height, width = v2.query_size(flat_inputs)
+        # areas grow by the real factor, which rounding changes a little
         size = self.sizes[_random_int(0, len(self.sizes) - 1)]
         new_height, new_width = resized(height, width, size, self.max_size)
         return {"size": [new_height, new_width], "area_scale": new_height * new_width / (height * width)}
@@ -77,6 +79,7 @@ class RandomCrop(v2.Transform):
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         height, width = v2.query_size(flat_inputs)
         crop_height, crop_width = self._side(height), self._side(width)
+        # the order of the draws is part of an item's augmentation: it must not change
         top = _random_int(0, height - crop_height)
         left = _random_int(0, width - crop_width)
         return {"top": top, "left": left, "height": crop_height, "width": crop_width}

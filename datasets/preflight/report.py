@@ -102,6 +102,7 @@ def problem_lines(problems: Sequence[Problem], show: int) -> Iterator[str]:
             yield f"  {problem.message}"
         if show and len(found) > show:
             yield f"  ... and {len(found) - show} more (--show 0 shows all)"
+    # the last line is the result
     warnings = sum(problem.is_warning for problem in problems)
     yield f"problems: {len(problems) - warnings}, warnings: {warnings}"
 

@@ -106,14 +106,15 @@ class VideoReader:
 
     def _upright(self, frame: Any) -> Image.Image:
         """Turned as the file says: telephones store the sensor's picture and how they were held."""
+        # a quarter turn exchanges the sides of a pixel, too
         aspect = Fraction(self._stream.sample_aspect_ratio or 1)
         turn = frame.rotation % 360
         self.pixel_aspect = 1 / aspect if turn in (90, 270) else aspect
-        # transposed, because `rotate` would keep the size and cut the picture
         picture = frame.to_image()
         return picture.transpose(_UPRIGHT[turn]) if turn in _UPRIGHT else picture
 
     def _from_duration(self) -> int:
+        # of the stream if it is known, else of the file
         if self._stream.duration:
             return round(self._stream.duration * self._stream.time_base * self.rate)
         return round((self._container.duration or 0) / self._av.time_base * self.rate)
