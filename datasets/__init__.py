@@ -61,6 +61,7 @@ def build_dataset(image_set: str, config: Any, classes: ClassMap | None = None) 
         UserError: --dataset_file is unknown; a folder or file is missing or unusable, or its
         categories fit neither `classes` nor --num_classes.
     """
+    # imported when it is used: datasets.synthetic starts without torch
     name = config.data.dataset_file
     if name not in FORMATS:
         raise UserError(
@@ -68,6 +69,3 @@ def build_dataset(image_set: str, config: Any, classes: ClassMap | None = None) 
         )
     module = import_module(FORMATS[name])
     return module.build(image_set, config.data, config.run.seed, classes or config.classes)
-
-
-__all__ = ["FORMATS", "DetectionData", "build_dataset"]

@@ -39,6 +39,7 @@ class BadImages:
             UserError: an error that can't be skipped, or more than `limit` different files.
         """
         for error in errors:
+            # only image files can be skipped, not a full /dev/shm
             if not self.skip or not isinstance(error, BadImageError):
                 raise error
             if error.path in self._paths:
@@ -48,11 +49,10 @@ class BadImages:
             self._paths[error.path] = None
             log.warning("%s %s; %s", error.path, error.reason, consequence)
             if self.count > self.limit:
-                raise UserError(
-                    f"{self.count} image files can't be used, more than --max_bad_images "
-                    f"{self.limit}; the last is {error.path}, which {error.reason}; mend the data "
-                    f"or raise --max_bad_images"
-                )
+                more = f"more than --max_bad_images {self.limit}"
+                last = f"the last is {error.path}, which {error.reason}"
+                remedy = "mend the data or raise --max_bad_images"
+                raise UserError(f"{self.count} image files can't be used, {more}; {last}; {remedy}")
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data for a checkpoint."""

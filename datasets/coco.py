@@ -85,12 +85,13 @@ class CocoDetection(Dataset):
         return len(self.image_ids)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        # the image, and its objects in pixels
         image_id = self.image_ids[index]
         info = self.coco.imgs[image_id]
-        path = self.images / info["file_name"]
-        image = decode(self._bytes(info), path, self._max_megapixels, self._remedy(info))
+        image = decode(self._bytes(info), self.file_of(image_id), self._max_megapixels, self._remedy(info))
         width, height = image.size
         target = _target(self.coco.imgToAnns[image_id], self.classes, height, width)
+
         # seeded per item: the same augmentation for any number of processes and workers, and after
         # a resume
         with _random_choices(_item_seed(self._seed, self.epoch, index)):
@@ -115,6 +116,7 @@ class CocoDetection(Dataset):
         Files that can't be read raise BadImageError here or, with `leave_out_bad`, as items.
         """
         for info in self.coco.imgs.values():
+            # an item of a bad file raises again, and is then skipped
             try:
                 self._cache[info["file_name"]] = self._bytes(info)
             except BadImageError:
@@ -141,13 +143,9 @@ def build(image_set: str, data: DataConfig, seed: int, classes: ClassMap | None 
             f"--coco_path {root} does not exist; it must be a folder with train2017, val2017 and annotations"
         )
 
+    transform = eval_transform(data.eval_size, data.max_size)
     if image_set == "train":
-        transform = train_transform(
-            data.train_sizes, data.max_size, data.crop_resize_sizes, data.crop_sizes, data.augmentation
-        )
-    else:
-        transform = eval_transform(data.eval_size, data.max_size)
-
+        transform = train_transform(data)
     dataset = CocoDetection(
         images,
         data.annotations_file(image_set),
@@ -197,22 +195,19 @@ def _target(annotations: list[dict[str, Any]], classes: ClassMap, height: int, w
     target = _without_empty(target)
 
     # types by which transforms know what to do with them
-    target["area"] = Area(target["area"])
-    target["boxes"] = BoundingBoxes(
-        target["boxes"], format=BoundingBoxFormat.XYXY, canvas_size=(height, width)
-    )
-    return target
+    boxes = BoundingBoxes(target["boxes"], format=BoundingBoxFormat.XYXY, canvas_size=(height, width))
+    return target | {"boxes": boxes, "area": Area(target["area"])}
 
 
-def _without_empty(target: dict[str, Any]) -> dict[str, Any]:
-    boxes = target["boxes"]
-    keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
-    return {name: values[keep] for name, values in target.items()}
+def _without_empty(target: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    # without the types of the transforms, which are done
+    plain = {name: values.as_subclass(torch.Tensor) for name, values in target.items()}
+    keep = (plain["boxes"][:, 2:] > plain["boxes"][:, :2]).all(1)
+    return {name: values[keep] for name, values in plain.items()}
 
 
 def _normalized(target: dict[str, Any], height: int, width: int) -> dict[str, Any]:
     """Boxes in pixels to cxcywh in [0, 1], without those that a crop has emptied."""
-    target = {name: values.as_subclass(torch.Tensor) for name, values in target.items()}
     target = _without_empty(target)
     sides = torch.tensor([width, height, width, height])
     target["boxes"] = box_convert(target["boxes"], "xyxy", "cxcywh") / sides

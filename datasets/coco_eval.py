@@ -57,9 +57,10 @@ def coco_results(
     # columns of an image's detections, then one dictionary for each
     results = []
     for image_id, detection in zip(image_ids, detections, strict=True):
+        labels = detection["labels"].tolist()
         columns: dict[str, list[Any]] = {
-            "image_id": [image_id] * len(detection["labels"]),
-            "category_id": [classes.id_of(label) for label in detection["labels"].tolist()],
+            "image_id": [image_id] * len(labels),
+            "category_id": [classes.id_of(label) for label in labels],
         }
         for kind in IOU_TYPES.values():
             if kind.output in detection:
@@ -82,9 +83,9 @@ def evaluate_results(
         iou_type: of IOU_TYPES.
     """
     # both write to stdout
-    faster = _faster_coco_eval() if evaluator == "faster" else None
     with contextlib.redirect_stdout(io.StringIO()):
         truth, detections = _prepared(ground_truth, results, iou_type)
+        faster = _faster_coco_eval() if evaluator == "faster" else None
         if faster and _fits_faster(truth, detections):
             evaluation = faster(truth, detections, iou_type, print_function=print)
             _accumulate_as_pycocotools(evaluation)
@@ -116,6 +117,7 @@ def precision_tables(evaluation: COCOeval) -> dict[str, Any]:
     precision and scores [T, R, K, A, M], recall [T, K, A, M]: T IoU thresholds, R recalls, K
     categories, A ranges of areas, M limits of detections an image.
     """
+    # contiguous copies, because a checkpoint would keep what a view belongs to
     tables: dict[str, Any] = {}
     for name in ("precision", "recall", "scores"):
         tables[name] = torch.from_numpy(np.ascontiguousarray(evaluation.eval[name]))
@@ -176,6 +178,7 @@ def _accumulate_as_pycocotools(evaluation: Any) -> None:
     params.recThrs = np.append(recalls, 2.0 ** (1 - np.arange(power.max(initial=0) + 1)))
     evaluation.evaluate()
     evaluation.accumulate()
+    # summarize reads them
     params.recThrs = recalls
 
     # correct the precision where it shows that only the first detection is right
@@ -194,31 +197,23 @@ def _count_objects(evaluation: Any) -> np.ndarray:
     params = evaluation.params
     objects = [entry for entry in evaluation.cocoGt.dataset["annotations"] if not entry["iscrowd"]]
     place = np.searchsorted(params.catIds, [entry["category_id"] for entry in objects])
+    # one object may be in several ranges
     area = np.array([entry["area"] for entry in objects])
-    in_range = [place[(area >= low) & (area <= high)] for low, high in params.areaRng]
-    return np.stack([np.bincount(places, minlength=len(params.catIds)) for places in in_range], axis=1)
+    counts = np.zeros((len(params.catIds), len(params.areaRng)), dtype=int)
+    for i, (low, high) in enumerate(params.areaRng):
+        np.add.at(counts[:, i], place[(area >= low) & (area <= high)], 1)
+    return counts
 
 
 def _prepared(ground_truth: COCO, results: list[dict[str, Any]], iou_type: str) -> tuple[COCO, COCO]:
-    """What COCOeval takes: objects, and the detections of known classes."""
-    truth = _essence(ground_truth, IOU_TYPES[iou_type].field)
-    # copied, because loadRes adds entries to them
-    known = [dict(r) for r in results if r["category_id"] in truth.cats]
-    known.sort(key=lambda r: r["image_id"])  # stable: the order within an image stays
-    if known:
-        return truth, truth.loadRes(known)
-    return truth, _indexed({**truth.dataset, "annotations": []})  # loadRes can't take an empty list
+    """What COCOeval takes: objects, and the detections of known classes.
 
-
-def _essence(ground_truth: COCO, field: str) -> COCO:
-    """A copy of what COCOeval uses of the annotations, because COCOeval changes it.
-
-    Objects are numbered from 1: COCOeval takes a detection matched with an object of id 0 for
-    unmatched.
+    Objects are copied, because COCOeval changes them, and numbered from 1: COCOeval takes a detection
+    matched with an object of id 0 for unmatched.
     """
     used = {
         "images": ("id",),
-        "annotations": ("image_id", "category_id", field, "area", "iscrowd"),
+        "annotations": ("image_id", "category_id", IOU_TYPES[iou_type].field, "area", "iscrowd"),
         "categories": ("id", "name"),
     }
     content = {}
@@ -226,7 +221,14 @@ def _essence(ground_truth: COCO, field: str) -> COCO:
         content[name] = [{key: entry[key] for key in keys} for entry in ground_truth.dataset[name]]
     for number, annotation in enumerate(content["annotations"], 1):
         annotation["id"] = number
-    return _indexed(content)
+    truth = _indexed(content)
+
+    # copied, because loadRes adds entries to them
+    known = [dict(r) for r in results if r["category_id"] in truth.cats]
+    known.sort(key=lambda r: r["image_id"])  # stable: the order within an image stays
+    if known:
+        return truth, truth.loadRes(known)
+    return truth, _indexed(content | {"annotations": []})  # loadRes can't take an empty list
 
 
 def _indexed(content: dict[str, list[dict[str, Any]]]) -> COCO:

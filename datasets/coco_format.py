@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import io
 import json
 import re
 import reprlib
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,23 +35,42 @@ _UNSAFE_NAME = re.compile(
 )
 
 
+# kinds of problems that are legitimate, but rarely intended
+WARNINGS = {
+    "other_name",
+    "duplicate_box",
+    "same_picture",
+    "unused_category",
+    "no_objects",
+    "only_crowds",
+    "class_of_crowds",
+    "more_than_queries",
+    "more_than_detections",
+    "flat_picture",
+    "mixed_depths",
+}
+
+
 @dataclass
 class Problem:
     """Something wrong with a data set, in one line.
 
     kind: its code in reports, in lower case. message: names the file, the entry, the field and the
     remedy. section: "images", "annotations" or "categories"; "" for a whole file. entry: what is
-    wrong, as it is in that list. is_warning: it is legitimate, but rarely intended. split, file:
-    where it is, set by the check of a whole data set (datasets/preflight).
+    wrong, as it is in that list. split, file: where it is, set by the check of a whole data set
+    (datasets/preflight).
     """
 
     kind: str
     message: str
     section: str = ""
     entry: Any = None
-    is_warning: bool = False
     split: str = ""
     file: str = ""
+
+    @property
+    def is_warning(self) -> bool:
+        return self.kind in WARNINGS
 
 
 # ---- reading
@@ -67,10 +86,9 @@ def read_annotations(path: Path) -> COCO:
         UserError: the file is missing, not JSON, or has a field that can't be right; the message
         names it.
     """
-    content = read_json(path)
-    _check(content, path)
     coco = COCO()
-    coco.dataset = content
+    coco.dataset = read_json(path)
+    _check(coco.dataset, path)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
         coco.createIndex()
     return coco
@@ -85,6 +103,7 @@ def read_images_and_categories(path: Path) -> tuple[list[dict[str, Any]], list[d
     Raises:
         UserError: as `read_annotations`.
     """
+    # test sets have no annotations
     content = read_json(path, without=("annotations",))
     if isinstance(content, dict):
         content["annotations"] = []
@@ -98,42 +117,29 @@ def read_json(path: Path, without: Collection[str] = ()) -> Any:
     Raises:
         UserError: the file is missing or not JSON.
     """
-    unique = functools.partial(_unique_keys, without=without)
-    try:
-        with _no_garbage_collection():
-            return json.loads(read_regular_file(path), object_pairs_hook=unique)
-    except OSError as error:
-        raise UserError(
-            f"{path} can't be read ({error.strerror}); it must be a COCO instances file: check "
-            f"--coco_path, or "
-            "--train_annotations and --val_annotations"
-        ) from None
-    except RecursionError:
-        raise UserError(f"{path} is nested too deeply; it must be a COCO instances file") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); it must be a COCO instances file") from None
+    not_instances = "it must be a COCO instances file"
 
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        entry = dict(pairs)
+        if len(entry) < len(pairs):
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise ValueError(f"an object has the key {shown(twice)} twice")
+        for key in without:
+            entry.pop(key, None)
+        return entry
 
-def _unique_keys(pairs: list[tuple[str, Any]], without: Collection[str]) -> dict[str, Any]:
-    entry = dict(pairs)
-    if len(entry) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"an object has the key {shown(twice)} twice")
-    for key in without:
-        entry.pop(key, None)
-    return entry
-
-
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """For code that makes millions of objects and no cycles, which the collector would visit again
-    and again.
-    """
+    # millions of objects and no cycles: garbage collection would visit them again and again
     enabled = gc.isenabled()
     gc.disable()
     try:
-        yield
+        return json.loads(read_regular_file(path), object_pairs_hook=unique)
+    except OSError as error:
+        flags = "check --coco_path, or --train_annotations and --val_annotations"
+        raise UserError(f"{path} can't be read ({error.strerror}); {not_instances}: {flags}") from None
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply; {not_instances}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); {not_instances}") from None
     finally:
         if enabled:
             gc.enable()
@@ -165,20 +171,16 @@ def format_problems(
         yield Problem("not_instances_format", message, entry=content)
         return
 
-    # each list: its fields, then its ids
+    # each list; ids of broken entries are known too, because those entries have been reported
     complete = True
     known: dict[str, set[int]] = {}
     for section, fields in _fields(sizes_known, names_are_here).items():
-        entries = content.get(section)
-        if not isinstance(entries, list):
+        entries, content[section], known[section] = content.get(section), [], set()
+        if isinstance(entries, list):
+            yield from _list_problems(entries, section, fields, content[section], known[section], path)
+        else:
             yield Problem("not_instances_format", f"{not_coco} has no list {section!r}")
-            entries, complete = [], False
-        broken: set[int] = set()
-        for field in fields:
-            yield from _field_problems(entries, section, field, broken, path)
-        yield from _id_problems(entries, section, broken, path)
-        known[section] = {entry["id"] for entry in entries if _has_id(entry)}
-        content[section] = [entry for i, entry in enumerate(entries) if i not in broken]
+            complete = False
 
     # what annotations refer to
     if complete and not known["categories"]:
@@ -194,87 +196,70 @@ class _Field(NamedTuple):
     """A field of the entries of a list.
 
     fits: whether a value may be right. wanted: what it must be. default: the value for an entry
-    without it; None: it is required. kind: of the problem of a value that does not fit; None:
-    wrong_<key>.
+    without it; None: it is required.
     """
 
     key: str
     fits: Callable[[Any], bool]
     wanted: str
     default: Callable[[dict[str, Any]], Any] | None = None
-    kind: Callable[[Any], str] | None = None
 
 
-def _field_problems(
-    entries: list[Any], section: str, field: _Field, broken: set[int], path: Path
+def _list_problems(
+    entries: list[Any], section: str, fields: list[_Field], sound: list[Any], ids: set[int], path: Path
 ) -> Iterator[Problem]:
-    """What is wrong with a field of all entries of a list. Adds their indices to `broken`."""
-    key, fits, wanted, default, kind = field
+    """What is wrong with a list. Adds entries without a problem to `sound`, and all ids to `ids`."""
     for i, entry in enumerate(entries):
-        # the value, or its default
-        try:
-            value = entry[key]
-        except (KeyError, TypeError, IndexError):
-            if key != "id" and not isinstance(entry, dict):
-                continue  # reported as an entry without an id
+        problems = list(_entry_problems(entry, section, i, fields, path))
+        if isinstance(entry, dict) and is_id(entry.get("id")):
+            number = entry["id"]
+            if number in ids:
+                message = f"{path}: two {section} have the id {number}; ids must be unique, number them anew"
+                problems.append(Problem(f"duplicate_{_SINGULAR[section]}_id", message, section, entry))
+            ids.add(number)
+        if not problems:
+            sound.append(entry)
+        yield from problems
+
+
+def _entry_problems(entry: Any, section: str, i: int, fields: list[_Field], path: Path) -> Iterator[Problem]:
+    """What is wrong with the fields of entry `i`. Optional ones are filled in."""
+    # named by its place, and then by its id, which is the first field
+    name, missing = f"{section}[{i}]", f"{path} is not in COCO's instances format: {section}[{i}] lacks"
+    if not isinstance(entry, dict):
+        yield Problem("missing_field", f"{missing} 'id'", section, entry)
+        return
+    for key, fits, wanted, default in fields:
+        if key not in entry:
             if default is None:
-                broken.add(i)
-                message = f"{path} is not in COCO's instances format: {section}[{i}] lacks {key!r}"
-                yield Problem("missing_field", message, section, entry)
-                continue
-            if i in broken:
-                continue  # a default may need the field that is wrong
-            value = entry[key] = default(entry)
-        if fits(value):
-            continue
-
-        # entries are named by their ids, which were checked first
-        name = f"{section}[{i}]"
-        if key != "id" and _has_id(entry):
-            name = f"{_SINGULAR[section]} {entry['id']}"
-        broken.add(i)
-        message = f"{path}: {name} has {key} {shown(value)}; it must be {wanted}"
-        yield Problem(kind(value) if kind else f"wrong_{key}", message, section, entry)
-
-
-def _id_problems(entries: list[Any], section: str, broken: set[int], path: Path) -> Iterator[Problem]:
-    seen: set[int] = set()
-    for i, entry in enumerate(entries):
-        if not _has_id(entry):
-            continue
-        if entry["id"] in seen:
-            broken.add(i)
-            message = f"{path}: two {section} have the id {entry['id']}; ids must be unique, number them anew"
-            yield Problem(f"duplicate_{_SINGULAR[section]}_id", message, section, entry)
-        seen.add(entry["id"])
+                yield Problem("missing_field", f"{missing} {key!r}", section, entry)
+            else:
+                entry[key] = default(entry)
+        elif not fits(entry[key]):
+            kind = f"wrong_{key}"
+            if key == "bbox" and _is_four_numbers(entry[key]):
+                kind = "degenerate_box"
+            message = f"{path}: {name} has {key} {shown(entry[key])}; it must be {wanted}"
+            yield Problem(kind, message, section, entry)
+        elif key == "id":
+            name = f"{_SINGULAR[section]} {entry[key]}"
 
 
 def _reference_problems(content: dict[str, Any], known: dict[str, set[int]], path: Path) -> Iterator[Problem]:
-    """Annotations of unknown images and categories. `known`: the ids, also those of broken entries."""
-    images = {entry["id"] for entry in content["images"]}
-    categories = {entry["id"] for entry in content["categories"]}
-    kept = []
-    for annotation in content["annotations"]:
-        image, category = annotation["image_id"], annotation["category_id"]
-        if image in images and category in categories:
-            kept.append(annotation)
-            continue
-
-        # one of a broken entry has been reported there
-        number = annotation["id"]
-        if image not in known["images"]:
-            message = (
-                f"{path}: annotation {number} has image_id {image}, which is no image's id; take it out "
-                "or add the image"
-            )
-            yield Problem("unknown_image", message, "annotations", annotation)
-        if category not in known["categories"]:
-            message = (
-                f"{path}: annotation {number} has category_id {category}, which its categories lack; "
-                "add the category"
-            )
-            yield Problem("unknown_category", message, "annotations", annotation)
-    content["annotations"] = kept
+    """Annotations of unknown images and categories. Those of broken entries are left out, too."""
+    meanings = {
+        "images": "which is no image's id; take it out or add the image",
+        "categories": "which its categories lack; add the category",
+    }
+    for section, meaning in meanings.items():
+        name = _SINGULAR[section]
+        for annotation in content["annotations"]:
+            number = annotation[f"{name}_id"]
+            if number not in known[section]:
+                message = f"{path}: annotation {annotation['id']} has {name}_id {number}, {meaning}"
+                yield Problem(f"unknown_{name}", message, "annotations", annotation)
+        ids = {entry["id"] for entry in content[section]}
+        content["annotations"] = [entry for entry in content["annotations"] if entry[f"{name}_id"] in ids]
 
 
 # ---- fields
@@ -304,10 +289,6 @@ def is_area(value: Any) -> bool:
     return _is_number(value, 0, _LARGEST_AREA)
 
 
-def _has_id(entry: Any) -> bool:
-    return isinstance(entry, dict) and is_id(entry.get("id"))
-
-
 def _is_number(value: Any, low: float, high: float) -> bool:
     return type(value) in (int, float) and low <= value <= high  # False for NaN
 
@@ -325,6 +306,7 @@ def _is_portable(value: Any) -> bool:
 
 
 def _is_flag(value: Any) -> bool:
+    # some programs write true and false
     return type(value) in (int, bool) and value in (0, 1)
 
 
@@ -332,56 +314,45 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _is_box(value: Any) -> bool:
+def _is_four_numbers(value: Any) -> bool:
     if type(value) is not list or len(value) != 4:
         return False
-    x, y, width, height = value
-    # written out, because it runs for every annotation
-    return (
-        _is_number(x, -_FARTHEST, _FARTHEST)
-        and _is_number(y, -_FARTHEST, _FARTHEST)
-        and _is_number(width, 0, _FARTHEST)
-        and _is_number(height, 0, _FARTHEST)
-    )
+    return all(_is_number(number, -_FARTHEST, _FARTHEST) for number in value)
 
 
-def _box_kind(value: Any) -> str:
-    """The problem of a value that is no box: "degenerate_box" if only its sides are negative."""
-    try:
-        if len(value) == 4 and _is_box([*value[:2], abs(value[2]), abs(value[3])]):
-            return "degenerate_box"
-    except (TypeError, ValueError):
-        pass
-    return "wrong_bbox"
+def _is_box(value: Any) -> bool:
+    return _is_four_numbers(value) and value[2] >= 0 and value[3] >= 0
 
 
 def _box_area(annotation: dict[str, Any]) -> float:
-    return min(annotation["bbox"][2] * annotation["bbox"][3], _LARGEST_AREA)
+    if not _is_box(annotation.get("bbox")):
+        return 0.0  # the box is reported
+    _, _, width, height = annotation["bbox"]
+    return min(width * height, _LARGEST_AREA)
 
 
 _SINGULAR = {"images": "image", "annotations": "annotation", "categories": "category"}
 
 
 def _fields(sizes_known: bool, names_are_here: bool) -> dict[str, list[_Field]]:
-    """The fields by list. An id is checked before the other fields, and a box before its area."""
+    """The fields by list. The id comes first, because messages name an entry by it."""
     number = _Field("id", is_id, "a whole number, of 64 bits")
-    name = _Field(
-        "file_name",
-        is_file_name if names_are_here else _is_portable,
-        "the path of a file below the image folder, of at most "
-        f"{_LONGEST_NAME} characters (tools/convert_dataset.py finds files of other names)",
+    is_name = is_file_name if names_are_here else _is_portable
+    path = (
+        f"the path of a file below the image folder, of at most {_LONGEST_NAME} characters "
+        "(tools/convert_dataset.py finds files of other names)"
     )
     side = _Field("height", _is_side, "a whole number of pixels above 0")
     if not sizes_known:
         side = side._replace(fits=_is_side_or_0, default=lambda image: 0)
     box = "four finite numbers x, y, width, height in pixels, width and height not negative"
     return {
-        "images": [number, name, side, side._replace(key="width")],
+        "images": [number, _Field("file_name", is_name, path), side, side._replace(key="width")],
         "annotations": [
             number,
             _Field("image_id", is_id, "a whole number, an image's id"),
             _Field("category_id", is_id, "a whole number, a category's id"),
-            _Field("bbox", _is_box, box, kind=_box_kind),
+            _Field("bbox", _is_box, box),
             _Field("area", is_area, "a finite number of pixels, not negative", _box_area),
             _Field("iscrowd", _is_flag, "0 or 1", lambda annotation: 0),
         ],

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -27,7 +26,6 @@ CORRECT, IGNORED = "correct", "ignored"
 FALSE_POSITIVES = ("class", "localisation", "both", "duplicate", "background")
 MISSED = "missed"
 KINDS = (*FALSE_POSITIVES, MISSED)
-RECALLS = np.linspace(0, 1, 101)
 
 
 @dataclass(frozen=True)
@@ -38,11 +36,12 @@ class Objects:
     height in pixels; found_by [G]: index of the detection that found it, or -1.
     """
 
-    index: NDArray[np.int64]
-    image: NDArray[np.int64]
-    category: NDArray[np.int64]
-    box: NDArray[np.float64]
-    found_by: NDArray[np.int64]
+    index: np.ndarray
+    image: np.ndarray
+    category: np.ndarray
+    box: np.ndarray
+    # filled in by find_errors
+    found_by: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -54,13 +53,13 @@ class SortedDetections:
     the kind is about, or -1; iou [D]: with that object.
     """
 
-    image: NDArray[np.int64]
-    category: NDArray[np.int64]
-    score: NDArray[np.float64]
-    box: NDArray[np.float64]
-    kind: NDArray[np.str_]
-    object: NDArray[np.int64]
-    iou: NDArray[np.float64]
+    image: np.ndarray
+    category: np.ndarray
+    score: np.ndarray
+    box: np.ndarray
+    kind: np.ndarray
+    object: np.ndarray
+    iou: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -71,15 +70,15 @@ class Errors:
     detections: SortedDetections
 
     @property
-    def never_touched(self) -> NDArray[np.bool_]:
-        """[G]: objects that no detection found, not even with another class or another box."""
+    def never_touched(self) -> np.ndarray:
+        """[G] bool: objects that no detection found, not even with another class or another box."""
         touched = np.isin(self.detections.kind, ("class", "localisation"))
         near = np.isin(np.arange(len(self.objects.index)), self.detections.object[touched])
         return ~near & (self.objects.found_by < 0)
 
     def average_precision(self) -> float:
         """COCO's AP50 in [0, 1]; nan without an object."""
-        return self._mean_ap(*self._without(""))
+        return self._mean_ap("", self.objects.category)
 
     def costs(self) -> dict[str, float]:
         """By kind: the gain in AP50 if the errors of this kind alone were corrected (paper: delta AP).
@@ -87,60 +86,51 @@ class Errors:
         A wrong class or box is corrected if the object was not found otherwise, for the detection
         with the highest score. All other errors, and missed objects, are removed.
         """
-        now = self.average_precision()
-        fixed = {kind: self._mean_ap(*self._without(kind)) for kind in FALSE_POSITIVES}
-        fixed[MISSED] = self._mean_ap(*self._without(""), left_out=self.never_touched)
+        category, now = self.objects.category, self.average_precision()
+        fixed = {kind: self._mean_ap(kind, category) for kind in FALSE_POSITIVES}
+        fixed[MISSED] = self._mean_ap("", category[~self.never_touched])
         return {kind: max(0.0, value - now) for kind, value in fixed.items()}
 
-    def _without(self, kind: str) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]:
-        """Category [D], correct [D] and kept [D] with the errors of a kind corrected; "" is none."""
+    def _mean_ap(self, kind: str, objects: np.ndarray) -> float:
+        """The mean over the classes with the errors of a kind corrected; objects [G]: their categories."""
+        # errors that are corrected, and the others, which are removed
         found = self.detections
-        category, correct, kept = found.category.copy(), found.kind == CORRECT, found.kind != kind
-        if kind not in ("class", "localisation"):
-            return category, correct, kept
+        category, correct = found.category.copy(), found.kind == CORRECT
+        kept = ~np.isin(found.kind, (kind, IGNORED))
+        if kind in ("class", "localisation"):
+            mended = self._first_of_each_object(kind)
+            kept[mended] = correct[mended] = True
+            category[mended] = self.objects.category[found.object[mended]]
 
-        # the first detection of each object, by falling score, is corrected
-        wrong = np.flatnonzero(found.kind == kind)
-        wrong = wrong[self.objects.found_by[found.object[wrong]] < 0]
-        wrong = wrong[np.argsort(-found.score[wrong], kind="stable")]
-        _, first = np.unique(found.object[wrong], return_index=True)
-        mended = wrong[first]
-        kept[mended] = correct[mended] = True
-        category[mended] = self.objects.category[found.object[mended]]
-        return category, correct, kept
-
-    def _mean_ap(
-        self,
-        category: NDArray[np.int64],
-        correct: NDArray[np.bool_],
-        kept: NDArray[np.bool_],
-        left_out: NDArray[np.bool_] | None = None,
-    ) -> float:
-        """The mean over the classes, with objects `left_out` [G]."""
-        kept = kept & (self.detections.kind != IGNORED)
-        counted = self.objects.category
-        if left_out is not None:
-            counted = counted[~left_out]
+        # each class with the objects that count
         values = []
         for number in np.unique(self.objects.category):
             mine = kept & (category == number)
-            num_objects = int((counted == number).sum())
-            values.append(average_precision(self.detections.score[mine], correct[mine], num_objects))
+            values.append(average_precision(found.score[mine], correct[mine], (objects == number).sum()))
         return float(np.mean(values)) if values else float("nan")
 
+    def _first_of_each_object(self, kind: str) -> np.ndarray:
+        """The detections of a kind with the highest score, of each object that was not found."""
+        # those about objects that nothing found, best first
+        found = self.detections
+        wrong = np.flatnonzero(found.kind == kind)
+        wrong = wrong[self.objects.found_by[found.object[wrong]] < 0]
+        wrong = wrong[np.argsort(-found.score[wrong], kind="stable")]
+        # unique gives the first place of each object
+        _, first = np.unique(found.object[wrong], return_index=True)
+        return wrong[first]
 
-def average_precision(scores: NDArray[np.float64], correct: NDArray[np.bool_], num_objects: int) -> float:
+
+def average_precision(scores: np.ndarray, correct: np.ndarray, num_objects: int) -> float:
     """COCO's interpolated average precision of one class, at 101 recalls; 0 without an object."""
     if num_objects == 0:
         return 0.0
     # of equal scores the first of the file comes first, as in pycocotools
-    order = np.argsort(-scores, kind="mergesort")
+    right = np.cumsum(correct[np.argsort(-scores, kind="stable")])
     # the precision at a recall is the highest at this recall or above
-    right = np.cumsum(correct[order])
-    recall = right / num_objects
-    precision = right / np.arange(1, len(order) + 1)
+    precision = right / np.arange(1, len(right) + 1)
     precision = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
-    return float(precision[np.searchsorted(recall, RECALLS, side="left")].mean())
+    return float(precision[np.searchsorted(right / num_objects, np.linspace(0, 1, 101))].mean())
 
 
 def find_errors(ground_truth: COCO, results: list[dict[str, Any]]) -> Errors:
@@ -149,30 +139,31 @@ def find_errors(ground_truth: COCO, results: list[dict[str, Any]]) -> Errors:
     evaluation = match_boxes(ground_truth, results, FOUND_IOU)
     objects = _objects(evaluation)
     detections = _detections(evaluation, objects)
-    right = detections.kind == CORRECT
-    objects.found_by[detections.object[right]] = np.flatnonzero(right)
+    right = np.flatnonzero(detections.kind == CORRECT)
+    objects.found_by[detections.object[right]] = right
 
     # all other detections, image by image
     of_objects = _groups(objects.image)
+    nothing = np.empty(0, dtype=np.intp)
     for image, rows in _groups(detections.image).items():
-        columns = of_objects.get(image, np.empty(0, dtype=np.intp))
-        _sort_errors(detections, objects, rows, columns)
+        _sort_errors(detections, objects, rows, of_objects.get(image, nothing))
     return Errors(objects, detections)
 
 
 def _objects(evaluation: COCOeval) -> Objects:
     kept = [entry for entry in evaluation.cocoGt.dataset["annotations"] if not entry["iscrowd"]]
     return Objects(
-        _integers(kept, "id") - 1,  # match_boxes numbers them from 1
-        _integers(kept, "image_id"),
-        _integers(kept, "category_id"),
-        _boxes(kept),
-        np.full(len(kept), -1, dtype=np.int64),
+        index=_column(kept, "id") - 1,  # match_boxes numbers them from 1
+        image=_column(kept, "image_id"),
+        category=_column(kept, "category_id"),
+        box=_column(kept, "bbox", np.float64).reshape(-1, 4),
+        found_by=np.full(len(kept), -1, dtype=np.int64),
     )
 
 
 def _detections(evaluation: COCOeval, objects: Objects) -> SortedDetections:
     """In the order in which COCOeval accumulates them. Errors have the kind "" still."""
+    # COCOeval names objects by their ids
     places = {number: place for place, number in enumerate((objects.index + 1).tolist())}
     entries, kinds, targets = [], [], []
     for image in filter(None, evaluation.evalImgs):
@@ -186,28 +177,30 @@ def _detections(evaluation: COCOeval, objects: Objects) -> SortedDetections:
             entries.append(evaluation.cocoDt.anns[number])
             kinds.append(kind)
             targets.append(target)
+    # the kinds of errors are longer than "" and "correct"
     return SortedDetections(
-        _integers(entries, "image_id"),
-        _integers(entries, "category_id"),
-        np.array([entry["score"] for entry in entries], dtype=np.float64),
-        _boxes(entries),
-        np.array(kinds, dtype="<U12"),
-        np.array(targets, dtype=np.int64),
-        np.zeros(len(entries)),
+        image=_column(entries, "image_id"),
+        category=_column(entries, "category_id"),
+        score=_column(entries, "score", np.float64),
+        box=_column(entries, "bbox", np.float64).reshape(-1, 4),
+        kind=np.array(kinds, dtype="<U12"),
+        object=np.array(targets, dtype=np.int64),
+        iou=np.zeros(len(entries)),
     )
 
 
-def _groups(ids: NDArray[np.int64]) -> dict[int, NDArray[np.intp]]:
+def _groups(ids: np.ndarray) -> dict[int, np.ndarray]:
     """The places of every id."""
     if not len(ids):
         return {}
+    # sorted by id, the places of one id are neighbours
     order = np.argsort(ids, kind="stable")
     values, starts = np.unique(ids[order], return_index=True)
     return dict(zip(values.tolist(), np.split(order, starts[1:]), strict=True))
 
 
 def _sort_errors(
-    detections: SortedDetections, objects: Objects, rows: NDArray[np.intp], columns: NDArray[np.intp]
+    detections: SortedDetections, objects: Objects, rows: np.ndarray, columns: np.ndarray
 ) -> None:
     """Fill kind, object and iou of an image's detections [R] by its objects [C].
 
@@ -221,6 +214,7 @@ def _sort_errors(
     # the nearest object of the same class and of another
     iou = np.asarray(mask_utils.iou(detections.box[rows], objects.box[columns], [0] * len(columns)))
     iou = iou.reshape(len(rows), -1)
+    # an IoU of 0 stands for objects of the other kind
     same_class = detections.category[rows][:, None] == objects.category[columns]
     same, other = np.where(same_class, iou, 0.0), np.where(same_class, 0.0, iou)
     most_same, most_other = same.max(1), other.max(1)
@@ -247,9 +241,5 @@ def _sort_errors(
             detections.iou[row] = iou[place, columns == detections.object[row]][0]
 
 
-def _integers(entries: list[dict[str, Any]], key: str) -> NDArray[np.int64]:
-    return np.array([entry[key] for entry in entries], dtype=np.int64)
-
-
-def _boxes(entries: list[dict[str, Any]]) -> NDArray[np.float64]:
-    return np.array([entry["bbox"] for entry in entries], dtype=np.float64).reshape(-1, 4)
+def _column(entries: list[dict[str, Any]], key: str, dtype: type = np.int64) -> np.ndarray:
+    return np.array([entry[key] for entry in entries], dtype)

@@ -80,15 +80,20 @@ def annotated_size(image: Mapping[str, Any]) -> Size:
 class _Option(NamedTuple):
     """A file with the wanted bare name.
 
-    length: number of parts that the end of its path has in common with the name. exact: in the same
-    spelling. base: the folder that the name would be relative to; None: the name's first parts are
-    not in its path.
+    real: its path without links. length: number of parts that the end of its path has in common with
+    the name. exact: in the same spelling. base: the folder that the name would be relative to; None:
+    the name's first parts are not in its path.
     """
 
     path: Path
-    length: int
-    exact: bool
-    base: Key | None
+    real: str
+    length: int = 1
+    exact: bool = False
+    base: Key | None = None
+
+    @property
+    def folder(self) -> str:
+        return os.path.dirname(self.real)
 
 
 class Index:
@@ -114,6 +119,7 @@ class Index:
         """All files below a folder. Names may begin with the folder's own name, or with its whole
         path.
         """
+        # without the root: "/" is no part of a name
         files = [(parts_of(path.relative_to(root).as_posix()), path) for path in files_below(root, suffixes)]
         return cls(files, root, Path(os.path.abspath(root)).parts[1:])
 
@@ -138,20 +144,15 @@ class Index:
         # the files that a name may mean, and among them those that the whole name fits
         options = {name: _distinct(self._options(name)) for name in names}
         options = _without_unlikely(options, prefers)
-        complete: dict[str, list[_Option]] = {}
+        complete = {}
         for name, size in tqdm(names.items(), desc="looking for images", unit="image", disable=None):
             complete[name] = _complete(options[name], size)
 
         # in the folder that most names are relative to, or else anywhere
-        home = _home(complete, prefers)
-        at_home: dict[str, Found | None] = {}
-        for name, fitting in complete.items():
-            at_home[name] = _at_home([option for option in fitting if option.base == home])
-        doubtful: set[str] = set()
-        if None in at_home.values():
-            doubtful = _doubtful(options.values())
+        home, doubtful = _home(complete, prefers), _doubtful(options.values())
         chosen: dict[str, Found | str] = {}
-        for name, found in at_home.items():
+        for name, fitting in complete.items():
+            found = _at_home([option for option in fitting if option.base == home])
             chosen[name] = found or self._elsewhere(options[name], names[name], doubtful)
         return _each_once(chosen, taken)
 
@@ -161,10 +162,12 @@ class Index:
         parts = parts_of(name)
         wanted, is_plain = folded_key(parts), portable(name) == name
         for start in range(len(wanted)):
-            end = wanted[start:]
-            if found := self._ending(end):
+            if found := self._ending(wanted[start:]):
                 return [self._option(key, path, parts, start, is_plain) for key, path in found]
-        return self._uploads(wanted)
+
+        # a name that got a prefix in the upload
+        bare = _UPLOAD.sub("", "".join(wanted[-1:]))
+        return [_Option(path, os.path.realpath(path)) for _, path in self._by_end.get((bare,), [])]
 
     def _option(self, key: Key, path: Path, parts: Key, start: int, is_plain: bool) -> _Option:
         """A file whose key ends like `parts` from `start` on."""
@@ -175,49 +178,42 @@ class Index:
             base = (*self._above, *folded_key(key[:-length]))
         elif len(key) == length and self._above[-start:] == rest:
             base = self._above[:-start]
-        return _Option(path, length, is_plain and key[-length:] == parts[start:], base)
+        exact = is_plain and key[-length:] == parts[start:]
+        return _Option(path, os.path.realpath(path), length, exact, base)
 
     def _ending(self, end: Key) -> list[tuple[Key, Path]]:
         """Files by the end of their keys. Names in lists may omit the suffix."""
-        found = list(self._by_end.get(end, []))
-        if not found and not end[-1].endswith(IMAGE_SUFFIXES):
-            for suffix in IMAGE_SUFFIXES:
-                found += self._by_end.get((*end[:-1], end[-1] + suffix), [])
-        return found
-
-    def _uploads(self, wanted: Key) -> list[_Option]:
-        """The files for a name that got a prefix in the upload."""
-        bare = _UPLOAD.sub("", wanted[-1]) if wanted else ""
-        return [_Option(path, 1, False, None) for _, path in self._by_end.get((bare,), [])]
+        found = self._by_end.get(end, [])
+        if found or end[-1].endswith(IMAGE_SUFFIXES):
+            return found
+        ends = [(*end[:-1], end[-1] + suffix) for suffix in IMAGE_SUFFIXES]
+        return [file for end in ends for file in self._by_end.get(end, [])]
 
     def _elsewhere(self, options: list[_Option], size: Size | None, doubtful: Container[str]) -> Found | str:
         """The one file with the longest end in common, or why it is not taken."""
         # none, several, or probably a mask
         if not options:
             return f"below {self._place} it is not there"
-        path = options[0].path
-        if len(options) > 1:
-            return (
-                f"there are {len(options)} of that name in several folders, {path} and {options[1].path} "
-                "first"
-            )
-        if _folder(path) in doubtful:
-            return (
-                f"{path} may be a mask or a copy of it: its folder has the names of images that lie elsewhere"
-            )
+        # all have equally long ends in common with the name
+        first, *others = options
+        if others:
+            both = f"{first.path} and {others[0].path} first"
+            return f"there are {len(options)} of that name in several folders, {both}"
+        if first.folder in doubtful:
+            why = "its folder has the names of images that lie elsewhere"
+            return f"{first.path} may be a mask or a copy of it: {why}"
 
         # the only one must be as large as annotated
-        if size is not None and not _has_size(path, size):
-            return f"{path}, the only one of that name, is not a picture of the annotated size"
-        return Found(path, END if options[0].length > 1 else BARE)
+        if size is not None and not _has_size(first.path, size):
+            return f"{first.path}, the only one of that name, is not a picture of the annotated size"
+        return Found(first.path, END if first.length > 1 else BARE)
 
 
 def _distinct(options: list[_Option]) -> list[_Option]:
-    """One of the paths that lead to the same file through links."""
-    # the exact spelling first
+    """One of the paths that lead to the same file through links, the exact spelling if possible."""
     files: dict[str, _Option] = {}
     for option in sorted(options, key=lambda option: not option.exact):
-        files.setdefault(os.path.realpath(option.path), option)
+        files.setdefault(option.real, option)
     return list(files.values())
 
 
@@ -246,13 +242,13 @@ def _home(fitting: Mapping[str, list[_Option]], prefers: Callable[[Path], int]) 
     """
     # one vote a name; how likely a folder is decides between equals
     votes: Counter[Key] = Counter()
-    likely: dict[Key, tuple[int, bool]] = {}
+    likely = {}
     for options in fitting.values():
-        for base, path in {option.base: option.path for option in options}.items():
-            assert base is not None, "the whole name fits"
-            votes[base] += 1
-            likely[base] = (prefers(path), not IMAGE_FOLDERS.isdisjoint(base[-1:]))
-    ranks = {base: (votes[base], likely[base]) for base in votes}
+        bases = {option.base: option.path for option in options if option.base is not None}
+        votes.update(bases.keys())
+        for base, path in bases.items():
+            likely[base] = prefers(path), not IMAGE_FOLDERS.isdisjoint(base[-1:])
+    ranks = {base: (count, likely[base]) for base, count in votes.items()}
     best = [base for base in ranks if ranks[base] == max(ranks.values())]
     return best[0] if len(best) == 1 else None
 
@@ -262,15 +258,11 @@ def _doubtful(options: Iterable[list[_Option]]) -> set[str]:
     total: Counter[str] = Counter()
     shared: Counter[str] = Counter()
     for found in options:
-        folders = {_folder(option.path) for option in found}
+        folders = {option.folder for option in found}
         total.update(folders)
         if len(folders) > 1:
             shared.update(folders)
     return {folder for folder, count in total.items() if 2 * shared[folder] > count}
-
-
-def _folder(path: Path) -> str:
-    return os.path.dirname(os.path.realpath(path))
 
 
 def _at_home(options: list[_Option]) -> Found | None:
@@ -286,12 +278,8 @@ def _at_home(options: list[_Option]) -> Found | None:
 def _each_once(chosen: Mapping[str, Found | str], taken: Iterable[Path]) -> Findings:
     """A file that two names mean belongs to the more complete name; to none if both are equal."""
     result = Findings()
-    found: dict[str, Found] = {}
-    for name, choice in chosen.items():
-        if isinstance(choice, str):
-            result.missing[name] = choice
-        else:
-            found[name] = choice
+    result.missing = {name: choice for name, choice in chosen.items() if isinstance(choice, str)}
+    found = {name: choice for name, choice in chosen.items() if isinstance(choice, Found)}
 
     # the more complete names choose first
     owners = {os.path.realpath(path): "another image" for path in taken}

@@ -37,10 +37,11 @@ class InputFile:
     @property
     def output_name(self) -> str:
         """The name of the annotated copy: the same, if that is a format to write."""
-        suffix = self.path.suffix.lower()
-        if self.is_video:
-            return self.name if suffix == ".mp4" else f"{self.name}.mp4"
-        return self.name if suffix in (".jpg", ".jpeg", ".png") else f"{self.name}.png"
+        # the first is for inputs of other formats
+        formats = (".mp4",) if self.is_video else (".png", ".jpg", ".jpeg")
+        if self.path.suffix.lower() in formats:
+            return self.name
+        return self.name + formats[0]
 
 
 def find_files(inputs: Sequence[Path]) -> list[InputFile]:
@@ -85,15 +86,14 @@ def _natural(path: Path) -> list[list[Any]]:
 def check_output(output_dir: Path, inputs: Sequence[str], files: Sequence[InputFile]) -> None:
     """Raise UserError if the output would replace an input, or be an input of the next run."""
     # real paths: a link must not hide that two places are one
-    output = os.path.realpath(output_dir)
-    if os.path.exists(output) and not os.path.isdir(output):
+    output = Path(os.path.realpath(output_dir))
+    if output.is_file():
         raise UserError(f"--output_dir {output_dir} is a file; name a folder")
     for path in inputs:
-        folder = os.path.realpath(path)
-        if os.path.isdir(folder) and os.path.commonpath([folder, output]) == folder:
-            raise UserError(
-                f"--output_dir {output_dir} lies in the input folder {path}; name a folder outside of it"
-            )
+        folder = Path(os.path.realpath(path))
+        if folder.is_dir() and output.is_relative_to(folder):
+            inside = f"lies in the input folder {path}; name a folder outside of it"
+            raise UserError(f"--output_dir {output_dir} {inside}")
 
     # A copy has another suffix where its format can't be written, so two inputs may have one copy.
     originals = {os.path.realpath(file.path) for file in files}
@@ -104,9 +104,8 @@ def check_output(output_dir: Path, inputs: Sequence[str], files: Sequence[InputF
         if twin is not file:
             raise UserError(f"{twin.path} and {file.path} would have one copy, {name}; predict them apart")
         if os.path.realpath(output_dir / name) in originals:
-            raise UserError(
-                f"--output_dir {output_dir} would replace the input {file.path}; name another folder"
-            )
+            replaced = f"would replace the input {file.path}; name another folder"
+            raise UserError(f"--output_dir {output_dir} {replaced}")
 
 
 def with_annotated_ids(files: Sequence[InputFile], annotations: Path, classes: ClassMap) -> list[InputFile]:
@@ -123,28 +122,25 @@ def with_annotated_ids(files: Sequence[InputFile], annotations: Path, classes: C
             raise UserError(f"--annotations are of pictures and {file.path} is a video; give them apart")
 
     # A picture may be listed once only.
+    where = f"--annotations {annotations}"
     listed: dict[str, Path] = {}
     for path, name in _annotated_names([file.path for file in files], images, annotations).items():
-        if name in listed:
-            raise UserError(
-                f"{listed[name]} and {path} are both {name} of --annotations {annotations}; leave out one"
-            )
-        listed[name] = path
-
+        other = listed.setdefault(name, path)
+        if other is not path:
+            raise UserError(f"{other} and {path} are both {name} of {where}; leave out one")
     if not listed:
-        raise UserError(
-            f"--annotations {annotations} lists none of the pictures, not {files[0].path}; leave it out"
-        )
+        raise UserError(f"{where} lists none of the pictures, not {files[0].path}; leave it out")
+
+    # what is not in both; names of other machines become names of this one
     if len(listed) < len(files):
-        print(
-            f"pictures that --annotations {annotations} does not list, left out: {len(files) - len(listed)}"
-        )
+        print(f"pictures that {where} does not list, left out: {len(files) - len(listed)}")
     if len(listed) < len(ids):
-        print(f"images of --annotations {annotations} without a picture here: {len(ids) - len(listed)}")
-    return [
-        InputFile(path, name if is_file_name(name) else portable(name), ids[name])
-        for name, path in listed.items()
-    ]
+        print(f"images of {where} without a picture here: {len(ids) - len(listed)}")
+    found = []
+    for name, path in listed.items():
+        here = name if is_file_name(name) else portable(name)
+        found.append(InputFile(path, here, ids[name]))
+    return found
 
 
 def _annotated_names(
@@ -159,11 +155,10 @@ def _annotated_names(
     sizes = {image["file_name"]: annotated_size(image) for image in images}
     names: dict[Path, str] = {}
     for path in paths:
-        for start in range(1, len(path.parts)):
-            end = "/".join(path.parts[start:])
-            if end in sizes:
-                names[path] = end
-                break
+        ends = ["/".join(path.parts[start:]) for start in range(1, len(path.parts))]
+        fitting = [end for end in ends if end in sizes]
+        if fitting:
+            names[path] = fitting[0]
 
     # Names of other systems and machines, among the images without a picture.
     others = [(path.parts[1:], path) for path in paths if path not in names]

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from datasets import DetectionData
 from datasets.bad_images import LEFT_OUT, REPLACED, BadImages
 from datasets.workers import MORE_MEMORY, begin_worker, run_workers
 from util.errors import UserError
@@ -29,16 +31,8 @@ Item = tuple[Tensor, dict[str, Tensor]]
 Batch = tuple[NestedTensor, list[dict[str, Tensor]]]
 
 
-class Images(Protocol):
-    """A data set of (image, target) items. An item may raise BadImageError."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Item: ...
-
-
 def build_loader(
-    dataset: Images,
+    dataset: DetectionData,
     batches: Sampler[list[int]],
     num_workers: int,
     device: torch.device,
@@ -75,6 +69,7 @@ def build_loader(
 
 def collate(items: Sequence[Item]) -> Batch:
     """(image, target) items to a batch, padded."""
+    # targets have different numbers of objects, so they stay a list
     images, targets = zip(*items, strict=True)
     return NestedTensor.from_images(images), list(targets)
 
@@ -98,7 +93,7 @@ class _Batches(Dataset):
     without `replace`, by nothing. So a batch depends on its indices and the data set's epoch alone.
     """
 
-    def __init__(self, dataset: Images, bad_images: BadImages, replace: bool) -> None:
+    def __init__(self, dataset: DetectionData, bad_images: BadImages, replace: bool) -> None:
         self._dataset, self._skip, self._replace = dataset, bad_images.skip, replace
         self._tries = 1
         if bad_images.skip and replace:
@@ -109,13 +104,14 @@ class _Batches(Dataset):
         skipped: list[UserError] = []
         try:
             found = [self._item(index, skipped) for index in indices]
-            items = [item for item in found if item is not None]
+            items = [item for item in found if item]
             if not items:
                 return LoadedBatch(None, [], skipped)
-            batch = LoadedBatch(*collate(items), skipped)
-            if get_worker_info() is not None:
-                _share(batch)
-            return batch
+            # padded in the worker, so that the training process does not wait for it
+            images, targets = collate(items)
+            if get_worker_info():
+                _share(images, targets)
+            return LoadedBatch(images, targets, skipped)
         except UserError as error:
             return LoadedBatch(None, [], [error])
 
@@ -131,26 +127,23 @@ class _Batches(Dataset):
                 skipped.append(last := error)
         if not self._replace:
             return None
-        raise UserError(
-            f"{self._tries} images one after another can't be used, the last is {last.path}, which "
-            f"{last.reason}; mend the data, "
-            "or raise --max_bad_images if there are good ones"
-        )
+        found = f"the last is {last.path}, which {last.reason}"
+        remedy = "mend the data, or raise --max_bad_images if there are good ones"
+        raise UserError(f"{self._tries} images one after another can't be used, {found}; {remedy}")
 
 
 def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def _share(batch: LoadedBatch) -> None:
+def _share(images: NestedTensor, targets: Sequence[dict[str, Tensor]]) -> None:
     """Move a batch to shared memory.
 
     The queue would do that too, but with a full /dev/shm it loses the batch and the run hangs.
     """
     # all tensors of the batch
-    assert batch.images is not None
-    tensors = [batch.images.tensors, batch.images.mask]
-    for target in batch.targets:
+    tensors = [images.tensors, images.mask]
+    for target in targets:
         tensors += target.values()
     try:
         for tensor in tensors:
@@ -159,6 +152,7 @@ def _share(batch: LoadedBatch) -> None:
         raise UserError(f"a loader process can't pass on its batch ({error}); {MORE_MEMORY}") from None
 
 
+@dataclass
 class DeviceBatches:
     """The batches of a loader on a device. `bad_images` is the record of images that were skipped.
 
@@ -166,32 +160,34 @@ class DeviceBatches:
     for two images of 800 x 1333 on an H100 (torch 2.11), too little for a stream of its own.
     """
 
-    def __init__(
-        self, loader: DataLoader[LoadedBatch], device: torch.device, bad_images: BadImages, replace: bool
-    ) -> None:
-        self.bad_images = bad_images
-        self._loader, self._device, self._replace = loader, device, replace
+    loader: DataLoader[LoadedBatch]
+    device: torch.device
+    bad_images: BadImages
+    replace: bool
 
     def __len__(self) -> int:
-        return len(self._loader)
+        return len(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
         # errors are recorded here, because a worker does not see those of the other workers
+        consequence = REPLACED if self.replace else LEFT_OUT
         left_out = 0
-        for images, targets, errors in run_workers(self._loader):
-            self.bad_images.add(errors, REPLACED if self._replace else LEFT_OUT)
+        for images, targets, errors in run_workers(self.loader):
+            self.bad_images.add(errors, consequence)
             left_out += len(errors)
+            # None: all images of the batch were left out
             if images is not None:
-                images = images.to(self._device, non_blocking=self._loader.pin_memory)
+                images = images.to(self.device, non_blocking=self.loader.pin_memory)
                 yield images, [self._moved(target) for target in targets]
-        if left_out and not self._replace:
+        if left_out and not self.replace:
             log.warning(
                 "%d images of this pass were left out; they count as images without detections", left_out
             )
 
     def _moved(self, target: dict[str, Tensor]) -> dict[str, Tensor]:
         """A target on the device, except `image_id`, which only the host reads."""
+        # reading it from a GPU would synchronise
         moved = dict(target)
         for name in target.keys() - {"image_id"}:
-            moved[name] = target[name].to(self._device, non_blocking=self._loader.pin_memory)
+            moved[name] = target[name].to(self.device, non_blocking=self.loader.pin_memory)
         return moved

@@ -20,6 +20,7 @@ def respell(images: Iterable[dict[str, Any]], folder: Path) -> Counter[str]:
 
     Returns how many names were changed, by how the file was found.
     """
+    # nothing to do if all files are there
     names = {image["file_name"]: image for image in images}
     absent = set()
     if folder.is_dir():
@@ -29,6 +30,7 @@ def respell(images: Iterable[dict[str, Any]], folder: Path) -> Counter[str]:
 
     there = (folder / name for name in names if name not in absent)
     findings = Index.below(folder).find({name: annotated_size(names[name]) for name in absent}, taken=there)
+    # only names that end like the file's whole path below the folder
     notes: Counter[str] = Counter()
     for name, found in findings.found.items():
         relative = found.path.relative_to(folder)
@@ -45,6 +47,7 @@ def absent_names(folder: Path, names: Iterable[str]) -> set[str]:
     listings: dict[str, set[str]] = {}
     absent = set()
     for name in names:
+        # each folder is listed once
         place, bare = os.path.split(name)
         if place not in listings:
             listings[place] = _file_names(folder / place) if is_within(folder / place, folder) else set()

@@ -22,6 +22,7 @@ class TrainBatches(Sampler[list[int]]):
     """
 
     def __init__(self, num_images: int, batch_size: int, rank: int, world_size: int, seed: int) -> None:
+        # an epoch without a step would train nothing
         step = batch_size * world_size
         if num_images < step:
             raise UserError(
@@ -59,6 +60,7 @@ class EvalBatches(Sampler[list[int]]):
     """
 
     def __init__(self, num_images: int, batch_size: int, rank: int, world_size: int) -> None:
+        # process r takes every world_size-th batch from the r-th on
         starts = range(0, num_images, batch_size)[rank::world_size]
         self._batches = [list(range(start, min(start + batch_size, num_images))) for start in starts]
 

@@ -49,17 +49,19 @@ def open_training_data(
     Raises:
         UserError: data that would end the run later, or other classes than the checkpoint's.
     """
+    # both splits with the classes of the training data
     train = build_dataset("train", config)
     val = build_dataset("val", config, train.classes)
     _check(train, val, config)
     check_classes(train.classes, checkpoint, source)
-    order = TrainBatches(len(train), config.optim.batch_size, rank(), world_size(), config.run.seed)
+
+    # one record of bad images, which a checkpoint keeps
     bad_images = BadImages(config.data.on_bad_image, config.data.max_bad_images)
-    workers = config.data.num_workers
-    batches = build_loader(train, order, workers, device, bad_images, timeout=_loader_timeout(config))
-    return TrainingData(
-        train, val, order, bad_images, batches, evaluation_loader(val, config, device, bad_images)
-    )
+    order = TrainBatches(len(train), config.optim.batch_size, rank(), world_size(), config.run.seed)
+    timeout = _loader_timeout(config)
+    batches = build_loader(train, order, config.data.num_workers, device, bad_images, timeout=timeout)
+    val_batches = evaluation_loader(val, config, device, bad_images)
+    return TrainingData(train, val, order, bad_images, batches, val_batches)
 
 
 def open_evaluation_data(config: Config, checkpoint: Mapping[str, Any], source: str) -> DetectionData:
@@ -68,6 +70,7 @@ def open_evaluation_data(config: Config, checkpoint: Mapping[str, Any], source: 
     Args:
         source: name of the checkpoint for messages.
     """
+    # --num_classes has priority over the classes of the checkpoint
     classes = None
     if config.data.num_classes == AUTO:
         classes = classes_of(checkpoint, source)
@@ -91,6 +94,7 @@ def evaluation_loader(
 ) -> DeviceBatches:
     """The batches of `dataset` that this process evaluates."""
     bad_images = bad_images or BadImages(config.data.on_bad_image, config.data.max_bad_images)
+    # without replacement: every image counts once
     batches = EvalBatches(len(dataset), config.optim.batch_size, rank(), world_size())
     return build_loader(
         dataset,
@@ -105,10 +109,12 @@ def evaluation_loader(
 
 def check_classes(classes: ClassMap, checkpoint: Mapping[str, Any] | None, source: str) -> None:
     """Print the classes of the data. Raises UserError if the checkpoint was trained on others."""
+    # a published checkpoint does not say its classes
+    trained = None
     if checkpoint and "classes" in checkpoint:
         trained = classes_of(checkpoint, source)
-        if trained:
-            classes.require_same(trained, source)
+    if trained:
+        classes.require_same(trained, source)
     names = ", ".join(classes.names.values())
     if len(names) > 200:
         names = f"{names[:200]} ..."
@@ -117,6 +123,7 @@ def check_classes(classes: ClassMap, checkpoint: Mapping[str, Any] | None, sourc
 
 def _check(train: DetectionData, val: DetectionData, config: Config) -> None:
     """The quick part of tools/check_data.py on the main process; every process raises what it finds."""
+    # one process looks, because the file system is slow; all end with the same message
     error = None
     if is_main():
         skip_missing = config.data.on_bad_image == "skip"

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import PIL.Image
 import torch
 import torchvision.transforms.v2.functional as F
 from torchvision.transforms import v2
-from torchvision.tv_tensors import Image, TVTensor
+from torchvision.tv_tensors import TVTensor
 
+from util.config import DataConfig
 from util.images.prepare import normalize, resize, resized
 
 # matters only for images more than 50 times as long as wide: one of a single column would grow to
@@ -18,33 +18,21 @@ from util.images.prepare import normalize, resize, resized
 _LONGEST_BEFORE_CROP = 2**15
 
 
-def train_transform(
-    sizes: Sequence[int],
-    max_size: int,
-    crop_resize_sizes: Sequence[int],
-    crop_sizes: Sequence[int],
-    augmentation: str,
-) -> v2.Transform:
+def train_transform(data: DataConfig) -> v2.Transform:
     """Random flip; then a random scale, or with equal chance a random crop before it ("DETR",
     section 4).
 
-    Args:
-        sizes: shorter sides to choose from.
-        max_size: limit of the longer side.
-        crop_resize_sizes: shorter sides to choose from before the crop.
-        crop_sizes: smallest and largest side of the crop.
-        augmentation: "published"; "flip" leaves out the crop, "none" the flip too.
+    data.augmentation "flip" leaves out the crop, "none" the flip too.
     """
-    steps: list[Callable] = []
-    if augmentation != "none":
-        steps.append(v2.RandomHorizontalFlip())
-    scale = RandomShorterSide(sizes, max_size)
-    if augmentation == "published":
-        before_crop = RandomShorterSide(crop_resize_sizes, _LONGEST_BEFORE_CROP)
-        crop = v2.Compose([before_crop, RandomCrop(*crop_sizes), scale])
-        steps.append(v2.RandomChoice([scale, crop]))
-    else:
-        steps.append(scale)
+    scale = RandomShorterSide(data.train_sizes, data.max_size)
+    steps: list[Callable] = [scale]
+    if data.augmentation == "published":
+        # no practical limit: the crop makes it small again
+        before_crop = RandomShorterSide(data.crop_resize_sizes, _LONGEST_BEFORE_CROP)
+        crop = v2.Compose([before_crop, RandomCrop(*data.crop_sizes), scale])
+        steps = [v2.RandomChoice([scale, crop])]
+    if data.augmentation != "none":
+        steps.insert(0, v2.RandomHorizontalFlip())
     # further augmentations go here: before the normalisation, on a PIL image
     return v2.Compose([*steps, normalize()])
 
@@ -69,7 +57,8 @@ class RandomShorterSide(v2.Transform):
         self.sizes, self.max_size = tuple(sizes), max_size
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        height, width = _size(flat_inputs)
+        height, width = v2.query_size(flat_inputs)
+        # areas grow by the real factor, which rounding changes a little
         size = self.sizes[_random_int(0, len(self.sizes) - 1)]
         new_height, new_width = resized(height, width, size, self.max_size)
         return {"size": [new_height, new_width], "area_scale": new_height * new_width / (height * width)}
@@ -88,8 +77,9 @@ class RandomCrop(v2.Transform):
         self.smallest, self.largest = smallest, largest
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        height, width = _size(flat_inputs)
+        height, width = v2.query_size(flat_inputs)
         crop_height, crop_width = self._side(height), self._side(width)
+        # the order of the draws is part of an item's augmentation: it must not change
         top = _random_int(0, height - crop_height)
         left = _random_int(0, width - crop_width)
         return {"top": top, "left": left, "height": crop_height, "width": crop_width}
@@ -106,10 +96,3 @@ class RandomCrop(v2.Transform):
 def _random_int(low: int, high: int) -> int:
     """Uniform, both ends included. Drawn from torch, which the data set seeds for every item."""
     return int(torch.randint(low, high + 1, ()))
-
-
-def _size(flat_inputs: list[Any]) -> tuple[int, int]:
-    """(height, width) of the image among the inputs."""
-    image = next(x for x in flat_inputs if isinstance(x, (PIL.Image.Image, Image)))
-    height, width = F.get_size(image)
-    return int(height), int(width)

@@ -490,7 +490,7 @@ def test_generated_annotations_of_cocos_kind_have_no_fault(tmp_path):
         annotations = tmp_path / f"annotations/instances_{split}2017.json"
         checked = check_annotations(split, tmp_path / f"{split}2017", annotations)
         assert all(problem.is_warning for problem in checked.problems)
-        assert len(checked.boxes.area) == count
+        assert len(checked.area) == count
 
 
 def test_mistakes_in_flags_cost_one_line(data):

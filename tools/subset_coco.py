@@ -33,9 +33,9 @@ def main() -> None:
         raise UserError(f"--output_dir {folder} is the source itself; name another folder")
 
     # splits to write, by the split that they are taken from
-    written: dict[str, tuple[str, ...]] = {args.split: ("train", "val")}
+    written = {args.split: ["train", "val"]}
     if args.split == "both":
-        written = {"train": ("train",), "val": ("val",)}
+        written = {"train": ["train"], "val": ["val"]}
     for split, names in written.items():
         content = read_annotations(source / "annotations" / f"instances_{split}2017.json").dataset
         images = source / f"{split}2017"
@@ -44,11 +44,8 @@ def main() -> None:
         files = {image["file_name"]: images / image["file_name"] for image in subset["images"]}
         for name in names:
             write_split(folder, name, subset, files, args.images)
-        objects = len(subset["annotations"])
-        print(
-            f"{folder}: {len(files)} images with {objects} objects of {len(subset['categories'])} "
-            f"classes as {' and '.join(names)}"
-        )
+        what = f"{len(files)} images with {len(subset['annotations'])} objects"
+        print(f"{folder}: {what} of {len(subset['categories'])} classes as {' and '.join(names)}")
 
 
 def cut(content: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
@@ -103,29 +100,18 @@ def restrict(content: dict[str, Any], image_ids: set[int]) -> dict[str, Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser("tools/subset_coco.py", __doc__, EXAMPLE)
     # which data, what of it, and where to
-    parser.add_argument("--coco_path", default="data/coco", help="folder in COCO's layout")
-    parser.add_argument(
-        "--split", default="train", choices=("train", "val", "both"), help="split to take the images from"
-    )
-    parser.add_argument(
-        "--classes", nargs="+", default=[], metavar="NAME", help="keep objects of these classes only"
-    )
-    parser.add_argument(
-        "--drop_empty", action="store_true", help="leave out images in which no object is left"
-    )
-    parser.add_argument(
-        "--num_images",
-        type=int,
-        default=0,
-        help="so many images with objects, the first by id; 0: all images",
-    )
-    parser.add_argument(
-        "--max_objects", type=int, default=12, help="with --num_images: pass over images with more objects"
-    )
-    parser.add_argument(
-        "--images", choices=WAYS, default="copy", help="copies of the images, hard links or symbolic links"
-    )
-    parser.add_argument("--output_dir", required=True, help="folder to write")
+    add = parser.add_argument
+    add("--coco_path", default="data/coco", help="folder in COCO's layout")
+    add("--split", default="train", choices=("train", "val", "both"), help="split to take the images from")
+    add("--classes", nargs="+", default=[], metavar="NAME", help="keep objects of these classes only")
+    add("--drop_empty", action="store_true", help="leave out images in which no object is left")
+    num_images = "so many images with objects, the first by id; 0: all images"
+    add("--num_images", type=int, default=0, help=num_images)
+    max_objects = "with --num_images: pass over images with more objects"
+    add("--max_objects", type=int, default=12, help=max_objects)
+    images = "copies of the images, hard links or symbolic links"
+    add("--images", choices=WAYS, default="copy", help=images)
+    add("--output_dir", required=True, help="folder to write")
     return parser
 
 

@@ -7,6 +7,7 @@ as many logits as categories, in the order of their ids, which may be any. Outpu
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -86,10 +87,10 @@ class ClassMap:
             number, name = category["id"], category["name"]
             if known.get(number) != name:
                 instead = f" (there {number} is {known[number]!r})" if number in known else ""
+                remedy = "give its categories the ids and names of the training annotations"
                 raise UserError(
                     f"{source} has category {number} {name!r}, which is not among the classes that "
-                    f"the detector is for{instead}; "
-                    "give its categories the ids and names of the training annotations"
+                    f"the detector is for{instead}; {remedy}"
                 )
 
     def require_same(self, other: ClassMap, source: str) -> None:
@@ -124,13 +125,10 @@ class ClassMap:
 
     def _is_sound(self) -> bool:
         """Whether all types are right, labels lie below `num_classes`, and nothing is there twice."""
-        # a bool is an int to isinstance
-        if type(self.num_classes) is not int:
-            return False
         for label, number, name in self.categories:
-            if type(label) is not int or type(number) is not int or not isinstance(name, str):
-                return False
-            if not 0 <= label < self.num_classes:
+            # a bool is an int to isinstance
+            types = type(self.num_classes), type(label), type(number), type(name)
+            if types != (int, int, int, str) or not 0 <= label < self.num_classes:
                 return False
         return len(self._ids) == len(self._labels) == len(self.categories)
 
@@ -192,12 +190,5 @@ _COCO_CATEGORIES = """
 """
 
 
-def _coco_classes() -> ClassMap:
-    categories = []
-    for entry in _COCO_CATEGORIES.replace("\n", " ").split(", "):
-        number, _, name = entry.strip().partition(" ")
-        categories.append(Category(int(number), int(number), name))
-    return ClassMap(91, tuple(categories))
-
-
-COCO_CLASSES = _coco_classes()
+_NUMBERED = re.findall(r"(\d+) ([^,\n]+)", _COCO_CATEGORIES)
+COCO_CLASSES = ClassMap(91, tuple(Category(int(number), int(number), name) for number, name in _NUMBERED))

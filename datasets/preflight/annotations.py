@@ -13,7 +13,6 @@ import numpy as np
 from datasets.coco_format import Problem, format_problems, read_json, shown
 from datasets.preflight.boxes import (
     BOX_TOLERANCE,
-    Boxes,
     box_problem,
     box_problems,
     describe_box,
@@ -34,30 +33,36 @@ _UNCROWD = "set iscrowd to 0 where they are single objects, or convert Pascal VO
 class CheckedSplit:
     """A split of a data set, its sound entries, and all problems found so far.
 
-    name: "train" or "val". folder: of its images. annotations: the file. boxes: one for each object.
+    name: "train" or "val". folder: of its images. annotations: the file.
+
+    Of N objects: image [N] (index among the images), category_id [N], xywh [N, 4] in pixels, area
+    [N], crowd [N] bool.
     """
 
     name: str
     folder: Path
     annotations: Path
-    images: list[dict[str, Any]] = field(default_factory=list)
-    categories: list[dict[str, Any]] = field(default_factory=list)
-    objects: list[dict[str, Any]] = field(default_factory=list)
+    images: list[dict[str, Any]]
+    categories: list[dict[str, Any]]
+    objects: list[dict[str, Any]]
     problems: list[Problem] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.boxes = Boxes.of(self.images, self.objects)
+        place = {image["id"]: i for i, image in enumerate(self.images)}
+        self.image = np.array([place[entry["image_id"]] for entry in self.objects], np.int64)
+        self.category_id = np.array([entry["category_id"] for entry in self.objects], np.int64)
+        self.xywh = np.array([entry["bbox"] for entry in self.objects], np.float64).reshape(-1, 4)
+        self.area = np.array([entry["area"] for entry in self.objects], np.float64)
+        self.crowd = np.array([entry["iscrowd"] for entry in self.objects], bool)
+
+    def flagged_boxes(self, tolerance: float) -> dict[str, np.ndarray]:
+        """By kind of problem, which objects [N] have it (datasets/preflight/boxes.py)."""
+        return box_problems(self.xywh, sizes_of(self.images)[self.image], tolerance)
 
     def add(self, problem: Problem, file: Path | None = None) -> None:
         """`file`: where the problem is, if not in the annotations."""
         problem.split, problem.file = self.name, str(file or self.annotations)
         self.problems.append(problem)
-
-    def warn(
-        self, kind: str, message: str, section: str = "", entry: Any = None, file: Path | None = None
-    ) -> None:
-        """Add a warning."""
-        self.add(Problem(kind, message, section, entry, is_warning=True), file)
 
 
 def check_annotations(
@@ -65,23 +70,21 @@ def check_annotations(
 ) -> CheckedSplit:
     """Everything that the annotations alone tell. Never raises for a problem in them."""
     # read; fields of the wrong form
+    content: Any = {}
     try:
         content = read_json(annotations, without=("segmentation",))
+        problems = list(format_problems(content, annotations))
     except UserError as error:
-        split = CheckedSplit(name, folder, annotations)
-        split.add(Problem("unreadable_annotations", str(error)))
-        return split
-    problems = list(format_problems(content, annotations))
+        problems = [Problem("unreadable_annotations", str(error))]
     if not isinstance(content, dict):
-        content = {"images": [], "categories": [], "annotations": []}
-    split = CheckedSplit(
-        name, folder, annotations, content["images"], content["categories"], content["annotations"]
-    )
+        content = {}
+    lists = [content.get(key, []) for key in ("images", "categories", "annotations")]
+    split = CheckedSplit(name, folder, annotations, *lists)
     for problem in problems:
         split.add(problem)
 
     # the meaning of what is left
-    if not split.images and not split.problems:
+    if not split.images and not problems:
         split.add(Problem("no_images", f"{annotations} has no images"))
     _check_file_names(split)
     _check_categories(split)
@@ -114,23 +117,24 @@ def check_objects(split: CheckedSplit, num_queries: int) -> None:
     """Add a warning if objects can be neither learnt nor measured."""
     if split.images and split.categories:
         for kind, message in object_warnings(split, num_queries):
-            split.warn(kind, f"{split.annotations}: {message}")
+            split.add(Problem(kind, f"{split.annotations}: {message}"))
 
 
 def object_warnings(split: CheckedSplit, num_queries: int) -> Iterator[tuple[str, str]]:
     """(kind, message) of objects that can be neither learnt nor measured."""
     # objects that are none
     purpose = "learn" if split.name == "train" else "measure"
-    boxes, single = split.boxes, ~split.boxes.crowd
-    crowds_only = set(boxes.category_id.tolist()) - set(boxes.category_id[single].tolist())
+    single = ~split.crowd
+    crowds_only = np.setdiff1d(split.category_id, split.category_id[single])
     if not len(single):
         yield "no_objects", f"no object in {len(split.images)} images: there is nothing to {purpose}"
     elif not single.any():
-        message = f"all {len(single)} objects are {_CROWDS}, so there is nothing to {purpose}"
-        yield "only_crowds", f"{message}; {_UNCROWD}"
-    elif crowds_only:
-        names = _listed([category["name"] for category in split.categories if category["id"] in crowds_only])
-        yield "class_of_crowds", f"{len(crowds_only)} categories have but {_CROWDS}: {names}; {_UNCROWD}"
+        message = f"all {len(single)} objects are {_CROWDS}, so there is nothing to {purpose}; {_UNCROWD}"
+        yield "only_crowds", message
+    elif len(crowds_only):
+        names = [category["name"] for category in split.categories if category["id"] in crowds_only]
+        message = f"{len(names)} categories have but {_CROWDS}: {_listed(names)}; {_UNCROWD}"
+        yield "class_of_crowds", message
 
     # more objects in an image than can be found
     limits = [("more_than_queries", num_queries, f"the {num_queries} of --num_queries can find; raise it")]
@@ -138,10 +142,10 @@ def object_warnings(split: CheckedSplit, num_queries: int) -> Iterator[tuple[str
         counted = f"the {COUNTED_DETECTIONS} detections that count"
         meaning = f"{counted}: not even a perfect detector has an AP of 1"
         limits.append(("more_than_detections", COUNTED_DETECTIONS, meaning))
-    counts = np.bincount(boxes.image[single], minlength=len(split.images))
+    counts = np.bincount(split.image[single], minlength=len(split.images))
     for kind, limit, meaning in limits:
         if counts.max() > limit:
-            most = f"up to {counts.max()} (image {split.images[int(counts.argmax())]['id']})"
+            most = f"up to {counts.max()} (image {split.images[counts.argmax()]['id']})"
             yield kind, f"{(counts > limit).sum()} images have more objects, {most}, than {meaning}"
 
 
@@ -156,65 +160,56 @@ def _check_file_names(split: CheckedSplit) -> None:
         name = os.path.normpath(image["file_name"])
         other = first.setdefault(name, image)
         if other is not image:
-            message = (
-                f"{split.annotations}: images {other['id']} and {image['id']} have the same file "
-                f"{image['file_name']}; merge them"
-            )
+            same = f"images {other['id']} and {image['id']} have the same file {image['file_name']}"
+            message = f"{split.annotations}: {same}; merge them"
             split.add(Problem("duplicate_file", message, "images", image), split.folder / name)
 
 
 def _check_categories(split: CheckedSplit) -> None:
     # names are what the user sees, so they must be unique like ids
-    first: dict[str, Any] = {}
+    first: dict[str, int] = {}
     for category in split.categories:
         name, number = category["name"], category["id"]
         other = first.setdefault(name, number)
         if other != number:
-            message = (
-                f"{split.annotations}: categories {other} and {number} are both named {shown(name)}; "
-                "rename or merge them"
-            )
+            same = f"categories {other} and {number} are both named {shown(name)}"
+            message = f"{split.annotations}: {same}; rename or merge them"
             split.add(Problem("duplicate_category_name", message, "categories", category))
 
     # without any object at all, only that is reported
-    used = set(split.boxes.category_id.tolist())
+    used = set(split.category_id.tolist())
     unused = [category["name"] for category in split.categories if category["id"] not in used]
     if used and unused:
         meaning = "can never be learned" if split.name == "train" else "are not measured"
         message = f"{len(unused)} categories have no object and {meaning}: {_listed(unused)}"
-        split.warn("unused_category", f"{split.annotations}: {message}")
+        split.add(Problem("unused_category", f"{split.annotations}: {message}"))
 
 
 def _check_boxes(split: CheckedSplit, tolerance: float) -> None:
-    boxes = split.boxes
-    if not split.objects:
-        return
-    if (boxes.xywh <= 1).all():
+    if split.objects and (split.xywh <= 1).all():
         message = "no box exceeds 1; boxes must be in pixels, not shares of the image"
         split.add(Problem("boxes_in_shares", f"{split.annotations}: {message}"))
         return
 
     # boxes and areas that can't be right
-    for kind, flagged in box_problems(boxes.xywh, sizes_of(split.images)[boxes.image], tolerance).items():
-        for i in flagged.nonzero()[0].tolist():
-            split.add(_problem(split, kind, i, box_problem(kind, split.images[boxes.image[i]], tolerance)))
-    for i in wrong_areas(boxes.xywh, boxes.area).nonzero()[0].tolist():
-        what = f"an area of {boxes.area[i]:g}, which no object in that box can have; give its pixels"
-        split.add(_problem(split, "wrong_area", i, what))
+    for kind, flagged in split.flagged_boxes(tolerance).items():
+        for i in np.flatnonzero(flagged).tolist():
+            _add_box(split, kind, i, box_problem(kind, split.images[split.image[i]], tolerance))
+    for i in np.flatnonzero(wrong_areas(split.xywh, split.area)).tolist():
+        what = f"an area of {split.area[i]:g}, which no object in that box can have; give its pixels"
+        _add_box(split, "wrong_area", i, what)
 
     # objects with the same image, category, box and crowd flag
-    rows = np.column_stack([boxes.image, boxes.category_id, boxes.crowd, boxes.xywh])
+    rows = np.column_stack([split.image, split.category_id, split.crowd, split.xywh])
     _, first, number = np.unique(rows, axis=0, return_index=True, return_inverse=True)
     first = first[number.reshape(-1)]
-    for i in (first != np.arange(len(first))).nonzero()[0].tolist():
-        what = f"the box and the category of annotation {split.objects[first[i]]['id']} too"
-        problem = _problem(split, "duplicate_box", i, what)
-        problem.is_warning = True
-        split.add(problem)
+    for i in np.flatnonzero(first != np.arange(len(first))).tolist():
+        other = split.objects[first[i]]["id"]
+        _add_box(split, "duplicate_box", i, f"the box and the category of annotation {other} too")
 
 
-def _problem(split: CheckedSplit, kind: str, i: int, what: str) -> Problem:
-    """A problem of object i."""
-    image, entry = split.images[split.boxes.image[i]], split.objects[i]
-    message = describe_box(split.annotations, entry["id"], split.boxes.xywh[i], image, what)
-    return Problem(kind, message, "annotations", entry)
+def _add_box(split: CheckedSplit, kind: str, i: int, what: str) -> None:
+    """Add a problem of object i."""
+    image, entry = split.images[split.image[i]], split.objects[i]
+    message = describe_box(split.annotations, entry["id"], split.xywh[i], image, what)
+    split.add(Problem(kind, message, "annotations", entry))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,32 +20,6 @@ _PROBLEMS = {
     "box_reaches_out": "more than {tolerance:g} pixels outside of the image of {size}; mend "
     "the box or the size",
 }
-
-
-@dataclass(frozen=True)
-class Boxes:
-    """N objects: image [N] (index among the images), category_id [N], xywh [N, 4] in pixels, area
-    [N], crowd [N] bool.
-    """
-
-    image: np.ndarray
-    category_id: np.ndarray
-    xywh: np.ndarray
-    area: np.ndarray
-    crowd: np.ndarray
-
-    @classmethod
-    def of(cls, images: Iterable[Mapping[str, Any]], annotations: Iterable[Mapping[str, Any]]) -> Boxes:
-        """Of the sound entries of COCO's lists, in the order of the annotations."""
-        place = {image["id"]: i for i, image in enumerate(images)}
-        objects = list(annotations)
-        return cls(
-            np.array([place[a["image_id"]] for a in objects], dtype=np.int64),
-            np.array([a["category_id"] for a in objects], dtype=np.int64),
-            np.array([a["bbox"] for a in objects], dtype=np.float64).reshape(-1, 4),
-            np.array([a["area"] for a in objects], dtype=np.float64),
-            np.array([a["iscrowd"] for a in objects], dtype=bool),
-        )
 
 
 def sizes_of(images: Iterable[Mapping[str, Any]]) -> np.ndarray:

@@ -8,12 +8,14 @@ import os
 import signal
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
 from datasets.coco_format import Problem
@@ -27,15 +29,7 @@ from util.images.files import BadImageError, decode, read_header, read_image_fil
 _FLAT = 16
 _FEW_FILES = 64  # are read faster than processes start
 
-
-class _Task(NamedTuple):
-    """A file to look at. size: (width, height) of the annotations. otherwise: ends the remedy."""
-
-    path: Path
-    size: tuple[int, int]
-    megapixels: float
-    whole: bool
-    otherwise: str
+warnings.filterwarnings("ignore", module="PIL")  # of metadata that nobody uses
 
 
 class _Seen(NamedTuple):
@@ -48,8 +42,8 @@ class _Seen(NamedTuple):
 
     kind: str = ""
     message: str = ""
-    identity: tuple[Any, ...] | None = None
-    levels: int | None = None
+    identity: Any = None
+    levels: int = 256
     bits: int | None = None
 
 
@@ -59,35 +53,45 @@ def check_files(splits: Sequence[CheckedSplit], *, whole: bool, megapixels: floa
     whole: decode them as training does, look at their pixels and compare their contents. Otherwise
     read only their headers, and compare their places on the disk.
     """
-    # list the files, and look at them
+    # list the files
     owners: list[tuple[CheckedSplit, dict[str, Any]]] = []
     for split in splits:
         if split.folder.is_dir():
             for how, count in respell(split.images, split.folder).items():
-                split.warn("other_name", f"{split.annotations}: {how}: {count}")
+                split.add(Problem("other_name", f"{split.annotations}: {how}: {count}"))
             owners += [(split, image) for image in split.images]
         else:
             message = f"{split.folder} does not exist; it must be the folder of the {split.name} images"
             split.add(Problem("missing_folder", message), split.folder)
-    tasks = [_task(split, image, megapixels, whole) for split, image in owners]
+
+    # look at them
+    paths = [split.folder / image["file_name"] for split, image in owners]
+    sizes = [(image["width"], image["height"]) for _, image in owners]
+    remedies = [f"take image {image['id']} out of {split.annotations}" for split, image in owners]
+    look = partial(_look, whole=whole, megapixels=megapixels)
+    all_seen = _in_processes(look, workers, paths, sizes, remedies)
 
     # add what was seen to the splits
     first: dict[Any, tuple[CheckedSplit, dict[str, Any]]] = {}
     depths: Counter[int] = Counter()
-    for (split, image), task, seen in zip(owners, tasks, _look_at_all(tasks, workers), strict=True):
+    for (split, image), path, seen in zip(owners, paths, all_seen, strict=True):
         if seen.kind:
-            split.add(Problem(seen.kind, seen.message, "images", image), task.path)
-        if seen.identity is not None:
-            _check_repetition(split, image, task.path, *first.setdefault(seen.identity, (split, image)))
-        if seen.levels is not None and seen.levels < _FLAT:
-            message = (
-                f"{task.path} is nearly of one level: as the detector sees it, its pixels differ by "
-                f"{seen.levels} of 255"
-            )
-            split.warn("flat_picture", message, "images", image, file=task.path)
-        if seen.bits is not None:
+            split.add(Problem(seen.kind, seen.message, "images", image), path)
+        if seen.identity:
+            _check_repetition(split, image, path, *first.setdefault(seen.identity, (split, image)))
+        if seen.levels < _FLAT:
+            how = f"as the detector sees it, its pixels differ by {seen.levels} of 255"
+            message = f"{path} is nearly of one level: {how}"
+            split.add(Problem("flat_picture", message, "images", image), path)
+        if seen.bits:
             depths[seen.bits] += 1
-    _check_depths(splits[0], depths)
+    if len(depths) > 1:
+        found = ", ".join(f"{count} of {bits} bits" for bits, count in sorted(depths.items()))
+        message = (
+            f"pictures are scaled by the depth that holds their largest number: {found}; convert "
+            "those of one camera alike"
+        )
+        splits[0].add(Problem("mixed_depths", message), splits[0].folder)
 
 
 def check_paths(splits: Sequence[CheckedSplit]) -> None:
@@ -98,25 +102,7 @@ def check_paths(splits: Sequence[CheckedSplit]) -> None:
         folder = split.folder.resolve()
         for image in split.images:
             path = folder / os.path.normpath(image["file_name"])
-            owner, other = first.setdefault(path, (split, image))
-            if owner is not split:
-                _check_repetition(split, image, path, owner, other)
-
-
-def _check_depths(split: CheckedSplit, depths: Mapping[int, int]) -> None:
-    if len(depths) > 1:
-        found = ", ".join(f"{depths[bits]} of {bits} bits" for bits in sorted(depths))
-        message = (
-            f"pictures are scaled by the depth that holds their largest number: {found}; convert "
-            "those of one camera alike"
-        )
-        split.warn("mixed_depths", message, file=split.folder)
-
-
-def _task(split: CheckedSplit, image: dict[str, Any], megapixels: float, whole: bool) -> _Task:
-    size = image["width"], image["height"]
-    otherwise = f"take image {image['id']} out of {split.annotations}"
-    return _Task(split.folder / image["file_name"], size, megapixels, whole, otherwise)
+            _check_repetition(split, image, path, *first.setdefault(path, (split, image)))
 
 
 def _check_repetition(
@@ -126,35 +112,26 @@ def _check_repetition(
     same = f"{path} (image {image['id']}) is the same picture as"
     if owner is not split:
         place = f"{owner.folder / other['file_name']} of {owner.name}"
-        message = f"{same} {place}; take it out of one of the two"
-        split.add(Problem("overlap", message, "images", image), path)
+        problem = Problem("overlap", f"{same} {place}; take it out of one of the two", "images", image)
+        split.add(problem, path)
     elif os.path.normpath(other["file_name"]) != os.path.normpath(image["file_name"]):
         message = f"{same} {other['file_name']} (image {other['id']})"
-        split.warn("same_picture", message, "images", image, file=path)
+        split.add(Problem("same_picture", message, "images", image), path)
 
 
-# ---- looking at files, in several processes
-
-
-def _look_at_all(tasks: Sequence[_Task], workers: int) -> Iterable[_Seen]:
-    """_look(task) for each, in their order, with a progress bar on a terminal."""
-
-    def bar(results: Iterable[_Seen]) -> Iterable[_Seen]:
-        return tqdm(results, total=len(tasks), desc="images", unit="image", disable=None)
-
-    if workers == 1 or len(tasks) <= _FEW_FILES:
-        yield from bar(map(_look, tasks))
+def _in_processes(look: Callable[..., _Seen], workers: int, *arguments: list[Any]) -> Iterator[_Seen]:
+    """`look` for the arguments of each file, in their order, with a progress bar on a terminal."""
+    count = len(arguments[0])
+    bar = partial(tqdm, total=count, desc="images", unit="image", disable=None)
+    if workers == 1 or count <= _FEW_FILES:
+        yield from bar(map(look, *arguments))
         return
     # Spawned and not forked: the parent has threads, and memory that they would copy. Ctrl-C is left
     # to the parent, which ends its workers without a traceback from each.
-    pool = ProcessPoolExecutor(
-        workers,
-        multiprocessing.get_context("spawn"),
-        initializer=signal.signal,
-        initargs=(signal.SIGINT, signal.SIG_IGN),
-    )
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, spawn, signal.signal, (signal.SIGINT, signal.SIG_IGN))
     try:
-        yield from bar(pool.map(_look, tasks, chunksize=min(32, len(tasks) // workers)))
+        yield from bar(pool.map(look, *arguments, chunksize=min(32, count // workers)))
     except BrokenProcessPool:
         raise UserError(
             "a process that reads images died, of too little memory perhaps; try fewer --workers"
@@ -163,46 +140,33 @@ def _look_at_all(tasks: Sequence[_Task], workers: int) -> Iterable[_Seen]:
         pool.shutdown(cancel_futures=True)
 
 
-def _look(task: _Task) -> _Seen:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, of metadata that nobody uses
-        return _look_at(task)
-
-
-def _look_at(task: _Task) -> _Seen:
-    path, megapixels, otherwise = task.path, task.megapixels, task.otherwise
+def _look(path: Path, size: tuple[int, int], otherwise: str, *, whole: bool, megapixels: float) -> _Seen:
+    """What the file of an image is that has a `size` (width, height) in the annotations."""
     if not path.exists():
         return _Seen("missing_image", f"{path} is missing; add the file, or {otherwise}")
     try:
         # the whole file: a copy has the same content
-        if task.whole:
+        if whole:
             content = read_image_file(path, megapixels, otherwise)
             digest = hashlib.blake2b(content, digest_size=16).digest()
             picture = decode(content, path, megapixels, otherwise)
-            size, bits = picture.size, picture.info.get("bits")
-            seen = _Seen(identity=(digest,), levels=_levels(picture), bits=bits)
+            levels = int(np.ptp(np.asarray(picture), axis=(0, 1)).max())
+            found = picture.size
+            seen = _Seen(identity=digest, levels=levels, bits=picture.info.get("bits"))
         # the header alone: a link has the same place
         else:
             status = path.stat()
+            found = read_header(path, megapixels, otherwise).size
             seen = _Seen(identity=(status.st_dev, status.st_ino))
-            size = read_header(path, megapixels, otherwise).size
     except BadImageError as error:
         return _Seen("broken_image", str(error))
-    if size == task.size:
+    if found == size:
         return seen
-    return seen._replace(kind="wrong_size", message=_wrong_size(task, size))
 
-
-def _levels(picture: Any) -> int:
-    return max(high - low for low, high in picture.getextrema())
-
-
-def _wrong_size(task: _Task, size: tuple[int, int]) -> str:
-    found = f"{task.path} is {size[0]} x {size[1]}"
-    message = f"{found}, and {task.size[0]:g} x {task.size[1]:g} in the annotations"
-    if shown_size(read_header(task.path, task.megapixels, task.otherwise)) == task.size:
-        return (
-            f"{message}: it was annotated as its EXIF orientation turns it, which training does not; "
-            "store it turned"
-        )
-    return f"{message}; mend the size there, and the boxes if the image was scaled"
+    # why the size is another one
+    message = f"{path} is {found[0]} x {found[1]}, and {size[0]:g} x {size[1]:g} in the annotations"
+    remedy = "; mend the size there, and the boxes if the image was scaled"
+    if shown_size(read_header(path, megapixels, otherwise)) == size:
+        turned = "it was annotated as its EXIF orientation turns it, which training does not"
+        remedy = f": {turned}; store it turned"
+    return seen._replace(kind="wrong_size", message=message + remedy)

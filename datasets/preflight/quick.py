@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from datasets.preflight.annotations import CheckedSplit, object_warnings
-from datasets.preflight.boxes import BOX_TOLERANCE, box_problems, sizes_of
+from datasets.preflight.boxes import BOX_TOLERANCE
 from datasets.respell import absent_names
 from util.config import TransformerConfig
 from util.errors import UserError
@@ -34,20 +33,26 @@ def quick_check(
     processes. With `skip_missing` that is only a part of the warning.
     """
     # each split: files, then boxes and objects
-    notes = []
+    notes, paths = [], []
     for name, dataset in (("train", train), ("val", val)):
-        missing = _missing_files(dataset)
+        content = dataset.coco.dataset
+        lists = content["images"], content["categories"], content["annotations"]
+        split = CheckedSplit(name, dataset.images, dataset.annotations, *lists)
+        names = [image["file_name"] for image in split.images]
+        missing = absent_names(split.folder, names)
         if missing:
-            message = f"missing image files of {dataset.annotations}: {len(missing)}, first {missing[0]}"
+            first = split.folder / next(name for name in names if name in missing)
+            message = f"missing image files of {split.annotations}: {len(missing)}, first {first}"
             if not skip_missing:
                 return UserError(f"{message}; add them, take them out, or add --on_bad_image skip")
             notes.append(message)
-        content = dataset.coco.dataset
-        lists = content["images"], content["categories"], content["annotations"]
-        notes += _doubts(CheckedSplit(name, dataset.images, dataset.annotations, *lists), num_queries)
+        notes += _doubts(split, num_queries)
+        # only the folder is resolved: resolving each file would ask the file system for every image
+        folder = split.folder.resolve()
+        paths.append({os.path.normpath(f"{folder}/{name}") for name in names})
 
     # images in both, and the warning
-    shared = len(_paths(train) & _paths(val))
+    shared = len(set.intersection(*paths))
     if shared:
         notes.append(f"images in both train and val: {shared}")
     if notes:
@@ -55,22 +60,9 @@ def quick_check(
     return None
 
 
-def _missing_files(dataset: Any) -> list[Path]:
-    names = [image["file_name"] for image in dataset.coco.imgs.values()]
-    absent = absent_names(dataset.images, names)
-    return [dataset.images / name for name in names if name in absent]
-
-
 def _doubts(split: CheckedSplit, num_queries: int) -> Iterator[str]:
-    sizes = sizes_of(split.images)[split.boxes.image]
-    for kind, flagged in box_problems(split.boxes.xywh, sizes).items():
+    for kind, flagged in split.flagged_boxes(BOX_TOLERANCE).items():
         if flagged.any():
             yield f"{_COUNTED[kind]} in {split.name}: {flagged.sum()}"
     for _, message in object_warnings(split, num_queries):
         yield f"{split.name}: {message}"
-
-
-def _paths(dataset: Any) -> set[str]:
-    # only the folder is resolved: resolving each file would ask the file system for every image
-    folder = str(dataset.images.resolve())
-    return {os.path.normpath(f"{folder}/{image['file_name']}") for image in dataset.coco.imgs.values()}

@@ -49,7 +49,7 @@ from tests.faults.compare import differing
 from tests.faults.fuzz_watch import Misbehaviour, Watch
 from util.checkpoint import load_state, read_checkpoint, write_atomically
 from util.class_map import ClassMap
-from util.config import parse_config
+from util.config import DataConfig, parse_config
 from util.errors import UserError
 from util.optim import build_schedule
 from util.run.data_identity import DataIdentity
@@ -305,7 +305,8 @@ _INSTANCES = {
 
 
 def _dataset(images: Path, annotations: Path) -> CocoDetection:
-    transform = train_transform([32, 40], 60, [32], [16, 24], "published")
+    data = DataConfig(train_sizes=[32, 40], max_size=60, crop_resize_sizes=[32], crop_sizes=[16, 24])
+    transform = train_transform(data)
     return CocoDetection(
         images, annotations, transform, num_classes=_NUM_CLASSES, seed=1, max_megapixels=MEGAPIXELS
     )

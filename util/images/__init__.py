@@ -15,5 +15,6 @@ T = TypeVar("T")
 
 def evenly_chosen(values: Sequence[T], count: int) -> list[T]:
     """At most `count` values, the first and the last among them, at equal distances."""
+    # with fewer values, all of them
     places = np.linspace(0, len(values) - 1, min(count, len(values))).round().astype(int)
     return [values[i] for i in places]

@@ -22,11 +22,7 @@ from util.errors import UserError
 
 # bitmaps that Pillow decodes by itself; for others it starts programs (EPS: Ghostscript)
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000")
-_UNKNOWN_FORMAT = (
-    f"can't be decoded (no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image, or of channels "
-    "that Pillow lacks)"
-)
-_STORE_IT = "replace the file, or store it with 8 bits a channel"
+_UNKNOWN_FORMAT = f"can't be decoded (no {', '.join(FORMATS)} image, or of channels that Pillow lacks)"
 # four channels of 32 bits: no image that is small enough has a larger file, metadata aside
 _BYTES_PER_PIXEL = 16
 _METADATA_BYTES = 2**24
@@ -73,15 +69,10 @@ def read_image_file(path: Path, megapixels: float, otherwise: str) -> bytes:
     Raises BadImageError if it can't be read, or is longer than an image within
     --max_image_megapixels can be; `otherwise` ends the remedy.
     """
-    try:
+    with _bad_image_errors(path, megapixels, otherwise):
         if os.stat(path).st_size > megapixels * 1e6 * _BYTES_PER_PIXEL + _METADATA_BYTES:
-            reason, remedy = _too_large("is a file longer", megapixels)
-            raise BadImageError(str(path), reason, f"{remedy}, {otherwise}")
+            raise _too_large("is a file longer", megapixels)
         return read_regular_file(path)
-    except OSError as error:
-        raise BadImageError(
-            str(path), f"can't be read ({error.strerror or error})", f"add the file, {otherwise}"
-        ) from None
 
 
 def decode(
@@ -96,29 +87,15 @@ def decode(
     refuses, or is larger than `megapixels` by its header: then nothing of it is decoded.
     `otherwise` ends the remedy.
     """
-    limit = int(megapixels * 1e6)
-    remedy = "replace the file"
-    try:
-        with _pillow_limit(limit):
-            image = Image.open(io.BytesIO(content), formats=FORMATS)
-            if image.width * image.height > limit:
-                raise Image.DecompressionBombError(f"{image.width * image.height} pixels")
-            picture = as_rgb(image)
-            # after decoding, which may turn the picture and change its metadata
-            turn = _UPRIGHT.get(_orientation(image)) if upright else None
-            return picture if turn is None else picture.transpose(turn)
-    except BadImageError as error:
-        reason, remedy = error.reason, error.remedy
-    except UnidentifiedImageError:
-        reason, remedy = _UNKNOWN_FORMAT, _STORE_IT
-    except Image.DecompressionBombError as error:
-        pixels = re.search(r"\d+", str(error))
-        reason, remedy = _too_large(
-            f"has {int(pixels[0]) / 1e6:.4g} megapixels, more" if pixels else "is larger", megapixels
-        )
-    except Exception as error:  # a broken file can fail anywhere in a decoder
-        reason = f"can't be decoded ({_in_a_line(error)})"
-    raise BadImageError(str(path), reason, f"{remedy}, {otherwise}")
+    with _bad_image_errors(path, megapixels, otherwise):
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        _check_size(image, megapixels)
+        picture = as_rgb(image)
+        # after decoding, which may turn the picture and change its metadata
+        turn = _UPRIGHT.get(_orientation(image))
+        if upright and turn is not None:
+            return picture.transpose(turn)
+        return picture
 
 
 class Header(NamedTuple):
@@ -134,46 +111,64 @@ class Header(NamedTuple):
 
 def read_header(path: Path, megapixels: float, otherwise: str) -> Header:
     """Size and orientation of an image file, without decoding it. Raises BadImageError."""
-    try:
+    with _bad_image_errors(path, megapixels, otherwise):
         _require_regular(path)
         with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height <= int(megapixels * 1e6):
-                turned_by_decoding = image.format == "TIFF"  # by Pillow, which leaves nothing to do
-                return Header(image.size, 1 if turned_by_decoding else _orientation(image))
-            reason, remedy = _too_large(
-                f"has {image.width * image.height / 1e6:.4g} megapixels, more", megapixels
-            )
-    except UnidentifiedImageError:
-        reason, remedy = _UNKNOWN_FORMAT, _STORE_IT
-    except OSError as error:
-        reason, remedy = f"can't be read ({error.strerror or _in_a_line(error)})", "add the file"
-    except Exception as error:  # a broken file can fail anywhere
-        reason, remedy = f"can't be decoded ({_in_a_line(error)})", "replace the file"
-    raise BadImageError(str(path), reason, f"{remedy}, {otherwise}")
+            _check_size(image, megapixels)
+            # Pillow turns TIFF files itself when it decodes them
+            orientation = 1 if image.format == "TIFF" else _orientation(image)
+            return Header(image.size, orientation)
+
+
+def _check_size(image: Image.Image, megapixels: float) -> None:
+    pixels = image.width * image.height
+    if pixels > int(megapixels * 1e6):
+        raise Image.DecompressionBombError(f"{pixels} pixels")
 
 
 def _orientation(image: Image.Image) -> int:
     if image.format == "PNG" and "exif" not in image.info:
         return 1  # Pillow would decode all of it to look behind the pixels
     try:
-        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+        value = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # metadata can be broken in any way
         return 1
-    return value if value in range(1, 9) else 1
-
-
-def _too_large(what: str, megapixels: float) -> tuple[str, str]:
-    return f"{what} than --max_image_megapixels {megapixels:g} allows", "scale the image down, raise the flag"
+    return value if value in _UPRIGHT else 1
 
 
 @contextlib.contextmanager
-def _pillow_limit(pixels: int) -> Iterator[None]:
-    """Let Pillow refuse what is far larger: some decoders allocate all pixels before we know the size."""
-    Image.MAX_IMAGE_PIXELS = pixels  # it raises above twice this
+def _bad_image_errors(path: Path, megapixels: float, otherwise: str) -> Iterator[None]:
+    """Raise every error of the block as a BadImageError of the file `path`.
+
+    Pillow refuses what is far larger than `megapixels`: some decoders allocate all pixels before we
+    know the size.
+    """
+    Image.MAX_IMAGE_PIXELS = int(megapixels * 1e6)  # it raises above twice this
     try:
         yield
+        return
+    except BadImageError as error:
+        bad = error
+    except UnidentifiedImageError:
+        bad = BadImageError("", _UNKNOWN_FORMAT, "replace the file, or store it with 8 bits a channel")
+    except Image.DecompressionBombError as error:
+        pixels = re.findall(r"\d+", str(error))
+        what = f"has {int(pixels[0]) / 1e6:.4g} megapixels, more" if pixels else "is larger"
+        bad = _too_large(what, megapixels)
+    except Exception as error:  # a broken file can fail anywhere in a decoder
+        text = " ".join(str(error).split())[:200] or type(error).__name__
+        bad = BadImageError("", f"can't be decoded ({text})", "replace the file")
+        # an error of the file system, not of a decoder
+        if isinstance(error, OSError) and error.strerror:
+            bad = BadImageError("", f"can't be read ({error.strerror})", "add the file")
     finally:
         Image.MAX_IMAGE_PIXELS = None
+    raise BadImageError(str(path), bad.reason, f"{bad.remedy}, {otherwise}") from None
+
+
+def _too_large(what: str, megapixels: float) -> BadImageError:
+    reason = f"{what} than --max_image_megapixels {megapixels:g} allows"
+    return BadImageError("", reason, "scale the image down, raise the flag")
 
 
 # EXIF orientation -> what undoes it (Exif 3.0, section 4.6.5.1.6)
@@ -188,8 +183,6 @@ _UPRIGHT = {
 }
 
 
-# bits that cameras, scanners and screens have for a number
-_DEPTHS = (8, 10, 12, 14, 16)
 _SCALE_IT = "scale all pictures of the data by one factor, to uint8 or to floats in [0, 1]"
 
 
@@ -214,10 +207,9 @@ def as_rgb(image: Image.Image) -> Image.Image:
     picture = image.convert("RGB")
     if upper_half:
         if np.asarray(picture).max() < 2**6:
-            reason = (
-                "has colours of 16 bits but no number above 16383, so what can be read of it is nearly black"
+            raise _wrong_numbers(
+                "colours of 16 bits but no number above 16383, so what can be read of it is nearly black"
             )
-            raise BadImageError("an image", reason, _SCALE_IT)
         picture.info["bits"] = 16
     return picture
 
@@ -230,27 +222,24 @@ def to_8_bits(numbers: np.ndarray) -> np.ndarray:
 
     Raises BadImageError for any others.
     """
+    low, high = numbers.min(), numbers.max()
     if np.issubdtype(numbers.dtype, np.floating):
-        if not ((numbers >= 0) & (numbers <= 1)).all():  # NaN does not lie in [0, 1] either
-            reason = f"has floats outside of [0, 1], from {numbers.min():g} to {numbers.max():g}"
-            raise BadImageError("an image", reason, _SCALE_IT)
+        if not (low >= 0 and high <= 1):  # NaN does not lie in [0, 1] either
+            raise _wrong_numbers(f"floats outside of [0, 1], from {low:g} to {high:g}")
         return (numbers * 255).round().astype(np.uint8)
     if not np.issubdtype(numbers.dtype, np.integer):
-        raise BadImageError(
-            "an image", f"has numbers of type {numbers.dtype}", "give uint8, or floats in [0, 1]"
-        )
-    low, high = int(numbers.min()), int(numbers.max())
-    if low < 0 or high >= 2 ** _DEPTHS[-1]:
-        reason = f"has numbers of {numbers.dtype} outside of 0 to 65535, from {low} to {high}"
-        raise BadImageError("an image", reason, _SCALE_IT)
+        raise _wrong_numbers(f"numbers of type {numbers.dtype}", "give uint8, or floats in [0, 1]")
+    if low < 0 or high >= 2**16:
+        raise _wrong_numbers(f"numbers of {numbers.dtype} outside of 0 to 65535, from {low} to {high}")
     return (numbers >> (bit_depth(numbers) - 8)).astype(np.uint8)
+
+
+def _wrong_numbers(what: str, remedy: str = _SCALE_IT) -> BadImageError:
+    return BadImageError("an image", f"has {what}", remedy)
 
 
 def bit_depth(numbers: np.ndarray) -> int:
     """The smallest of 8, 10, 12, 14 and 16 bits that hold the largest of integers from 0 to 65535."""
+    # cameras, scanners and screens have these
     largest = int(numbers.max())
-    return next(depth for depth in _DEPTHS if largest < 2**depth)
-
-
-def _in_a_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return next(depth for depth in (8, 10, 12, 14, 16) if largest < 2**depth)

@@ -18,6 +18,7 @@ from util.images.files import as_rgb, decode, read_image_file, to_8_bits
 
 ImageLike = str | os.PathLike | Image.Image | np.ndarray | Tensor
 
+_SEVERAL = "give several as a list"
 # of ImageNet, which the backbones were trained on
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -58,25 +59,23 @@ def as_picture(image: ImageLike, megapixels: float) -> Image.Image:
 
 
 def _picture_of_tensor(image: Tensor) -> Image.Image:
-    if image.dim() != 3 or image.shape[0] not in (1, 3, 4):
-        raise UserError(
-            f"a tensor of shape {list(image.shape)} is no image: it must be [3, H, W]; give several as a list"
-        )
+    shape = list(image.shape)
+    if len(shape) != 3 or shape[0] not in (1, 3, 4):
+        raise UserError(f"a tensor of shape {shape} is no image: it must be [3, H, W]; {_SEVERAL}")
     if image.is_floating_point():
         image = image.float()  # NumPy has no bfloat16
     return _picture_of_array(image.detach().permute(1, 2, 0).cpu().numpy())
 
 
 def _picture_of_array(image: np.ndarray) -> Image.Image:
-    if image.ndim == 2:
-        image = image[..., None]
-    if image.ndim != 3 or image.shape[2] not in (1, 3, 4) or 0 in image.shape:
-        raise UserError(
-            f"an array of shape {list(image.shape)} is no image: it must be [H, W, 3]; give several as a list"
-        )
+    # [H, W] is [H, W, 1]
+    shape = list(image.shape)
+    channels = shape[2] if len(shape) == 3 else 1
+    if len(shape) not in (2, 3) or channels not in (1, 3, 4) or 0 in shape:
+        raise UserError(f"an array of shape {shape} is no image: it must be [H, W, 3]; {_SEVERAL}")
     # one channel is grey, and a fourth would be transparency
-    pixels = image[..., 0] if image.shape[2] == 1 else image[..., :3]
-    return as_rgb(Image.fromarray(np.ascontiguousarray(to_8_bits(pixels))))
+    image = image.reshape(shape[:2]) if channels == 1 else image[..., :3]
+    return as_rgb(Image.fromarray(np.ascontiguousarray(to_8_bits(image))))
 
 
 def prepare(image: Image.Image, size: int, max_size: int) -> Tensor:
@@ -107,11 +106,13 @@ def resized(height: int, width: int, size: int, max_size: int | None) -> tuple[i
     `max_size` by a pixel or two.
     """
     # published code, kept as it is: each rounding counts
-    shorter, longer = min(height, width), max(height, width)
+    shorter, longer = sorted((height, width))
     if max_size is not None and longer / shorter * size > max_size:
         size = round(max_size * shorter / longer)
     if shorter == size:
         return height, width
     if width < height:
-        return max(int(size * height / width), 1), max(size, 1)
-    return max(size, 1), max(int(size * width / height), 1)
+        height, width = int(size * height / width), size
+    else:
+        height, width = size, int(size * width / height)
+    return max(height, 1), max(width, 1)

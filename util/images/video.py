@@ -69,12 +69,11 @@ class VideoReader:
             self._container = self._av.open(str(path))
         except (OSError, self._av.error.FFmpegError, ValueError) as error:
             raise self._bad(f"can't be opened ({_reason(error)})") from None
-        stream = self._container.streams.best("video")
+        self._stream = stream = self._container.streams.best("video")
         if stream is None:
             self._container.close()
             raise self._bad("holds no pictures")
         stream.thread_type = "AUTO"
-        self._stream = stream
         self.rate = Fraction(stream.average_rate or stream.guessed_rate or 25)
         self.num_frames = stream.frames or self._from_duration()
         self.pixel_aspect = Fraction(1)
@@ -87,17 +86,14 @@ class VideoReader:
 
     def __iter__(self) -> Iterator[Frame]:
         # seconds are exact fractions, so that no frame moves by rounding
-        first: Fraction | None = None
-        last = Fraction(-1)
-        count = 0
+        first, last, count = None, Fraction(-1), 0
         try:
             for frame in self._container.decode(self._stream):
                 # when it is shown; in broken files time stamps are missing, stand still or go back
                 shown = count / self.rate
                 if frame.pts is not None:
                     shown = frame.pts * frame.time_base
-                if first is None:
-                    first = shown
+                first = shown if first is None else first
                 seconds = shown - first
                 if seconds <= last:
                     seconds = last + 1 / self.rate
@@ -110,6 +106,7 @@ class VideoReader:
 
     def _upright(self, frame: Any) -> Image.Image:
         """Turned as the file says: telephones store the sensor's picture and how they were held."""
+        # a quarter turn exchanges the sides of a pixel, too
         aspect = Fraction(self._stream.sample_aspect_ratio or 1)
         turn = frame.rotation % 360
         self.pixel_aspect = 1 / aspect if turn in (90, 270) else aspect
@@ -117,6 +114,7 @@ class VideoReader:
         return picture.transpose(_UPRIGHT[turn]) if turn in _UPRIGHT else picture
 
     def _from_duration(self) -> int:
+        # of the stream if it is known, else of the file
         if self._stream.duration:
             return round(self._stream.duration * self._stream.time_base * self.rate)
         return round((self._container.duration or 0) / self._av.time_base * self.rate)
@@ -139,21 +137,20 @@ class VideoWriter:
         self, path: Path, size: tuple[int, int], rate: Fraction, pixel_aspect: Fraction = Fraction(1)
     ) -> None:
         # codec
-        av = _pyav(path)
-        self._av, self._path, self._size = av, path, size
-        odd = size[0] % 2 or size[1] % 2
-        codec = "libvpx-vp9" if odd else "libx264"
+        self._av = av = _pyav(path)
+        self._path, self._size = path, size
+        codec, quality = "libx264", {"crf": "20"}
+        if size[0] % 2 or size[1] % 2:
+            codec = "libvpx-vp9"
+            quality = {"crf": "30", "b": "0", "deadline": "realtime", "cpu-used": "5"}
         if codec not in av.codecs_available:
-            raise UserError(
-                f"{path} can't be written: this FFmpeg has no {codec}; pip install av brings one that has"
-            )
-        quality = {"crf": "30", "b": "0", "deadline": "realtime", "cpu-used": "5"} if odd else {"crf": "20"}
+            raise self._failed(f": this FFmpeg has no {codec}; pip install av brings one that has")
 
         # file and stream
         try:
             self._container = av.open(str(path), "w", format="mp4")
         except (OSError, av.error.FFmpegError) as error:
-            raise UserError(f"{path} can't be written ({_reason(error)})") from None
+            raise self._failed(f" ({_reason(error)})") from None
         self._stream = self._container.add_stream(codec, rate=rate, options=quality)
         context = self._stream.codec_context
         context.width, context.height, context.pix_fmt = *size, "yuv420p"
@@ -168,7 +165,8 @@ class VideoWriter:
             *self._size, "yuv420p", dst_colorspace=_BT709, dst_color_range=_LIMITED
         )
         # in units of the stream's time base
-        frame.pts, frame.time_base = round(seconds / self._time_base), self._time_base
+        frame.time_base = self._time_base
+        frame.pts = round(seconds / frame.time_base)
         self._write(frame)
 
     def close(self) -> None:
@@ -184,7 +182,10 @@ class VideoWriter:
             for packet in self._stream.encode(frame):
                 self._container.mux(packet)
         except (OSError, self._av.error.FFmpegError) as error:
-            raise UserError(f"{self._path} can't be written ({_reason(error)})") from None
+            raise self._failed(f" ({_reason(error)})") from None
+
+    def _failed(self, why: str) -> UserError:
+        return UserError(f"{self._path} can't be written{why}")
 
 
 def _pyav(path: Path) -> ModuleType:
