@@ -8,17 +8,16 @@ import functools
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable
 from pathlib import Path
 
 from datasets.coco_format import shown
 from datasets.convert.common import (
-    Labelled,
+    CocoSplit,
     Object,
     Pair,
     files_by_key,
     key_of,
-    read_images,
+    read_splits,
     splits_by_folder,
 )
 from datasets.convert.problems import BOXES_TURNED, Corners, Problems, as_stored
@@ -61,7 +60,7 @@ def _unpacked(source: Path) -> Path:
     return source
 
 
-def read_yolo(source: Path, problems: Problems) -> Labelled:
+def read_yolo(source: Path, problems: Problems) -> dict[str, CocoSplit]:
     """A data.yaml or an obj.data, a folder with such a file, or a folder with classes.txt or
     obj.names, images and labels.
 
@@ -92,19 +91,21 @@ def read_yolo(source: Path, problems: Problems) -> Labelled:
         pairs_of = {}
         for split, images in lookup.images().items():
             pairs_of[split] = [Pair(_key(image, root), image, lookup.label_file(image)) for image in images]
-
-    # the objects
-    splits = {}
-    read_objects = functools.partial(_read_objects, names=names, boxes_first=boxes_first, problems=problems)
     for split, pairs in pairs_of.items():
         if pairs and not any(pair.labels.is_file() for pair in pairs):
             raise UserError(
                 f"no image of the {split} split has labels: those of {pairs[0].image} would be in "
                 f"{pairs[0].labels}"
             )
-        splits[split] = read_images(pairs, read_objects, split, problems)
-    _note_unused_labels(root, (pair.labels for pairs in pairs_of.values() for pair in pairs), problems)
-    return Labelled(names, splits)
+
+    # labels that belong to no image
+    used = {os.path.realpath(pair.labels) for pairs in pairs_of.values() for pair in pairs}
+    for text_file in files_below(root, [".txt"]):
+        if os.path.realpath(text_file) not in used and _has_labels(text_file):
+            problems.notes["files of labels that belong to no image of these splits, left out"] += 1
+
+    read_objects = functools.partial(_read_objects, names=names, boxes_first=boxes_first, problems=problems)
+    return read_splits(pairs_of, read_objects, problems, names)
 
 
 def _pairs_of_folder(root: Path, problems: Problems) -> tuple[list[str], dict[str, list[Pair]]]:
@@ -159,14 +160,6 @@ def _add_other_spellings(
             problems.add(
                 f"{images.pop(key)} has no labels of its own name, and {paths[0]} can't be told from others'"
             )
-
-
-def _note_unused_labels(root: Path, used: Iterable[Path], problems: Problems) -> None:
-    # by what links lead to
-    used_files = {os.path.realpath(path) for path in used}
-    for path in files_below(root, [".txt"]):
-        if os.path.realpath(path) not in used_files and _has_labels(path):
-            problems.notes["files of labels that belong to no image of these splits, left out"] += 1
 
 
 def _has_labels(path: Path) -> bool:
