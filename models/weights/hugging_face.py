@@ -97,9 +97,11 @@ def read_hugging_face(source: str, flag: str) -> dict[str, Any]:
     if beside.is_file():
         modules, module_flags = _read_batchformer(beside, flag)
         state, flags = state | modules, flags | module_flags
-    checkpoint = {"model": state, "args": _checked(flags, where)}
-    classes = _classes_in(config, len(bias), where) if bias is not None else None
-    if classes:
+    try:
+        checkpoint = {"model": state, "args": Config().with_flags(flags).flags()}
+    except UserError as error:
+        raise UserError(f"{where} can't be used: {error}") from None
+    if bias is not None and (classes := _classes_in(config, len(bias), where)):
         checkpoint["classes"] = classes.to_plain()
     return checkpoint
 
@@ -149,17 +151,16 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 def refuse_unknown_to_transformers(config: Config) -> None:
     """Raise UserError for a detector that transformers can't compute."""
-    backbone, unknown = config.backbone, ""
-    if backbone.backbone_norm == "gn":
+    scale = config.backbone.position_embedding_scale
+    if config.backbone.backbone_norm == "gn":
         unknown = "--backbone_norm gn (its backbones are normalised by frozen statistics)"
-    elif backbone.position_embedding_scale != BackboneConfig.position_embedding_scale:
-        unknown = f"--position_embedding_scale {backbone.position_embedding_scale}"
+    elif scale != BackboneConfig.position_embedding_scale:
+        unknown = f"--position_embedding_scale {scale}"
     elif config.batchformer.eval_bf:
         unknown = "--eval_bf (nothing that relates the images of a batch)"
-    if unknown:
-        raise UserError(
-            f"transformers has no Deformable DETR with {unknown}: this checkpoint can't be converted"
-        )
+    else:
+        return
+    raise UserError(f"transformers has no Deformable DETR with {unknown}: this checkpoint can't be converted")
 
 
 def json_of(config: Config, classes: ClassMap | None, num_classes: int) -> dict[str, Any]:
@@ -210,13 +211,6 @@ def flags_of(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     if queries is not None:
         flags["num_queries"] = queries
     return flags
-
-
-def _checked(flags: Mapping[str, Any], source: str) -> dict[str, Any]:
-    try:
-        return Config().with_flags(flags).flags()
-    except UserError as error:
-        raise UserError(f"{source} can't be used: {error}") from None
 
 
 def _backbone_in(config: Mapping[str, Any], source: str) -> str:
