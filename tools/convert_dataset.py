@@ -97,6 +97,7 @@ def parser() -> argparse.ArgumentParser:
         default="link",
         help="hard links (copies where the disk is another one), symbolic links, or copies of the images",
     )
+    # a problem is never left out without being asked for
     add(
         "--on_bad",
         choices=("stop", "clip", "skip"),
@@ -111,7 +112,9 @@ def parser() -> argparse.ArgumentParser:
         help="share of the images for validation where the source does not say which "
         f"(default: {VAL_FRACTION})",
     )
+    # the same images for the same seed
     add("--seed", type=int, default=42, help="seed of that split")
+    # what its files do not say
     add = result.add_argument_group("Pascal VOC only").add_argument
     add(
         "--difficult",

@@ -29,6 +29,7 @@ from util.images.files import Header
 from util.text_files import read_lines
 
 _CLASSES = ("classes.txt", "labels/classes.txt")
+_USUAL_STEMS = ("data", "dataset", "obj")
 # class, x, y, width, height
 _LINE_OF_LABELS = re.compile(r"\d+(\s+[-+.\deE]+){4,}$")
 
@@ -37,7 +38,7 @@ def is_yolo(source: Path) -> bool:
     """Whether it is a data.yaml, or a folder with a data.yaml or a classes.txt."""
     source = _unpacked(source)
     if source.is_dir():
-        return bool(_yaml_in(source) or _classes_in(source))
+        return bool(_usual_file(source, *YAML) or _classes_in(source))
     return source.suffix.lower() in YAML
 
 
@@ -45,7 +46,7 @@ def is_darknet(source: Path) -> bool:
     """Whether it is an obj.data, or a folder with an obj.data or an obj.names."""
     source = _unpacked(source)
     if source.is_dir():
-        return bool(_darknet_in(source, DARKNET) or _darknet_in(source, ".names"))
+        return bool(_usual_file(source, DARKNET) or _usual_file(source, ".names"))
     return source.suffix.lower() == DARKNET
 
 
@@ -75,7 +76,7 @@ def read_yolo(source: Path, problems: Problems) -> dict[str, CocoSplit]:
     source = _unpacked(source)
     path = source
     if source.is_dir():
-        path = _yaml_in(source) or _darknet_in(source, DARKNET) or source
+        path = _usual_file(source, *YAML) or _usual_file(source, DARKNET) or source
 
     # the class names, and the files of images and labels
     boxes_first = False
@@ -110,7 +111,7 @@ def read_yolo(source: Path, problems: Problems) -> dict[str, CocoSplit]:
 
 def _pairs_of_folder(root: Path, problems: Problems) -> tuple[list[str], dict[str, list[Pair]]]:
     """Class names and pairs of a folder with a file of class names and no description."""
-    listed = _classes_in(root) or _darknet_in(root, ".names")
+    listed = _classes_in(root) or _usual_file(root, ".names")
     if listed is None:
         raise UserError(
             f"{root} has no data.yaml, obj.data, classes.txt or obj.names: it is no data set in YOLO's format"
@@ -170,19 +171,10 @@ def _has_labels(path: Path) -> bool:
         return False
 
 
-def _yaml_in(folder: Path) -> Path | None:
-    """data.yaml, or the only YAML file of the folder."""
-    return _usual_file(folder, YAML, ("data", "dataset"))
-
-
-def _darknet_in(folder: Path, suffix: str) -> Path | None:
-    """obj.data or obj.names, or the only file with that ending."""
-    return _usual_file(folder, (suffix,), ("obj",))
-
-
-def _usual_file(folder: Path, suffixes: tuple[str, ...], stems: tuple[str, ...]) -> Path | None:
+def _usual_file(folder: Path, *suffixes: str) -> Path | None:
+    """data.yaml, obj.data or obj.names, or the only file of the folder with such an ending."""
     found = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
-    usual = [path for path in found if path.stem in stems]
+    usual = [path for path in found if path.stem in _USUAL_STEMS]
     # several files of other names can't be told apart
     if usual:
         return usual[0]

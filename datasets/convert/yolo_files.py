@@ -41,49 +41,41 @@ class Description:
     path: Path
     names: list[str] | str
     splits: dict[str, list[str]]
-    root: str = ""
-    boxes_first: bool = False
+    root: str
+    boxes_first: bool
 
 
 def describe(path: Path) -> Description:
     """Read a data.yaml or an obj.data. Raises UserError."""
-    if path.suffix.lower() == DARKNET:
-        return _describe_darknet(path)
-    return _describe_yaml(path)
+    is_darknet = path.suffix.lower() == DARKNET
+    content = _darknet_content(path) if is_darknet else _yaml_content(path)
+    # `path: null` and `val:` are usual
+    content = {key: value for key, value in content.items() if value and value not in _NULLS}
+    names: Any = content.get("names")
+    if not is_darknet:
+        names = class_names(names, path)
+    for key in ("names", "train"):
+        if key not in content:
+            raise UserError(
+                f"{path} has no {key!r}: it must name the classes, and the folder or the list of the "
+                f"training images"
+            )
+    root = content.get("path")
+    if not isinstance(root, str):
+        root = ""
+    splits = {"train": _entries(content["train"], path)}
+    if val := content.get("val") or content.get("valid"):
+        splits["val"] = _entries(val, path)
+    return Description(path, names, splits, root, "kpt_shape" in content)
 
 
-def _describe_darknet(path: Path) -> Description:
-    """Lines `key = value`."""
+def _darknet_content(path: Path) -> dict[str, Any]:
+    """Lines `key = value`; `names` is a file."""
     content = {}
     for line in read_lines(path):
         key, _, value = line.text.partition("=")
         content[key.strip().lower()] = unquoted(value.strip())
-    for key in ("names", "train"):
-        if not content.get(key):
-            raise UserError(
-                f"{path} has no {key!r}: it must name the file of the class names, and the list of "
-                f"training images"
-            )
-    splits = {"train": [content["train"]]}
-    if content.get("valid"):
-        splits["val"] = [content["valid"]]
-    return Description(path, content["names"], splits)
-
-
-def _describe_yaml(path: Path) -> Description:
-    content = _yaml_content(path)
-    names = class_names(content.get("names"), path)
-    # `path: null` and `val:` are usual
-    content = {key: value for key, value in content.items() if value and value not in _NULLS}
-    if "train" not in content:
-        raise UserError(f"{path} has no 'train': it must name the folder or the list of the training images")
-    splits = {"train": _entries(content["train"], path)}
-    if val := content.get("val") or content.get("valid"):
-        splits["val"] = _entries(val, path)
-    root = content.get("path")
-    if not isinstance(root, str):
-        root = ""
-    return Description(path, names, splits, root, "kpt_shape" in content)
+    return content
 
 
 def _yaml_content(path: Path) -> dict[str, Any]:
@@ -190,7 +182,15 @@ class Lookup:
         # what folders and lists say
         entries: dict[str, list[_Entry]] = {}
         for split, named in self._description.splits.items():
-            places = [place for place in map(self._split_place, named) if place]
+            places = []
+            for name in named:
+                place = self._place(name)
+                if place is None:
+                    tried = ", ".join(dict.fromkeys(str(base / name) for base in self._bases))
+                    path = self._description.path
+                    self._problems.add(f"{path} names {name}, which is missing: tried {tried}")
+                else:
+                    places.append(place)
             if places or split == "train":
                 entries[split] = [entry for place in places for entry in self._entries(place)]
 
@@ -217,13 +217,6 @@ class Lookup:
                 self._problems.notes[LABELS_BY_SPELLING] += 1
                 return path_there
         return exact[0]
-
-    def _split_place(self, entry: str) -> Path | None:
-        place = self._place(entry)
-        if place is None:
-            tried = ", ".join(dict.fromkeys(str(base / entry) for base in self._bases))
-            self._problems.add(f"{self._description.path} names {entry}, which is missing: tried {tried}")
-        return place
 
     def _place(self, entry: str) -> Path | None:
         """A folder or list: where the file says, or at the end of that path below its folder."""

@@ -30,8 +30,8 @@ _BODY = "backbone.0.body."
 # often removed from a checkpoint that others are to start from
 HEADS = ("class_embed.", "bbox_embed.")
 
-_MODULES = frozenset(name for name, flag in FLAGS.items() if flag.group == "batchformer")
-_ARCHITECTURE = tuple(name for name in flags_of("architecture") if name not in _MODULES)
+MODULES = frozenset(name for name, flag in FLAGS.items() if flag.group == "batchformer")
+_ARCHITECTURE = tuple(name for name in flags_of("architecture") if name not in MODULES)
 _SIZES = flags_of("evaluation")
 # flags of BatchFormerV2 that decide which weights there are, with one stream or two
 _MODULE_WEIGHTS = ("share_bf", "bt_num_layers", "insert_idx")
@@ -84,7 +84,7 @@ def config_of(
         return config
 
     # as it was trained, but detections do not depend on the other images of a batch
-    modules = flags_in(checkpoint, _MODULES, f"{flag} {source}")
+    modules = flags_in(checkpoint, MODULES, f"{flag} {source}")
     if not modules.get("bf"):
         raise UserError(
             f"{flag} {source} was trained without BatchFormerV2 (--bf), or does not say how it was trained"
@@ -136,13 +136,13 @@ def adopt(
     # then the flags of the command line count
     decided = purpose.value
     if not there.get("bf"):
-        decided -= _MODULES
+        decided -= MODULES
     taken = {name: value for name, value in there.items() if name in decided and name not in given}
     if evaluate:
         taken |= _fitting_size(given, there, source)
     changes = dict(taken)
     if evaluate and not acts:
-        changes |= {name: FLAGS[name].default for name in _MODULES}
+        changes |= {name: FLAGS[name].default for name in MODULES}
     try:
         settled = config.with_flags(changes, settled=True)
     except UserError as error:

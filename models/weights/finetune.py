@@ -94,13 +94,16 @@ def matching_rows(known: ClassMap | None, num_known: int, classes: ClassMap) -> 
     no class in both heads are copied, too. If the checkpoint does not name its classes, heads of
     the same number of rows are copied as they are.
     """
+    # without names only the number can fit
     if known is None:
         if num_known != classes.num_classes:
             return {}
         return {label: label for label in range(num_known)}
 
+    # of two classes of one name the first counts
     by_name = {_plain(name): label for label, name in reversed(known.names.items())}
     rows = {label: by_name[_plain(name)] for label, name in classes.names.items() if _plain(name) in by_name}
+    # rows of no class, as eleven of COCO's, have learned background
     for label in range(min(num_known, classes.num_classes)):
         if label not in classes.names and label not in known.names:
             rows[label] = label

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from util.errors import UserError
 
-# ours, Hugging Face's: beginnings of names; those of the heads are the same
+# places in the pairs below
+_OURS, _HUB = 0, 1
+# beginnings of names; those of the heads are the same
 _BEGINNINGS = (
     ("backbone.0.body.", "model.backbone.conv_encoder.model."),
     ("backbone.1.row_embed.", "model.position_embedding.row_embeddings."),
@@ -82,9 +84,9 @@ def to_hugging_face(state: Mapping[str, Tensor], with_box_refine: bool, two_stag
             batchformer[name] = _unshared(tensor)
         elif match:
             for letter, third in zip("qkv", tensor.chunk(3), strict=True):
-                weights[_to_hub(f"{match[1]}{letter}_proj.{match[2]}")] = _unshared(third)
+                weights[_renamed(f"{match[1]}{letter}_proj.{match[2]}", _HUB)] = _unshared(third)
         else:
-            weights[_to_hub(name)] = _unshared(tensor)
+            weights[_renamed(name, _HUB)] = _unshared(tensor)
 
     # second names
     doubles = [_POSITIONS]
@@ -110,13 +112,14 @@ def from_hugging_face(
     state: dict[str, Tensor] = {}
     thirds: dict[str, dict[str, Tensor]] = {}
     for hub_name, tensor in _single_names(weights).items():
-        name = _from_hub(hub_name)
+        name = _renamed(hub_name, _OURS)
         match = _SINGLE.fullmatch(name)
         if match:
             thirds.setdefault(f"{match[1]}in_proj_{match[3]}", {})[match[2]] = tensor
         elif not name.endswith(_COUNT):
             state[name] = tensor
 
+    # one tensor of the three parts of an attention layer
     for name, parts in thirds.items():
         if len(parts) < 3:
             raise UserError(
@@ -156,16 +159,9 @@ def _unshared(tensor: Tensor) -> Tensor:
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
-def _to_hub(name: str) -> str:
-    return _renamed(name, 0, 1)
-
-
-def _from_hub(name: str) -> str:
-    return _renamed(name, 1, 0)
-
-
-def _renamed(name: str, source: int, target: int) -> str:
-    """source, target: 0 for our names, 1 for Hugging Face's."""
+def _renamed(name: str, target: int) -> str:
+    """The name in the layout `target`, _OURS or _HUB, of a tensor in the other one."""
+    source = 1 - target
     if match := _LAYER_PART.fullmatch(name):
         layer, coder, part, rest = match.groups()
         parts = {pair[source]: pair[target] for pair in _PARTS[coder]}
