@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from datasets.convert.common import Labelled
+from datasets.convert.common import CocoSplit
 from tools.convert_dataset import main
 from util.errors import UserError
 
@@ -84,33 +84,32 @@ def coco_text(names: dict[int, str]) -> str:
     return json.dumps({"images": images, "annotations": boxes, "categories": [{"id": 3, "name": "thing"}]})
 
 
-def boxes(data: Labelled, root: Path) -> dict[str, Boxes]:
+def boxes(parts: dict[str, CocoSplit], root: Path) -> dict[str, Boxes]:
     """Of every part: where the images are below `root`, and what is in them."""
-    return {
-        part: {
-            image.path.resolve().relative_to(root).as_posix(): [
-                (item.name, *(round(value, 3) for value in (x0, y0, x1 - x0, y1 - y0)))
-                for item in image.objects
-                for x0, y0, x1, y1 in [item.corners]
-            ]
-            for image in images
-        }
-        for part, images in data.splits.items()
-    }
-
-
-def coco_boxes(parts: dict, root: Path) -> dict[str, Boxes]:
-    found = {}
+    found: dict[str, Boxes] = {}
     for part, (content, files) in parts.items():
+        classes = {category["id"]: category["name"] for category in content["categories"]}
         names = {
             image["id"]: files[image["file_name"]].resolve().relative_to(root).as_posix()
             for image in content["images"]
         }
         found[part] = {name: [] for name in names.values()}
         for annotation in content["annotations"]:
-            assert annotation["id"] == annotation["image_id"], "ids stay as they are"
-            found[part][names[annotation["image_id"]]].append(("thing", *annotation["bbox"]))
+            box = (round(value, 3) for value in annotation["bbox"])
+            found[part][names[annotation["image_id"]]].append((classes[annotation["category_id"]], *box))
     return found
+
+
+def coco_boxes(parts: dict[str, CocoSplit], root: Path) -> dict[str, Boxes]:
+    for content, _ in parts.values():
+        for annotation in content["annotations"]:
+            assert annotation["id"] == annotation["image_id"], "ids stay as they are"
+    return boxes(parts, root)
+
+
+def class_names(parts: dict[str, CocoSplit]) -> list[str]:
+    """Of the classes, in the order of their ids."""
+    return [category["name"] for category in parts["train"].content["categories"]]
 
 
 def wanted(places: dict[int, str], name: str = "thing") -> Boxes:

@@ -14,7 +14,6 @@ import pytest
 from PIL import Image, ImageOps
 
 from datasets.coco_format import read_annotations
-from datasets.convert.layout import to_coco
 from datasets.convert.problems import Corners, Problems, as_stored
 from datasets.convert.voc import VocRules, read_voc
 from datasets.convert.yolo import read_yolo
@@ -115,7 +114,7 @@ def read(
     is_voc = next(source.rglob("*.xml"), None) is not None
     data = read_voc(source, VocRules(**rules), faults) if is_voc else read_yolo(source, faults)
     faults.stop_if_asked()
-    return {part: boxes(written) for part, (written, _) in to_coco(data).items()}, faults
+    return {part: boxes(written) for part, (written, _) in data.items()}, faults
 
 
 def refusal(source: Path, **rules: object) -> str:

@@ -20,6 +20,7 @@ from datasets.convert.voc import VocRules, read_voc
 from datasets.convert.yolo import read_yolo
 from tests.exports import (
     boxes,
+    class_names,
     coco_boxes,
     coco_text,
     merged,
@@ -202,7 +203,7 @@ def test_yolo_exports(prefix, chosen, habit, layout):
         with nothing_else_opened(root):
             data = read_yolo(root, faults)
         found = boxes(data, root.parents[1])["train"]
-        assert data.names == ["no", "007"]
+        assert class_names(data) == ["no", "007"]
         sound = wanted(places(root, chosen, images, habit), "no")
         assert {name: objects for name, objects in found.items() if objects} == sound
         assert len(faults.messages) == sum(bool(picture.fault) for picture in chosen)

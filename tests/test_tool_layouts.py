@@ -22,6 +22,7 @@ from tests.exports import (
     HEIGHT,
     Boxes,
     boxes,
+    class_names,
     coco_boxes,
     coco_text,
     convert,
@@ -91,7 +92,7 @@ def test_coco_exports_of_labelling_tools(tmp_path, tool):
     for number in places:
         write_image(tmp_path / f"upload/4/0123abcd-{number}.jpg", number)
     faults = Problems()
-    assert format_of(root).name == "coco"
+    assert format_of(root) == "coco"
     with Watch(root, 600, hard=False).case():
         parts = read_coco(root, faults)
     assert merged(coco_boxes(parts, root)) == wanted(places)
@@ -293,7 +294,7 @@ def test_cvat_yolo_1_1(tmp_path, names):
     write(tmp_path / "obj.names", "\ufeffthing\r\n")
     write_list(tmp_path / "train.txt", "data/obj_train_data/{n}.jpg", range(1, 5))
     write_list(tmp_path / "val.txt", "data/obj_val_data/{n}.jpg", range(5, 7))
-    assert format_of(tmp_path).name == format_of(tmp_path / "obj.data").name == "yolo"
+    assert format_of(tmp_path) == format_of(tmp_path / "obj.data") == "yolo"
     for source in (tmp_path, tmp_path / "obj.data"):
         faults = Problems()
         assert boxes(read_yolo(source, faults), tmp_path) == places
@@ -390,9 +391,9 @@ def test_label_studio_yolo(tmp_path):
         tmp_path / "notes.json",
         '{"categories": [{"id": 0, "name": "thing"}], "info": {"contributor": "Label Studio"}}',
     )
-    assert format_of(tmp_path).name == "yolo"
+    assert format_of(tmp_path) == "yolo"
     data = read_yolo(tmp_path, Problems())
-    assert data.names == ["thing", "other"]
+    assert class_names(data) == ["thing", "other"]
     assert merged(boxes(data, tmp_path)) == merged(places)
 
 
@@ -432,16 +433,16 @@ def test_text_of_a_yaml_stays_text(tmp_path):
         for encoding in ("utf-8", "utf-8-sig", "utf-16"):
             content = f"train: images/train\nval: images/val\ntest: # none\n{text}"
             (tmp_path / "data.yaml").write_bytes(content.replace("\n", "\r\n").encode(encoding))
-            assert read_yolo(tmp_path, Problems()).names == names
+            assert class_names(read_yolo(tmp_path, Problems())) == names
     write(tmp_path / "data.yaml", "train: images/train\nval: null\nnames: [thing]\n")
-    assert list(read_yolo(tmp_path, Problems()).splits) == ["train"]
+    assert list(read_yolo(tmp_path, Problems())) == ["train"]
 
 
 def test_class_files_are_read_as_text(tmp_path):
     yolo_export(tmp_path, "images/{n}.jpg", "labels/{n}.txt")
     (tmp_path / "classes.txt").write_bytes('# classes\r\n"no"\r\n007\r\nStraße 1\r\n\r\n'.encode("utf-16"))
     faults = Problems()
-    assert read_yolo(tmp_path, faults).names == ["no", "007", "Straße 1"]
+    assert class_names(read_yolo(tmp_path, faults)) == ["no", "007", "Straße 1"]
     assert [count for note, count in faults.notes.items() if "begin with #" in note] == [1]
 
 

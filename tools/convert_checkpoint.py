@@ -11,20 +11,12 @@ import argparse
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 # a script sees only its own folder, not the project
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from util.config import (
-    BatchFormerConfig,
-    Config,
-    add_detector_flags,
-    add_weights_flag,
-    detector_flags,
-    make_parser,
-)
+from util.config import Config, add_detector_flags, add_weights_flag, detector_flags, make_parser
 from util.errors import UserError, run_as_command
 
 log = logging.getLogger(__name__)
@@ -63,7 +55,7 @@ def convert(source: str, target: Path, which: str = "auto", **architecture: Any)
         UserError: the source can't be read or converted; the target exists.
     """
     # imported here so that --help does not import torch
-    from models.weights.architecture import config_of
+    from models.weights.architecture import MODULES, config_of, flags_in
     from models.weights.hugging_face_files import is_hugging_face
     from models.weights.load import choose_weights, read_trained
 
@@ -85,20 +77,13 @@ def convert(source: str, target: Path, which: str = "auto", **architecture: Any)
     if to_file:
         check_weights(state, config.with_flags({**checkpoint.get("args", {}), "resume": source}), source)
         write_file(checkpoint, target)
-    else:
-        check_weights(state, config, source)
-        write_folder(checkpoint, which, with_batchformer(config, checkpoint), source, target)
-
-
-def with_batchformer(config: Config, checkpoint: Mapping[str, Any]) -> Config:
-    """The Config with the checkpoint's flags of BatchFormerV2, which prediction does not need."""
-    args = checkpoint.get("args", {})
-    if isinstance(args, argparse.Namespace):
-        args = vars(args)
-    if not args.get("bf"):
-        return config
-    names = [item.name for item in fields(BatchFormerConfig) if item.name in args]
-    return config.with_flags({name: args[name] for name in names})
+        return
+    check_weights(state, config, source)
+    # prediction does not need the flags of BatchFormerV2
+    modules = flags_in(checkpoint, MODULES, f"source {source}")
+    if modules.get("bf"):
+        config = config.with_flags(modules)
+    write_folder(checkpoint, which, config, source, target)
 
 
 def check_weights(state: Mapping[str, Any], config: Config, source: str) -> None:
@@ -107,6 +92,7 @@ def check_weights(state: Mapping[str, Any], config: Config, source: str) -> None
     from util.checkpoint import load_state
     from util.class_map import unnamed_classes
 
+    # building is the surest test
     model, _, _ = build_model(config, unnamed_classes(state))
     load_state(model, {"model": state}, source, "source").require_same_architecture()
 
@@ -117,6 +103,7 @@ def write_file(checkpoint: Mapping[str, Any], target: Path) -> None:
 
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(dict(checkpoint), target)
+    # published files have no names of classes
     classes = "classes without names"
     if "classes" in checkpoint:
         classes = f"{len(checkpoint['classes']['categories'])} classes"

@@ -38,8 +38,9 @@ from pathlib import Path
 # a script sees only its own folder, not the project
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from datasets.convert.common import CocoSplit
 from datasets.convert.formats import FORMATS, read_source
-from datasets.convert.layout import VAL_FRACTION, WAYS, CocoSplit, new_folder, write_split
+from datasets.convert.layout import VAL_FRACTION, WAYS, new_folder, write_split
 from datasets.convert.problems import Problems
 from util.config import make_parser
 from util.errors import UserError, run_as_command
@@ -65,39 +66,38 @@ def main(argv: Sequence[str]) -> None:
 def print_summary(folder: Path, splits: dict[str, CocoSplit], problems: Problems) -> None:
     """What was written, what was done to it and what was left out."""
     # details
+    count = len(problems.messages)
     for message in problems.messages[:_MOST_LINES]:
         print(f"left out: {message}")
-    if len(problems.messages) > _MOST_LINES:
-        print(f"left out: {len(problems.messages) - _MOST_LINES} more")
-    for note, count in problems.notes.items():
-        if count:
-            print(f"{note}: {count}")
+    if count > _MOST_LINES:
+        print(f"left out: {count - _MOST_LINES} more")
+    for note, times in (+problems.notes).items():
+        print(f"{note}: {times}")
     for split, (content, _) in splits.items():
         print(f"{split}: {len(content['images'])} images with {len(content['annotations'])} objects")
 
     # the closing line
     left_out = "nothing left out"
-    if problems.messages:
-        left_out = f"left out by --on_bad {problems.on_bad}: {len(problems.messages)} ({problems.counted()})"
+    if count:
+        left_out = f"left out by --on_bad {problems.on_bad}: {count} ({problems.counted()})"
     classes = len(splits["train"].content["categories"])
     check = f"python tools/check_data.py --coco_path {folder}"
     print(f"{folder}: {classes} classes; {left_out}; next: {check}")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags, those of the formats included."""
     result = make_parser("tools/convert_dataset.py", __doc__, EXAMPLE)
     add = result.add_argument
     add("source", help="folder, data.yaml, obj.data or instances file to convert")
     add("--output_dir", required=True, help="folder to write; it must be empty or not exist")
-    names = ("auto", *(form.name for form in FORMATS))
-    add("--format", choices=names, default="auto", help="format of the source")
+    add("--format", choices=("auto", *FORMATS), default="auto", help="format of the source")
     add(
         "--images",
         choices=WAYS,
         default="link",
         help="hard links (copies where the disk is another one), symbolic links, or copies of the images",
     )
+    # a problem is never left out without being asked for
     add(
         "--on_bad",
         choices=("stop", "clip", "skip"),
@@ -112,9 +112,34 @@ def parser() -> argparse.ArgumentParser:
         help="share of the images for validation where the source does not say which "
         f"(default: {VAL_FRACTION})",
     )
+    # the same images for the same seed
     add("--seed", type=int, default=42, help="seed of that split")
-    for form in FORMATS:
-        form.add_flags(result)
+    # what its files do not say
+    add = result.add_argument_group("Pascal VOC only").add_argument
+    add(
+        "--difficult",
+        choices=("crowd", "keep", "drop"),
+        default="crowd",
+        help="objects marked so: crowd regions, which count neither in training nor, found or not, "
+        "in evaluation, as in VOC's own; ordinary objects; or none",
+    )
+    add(
+        "--first_pixel",
+        type=int,
+        choices=(0, 1),
+        default=1,
+        help="number of the first column and row of an image",
+    )
+    add(
+        "--train_set",
+        default="",
+        help="list in ImageSets/Main for training (default: train, trainval or default)",
+    )
+    add(
+        "--val_set",
+        default="",
+        help="list in ImageSets/Main for validation (default: val, or else test)",
+    )
     return result
 
 

@@ -51,20 +51,21 @@ def in_our_layout(content: dict[str, Any], source: str) -> dict[str, Any]:
     plain: dict[Place, dict[str, Any]] = {}
     averaged: dict[Place, dict[str, Any]] = {}
     for place, state in _detectors(content):
-        kind = averaged if _AVERAGED.search(".".join(place)) else plain
-        kind[place] = state
+        if _AVERAGED.search(".".join(place)):
+            averaged[place] = state
+        else:
+            plain[place] = state
     found = plain | averaged
     if not found:
-        if "model" not in content:
-            for key in _STATES:
-                if isinstance(content.get(key), Mapping):
-                    return {**content, "model": content[key]}
+        states = [content[key] for key in _STATES if isinstance(content.get(key), Mapping)]
+        if states and "model" not in content:
+            return {**content, "model": states[0]}
         return content
     if list(plain) in ([("",)], [("model", "")]) and list(averaged) in ([], [("ema", "model", "")]):
         return content
 
     # without plain weights the averaged ones are the model
-    chosen = next(iter(plain or averaged))
+    chosen = next(iter(found))
     others = ", ".join(sorted(_describe(place) for place in found if place != chosen))
     also = f"; there are also {others}" if others else ""
     log.info("%s: the weights of %s are taken%s", source, _describe(chosen), also)
@@ -79,33 +80,31 @@ def in_our_layout(content: dict[str, Any], source: str) -> dict[str, Any]:
 
 def kind_of(names: Iterable[str]) -> str | None:
     """What a file with tensors of these names holds, if it is a known kind."""
-    names = list(names)
+    text = "\n".join(names)
     for pattern, kind in _KINDS:
-        if any(re.search(pattern, name) for name in names):
+        if re.search(pattern, text, re.MULTILINE):
             return kind
     return None
 
 
 def _detectors(content: Mapping[Any, Any], keys: Place = ()) -> Iterator[tuple[Place, dict[str, Any]]]:
     """The place of every detector in `content`, and its tensors without the prefix."""
-    names = [name for name in content if isinstance(name, str)]
+    entries = {name: value for name, value in content.items() if isinstance(name, str)}
     states: dict[str, dict[str, Any]] = {}
-    for name in names:
+    for name in entries:
         if name.endswith(_MARK):
             states[name.removesuffix(_MARK)] = {}
     if not states and len(keys) < _DEEPEST:
-        for name in names:
-            if isinstance(content[name], Mapping):
-                yield from _detectors(content[name], (*keys, name))
-        return
+        for name, value in entries.items():
+            if isinstance(value, Mapping):
+                yield from _detectors(value, (*keys, name))
 
     # a prefix may begin with another one: the longest that fits counts
     longest_first = sorted(states, key=len, reverse=True)
-    for name in names:
-        for prefix in longest_first:
-            if name.startswith(prefix):
-                states[prefix][name.removeprefix(prefix)] = content[name]
-                break
+    for name, value in entries.items():
+        prefix = next(filter(name.startswith, longest_first), None)
+        if prefix is not None:
+            states[prefix][name.removeprefix(prefix)] = value
     for prefix, state in states.items():
         yield (*keys, prefix), state
 

@@ -4,17 +4,15 @@ not split yet.
 
 from __future__ import annotations
 
-import functools
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets.coco_format import is_file_name, read_json
-from datasets.convert.coco_export import LISTS, Content, check_export, entries_of, leave_out, mend
-from datasets.convert.common import ROLES, split_named
-from datasets.convert.layout import CocoSplit
+from datasets.convert.coco_export import LISTS, Entry, check_export, entries_of, leave_out, mend
+from datasets.convert.common import ROLES, CocoSplit, split_named
 from datasets.convert.problems import Problems
 from datasets.file_index import Found, Index, annotated_size
 from datasets.file_names import IMAGE_SUFFIXES, files_below, portable
@@ -27,7 +25,7 @@ _OTHER_KINDS = {"captions", "keypoints", "stuff", "panoptic", "info"}
 
 def is_coco(source: Path) -> bool:
     """Whether it is an instances file, or a folder with one."""
-    return bool(_instances(source))
+    return any(map(_looks_like_instances, _json_files(source)[0]))
 
 
 def has_json(source: Path) -> bool:
@@ -69,10 +67,14 @@ def read_coco(source: Path, problems: Problems) -> dict[str, CocoSplit]:
 
 def _choose(source: Path, root: Path, problems: Problems) -> dict[str, Path]:
     """The instances file of each split; a single one is "train"."""
-    paths = _instances(source)
+    likely, others = _json_files(source)
+    if not likely:
+        raise UserError(f"{source} has no COCO instances file (.json)")
+    paths = [path for path in likely if _looks_like_instances(path)]
     if not paths:
-        raise _no_instances(source)
-    _note("annotation files without instances, left out", _json_files(source)[1], problems)
+        missing = ", ".join(_missing_lists(read_json(likely[0])))
+        raise UserError(f"{likely[0]} is no COCO instances file: the lists {missing} are missing")
+    _note("annotation files without instances, left out", others, problems)
     # without a second file there is nothing to tell apart
     if len(paths) == 1:
         return {"train": paths[0]}
@@ -98,30 +100,17 @@ def _choose(source: Path, root: Path, problems: Problems) -> dict[str, Path]:
     return chosen
 
 
-def _instances(source: Path) -> list[Path]:
-    return [path for path in _json_files(source)[0] if _looks_like_instances(path)]
-
-
 def _looks_like_instances(path: Path) -> bool:
     try:
-        content = json.loads(read_regular_file(path))
+        return not _missing_lists(json.loads(read_regular_file(path)))
     except (OSError, ValueError, RecursionError):
         return False
-    return not _missing_lists(content)
 
 
 def _missing_lists(content: Any) -> list[str]:
     if not isinstance(content, dict):
         return list(LISTS)
     return [name for name in LISTS if not isinstance(content.get(name), list)]
-
-
-def _no_instances(source: Path) -> UserError:
-    """What is wrong with the first file."""
-    for path in _json_files(source)[0]:
-        missing = ", ".join(_missing_lists(read_json(path)))
-        return UserError(f"{path} is no COCO instances file: the lists {missing} are missing")
-    return UserError(f"{source} has no COCO instances file (.json)")
 
 
 def _json_files(source: Path) -> tuple[list[Path], list[Path]]:
@@ -162,7 +151,7 @@ def _words(path: Path) -> list[str]:
 # ---- images
 
 
-def _find_images(content: Content, path: Path, root: Path, problems: Problems) -> dict[str, Path]:
+def _find_images(content: Entry, path: Path, root: Path, problems: Problems) -> dict[str, Path]:
     """Where the images are: as named below the folder of the file or of the source, or else found
     by their names.
 
@@ -176,9 +165,18 @@ def _find_images(content: Content, path: Path, root: Path, problems: Problems) -
         if all(is_file_name(name) and os.path.isfile(folder / name) for name in sizes):
             return {name: folder / name for name in sizes}
 
-    # search
-    findings = Index.below(root).find(sizes, prefers=_preference(path, root))
-    files = problems.located(findings, str(path))
+    # an annotation file of one split doesn't use images of another split
+    split = _split_of(path, root)
+
+    def prefers(file: Path) -> int:
+        if not split or file.parent == root or not _split_of(file.parent, root):
+            return 0
+        return 1 if _split_of(file.parent, root) == split else -1
+
+    findings = Index.below(root).find(sizes, prefers=prefers)
+    problems.notes.update(findings.notes())
+    for name, reason in findings.missing.items():
+        problems.add_missing(name, reason, str(path))
     missing = [image for image in entries if image["file_name"] in findings.missing]
     leave_out(content, "images", missing, problems)
 
@@ -186,7 +184,7 @@ def _find_images(content: Content, path: Path, root: Path, problems: Problems) -
     written = {name: _written(name, found) for name, found in findings.found.items()}
     for image in entries:
         image["file_name"] = written.get(image["file_name"], image["file_name"])
-    return {written[name]: file for name, file in files.items()}
+    return {written[name]: found.path for name, found in findings.found.items()}
 
 
 def _written(name: str, found: Found) -> str:
@@ -200,18 +198,3 @@ def _written(name: str, found: Found) -> str:
     if plain.lower().endswith(IMAGE_SUFFIXES):
         return plain
     return plain + found.path.suffix
-
-
-def _preference(path: Path, root: Path) -> Callable[[Path], int]:
-    """An annotation file of one split doesn't use images of another split."""
-    split = _split_of(path, root)
-
-    # one answer for all files of a folder
-    @functools.cache
-    def of_folder(folder: Path) -> int:
-        other = _split_of(folder, root) if folder != root else ""
-        if not split or not other:
-            return 0
-        return 1 if split == other else -1
-
-    return lambda file: of_folder(file.parent)

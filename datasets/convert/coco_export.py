@@ -10,20 +10,16 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from datasets.coco_format import format_problems, is_area, is_id
-from datasets.convert.problems import BOXES_CUT, BOXES_TURNED, Corners, Problems, as_stored
-from datasets.preflight.boxes import box_problem, box_problems, describe_box, sizes_of, wrong_areas
+from datasets.convert.problems import BOXES_CUT, BOXES_TURNED, Corners, Problems, as_stored, coco_box
+from datasets.preflight.boxes import Boxes, box_problem, box_problems, describe_box, sizes_of, wrong_areas
 from util.errors import UserError
-from util.images.files import Header
 
-Entry = dict[str, Any]
-Content = dict[str, Any]
+Entry = dict[str, Any]  # of a list; or the whole content of a file
 
 LISTS = ("images", "annotations", "categories")
 _WHOLE = re.compile(r"0|-?[1-9][0-9]{0,18}")
@@ -40,7 +36,7 @@ _ANNOTATION_IDS = "ids of annotations that were double, missing or no whole numb
 # ---- what can be mended without loss, and ids
 
 
-def mend(contents: Mapping[Path, Content], problems: Problems) -> None:
+def mend(contents: Mapping[Path, Entry], problems: Problems) -> None:
     """Make ids whole numbers, and those of annotations unique; `contents` are those of the files.
 
     Null stands for a value that may be missing, and an area that can't be right is deleted. A size
@@ -63,12 +59,12 @@ def mend(contents: Mapping[Path, Content], problems: Problems) -> None:
         _leave_out_ambiguous(content, "categories", path, problems)
 
 
-def entries_of(content: Content, section: str) -> list[Entry]:
+def entries_of(content: Entry, section: str) -> list[Entry]:
     """The entries of a list that are objects."""
     return [entry for entry in content[section] if isinstance(entry, dict)]
 
 
-def leave_out(content: Content, section: str, entries: Sequence[Entry], problems: Problems) -> None:
+def leave_out(content: Entry, section: str, entries: Sequence[Entry], problems: Problems) -> None:
     """Take entries of `images` or `categories` out, and count the objects that go with them."""
     if not entries:
         return
@@ -77,16 +73,19 @@ def leave_out(content: Content, section: str, entries: Sequence[Entry], problems
     content[section] = [entry for entry in content[section] if id(entry) not in out]
 
     # their objects
-    ids = {entry["id"] for entry in entries if is_id(entry.get("id"))}
+    ids = {_id_in(entry) for entry in entries} - {None}
     key, annotations = _REFERENCE[section], content["annotations"]
-    gone = {
-        id(item) for item in entries_of(content, "annotations") if is_id(item.get(key)) and item[key] in ids
-    }
-    content["annotations"] = [item for item in annotations if id(item) not in gone]
-    problems.notes[_OBJECTS_GONE] += len(gone)
+    content["annotations"] = [item for item in annotations if _id_in(item, key) not in ids]
+    problems.notes[_OBJECTS_GONE] += len(annotations) - len(content["annotations"])
 
 
-def _fill_in(content: Content, problems: Problems) -> None:
+def _id_in(entry: Any, key: str = "id") -> int | None:
+    if not isinstance(entry, dict) or not is_id(entry.get(key)):
+        return None
+    return int(entry[key])
+
+
+def _fill_in(content: Entry, problems: Problems) -> None:
     for image in entries_of(content, "images"):
         # null and 0 both mean unknown
         if image.get("width") in (None, 0) or image.get("height") in (None, 0):
@@ -100,12 +99,12 @@ def _fill_in(content: Content, problems: Problems) -> None:
             problems.notes[_AREAS] += 1
 
 
-def _make_whole(contents: Sequence[Content], section: str, problems: Problems) -> None:
+def _make_whole(contents: Sequence[Entry], section: str, problems: Problems) -> None:
     """Make the ids of a list whole numbers, in the list and where annotations refer to it."""
     # ids that are text get numbers that are free
     entries = [entry for content in contents for entry in entries_of(content, section)]
     known = dict.fromkeys(_known_as(entry.get("id")) for entry in entries)
-    free = _free_numbers(set(known))
+    free = _free_numbers(known)
     numbers = {name: next(free) for name in known if isinstance(name, str)}
 
     changed = sum(_change(entry, "id", numbers) for entry in entries)
@@ -115,7 +114,7 @@ def _make_whole(contents: Sequence[Content], section: str, problems: Problems) -
             _change(annotation, _REFERENCE[section], numbers)
 
 
-def _free_numbers(taken: set[Any]) -> Iterator[int]:
+def _free_numbers(taken: Container[Any]) -> Iterator[int]:
     return (number for number in itertools.count(1) if number not in taken)
 
 
@@ -133,9 +132,8 @@ def _change(entry: Entry, key: str, numbers: Mapping[str, int]) -> bool:
 def _known_as(value: Any) -> int | str | None:
     """The whole number that an id stands for; else its text; None for what is no id."""
     # 7.0 and "7" stand for 7
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, str) and _WHOLE.fullmatch(value):
+    is_whole = isinstance(value, float) and value.is_integer()
+    if is_whole or isinstance(value, str) and _WHOLE.fullmatch(value):
         value = int(value)
     if is_id(value):
         return int(value)
@@ -147,22 +145,22 @@ def _known_as(value: Any) -> int | str | None:
 
 
 def _number_annotations(annotations: Sequence[Entry], problems: Problems) -> None:
-    free = _free_numbers({entry["id"] for entry in annotations if is_id(entry.get("id"))})
-    seen: set[int] = set()
+    free = _free_numbers({_id_in(entry) for entry in annotations})
+    seen: set[int | None] = {None}
     for entry in annotations:
-        if not is_id(entry.get("id")) or entry["id"] in seen:
+        if _id_in(entry) in seen:
             entry["id"] = next(free)
             problems.notes[_ANNOTATION_IDS] += 1
         seen.add(entry["id"])
 
 
-def _leave_out_ambiguous(content: Content, section: str, path: Path, problems: Problems) -> None:
+def _leave_out_ambiguous(content: Entry, section: str, path: Path, problems: Problems) -> None:
     """Different entries with one id: which one an object means is unknown."""
     # the same entry again is no doubt: coco_format.py drops it
-    by_id: dict[int, list[Entry]] = {}
+    by_id: dict[int | None, list[Entry]] = {}
     for entry in entries_of(content, section):
-        if is_id(entry.get("id")):
-            by_id.setdefault(entry["id"], []).append(entry)
+        by_id.setdefault(_id_in(entry), []).append(entry)
+    by_id.pop(None, None)
     ambiguous = []
     for number, same in by_id.items():
         names = [entry.get(_NAME[section]) for entry in same]
@@ -178,7 +176,7 @@ def _leave_out_ambiguous(content: Content, section: str, path: Path, problems: P
 # ---- everything else
 
 
-def check_export(content: Content, files: Mapping[str, Path], path: Path, problems: Problems) -> None:
+def check_export(content: Entry, files: Mapping[str, Path], path: Path, problems: Problems) -> None:
     """Leave out of `content` what training could not use, and read sizes of 0; `files`: where its
     images are, by their names.
 
@@ -191,7 +189,7 @@ def check_export(content: Content, files: Mapping[str, Path], path: Path, proble
     _check_boxes(content, path, problems)
 
 
-def _check_format(content: Content, path: Path, problems: Problems) -> None:
+def _check_format(content: Entry, path: Path, problems: Problems) -> None:
     """One problem for an entry, whatever is wrong with it."""
     count = len(content["annotations"])
     seen: dict[int, Any] = {}  # with the entries: memory that is freed could get the same identity again
@@ -207,7 +205,7 @@ def _check_format(content: Content, path: Path, problems: Problems) -> None:
     problems.notes[_OBJECTS_GONE] += count - len(content["annotations"])
 
 
-def _merge_images(content: Content, files: Mapping[str, Path], problems: Problems) -> None:
+def _merge_images(content: Entry, files: Mapping[str, Path], problems: Problems) -> None:
     """An image that is listed twice could be in both splits, or half of its objects would be
     taken for background.
     """
@@ -222,8 +220,10 @@ def _merge_images(content: Content, files: Mapping[str, Path], problems: Problem
     problems.notes["images listed again under another id, merged"] += len(merged) - len(first)
 
 
-def _read_sizes(content: Content, files: Mapping[str, Path], problems: Problems) -> None:
-    """Sizes of 0 from the files. Boxes are then taken for those of the image as shown."""
+def _read_sizes(content: Entry, files: Mapping[str, Path], problems: Problems) -> None:
+    """Sizes of 0 from the files. Boxes are then taken for those of the image as shown: labelling
+    tools show it as its EXIF orientation says, and without a size there is no other hint.
+    """
     broken = []
     turned = {}
     for image in content["images"]:
@@ -238,17 +238,10 @@ def _read_sizes(content: Content, files: Mapping[str, Path], problems: Problems)
         if header.orientation > 1:
             turned[image["id"]] = header
     leave_out(content, "images", broken, problems)
-    _turn_boxes(content["annotations"], turned)
     problems.notes[BOXES_TURNED] += len(turned)
 
-
-def _turn_boxes(annotations: Iterable[Entry], turned: Mapping[int, Header]) -> None:
-    """Labelling tools show images as their EXIF orientation says; without a size there is no other
-    hint.
-    """
-    for annotation in annotations:
-        header = turned.get(annotation["image_id"])
-        if header is not None:
+    for annotation in content["annotations"]:
+        if header := turned.get(annotation["image_id"]):
             x, y, width, height = annotation["bbox"]
             x0, y0, x1, y1 = as_stored(Corners(x, y, x + width, y + height), header)
             annotation["bbox"] = [x0, y0, x1 - x0, y1 - y0]
@@ -256,36 +249,33 @@ def _turn_boxes(annotations: Iterable[Entry], turned: Mapping[int, Header]) -> N
             annotation.pop("segmentation", None)
 
 
-def _check_boxes(content: Content, path: Path, problems: Problems) -> None:
+def _check_boxes(content: Entry, path: Path, problems: Problems) -> None:
     """Areas and boxes by the rules of preflight.py, which accept rounding."""
     # areas
-    annotations = content["annotations"]
-    xywh = np.array([annotation["bbox"] for annotation in annotations], dtype=np.float64).reshape(-1, 4)
-    areas = np.array([annotation["area"] for annotation in annotations], dtype=np.float64)
-    for i in wrong_areas(xywh, areas).nonzero()[0].tolist():
-        annotations[i]["area"] = float(xywh[i, 2] * xywh[i, 3])
+    images, annotations = content["images"], content["annotations"]
+    boxes = Boxes.of(images, annotations)
+    for i in wrong_areas(boxes.xywh, boxes.area).nonzero()[0]:
+        annotations[i]["area"] = float(boxes.xywh[i, 2] * boxes.xywh[i, 3])
         problems.notes[_AREAS] += 1
 
     # boxes
-    images = {image["id"]: image for image in content["images"]}
-    owners = [images[annotation["image_id"]] for annotation in annotations]
-    out: set[int] = set()
-    for kind, flagged in box_problems(xywh, sizes_of(owners)).items():
+    out = set()
+    for kind, flagged in box_problems(boxes.xywh, sizes_of(images)[boxes.image]).items():
         for i in flagged.nonzero()[0].tolist():
+            annotation, image = annotations[i], images[boxes.image[i]]
             if kind == "box_reaches_out" and problems.on_bad == "clip":
-                _cut(annotations[i], owners[i])
+                _cut(annotation, image)
                 problems.notes[BOXES_CUT] += 1
                 continue
-            box, what = annotations[i]["bbox"], box_problem(kind, owners[i])
-            problems.add(describe_box(path, annotations[i]["id"], box, owners[i], what), kind)
+            what = box_problem(kind, image)
+            problems.add(describe_box(path, annotation["id"], annotation["bbox"], image, what), kind)
             out.add(i)
     content["annotations"] = [annotation for i, annotation in enumerate(annotations) if i not in out]
 
 
 def _cut(annotation: Entry, image: Entry) -> None:
     x, y, width, height = annotation["bbox"]
-    x0, y0 = max(x, 0), max(y, 0)
-    x1, y1 = min(x + width, image["width"]), min(y + height, image["height"])
-    box = [round(value, 4) for value in (x0, y0, x1 - x0, y1 - y0)]
-    annotation["bbox"] = box
-    annotation["area"] = min(annotation["area"], round(box[2] * box[3], 4))
+    right, bottom = min(x + width, image["width"]), min(y + height, image["height"])
+    cut = coco_box(Corners(max(x, 0), max(y, 0), right, bottom))
+    annotation["bbox"] = cut["bbox"]
+    annotation["area"] = min(annotation["area"], cut["area"])

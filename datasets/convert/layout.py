@@ -1,19 +1,19 @@
-"""COCO's instances format, split and written in the published folder layout: train2017, val2017 and
-annotations/instances_{train,val}2017.json.
+"""A data set in COCO's instances format, split and written in the published folder layout:
+train2017, val2017 and annotations/instances_{train,val}2017.json.
 """
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import json
 import os
 import random
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from datasets.convert.common import Labelled, Object
+from datasets.convert.common import CocoSplit
 from util.errors import UserError
 
 # how an image gets into the folder
@@ -22,68 +22,28 @@ WAYS = ("link", "symlink", "copy")
 VAL_FRACTION = 0.2
 
 
-class CocoSplit(NamedTuple):
-    """content: COCO's instances format. files: where each of its file names lies."""
-
-    content: dict[str, Any]
-    files: dict[str, Path]
-
-
-def to_coco(data: Labelled) -> dict[str, CocoSplit]:
-    """COCO's instances format of every split; ids of categories, images and annotations count from
-    1, through all splits.
-    """
-    # ids count through both splits, so that no image has the id of another
-    ids = {name: number for number, name in enumerate(data.names, 1)}
-    categories = [{"id": number, "name": name} for name, number in ids.items()]
-    image_ids, object_ids = itertools.count(1), itertools.count(1)
-    splits = {}
-    for split, labelled in data.splits.items():
-        images: list[dict[str, Any]] = []
-        annotations: list[dict[str, Any]] = []
-        for image in labelled:
-            own = {"id": next(image_ids), "file_name": image.name}
-            images.append(own | {"width": image.size[0], "height": image.size[1]})
-            for item in image.objects:
-                head = {"id": next(object_ids), "image_id": own["id"], "category_id": ids[item.name]}
-                annotations.append(head | _annotation(item))
-        content = {"images": images, "annotations": annotations, "categories": categories}
-        splits[split] = CocoSplit(content, {image.name: image.path for image in labelled})
-    return splits
-
-
-def _annotation(item: Object) -> dict[str, Any]:
-    x0, y0, x1, y1 = item.corners
-    box = [round(value, 4) for value in (x0, y0, x1 - x0, y1 - y0)]
-    return {"bbox": box, "area": round(box[2] * box[3], 4), "iscrowd": int(item.crowd)}
-
-
 def split_randomly(whole: CocoSplit, source: Path, fraction: float, seed: int) -> dict[str, CocoSplit]:
     """Random images for "val", the others for "train"; the same ones for the same seed.
 
     Raises UserError if a split would be empty.
     """
     # by id, so that the order in the file does not matter
-    images = sorted(whole.content["images"], key=lambda image: image["id"])
-    count = max(1, round(len(images) * fraction))
-    if count >= len(images):
+    content, files = whole
+    ids = sorted(image["id"] for image in content["images"])
+    count = max(1, round(len(ids) * fraction))
+    if count >= len(ids):
         raise UserError(
-            f"{source}: {len(images)} images can't be split by --val_fraction {fraction}; both splits "
+            f"{source}: {len(ids)} images can't be split by --val_fraction {fraction}; both splits "
             f"need one at least"
         )
-    chosen = {images[i]["id"] for i in random.Random(seed).sample(range(len(images)), count)}
+    chosen = set(random.Random(seed).sample(ids, count))
+
     # annotations go with their images
-    splits = {}
-    for split, is_val in (("train", False), ("val", True)):
-        content = {
-            **whole.content,
-            "images": [image for image in images if (image["id"] in chosen) == is_val],
-            "annotations": [
-                item for item in whole.content["annotations"] if (item["image_id"] in chosen) == is_val
-            ],
-        }
-        splits[split] = CocoSplit(content, whole.files)
-    return splits
+    train, val = {**content}, {**content}
+    for section, key in (("images", "id"), ("annotations", "image_id")):
+        train[section] = [entry for entry in content[section] if entry[key] not in chosen]
+        val[section] = [entry for entry in content[section] if entry[key] in chosen]
+    return {"train": CocoSplit(train, files), "val": CocoSplit(val, files)}
 
 
 # ---- files
@@ -132,17 +92,13 @@ def _place(source: Path, target: Path, way: str) -> None:
         target.unlink(missing_ok=True)  # writing through an earlier link would change its source
         if way == "symlink":
             target.symlink_to(source.resolve())
-        elif way == "copy" or not _linked(source, target):
-            shutil.copyfile(source, target)
+            return
+        if way == "link":
+            with contextlib.suppress(OSError):  # another disk, or one without links
+                os.link(source.resolve(), target)
+                return
+        shutil.copyfile(source, target)
     except OSError as error:
         raise UserError(
             f"{source} can't be put into {target.parent} ({error.strerror}); is it there, and room for it?"
         ) from None
-
-
-def _linked(source: Path, target: Path) -> bool:
-    try:
-        os.link(source.resolve(), target)
-    except OSError:  # another disk, or one without links
-        return False
-    return True

@@ -6,10 +6,9 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from datasets.coco_format import shown
-from datasets.file_index import Findings
 from util.config import DataConfig
 from util.errors import UserError
 from util.images.files import BadImageError, Header, read_header
@@ -79,8 +78,6 @@ class Problems:
         width, height = size
         within = Corners(max(x0, 0), max(y0, 0), min(x1, width), min(y1, height))
         outside = max(-x0, -y0, x1 - width, y1 - height)
-
-        # what is wrong
         if not all(map(math.isfinite, corners)):
             kind, what = "wrong_bbox", "is not finite"
         elif corners.shortest_side() < _SHORTEST:
@@ -88,25 +85,17 @@ class Problems:
         elif within.shortest_side() < _SHORTEST:
             kind, what = "box_outside", f"lies outside of the image of {width} x {height}"
         elif outside > _ROUNDING and self.on_bad != "clip":
-            kind = "box_reaches_out"
-            what = (
-                f"reaches {outside:g} pixels out of the image of {width} x {height} (--on_bad clip cuts it)"
-            )
+            kind, what = "box_reaches_out", f"reaches {outside:g} pixels out of the image"
+            what += f" of {width} x {height} (--on_bad clip cuts it)"
         else:
             self.notes[BOXES_CUT] += outside > _ROUNDING
             return within
         self.add(f"{where}: box from ({x0:g}, {y0:g}) to ({x1:g}, {y1:g}) {what}", kind)
         return None
 
-    def located(self, findings: Findings, where: str) -> dict[str, Path]:
-        """The files that were found, by name. Names that were not exact are noted, missing files
-        are problems.
-        """
-        # the user should see how names were found
-        self.notes.update(findings.notes())
-        for name, reason in findings.missing.items():
-            self.add(f"{where} names the image {shown(name)}, and {reason}", "missing_image")
-        return {name: found.path for name, found in findings.found.items()}
+    def add_missing(self, name: str, reason: str, where: str) -> None:
+        """A name that `where` has and whose file was not found; `reason` is that of Findings.missing."""
+        self.add(f"{where} names the image {shown(name)}, and {reason}", "missing_image")
 
     def header(self, path: Path) -> Header | None:
         """Size and orientation of an image, or None if it can't be used."""
@@ -117,25 +106,26 @@ class Problems:
             return None
 
 
+def coco_box(corners: Corners) -> dict[str, Any]:
+    """COCO's bbox and area of a box."""
+    x0, y0, x1, y1 = corners
+    box = [round(value, 4) for value in (x0, y0, x1 - x0, y1 - y0)]
+    return {"bbox": box, "area": round(box[2] * box[3], 4)}
+
+
 def as_stored(corners: Corners, header: Header) -> Corners:
-    """The box in the image as stored, which training reads.
+    """The box in the image as stored, which training reads, by the table of tag 274 in Exif 2.32.
 
     Args:
         corners: the box in the image as viewers show it, turned by its EXIF orientation.
     """
-    # turning may exchange the corners
-    (u0, v0), (u1, v1) = _stored_point(corners[:2], header), _stored_point(corners[2:], header)
-    return Corners(min(u0, u1), min(v0, v1), max(u0, u1), max(v0, v1))
-
-
-def _stored_point(point: tuple[float, ...], header: Header) -> tuple[float, float]:
-    """Exif 2.32, table of tag 274: where row 0 and column 0 of the stored image are seen."""
-    u, v = point
+    u0, v0, u1, v1 = corners
     width, height = header.size
     if header.orientation >= 5:  # rows are columns
-        u, v = v, u
+        u0, v0, u1, v1 = v0, u0, v1, u1
     if header.orientation in (2, 3, 7, 8):  # left is right
-        u = width - u
+        u0, u1 = width - u0, width - u1
     if header.orientation in (3, 4, 6, 7):  # up is down
-        v = height - v
-    return u, v
+        v0, v1 = height - v0, height - v1
+    # turning may exchange the corners
+    return Corners(min(u0, u1), min(v0, v1), max(u0, u1), max(v0, v1))

@@ -8,7 +8,6 @@ import functools
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -16,16 +15,16 @@ from xml.etree import ElementTree
 from datasets.convert.common import (
     ROLES,
     SPLITS,
-    Labelled,
+    CocoSplit,
     Object,
     Pair,
     files_by_key,
-    read_images,
-    split_of,
+    read_splits,
+    split_named,
     splits_by_folder,
 )
 from datasets.convert.problems import BOXES_TURNED, Corners, Problems, as_stored
-from datasets.file_index import UNKNOWN_SIZE, Found, Index, Size, shown_size
+from datasets.file_index import UNKNOWN_SIZE, Index, Size, shown_size
 from datasets.file_names import IMAGE_SUFFIXES, Key, files_below, parts_of
 from util.errors import UserError
 from util.images.files import Header, read_regular_file
@@ -33,7 +32,7 @@ from util.text_files import read_lines, unquoted
 
 _LISTS = Path("ImageSets/Main")
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
-BY_FILENAME = "images found by the filename in their XML files"
+_BY_FILENAME = "images found by the filename in their XML files"
 # lists for training and validation, in order of preference
 _LIST_PAIRS = (
     ("train", "val"),
@@ -65,7 +64,7 @@ def is_voc(root: Path) -> bool:
     return root.is_dir() and bool(files_below(root, [".xml"]))
 
 
-def read_voc(root: Path, rules: VocRules, problems: Problems) -> Labelled:
+def read_voc(root: Path, rules: VocRules, problems: Problems) -> dict[str, CocoSplit]:
     """A folder with JPEGImages, Annotations and ImageSets/Main, or any folder of images with an XML
     file of the same name each.
 
@@ -78,36 +77,34 @@ def read_voc(root: Path, rules: VocRules, problems: Problems) -> Labelled:
     """
     # which XML files belong to which split
     root = _with_annotations(root)
+    lists = root / _LISTS
     images = files_by_key(root, IMAGE_SUFFIXES, problems)
     labels = files_by_key(root, [".xml"], problems)
     if not labels:
         raise UserError(f"{root} has no XML files: it is no data set in Pascal VOC's format")
-    if rules.train_set or rules.val_set or (root / _LISTS).is_dir():
-        keys_of = _listed_splits(root / _LISTS, labels, rules, problems)
+    if rules.train_set or rules.val_set or lists.is_dir():
+        keys_of = _listed_splits(lists, labels, rules, problems)
     else:
         keys_of = splits_by_folder(labels)
 
     # images whose names are not those of their XML files
     missing = {key for keys in keys_of.values() for key in keys if key in labels and key not in images}
-    images |= _images_of_other_names(missing, root, labels, images, problems)
-    if not (root / _LISTS).is_dir():
+    _add_images_of_other_names(images, missing, labels, root, problems)
+    if not lists.is_dir():
         used = {os.path.realpath(images[key]) for key in labels if key in images}
         unused = {os.path.realpath(path) for path in images.values()} - used
         problems.notes["images without an XML file, left out"] += len(unused)
 
     # the objects
-    splits = {}
-    read_objects = functools.partial(_read_objects, rules=rules, problems=problems)
+    pairs_of: dict[str, list[Pair]] = {}
     for split, keys in keys_of.items():
-        for key in keys:
+        pairs_of[split] = []
+        for key in dict.fromkeys(keys):
             if key not in labels:
-                name = "/".join(key)
-                problems.add(f"{root / _LISTS}: image {name} of the {split} set has no XML file")
-        there = [key for key in dict.fromkeys(keys) if key in labels and key in images]
-        pairs = [Pair(key, images[key], labels[key]) for key in there]
-        splits[split] = read_images(pairs, read_objects, split, problems)
-    names = {item.name for labelled in splits.values() for image in labelled for item in image.objects}
-    return Labelled(sorted(names), splits)
+                problems.add(f"{lists}: image {'/'.join(key)} of the {split} set has no XML file")
+            elif key in images:
+                pairs_of[split].append(Pair(key, images[key], labels[key]))
+    return read_splits(pairs_of, functools.partial(_read_objects, rules=rules, problems=problems), problems)
 
 
 def _with_annotations(root: Path) -> Path:
@@ -116,61 +113,49 @@ def _with_annotations(root: Path) -> Path:
         return root
     found = [*root.glob("VOC*/Annotations"), *root.glob("VOCdevkit/VOC*/Annotations")]
     years = sorted(path.parent for path in found)
-    if not years:
-        return root
     if len(years) > 1:
         names = ", ".join(path.name for path in years)
         raise UserError(f"{root} holds {names}; name one of them, for example {years[0]}")
-    return years[0]
+    return years[0] if years else root
 
 
-# ---- images of other names than their XML files
-
-
-def _images_of_other_names(
-    missing: Iterable[Key], root: Path, labels: dict[Key, Path], images: dict[Key, Path], problems: Problems
-) -> dict[Key, Path]:
-    """Images of XML files for which there is none of the same name, by the `filename` in the XML
-    file; if none is found, that is a problem.
+def _add_images_of_other_names(
+    images: dict[Key, Path], missing: set[Key], labels: dict[Key, Path], root: Path, problems: Problems
+) -> None:
+    """Add the images of the XML files `missing`, for which there is none of the same name, by the
+    `filename` in the XML file; if none is found, that is a problem.
 
     An image that has an XML file of its name, or is in a folder of another split, is not used.
     """
+    # images of no split may be those of any
     by_split: dict[str, list[Key]] = {}
     for key in sorted(missing):
-        by_split.setdefault(split_of(key), []).append(key)
+        by_split.setdefault(split_named(key[:-1]), []).append(key)
     free = {key: path for key, path in images.items() if key not in labels}
-    result: dict[Key, Path] = {}
     for split, keys in by_split.items():
-        likely = [path for key, path in free.items() if not split or split_of(key) in (split, "")]
-        found = _by_filename({key: labels[key] for key in keys}, likely, root)
-        problems.notes.update(file.how or BY_FILENAME for file in found.values())
+        likely = [path for key, path in free.items() if not split or split_named(key[:-1]) in (split, "")]
+        files = ((parts_of(path.relative_to(root).as_posix()), path) for path in likely)
+
+        # a name that two XML files have is nobody's
+        described = {key: _describe(labels[key]) for key in keys}
+        counts = Counter(name for name, _ in described.values())
+        sizes = {name: size for name, size in described.values() if counts[name] == 1}
+        found = Index(files, root).find(sizes).found
         for key in keys:
-            if key in found:
-                result[key] = found[key].path
+            file = found.get(described[key][0])
+            if file:
+                images[key] = file.path
+                problems.notes[file.how or _BY_FILENAME] += 1
             else:
                 problems.add(
                     f"{labels[key]} has no image: none of that name is below {root}", "missing_image"
                 )
-    return result
-
-
-def _by_filename(labels: dict[Key, Path], images: list[Path], root: Path) -> dict[Key, Found]:
-    described = {key: _describe(path) for key, path in labels.items()}
-    counts = Counter(name for name, _ in described.values())
-
-    # a name that two files have is nobody's
-    keys = {name: key for key, (name, _) in described.items() if counts[name] == 1}
-    sizes = {name: described[key][1] for name, key in keys.items()}
-    files = ((parts_of(path.relative_to(root).as_posix()), path) for path in images)
-    found = Index(files, root).find(sizes).found
-    return {keys[name]: file for name, file in found.items()}
 
 
 def _describe(path: Path) -> tuple[str, Size]:
     """Name and size of the image as an XML file has them; the file's own name may be that of a mask."""
     try:
-        root = _parse(path)
-        size = _written_size(root)
+        root, size = _parse(path)
     except ValueError:
         return "", UNKNOWN_SIZE
     return root.findtext("filename", "").strip(), size
@@ -184,16 +169,15 @@ def _listed_splits(
 ) -> dict[str, list[Key]]:
     train, val = _list_names(lists, rules)
     splits = {"train": _read_list(lists / f"{train}.txt", labels, problems)}
-    if not val:
-        return splits
-    splits["val"] = _read_list(lists / f"{val}.txt", labels, problems)
-    # a picture in both splits would make the metrics too good
-    shared = set(splits["train"]) & set(splits["val"])
-    if shared:
-        example = "/".join(min(shared))
-        raise UserError(
-            f"{lists}: {train}.txt and {val}.txt share {len(shared)} images, for example {example}"
-        )
+    if val:
+        splits["val"] = _read_list(lists / f"{val}.txt", labels, problems)
+        # a picture in both splits would make the metrics too good
+        shared = set(splits["train"]) & set(splits["val"])
+        if shared:
+            example = "/".join(min(shared))
+            raise UserError(
+                f"{lists}: {train}.txt and {val}.txt share {len(shared)} images, for example {example}"
+            )
     return splits
 
 
@@ -237,10 +221,9 @@ def _entry(text: str, labels: dict[Key, Path]) -> Key:
     # lists of one class say for each image whether it has the class: 1, 0 or -1
     name = unquoted(re.sub(r"\s+(-1|0|1)$", "", text))
     stem, suffix = os.path.splitext(name)
-    parts = parts_of(name)
-    if suffix.lower() in (*IMAGE_SUFFIXES, ".xml"):
-        parts = parts_of(stem)
-    return tuple(part for part in parts if part.lower() not in ROLES) or (name,)
+    if suffix.lower() not in (*IMAGE_SUFFIXES, ".xml"):
+        stem = name
+    return tuple(part for part in parts_of(stem) if part.lower() not in ROLES) or (name,)
 
 
 # ---- XML files
@@ -253,9 +236,10 @@ class _PlainXml(ElementTree.TreeBuilder):
         raise ValueError("has a document type (DTD), which no annotation needs")
 
 
-def _parse(path: Path) -> ElementTree.Element:
-    """The root of an XML file. Raises ValueError; its message continues a sentence that begins with
-    the path.
+def _parse(path: Path) -> tuple[ElementTree.Element, tuple[int, int]]:
+    """The root of an XML file, and (width, height) in it, 0 where there is none.
+
+    Raises ValueError; its message continues a sentence that begins with the path.
     """
     # the standard parser reads no other files, but it expands entities
     parser = ElementTree.XMLParser(target=_PlainXml())
@@ -271,7 +255,11 @@ def _parse(path: Path) -> ElementTree.Element:
     # other programs write XML, too
     if root.tag != "annotation":
         raise ValueError(f"has {root.tag[:40]!r} where Pascal VOC has 'annotation'")
-    return root
+    try:
+        width, height = (int(float(root.findtext(f"size/{side}", "0"))) for side in ("width", "height"))
+    except (ValueError, OverflowError):
+        raise ValueError("can't be used: its size is no number") from None
+    return root, (width, height)
 
 
 def _xml_text(content: bytes) -> bytes | str:
@@ -285,27 +273,13 @@ def _xml_text(content: bytes) -> bytes | str:
     return content.decode(encoding)
 
 
-def _written_size(root: ElementTree.Element) -> tuple[int, int]:
-    """(width, height) in the XML file; 0 where there is none. Raises ValueError."""
-    width, height = (float(root.findtext(f"size/{side}", "0")) for side in ("width", "height"))
-    try:
-        return int(width), int(height)
-    except OverflowError as error:
-        raise ValueError from error
-
-
 def _read_objects(path: Path, header: Header, rules: VocRules, problems: Problems) -> list[Object] | None:
     """The objects of an XML file. None: the file can't be used."""
     # the file
     try:
-        root = _parse(path)
+        root, size = _parse(path)
     except ValueError as error:
         problems.add(f"{path} {error}")
-        return None
-    try:
-        size = _written_size(root)
-    except ValueError:
-        problems.add(f"{path}: its size is no number")
         return None
 
     # The size tells whether boxes are those of the image as shown or as stored, if these differ.

@@ -8,17 +8,16 @@ import functools
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable
 from pathlib import Path
 
 from datasets.coco_format import shown
 from datasets.convert.common import (
-    Labelled,
+    CocoSplit,
     Object,
     Pair,
     files_by_key,
     key_of,
-    read_images,
+    read_splits,
     splits_by_folder,
 )
 from datasets.convert.problems import BOXES_TURNED, Corners, Problems, as_stored
@@ -30,6 +29,7 @@ from util.images.files import Header
 from util.text_files import read_lines
 
 _CLASSES = ("classes.txt", "labels/classes.txt")
+_USUAL_STEMS = ("data", "dataset", "obj")
 # class, x, y, width, height
 _LINE_OF_LABELS = re.compile(r"\d+(\s+[-+.\deE]+){4,}$")
 
@@ -38,7 +38,7 @@ def is_yolo(source: Path) -> bool:
     """Whether it is a data.yaml, or a folder with a data.yaml or a classes.txt."""
     source = _unpacked(source)
     if source.is_dir():
-        return bool(_yaml_in(source) or _classes_in(source))
+        return bool(_usual_file(source, *YAML) or _classes_in(source))
     return source.suffix.lower() in YAML
 
 
@@ -46,7 +46,7 @@ def is_darknet(source: Path) -> bool:
     """Whether it is an obj.data, or a folder with an obj.data or an obj.names."""
     source = _unpacked(source)
     if source.is_dir():
-        return bool(_darknet_in(source, DARKNET) or _darknet_in(source, ".names"))
+        return bool(_usual_file(source, DARKNET) or _usual_file(source, ".names"))
     return source.suffix.lower() == DARKNET
 
 
@@ -61,7 +61,7 @@ def _unpacked(source: Path) -> Path:
     return source
 
 
-def read_yolo(source: Path, problems: Problems) -> Labelled:
+def read_yolo(source: Path, problems: Problems) -> dict[str, CocoSplit]:
     """A data.yaml or an obj.data, a folder with such a file, or a folder with classes.txt or
     obj.names, images and labels.
 
@@ -76,7 +76,7 @@ def read_yolo(source: Path, problems: Problems) -> Labelled:
     source = _unpacked(source)
     path = source
     if source.is_dir():
-        path = _yaml_in(source) or _darknet_in(source, DARKNET) or source
+        path = _usual_file(source, *YAML) or _usual_file(source, DARKNET) or source
 
     # the class names, and the files of images and labels
     boxes_first = False
@@ -92,24 +92,26 @@ def read_yolo(source: Path, problems: Problems) -> Labelled:
         pairs_of = {}
         for split, images in lookup.images().items():
             pairs_of[split] = [Pair(_key(image, root), image, lookup.label_file(image)) for image in images]
-
-    # the objects
-    splits = {}
-    read_objects = functools.partial(_read_objects, names=names, boxes_first=boxes_first, problems=problems)
     for split, pairs in pairs_of.items():
         if pairs and not any(pair.labels.is_file() for pair in pairs):
             raise UserError(
                 f"no image of the {split} split has labels: those of {pairs[0].image} would be in "
                 f"{pairs[0].labels}"
             )
-        splits[split] = read_images(pairs, read_objects, split, problems)
-    _note_unused_labels(root, (pair.labels for pairs in pairs_of.values() for pair in pairs), problems)
-    return Labelled(names, splits)
+
+    # labels that belong to no image
+    used = {os.path.realpath(pair.labels) for pairs in pairs_of.values() for pair in pairs}
+    for text_file in files_below(root, [".txt"]):
+        if os.path.realpath(text_file) not in used and _has_labels(text_file):
+            problems.notes["files of labels that belong to no image of these splits, left out"] += 1
+
+    read_objects = functools.partial(_read_objects, names=names, boxes_first=boxes_first, problems=problems)
+    return read_splits(pairs_of, read_objects, problems, names)
 
 
 def _pairs_of_folder(root: Path, problems: Problems) -> tuple[list[str], dict[str, list[Pair]]]:
     """Class names and pairs of a folder with a file of class names and no description."""
-    listed = _classes_in(root) or _darknet_in(root, ".names")
+    listed = _classes_in(root) or _usual_file(root, ".names")
     if listed is None:
         raise UserError(
             f"{root} has no data.yaml, obj.data, classes.txt or obj.names: it is no data set in YOLO's format"
@@ -161,14 +163,6 @@ def _add_other_spellings(
             )
 
 
-def _note_unused_labels(root: Path, used: Iterable[Path], problems: Problems) -> None:
-    # by what links lead to
-    used_files = {os.path.realpath(path) for path in used}
-    for path in files_below(root, [".txt"]):
-        if os.path.realpath(path) not in used_files and _has_labels(path):
-            problems.notes["files of labels that belong to no image of these splits, left out"] += 1
-
-
 def _has_labels(path: Path) -> bool:
     # README.txt and lists of images have none
     try:
@@ -177,19 +171,10 @@ def _has_labels(path: Path) -> bool:
         return False
 
 
-def _yaml_in(folder: Path) -> Path | None:
-    """data.yaml, or the only YAML file of the folder."""
-    return _usual_file(folder, YAML, ("data", "dataset"))
-
-
-def _darknet_in(folder: Path, suffix: str) -> Path | None:
-    """obj.data or obj.names, or the only file with that ending."""
-    return _usual_file(folder, (suffix,), ("obj",))
-
-
-def _usual_file(folder: Path, suffixes: tuple[str, ...], stems: tuple[str, ...]) -> Path | None:
+def _usual_file(folder: Path, *suffixes: str) -> Path | None:
+    """data.yaml, obj.data or obj.names, or the only file of the folder with such an ending."""
     found = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
-    usual = [path for path in found if path.stem in stems]
+    usual = [path for path in found if path.stem in _USUAL_STEMS]
     # several files of other names can't be told apart
     if usual:
         return usual[0]

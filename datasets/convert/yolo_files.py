@@ -22,8 +22,8 @@ YAML = (".yaml", ".yml")
 DARKNET = ".data"
 LABELS_BY_SPELLING = "files of labels found by another spelling of their names"
 PLACES_BY_END = "folders and lists found by the end of their paths, or by another spelling"
-# values of a YAML file that name nothing
-_NOTHING: tuple[Any, ...] = (None, "", [], {}, "~", "null", "Null", "NULL")
+# values of a YAML file that name nothing, as text
+_NULLS = ("~", "null", "Null", "NULL")
 
 
 # ---- what is written in the file
@@ -41,52 +41,41 @@ class Description:
     path: Path
     names: list[str] | str
     splits: dict[str, list[str]]
-    root: str = ""
-    boxes_first: bool = False
+    root: str
+    boxes_first: bool
 
 
 def describe(path: Path) -> Description:
     """Read a data.yaml or an obj.data. Raises UserError."""
-    if path.suffix.lower() == DARKNET:
-        return _describe_darknet(path)
-    return _describe_yaml(path)
+    is_darknet = path.suffix.lower() == DARKNET
+    content = _darknet_content(path) if is_darknet else _yaml_content(path)
+    # `path: null` and `val:` are usual
+    content = {key: value for key, value in content.items() if value and value not in _NULLS}
+    names: Any = content.get("names")
+    if not is_darknet:
+        names = class_names(names, path)
+    for key in ("names", "train"):
+        if key not in content:
+            raise UserError(
+                f"{path} has no {key!r}: it must name the classes, and the folder or the list of the "
+                f"training images"
+            )
+    root = content.get("path")
+    if not isinstance(root, str):
+        root = ""
+    splits = {"train": _entries(content["train"], path)}
+    if val := content.get("val") or content.get("valid"):
+        splits["val"] = _entries(val, path)
+    return Description(path, names, splits, root, "kpt_shape" in content)
 
 
-def _describe_darknet(path: Path) -> Description:
-    """Lines `key = value`."""
+def _darknet_content(path: Path) -> dict[str, Any]:
+    """Lines `key = value`; `names` is a file."""
     content = {}
     for line in read_lines(path):
         key, _, value = line.text.partition("=")
         content[key.strip().lower()] = unquoted(value.strip())
-    for key in ("names", "train"):
-        if not content.get(key):
-            raise UserError(
-                f"{path} has no {key!r}: it must name the file of the class names, and the list of "
-                f"training images"
-            )
-    splits = {"train": [content["train"]]}
-    if content.get("valid"):
-        splits["val"] = [content["valid"]]
-    return Description(path, content["names"], splits)
-
-
-def _describe_yaml(path: Path) -> Description:
-    content = _yaml_content(path)
-    names = class_names(content.get("names"), path)
-    splits = {}
-    for split, value in (
-        ("train", content.get("train")),
-        ("val", content.get("val") or content.get("valid")),
-    ):
-        if value not in _NOTHING:
-            splits[split] = _entries(value, path)
-    if "train" not in splits:
-        raise UserError(f"{path} has no 'train': it must name the folder or the list of the training images")
-    root = content.get("path")
-    # `path: null` is usual
-    if not isinstance(root, str) or root in _NOTHING:
-        root = ""
-    return Description(path, names, splits, root, "kpt_shape" in content)
+    return content
 
 
 def _yaml_content(path: Path) -> dict[str, Any]:
@@ -114,13 +103,12 @@ def _entries(value: Any, path: Path) -> list[str]:
 
 
 def class_names(names: Any, path: Path) -> list[str]:
-    """Class names by number, of a list or of a mapping from 0, 1, ... Raises UserError."""
+    """Class names by number, of a list or of a mapping from "0", "1", ... Raises UserError."""
     if isinstance(names, dict):
-        by_number = {str(number): name for number, name in names.items()}
         numbers = [str(number) for number in range(len(names))]
-        if by_number.keys() != set(numbers):
+        if names.keys() != set(numbers):
             raise UserError(f"{path}: the keys of 'names' must be 0, 1, ... without gaps")
-        names = [by_number[number] for number in numbers]
+        names = [names[number] for number in numbers]
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise UserError(f"{path}: 'names' must be a list of class names, or a mapping from numbers to names")
     if len(set(names)) < len(names):
@@ -160,20 +148,18 @@ class Lookup:
 
     def __init__(self, description: Description, anywhere: bool, problems: Problems) -> None:
         self._description, self._anywhere, self._problems = description, anywhere, problems
-        # folders that paths may be relative to, and folders to search
+        # folders that paths may be relative to, folders to search, and the one with the labels
         folder = description.path.parent
         self._bases = [folder / description.root, folder]
-        roots = [folder]
-        if anywhere and self._bases[0].is_dir():
-            roots = list(self._bases)
+        roots, labels = [folder], folder
         if anywhere:
+            if self._bases[0].is_dir():
+                roots = list(self._bases)
             self._bases.append(folder.parent)  # Darknet's paths are relative to where it is started
+            # labels lie beside the images, which may be anywhere
+            labels = Path(Path(os.path.abspath(folder)).anchor)
         self._places = [Places(Path(os.path.normpath(root))) for root in dict.fromkeys(roots)]
-
-        # labels lie beside the images, which may be anywhere
-        self._labels = self._places[0]
-        if anywhere:
-            self._labels = Places(Path(Path(os.path.abspath(folder)).anchor))
+        self._labels = Places(Path(os.path.normpath(labels)))
         self._by_end: dict[Path, str] = {}
 
     def names(self) -> list[str]:
@@ -196,7 +182,15 @@ class Lookup:
         # what folders and lists say
         entries: dict[str, list[_Entry]] = {}
         for split, named in self._description.splits.items():
-            places = [place for place in map(self._split_place, named) if place is not None]
+            places = []
+            for name in named:
+                place = self._place(name)
+                if place is None:
+                    tried = ", ".join(dict.fromkeys(str(base / name) for base in self._bases))
+                    path = self._description.path
+                    self._problems.add(f"{path} names {name}, which is missing: tried {tried}")
+                else:
+                    places.append(place)
             if places or split == "train":
                 entries[split] = [entry for place in places for entry in self._entries(place)]
 
@@ -204,8 +198,8 @@ class Lookup:
         found = self._search([entry for of_split in entries.values() for entry in of_split])
         images = {}
         for split, of_split in entries.items():
-            paths = [entry.path or found.get(entry.name) for entry in of_split]
-            images[split] = list(dict.fromkeys(path for path in paths if path is not None))
+            paths = (entry.path or found.get(entry.name) for entry in of_split)
+            images[split] = list(dict.fromkeys(filter(None, paths)))
         return images
 
     def label_file(self, image: Path) -> Path:
@@ -223,13 +217,6 @@ class Lookup:
                 self._problems.notes[LABELS_BY_SPELLING] += 1
                 return path_there
         return exact[0]
-
-    def _split_place(self, entry: str) -> Path | None:
-        place = self._place(entry)
-        if place is None:
-            tried = ", ".join(dict.fromkeys(str(base / entry) for base in self._bases))
-            self._problems.add(f"{self._description.path} names {entry}, which is missing: tried {tried}")
-        return place
 
     def _place(self, entry: str) -> Path | None:
         """A folder or list: where the file says, or at the end of that path below its folder."""
@@ -272,8 +259,8 @@ class Lookup:
     def _search(self, entries: list[_Entry]) -> dict[str, Path]:
         """The files of entries without a path, by name."""
         # what is known, and what is to be found
-        taken = [entry.path for entry in entries if entry.path is not None]
-        where = {entry.name: entry.where for entry in entries if entry.path is None}
+        taken = [entry.path for entry in entries if entry.path]
+        where = {entry.name: entry.where for entry in entries if not entry.path}
         found: dict[str, Path] = {}
         missing = dict.fromkeys(where, "")
 
@@ -286,7 +273,7 @@ class Lookup:
             found |= {name: file.path for name, file in findings.found.items()}
             missing = findings.missing
         for name, reason in missing.items():
-            self._problems.add(f"{where[name]} names the image {shown(name)}, and {reason}", "missing_image")
+            self._problems.add_missing(name, reason, where[name])
         return found
 
     def _is_within(self, path: Path) -> bool:

@@ -22,8 +22,10 @@ def parser() -> argparse.ArgumentParser:
     )
     add = result.add_argument
     add("--output_dir", default="data/synthetic", help="folder of the data set")
+    # what decides the files
     for item in fields(Settings):
         add(f"--{item.name}", type=int, default=item.default, help=item.metadata["help"])
+    # and what does not
     workers = min(os.cpu_count() or 1, 16)
     add("--workers", type=int, default=workers, help="processes; no effect on the files")
     add("--force", action="store_true", help="replace a synthetic data set that is there already")

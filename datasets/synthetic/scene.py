@@ -105,11 +105,6 @@ class SceneObject:
     area: int
     is_crowd: bool = False
 
-    def is_clear_of(self, hidden: np.ndarray) -> bool:
-        """Whether enough of it is visible if the pixels `hidden`, (H, W) bool, are covered."""
-        visible = np.count_nonzero(self.mask & ~hidden)
-        return bool(visible / self.area >= MIN_VISIBLE)
-
 
 @dataclass
 class Scene:
@@ -151,10 +146,10 @@ class Scene:
 
     def has_room_for(self, candidate: SceneObject) -> bool:
         """Whether enough of every object stays visible, the candidate included."""
-        nothing = np.zeros_like(candidate.mask)
-        if not candidate.is_clear_of(nothing):
-            return False
-        return all(other.is_clear_of(candidate.mask) for other in self.objects)
+        shares = [np.count_nonzero(candidate.mask) / candidate.area]
+        for other in self.objects:
+            shares.append(np.count_nonzero(other.mask & ~candidate.mask) / other.area)
+        return bool(min(shares) >= MIN_VISIBLE)
 
 
 def _random_pose(rng: Rng, height: int, width: int) -> Pose:

@@ -6,12 +6,12 @@ workers.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
 import signal
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -55,12 +55,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            _check(item.name, getattr(self, item.name), item.metadata["low"], item.metadata["high"])
-
-
-def _check(name: str, value: int, low: int, high: int) -> None:
-    if not low <= value <= high:
-        raise ValueError(f"{name} {value} must be from {low} to {high}")
+            value, low, high = getattr(self, item.name), item.metadata["low"], item.metadata["high"]
+            if not low <= value <= high:
+                raise ValueError(f"{item.name} {value} must be from {low} to {high}")
 
 
 # --- annotations ---
@@ -85,9 +82,7 @@ def _without_specks(mask: np.ndarray) -> np.ndarray:
     labels, _ = ndimage.label(mask, structure=np.ones((3, 3)))
     large = np.bincount(labels.ravel()) >= MIN_PIECE
     kept = mask & large[labels]
-    if not kept.any():
-        return mask
-    return kept
+    return kept if kept.any() else mask
 
 
 # --- files ---
@@ -113,25 +108,22 @@ def _write_image(
     return entry, [{"image_id": image_id, **annotation_of(item)} for item in objects]
 
 
-def _run(job: Callable[[int], Any], count: int, workers: int, description: str) -> list[Any]:
-    """[job(0), ..., job(count - 1)], with a progress bar on a terminal."""
-    progress = partial(tqdm, total=count, desc=description, unit="image", disable=None)
-    if workers == 1:
-        return list(progress(map(job, range(count))))
-    # Workers ignore Ctrl-C: the parent ends them, without a traceback from each.
-    with multiprocessing.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        return list(progress(pool.imap(job, range(count), chunksize=8)))
-
-
 def _write_split(folder: Path, split: int, settings: Settings, workers: int) -> None:
-    """Write the images and the annotations of SPLITS[split] below the folder."""
-    # images; as in COCO, no id occurs in both splits
+    """Write the images and the annotations of SPLITS[split] below the folder; a bar on a terminal."""
+    # as in COCO, no id occurs in both splits
     name = SPLITS[split]
-    count = (settings.train_images, settings.val_images)[split]
-    first_id = (1, settings.train_images + 1)[split]
+    count, first_id = settings.train_images, 1
+    if split:
+        count, first_id = settings.val_images, settings.train_images + 1
     (folder / name).mkdir(parents=True)
     job = partial(_write_image, folder=folder / name, split=split, first_id=first_id, settings=settings)
-    results = _run(job, count, workers, name)
+    progress = partial(tqdm, total=count, desc=name, unit="image", disable=None)
+    if workers == 1:
+        results = list(progress(map(job, range(count))))
+    else:
+        # Workers ignore Ctrl-C: the parent ends them, without a traceback from each.
+        with multiprocessing.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+            results = list(progress(pool.imap(job, range(count), chunksize=8)))
 
     # annotations, numbered in the order of the images
     annotations: list[dict[str, Any]] = []
@@ -151,27 +143,28 @@ def _write_split(folder: Path, split: int, settings: Settings, workers: int) -> 
     path.write_text(json.dumps(content, separators=(",", ":")))
 
 
-def _read_settings(folder: Path) -> Any:
-    """What SETTINGS_FILE in the folder says; None if it cannot be read."""
-    try:
-        return json.loads((folder / SETTINGS_FILE).read_text())
-    except (FileNotFoundError, ValueError):
-        return None
+def _is_there(folder: Path, description: dict[str, Any], force: bool) -> bool:
+    """Whether the folder has the data set of this description, and is to keep it.
 
-
-def _check_replaceable(folder: Path, force: bool) -> None:
-    """Raise FileExistsError unless the folder is missing, empty, or a synthetic data set that
-    `force` gives up.
+    Raises FileExistsError unless the folder is missing, empty, such a data set, or another
+    synthetic one that `force` gives up.
     """
-    if not folder.exists():
-        return
-    entries = set(os.listdir(folder))
-    if entries and (SETTINGS_FILE not in entries or entries - OWN_ENTRIES):
+    entries = set()
+    if folder.exists():
+        entries = set(os.listdir(folder))
+    if not entries:
+        return False
+    if SETTINGS_FILE not in entries or entries - OWN_ENTRIES:
         raise FileExistsError(
             f"{folder} holds other files than a synthetic data set; choose another --output_dir"
         )
-    if entries and not force:
-        raise FileExistsError(f"{folder} holds a data set of other settings; --force replaces it")
+    if force:
+        return False
+    # a damaged file describes no data set
+    with contextlib.suppress(ValueError):
+        if json.loads((folder / SETTINGS_FILE).read_text()) == description:
+            return True
+    raise FileExistsError(f"{folder} holds a data set of other settings; --force replaces it")
 
 
 def generate(output_dir: str | Path, *, workers: int = 1, force: bool = False, **settings: int) -> bool:
@@ -194,12 +187,12 @@ def generate(output_dir: str | Path, *, workers: int = 1, force: bool = False, *
     """
     # is it there already, or something else?
     chosen = Settings(**settings)
-    _check("workers", workers, 1, MAX_WORKERS)
+    if not 1 <= workers <= MAX_WORKERS:
+        raise ValueError(f"workers {workers} must be from 1 to {MAX_WORKERS}")
     description = {"version": VERSION, **asdict(chosen)}
     folder = Path(output_dir).resolve()
-    if _read_settings(folder) == description and not force:
+    if _is_there(folder, description, force):
         return False
-    _check_replaceable(folder, force)
 
     # write beside the folder, then rename: an interruption leaves no half data set
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -30,8 +30,8 @@ _BODY = "backbone.0.body."
 # often removed from a checkpoint that others are to start from
 HEADS = ("class_embed.", "bbox_embed.")
 
-_MODULES = frozenset(name for name, flag in FLAGS.items() if flag.group == "batchformer")
-_ARCHITECTURE = tuple(name for name in flags_of("architecture") if name not in _MODULES)
+MODULES = frozenset(name for name, flag in FLAGS.items() if flag.group == "batchformer")
+_ARCHITECTURE = tuple(name for name in flags_of("architecture") if name not in MODULES)
 _SIZES = flags_of("evaluation")
 # flags of BatchFormerV2 that decide which weights there are, with one stream or two
 _MODULE_WEIGHTS = ("share_bf", "bt_num_layers", "insert_idx")
@@ -84,7 +84,7 @@ def config_of(
         return config
 
     # as it was trained, but detections do not depend on the other images of a batch
-    modules = _flags_in(checkpoint, _MODULES, f"{flag} {source}")
+    modules = flags_in(checkpoint, MODULES, f"{flag} {source}")
     if not modules.get("bf"):
         raise UserError(
             f"{flag} {source} was trained without BatchFormerV2 (--bf), or does not say how it was trained"
@@ -121,7 +121,7 @@ def adopt(
     named = f"{flag} {source}"
     given = {name: value for name, value in config.flags().items() if config.is_given(name)}
     state = weights_of(checkpoint, source, flag)
-    saved = _flags_in(checkpoint, purpose.value, named)
+    saved = flags_in(checkpoint, purpose.value, named)
     # the weights count more than the flags in the file
     there = saved | _flags_shown_by(state, {**given, **saved}, named)
     if not without_heads:
@@ -129,33 +129,40 @@ def adopt(
 
     # BatchFormerV2 acts in evaluation only with --eval_bf
     evaluate = purpose is Purpose.EVALUATE
-    acts = {**there, **given}.get("eval_bf") and given.get("bf") != 0
+    acts = evaluate and {**there, **given}.get("eval_bf") and given.get("bf") != 0
     is_own_run = purpose is Purpose.RESUME and "processes" in checkpoint
-    _require_same(there, given, named, modules=bool(acts) if evaluate else is_own_run)
+    _require_same(there, given, named, modules=bool(acts or is_own_run))
 
     # then the flags of the command line count
     decided = purpose.value
-    if not there.get("bf") or evaluate and not acts:
-        decided -= _MODULES
+    if not there.get("bf"):
+        decided -= MODULES
     taken = {name: value for name, value in there.items() if name in decided and name not in given}
     if evaluate:
         taken |= _fitting_size(given, there, source)
-    off = {}
+    changes = dict(taken)
     if evaluate and not acts:
-        off = {name: FLAGS[name].default for name in _MODULES}
+        changes |= {name: FLAGS[name].default for name in MODULES}
     try:
-        settled = config.with_flags({**taken, **off}, settled=True)
+        settled = config.with_flags(changes, settled=True)
     except UserError as error:
         raise UserError(f"{named} can't be used: {error}") from None
 
     # what the user could not know from the command
-    _log_changes(config, settled, taken, source)
+    before, changed = config.flags(), {}
+    for name, value in settled.flags().items():
+        # the others change no result
+        logged = FLAGS[name].of in ("architecture", "evaluation")
+        if logged and name in taken and value != before[name]:
+            changed[name] = value
+    if changed:
+        log.info("taken from %s: %s", source, _as_typed(changed))
     if not saved:
         _warn_of_guesses(settled, source)
     return settled
 
 
-def _flags_in(checkpoint: Mapping[str, Any], names: Collection[str], named: str) -> dict[str, Any]:
+def flags_in(checkpoint: Mapping[str, Any], names: Collection[str], named: str) -> dict[str, Any]:
     """These flags among the checkpoint's `args`: a dict, or a published file's Namespace."""
     args = checkpoint.get("args", {})
     if isinstance(args, argparse.Namespace):
@@ -191,10 +198,8 @@ def _require_same(there: Mapping[str, Any], given: Mapping[str, Any], named: str
     here = {**there, **given}
     # what neither weights nor saved flags show can't contradict
     names = [name for name in _ARCHITECTURE if name in there and not _alike(name, there, here)]
-    if modules and not _same_modules(there, here):
-        names.append("bf")
-        if there.get("bf"):
-            names += _MODULE_WEIGHTS
+    if modules and _modules_in(there) != _modules_in(here):
+        names += ["bf", *_modules_in(there)]
     differ = {name: there.get(name, 0) for name in names}
     # a switch that is off can't be given
     remedies = []
@@ -216,10 +221,11 @@ def _alike(name: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> bool
     return bool(there[name] == here[name])
 
 
-def _same_modules(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
-    if here.get("bf") and there.get("bf"):
-        return all(here.get(name) == there.get(name) for name in _MODULE_WEIGHTS)
-    return bool(here.get("bf")) == bool(there.get("bf"))
+def _modules_in(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that decide which weights of BatchFormerV2 there are; none without it."""
+    if not flags.get("bf"):
+        return {}
+    return {name: flags.get(name) for name in _MODULE_WEIGHTS}
 
 
 def _fitting_size(given: Mapping[str, Any], there: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -241,23 +247,10 @@ def _fitting_size(given: Mapping[str, Any], there: Mapping[str, Any], source: st
     return {"max_size": raised}
 
 
-def _log_changes(config: Config, settled: Config, taken: Collection[str], source: str) -> None:
-    before, changed = config.flags(), {}
-    for name, value in settled.flags().items():
-        # the others change no result
-        logged = FLAGS[name].of in ("architecture", "evaluation")
-        if logged and name in taken and value != before[name]:
-            changed[name] = value
-    if changed:
-        log.info("taken from %s: %s", source, _as_typed(changed))
-
-
 def _warn_of_guesses(config: Config, source: str) -> None:
-    names = ["nheads", "dilation"]
+    guessed = f"nheads {config.transformer.nheads}, dilation {config.backbone.dilation}"
     if config.run.eval:
-        names.append("eval_size")
-    flags = config.flags()
-    guessed = ", ".join(f"{name} {flags[name]}" for name in names)
+        guessed += f", eval_size {config.data.eval_size}"
     log.warning("%s does not say how it was trained; assumed: %s", source, guessed)
 
 
@@ -307,14 +300,13 @@ def _seen_in(state: Mapping[str, Tensor], flags: Mapping[str, Any]) -> dict[str,
         seen["with_box_refine"] = two_stage or _heads_differ(state)
     if "query_embed.weight" in state:
         seen["num_queries"] = state["query_embed.weight"].shape[0]
-    # the number of points needs the number of heads, which weights do not show
+    # one weight for every head, level and point; weights do not show the number of heads
     heads = flags.get("nheads", FLAGS["nheads"].default)
-    for flag, module in (
-        ("enc_n_points", "encoder.layers.0.self_attn"),
-        ("dec_n_points", "decoder.layers.0.cross_attn"),
+    for flag, attention in (
+        ("enc_n_points", "encoder.layers.0.self"),
+        ("dec_n_points", "decoder.layers.0.cross"),
     ):
-        # one weight for every head, level and point
-        weights = state[f"transformer.{module}.attention_weights.bias"].shape[0]
+        weights = state[f"transformer.{attention}_attn.attention_weights.bias"].shape[0]
         seen[flag] = max(weights // max(heads * num_levels, 1), 1)
     shapes = {
         name.removeprefix(_BODY): tensor.shape for name, tensor in state.items() if name.startswith(_BODY)
@@ -326,16 +318,17 @@ def _seen_in(state: Mapping[str, Tensor], flags: Mapping[str, Any]) -> dict[str,
 
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:
     """One more than the largest number in the names that begin with `pattern`; 0 if there is none."""
-    return max((int(match[1]) + 1 for name in state if (match := re.match(pattern, name))), default=0)
+    matches = filter(None, (re.match(pattern, name) for name in state))
+    return 1 + max((int(match[1]) for match in matches), default=-1)
 
 
 def _heads_differ(state: Mapping[str, Tensor]) -> bool:
     """Without refinement the heads of all layers are one module, saved under several names."""
-    return any(
-        not torch.equal(state[first], tensor)
-        for name, tensor in state.items()
-        if (first := re.sub(r"^(class_embed|bbox_embed)\.\d+", r"\1.0", name)) != name
-    )
+    for name, tensor in state.items():
+        first = re.sub(r"^(class_embed|bbox_embed)\.\d+", r"\1.0", name)
+        if first != name and not torch.equal(state[first], tensor):
+            return True
+    return False
 
 
 def _norm(state: Mapping[str, Tensor]) -> str:

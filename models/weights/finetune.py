@@ -8,14 +8,13 @@ so are heads and queries that were removed from the checkpoint.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from models.weights.load import choose_weights
-from util.checkpoint import BATCHFORMER, LoadReport, load_state
+from util.checkpoint import BATCHFORMER, load_state
 from util.class_map import ClassMap, classes_of
 from util.config import Config
 
@@ -23,56 +22,6 @@ FLAG = "--finetune"
 _CLASS_HEAD = re.compile(r"class_embed\.(\d+)\.(weight|bias)")
 # what may be missing in a checkpoint: how the names of its tensors begin, what it is
 _REMOVABLE = {"class_embed.": "class heads", "bbox_embed.": "box heads", "query_embed.": "queries"}
-
-
-@dataclass(frozen=True)
-class FineTuned:
-    """What a run starts with, for the log.
-
-    report: the tensors. weights: "model" or "ema", the averaged ones. classes: the run's. known:
-    the checkpoint's classes, None if it does not say. rows: row of the class heads -> the
-    checkpoint's row that was copied.
-    """
-
-    report: LoadReport
-    weights: str
-    classes: ClassMap
-    known: ClassMap | None
-    rows: Mapping[int, int]
-
-    def __str__(self) -> str:
-        # the weights
-        kind = "averaged weights, " if self.weights == "ema" else ""
-        count = len(self.report.loaded)
-        lines = [f"fine-tuning from {self.report.source}: {kind}{count} tensors loaded"]
-
-        # the class heads, and what else the checkpoint does not have
-        missing = [what for part, what in _REMOVABLE.items() if _has(self.report.missing, part)]
-        if "class heads" not in missing:
-            lines.append(f"class heads: {self._classes()}")
-        if missing:
-            lines.append(f"{', '.join(missing)}: initialised; the checkpoint has none")
-        return "\n".join([*lines, *self.report.batchformer()])
-
-    def _classes(self) -> str:
-        total = len(self.classes.categories)
-        if self.known is None:
-            how = "copied as they are" if self.rows else f"initialised, for {total} classes"
-            return f"{how}; the checkpoint does not name its classes"
-
-        copied, new = [], []
-        for label, name in self.classes.names.items():
-            if label in self.rows:
-                copied.append(name)
-            else:
-                new.append(name)
-        skipped = [name for label, name in self.known.names.items() if label not in self.rows.values()]
-        said = f"{len(copied)} of {total} classes copied by name{_listed(copied)}"
-        if new:
-            said += f"; initialised{_listed(new)}"
-        if skipped:
-            said += f"; {len(skipped)} of the checkpoint skipped{_listed(skipped)}"
-        return said
 
 
 def fine_tune(
@@ -83,7 +32,7 @@ def fine_tune(
     source: str,
     flag: str = FLAG,
     weights: str = "auto",
-) -> FineTuned:
+) -> str:
     """Load the weights of a checkpoint into `model`, whose class heads are for `classes`.
 
     Args:
@@ -91,6 +40,9 @@ def fine_tune(
         checkpoint, source: what `read_trained` gives for the file, and the file, which `flag`
             named.
         weights: see `choose_weights`.
+
+    Returns:
+        What the model starts with, in lines for the log.
 
     Raises:
         UserError: the checkpoint is of another detector.
@@ -104,9 +56,35 @@ def fine_tune(
     encoder_head = config.transformer.dec_layers if config.transformer.two_stage else None
     heads = _class_heads(model.state_dict(), state, rows, encoder_head)
     report = load_state(model, {"model": state | heads}, source, flag)
-    removed = tuple(part for part in _REMOVABLE if not _has(state, part))
+    removed = [part for part in _REMOVABLE if not any(name.startswith(part) for name in state)]
     report.require_same_architecture(may_lack=(BATCHFORMER, *removed))
-    return FineTuned(report, which, classes, known, rows)
+
+    # what the user could not know from the command
+    kind = "averaged weights, " if which == "ema" else ""
+    lines = [f"fine-tuning from {source}: {kind}{len(report.loaded)} tensors loaded"]
+    new = [what for part, what in _REMOVABLE.items() if any(name.startswith(part) for name in report.missing)]
+    if "class heads" not in new:
+        lines.append(f"class heads: {_describe_rows(rows, known, classes)}")
+    if new:
+        lines.append(f"{', '.join(new)}: initialised; the checkpoint has none")
+    return "\n".join([*lines, *report.batchformer()])
+
+
+def _describe_rows(rows: Mapping[int, int], known: ClassMap | None, classes: ClassMap) -> str:
+    total = len(classes.categories)
+    if known is None:
+        how = "copied as they are" if rows else f"initialised, for {total} classes"
+        return f"{how}; the checkpoint does not name its classes"
+
+    copied = [name for label, name in classes.names.items() if label in rows]
+    new = [name for label, name in classes.names.items() if label not in rows]
+    skipped = [name for label, name in known.names.items() if label not in rows.values()]
+    text = f"{len(copied)} of {total} classes copied by name{_listed(copied)}"
+    if new:
+        text += f"; initialised{_listed(new)}"
+    if skipped:
+        text += f"; {len(skipped)} of the checkpoint skipped{_listed(skipped)}"
+    return text
 
 
 def matching_rows(known: ClassMap | None, num_known: int, classes: ClassMap) -> dict[int, int]:
@@ -116,13 +94,16 @@ def matching_rows(known: ClassMap | None, num_known: int, classes: ClassMap) -> 
     no class in both heads are copied, too. If the checkpoint does not name its classes, heads of
     the same number of rows are copied as they are.
     """
+    # without names only the number can fit
     if known is None:
         if num_known != classes.num_classes:
             return {}
         return {label: label for label in range(num_known)}
 
+    # of two classes of one name the first counts
     by_name = {_plain(name): label for label, name in reversed(known.names.items())}
     rows = {label: by_name[_plain(name)] for label, name in classes.names.items() if _plain(name) in by_name}
+    # rows of no class, as eleven of COCO's, have learned background
     for label in range(min(num_known, classes.num_classes)):
         if label not in classes.names and label not in known.names:
             rows[label] = label
@@ -134,24 +115,20 @@ def _class_heads(
 ) -> dict[str, Tensor]:
     """The class heads among the tensors `own`, with the rows that can be copied from `state`."""
     heads = {}
-    for name, tensor in own.items():
+    for name in own.keys() & state.keys():
         match = _CLASS_HEAD.fullmatch(name)
-        if not match or name not in state:
+        if not match:
             continue
-        there = state[name]
-        copied = rows
+        there, heads[name] = state[name], own[name].clone()
         if int(match[1]) == encoder_head:
             # Of its rows only the first is trained, as "object"; all others learn background,
             # whatever their class. So they keep their order.
-            copied = {row: row for row in range(min(len(tensor), len(there)))}
-        heads[name] = tensor.clone()
-        for row, origin in copied.items():
+            shared = min(len(there), len(own[name]))
+            heads[name][:shared] = there[:shared]
+            continue
+        for row, origin in rows.items():
             heads[name][row] = there[origin]
     return heads
-
-
-def _has(names: Iterable[str], prefix: str) -> bool:
-    return any(name.startswith(prefix) for name in names)
 
 
 def _plain(name: str) -> str:

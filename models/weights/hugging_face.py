@@ -84,10 +84,11 @@ def read_hugging_face(source: str, flag: str) -> dict[str, Any]:
     # the detector that config.json describes
     where = f"{flag} {config_file}"
     config = read_json(config_file, flag)
-    flags = flags_of(config, where) | _sizes_in(config_file.with_name(PROCESSOR), flag)
+    flags = read_flags(config, where) | _sizes_in(config_file.with_name(PROCESSOR), flag)
     state = from_hugging_face(
         weights, flags["with_box_refine"], flags["dec_layers"], f"{flag} {weights_file}"
     )
+    # the number of classes is that of the weights
     bias = state.get("class_embed.0.bias")
     if bias is not None:
         flags["num_classes"] = len(bias)
@@ -97,9 +98,12 @@ def read_hugging_face(source: str, flag: str) -> dict[str, Any]:
     if beside.is_file():
         modules, module_flags = _read_batchformer(beside, flag)
         state, flags = state | modules, flags | module_flags
-    checkpoint = {"model": state, "args": _checked(flags, where)}
-    classes = _classes_in(config, len(bias), where) if bias is not None else None
-    if classes:
+    # a detector of transformers may be none that can be built here
+    try:
+        checkpoint = {"model": state, "args": Config().with_flags(flags).flags()}
+    except UserError as error:
+        raise UserError(f"{where} can't be used: {error}") from None
+    if bias is not None and (classes := _classes_in(config, len(bias), where)):
         checkpoint["classes"] = classes.to_plain()
     return checkpoint
 
@@ -149,17 +153,16 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 def refuse_unknown_to_transformers(config: Config) -> None:
     """Raise UserError for a detector that transformers can't compute."""
-    backbone, unknown = config.backbone, ""
-    if backbone.backbone_norm == "gn":
+    scale = config.backbone.position_embedding_scale
+    if config.backbone.backbone_norm == "gn":
         unknown = "--backbone_norm gn (its backbones are normalised by frozen statistics)"
-    elif backbone.position_embedding_scale != BackboneConfig.position_embedding_scale:
-        unknown = f"--position_embedding_scale {backbone.position_embedding_scale}"
+    elif scale != BackboneConfig.position_embedding_scale:
+        unknown = f"--position_embedding_scale {scale}"
     elif config.batchformer.eval_bf:
         unknown = "--eval_bf (nothing that relates the images of a batch)"
-    if unknown:
-        raise UserError(
-            f"transformers has no Deformable DETR with {unknown}: this checkpoint can't be converted"
-        )
+    else:
+        return
+    raise UserError(f"transformers has no Deformable DETR with {unknown}: this checkpoint can't be converted")
 
 
 def json_of(config: Config, classes: ClassMap | None, num_classes: int) -> dict[str, Any]:
@@ -189,7 +192,7 @@ def json_of(config: Config, classes: ClassMap | None, num_classes: int) -> dict[
     return content
 
 
-def flags_of(config: Mapping[str, Any], source: str) -> dict[str, Any]:
+def read_flags(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Our flags for the detector that a config.json describes.
 
     Raises UserError if this program can't build it.
@@ -206,21 +209,16 @@ def flags_of(config: Mapping[str, Any], source: str) -> dict[str, Any]:
             )
         if values:
             flags[flag] = values[0]
+    # proposals take the place of learned queries
     queries = config.get("two_stage_num_proposals" if flags["two_stage"] else "num_queries")
     if queries is not None:
         flags["num_queries"] = queries
     return flags
 
 
-def _checked(flags: Mapping[str, Any], source: str) -> dict[str, Any]:
-    try:
-        return Config().with_flags(flags).flags()
-    except UserError as error:
-        raise UserError(f"{source} can't be used: {error}") from None
-
-
 def _backbone_in(config: Mapping[str, Any], source: str) -> str:
     """The name of the backbone here."""
+    # a table of its own in newer files, a name in older ones
     own = config.get("backbone_config") or {"backbone": config.get("backbone") or "resnet50"}
     name = str(own.get("backbone")).split(".")[0]  # what follows names a set of pretrained weights
     ours = {entry.hugging_face: entry.name for entry in BACKBONES.values()}
@@ -236,6 +234,7 @@ def _classes_in(config: Mapping[str, Any], num_classes: int, source: str) -> Cla
     """The classes that have names. Files of other programs have no category ids; then labels are
     ids.
     """
+    # names that stand for "no name" are no classes
     try:
         ids = config.get(_CATEGORY_IDS) or {}
         names = {int(label): name for label, name in (config.get("id2label") or {}).items()}
@@ -285,6 +284,7 @@ def _sizes_in(processor: Path, flag: str) -> dict[str, Any]:
 def _read_batchformer(path: Path, flag: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The modules of BatchFormerV2 and its flags."""
     modules, metadata = read_safetensors(path, flag)
+    # the flags are JSON in the metadata
     try:
         return modules, {name: json.loads(metadata[name]) for name in _BATCHFORMER_FLAGS}
     except (KeyError, ValueError):

@@ -18,6 +18,7 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _OLD_WEIGHTS = "pytorch_model.bin"
 _INDEX = ".index.json"  # of weights in several files
 _ALL_WEIGHTS = (WEIGHTS, WEIGHTS + _INDEX, _OLD_WEIGHTS, _OLD_WEIGHTS + _INDEX)
+# one of several files of weights
 _SHARD = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)")
 _PAGE = re.compile(r"https://huggingface\.co/[^/]+/[^/]+/?")
 
@@ -31,6 +32,7 @@ def is_hugging_face(source: str) -> bool:
     path = Path(source)
     if path.is_dir() or path.suffix == ".safetensors":
         return True
+    # a .bin or .json alone may be of any program
     return _is_of_folder(path.name) and path.with_name(CONFIG).is_file()
 
 
@@ -84,6 +86,7 @@ def read_weights(path: Path, flag: str) -> dict[str, Tensor]:
     """The tensors of a file, or of all files that an index names. Raises UserError."""
     if path.name.endswith(_INDEX):
         return _read_shards(path, flag)
+    # a pickle, of which nothing is executed
     if path.suffix == ".bin":
         return read_checkpoint(path, flag)
     return read_safetensors(path, flag)[0]
@@ -92,7 +95,11 @@ def read_weights(path: Path, flag: str) -> dict[str, Tensor]:
 def _read_shards(index: Path, flag: str) -> dict[str, Tensor]:
     # the files, which must lie beside the index
     places = read_json(index, flag).get("weight_map")
-    if not isinstance(places, dict) or not places or not all(map(_is_shard, places.values())):
+    if (
+        not isinstance(places, dict)
+        or not places
+        or not all(_SHARD.fullmatch(str(name)) for name in places.values())
+    ):
         raise UserError(f"{flag} {index} is damaged: its weight_map must map tensors to files beside it")
     names = sorted(set(places.values()))
     for name in names:
@@ -112,10 +119,6 @@ def _read_shards(index: Path, flag: str) -> dict[str, Tensor]:
             f"says it has"
         )
     return weights
-
-
-def _is_shard(name: Any) -> bool:
-    return isinstance(name, str) and bool(_SHARD.fullmatch(name))
 
 
 def read_safetensors(path: Path, flag: str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -8,7 +8,7 @@ These and the names that version 5 has in memory are read.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -16,28 +16,30 @@ from torch import Tensor
 
 from util.errors import UserError
 
-# ours, Hugging Face's; {n}: a number, {rest}: anything. The first that fits is used
-_NAMES = (
-    ("backbone.0.body.{rest}", "model.backbone.conv_encoder.model.{rest}"),
-    ("backbone.1.row_embed.{rest}", "model.position_embedding.row_embeddings.{rest}"),
-    ("backbone.1.col_embed.{rest}", "model.position_embedding.column_embeddings.{rest}"),
-    ("query_embed.{rest}", "model.query_position_embeddings.{rest}"),
-    ("input_proj.{rest}", "model.input_proj.{rest}"),
-    ("transformer.encoder.layers.{n}.norm1.{rest}", "model.encoder.layers.{n}.self_attn_layer_norm.{rest}"),
-    ("transformer.encoder.layers.{n}.norm2.{rest}", "model.encoder.layers.{n}.final_layer_norm.{rest}"),
-    ("transformer.decoder.layers.{n}.cross_attn.{rest}", "model.decoder.layers.{n}.encoder_attn.{rest}"),
-    (
-        "transformer.decoder.layers.{n}.norm1.{rest}",
-        "model.decoder.layers.{n}.encoder_attn_layer_norm.{rest}",
-    ),
-    ("transformer.decoder.layers.{n}.norm2.{rest}", "model.decoder.layers.{n}.self_attn_layer_norm.{rest}"),
-    ("transformer.decoder.layers.{n}.norm3.{rest}", "model.decoder.layers.{n}.final_layer_norm.{rest}"),
-    ("transformer.{coder}.layers.{n}.linear1.{rest}", "model.{coder}.layers.{n}.fc1.{rest}"),
-    ("transformer.{coder}.layers.{n}.linear2.{rest}", "model.{coder}.layers.{n}.fc2.{rest}"),
-    ("transformer.{rest}", "model.{rest}"),
-    ("{rest}", "{rest}"),  # the heads
+# places in the pairs below
+_OURS, _HUB = 0, 1
+# beginnings of names; those of the heads are the same
+_BEGINNINGS = (
+    ("backbone.0.body.", "model.backbone.conv_encoder.model."),
+    ("backbone.1.row_embed.", "model.position_embedding.row_embeddings."),
+    ("backbone.1.col_embed.", "model.position_embedding.column_embeddings."),
+    ("query_embed.", "model.query_position_embeddings."),
+    ("input_proj.", "model.input_proj."),
+    ("transformer.", "model."),
 )
-_PARTS = {"n": r"\d+", "coder": "encoder|decoder", "rest": ".+"}
+# parts of a layer
+_LAYER_PART = re.compile(r"((?:transformer|model)\.(encoder|decoder)\.layers\.\d+\.)(\w+)(\..+)")
+_FEED_FORWARD = (("linear1", "fc1"), ("linear2", "fc2"))
+_PARTS = {
+    "encoder": (*_FEED_FORWARD, ("norm1", "self_attn_layer_norm"), ("norm2", "final_layer_norm")),
+    "decoder": (
+        *_FEED_FORWARD,
+        ("cross_attn", "encoder_attn"),
+        ("norm1", "encoder_attn_layer_norm"),
+        ("norm2", "self_attn_layer_norm"),
+        ("norm3", "final_layer_norm"),
+    ),
+}
 # version 5, the hub
 _NEWER = (
     (".backbone.model.", ".backbone.conv_encoder.model."),
@@ -82,9 +84,9 @@ def to_hugging_face(state: Mapping[str, Tensor], with_box_refine: bool, two_stag
             batchformer[name] = _unshared(tensor)
         elif match:
             for letter, third in zip("qkv", tensor.chunk(3), strict=True):
-                weights[_to_hub(f"{match[1]}{letter}_proj.{match[2]}")] = _unshared(third)
+                weights[_renamed(f"{match[1]}{letter}_proj.{match[2]}", _HUB)] = _unshared(third)
         else:
-            weights[_to_hub(name)] = _unshared(tensor)
+            weights[_renamed(name, _HUB)] = _unshared(tensor)
 
     # second names
     doubles = [_POSITIONS]
@@ -93,8 +95,9 @@ def to_hugging_face(state: Mapping[str, Tensor], with_box_refine: bool, two_stag
     if two_stage:
         doubles.append(_TWO_STAGE)
     for first, second in doubles:
-        for name in [name for name in weights if name.startswith(first)]:
-            weights[second + name.removeprefix(first)] = _unshared(weights[name])
+        for name in list(weights):
+            if name.startswith(first):
+                weights[second + name.removeprefix(first)] = _unshared(weights[name])
     return Converted(weights, batchformer, tuple(left_out))
 
 
@@ -109,13 +112,14 @@ def from_hugging_face(
     state: dict[str, Tensor] = {}
     thirds: dict[str, dict[str, Tensor]] = {}
     for hub_name, tensor in _single_names(weights).items():
-        name = _from_hub(hub_name)
+        name = _renamed(hub_name, _OURS)
         match = _SINGLE.fullmatch(name)
         if match:
             thirds.setdefault(f"{match[1]}in_proj_{match[3]}", {})[match[2]] = tensor
         elif not name.endswith(_COUNT):
             state[name] = tensor
 
+    # one tensor of the three parts of an attention layer
     for name, parts in thirds.items():
         if len(parts) < 3:
             raise UserError(
@@ -144,12 +148,10 @@ def _single_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
             name = f"model.{name}"
         for newer, hub in _NEWER:
             name = name.replace(newer, hub)
-        seconds = [pair for pair in (_POSITIONS, _REFINED, _TWO_STAGE) if name.startswith(pair[1])]
-        if seconds:
-            first, second = seconds[0]
-            second_names[first + name.removeprefix(second)] = tensor
-        else:
-            first_names[name] = tensor
+        first_names[name] = tensor
+        for first, second in (_POSITIONS, _REFINED, _TWO_STAGE):
+            if name.startswith(second):
+                second_names[first + name.removeprefix(second)] = first_names.pop(name)
     return second_names | first_names
 
 
@@ -157,21 +159,14 @@ def _unshared(tensor: Tensor) -> Tensor:
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
-def _renaming(pairs: Iterable[tuple[str, str]]) -> Callable[[str], str]:
-    """A function that renames by the first of the patterns that fits."""
-    rules = []
-    for source, target in pairs:
-        pattern = re.escape(source)
-        for part, matches in _PARTS.items():
-            pattern = pattern.replace(re.escape(f"{{{part}}}"), f"(?P<{part}>{matches})")
-        rules.append((re.compile(pattern), target))
-
-    def rename(name: str) -> str:
-        matches = ((rule.fullmatch(name), target) for rule, target in rules)
-        return next(target.format(**match.groupdict()) for match, target in matches if match)
-
-    return rename
-
-
-_to_hub = _renaming(_NAMES)
-_from_hub = _renaming((theirs, ours) for ours, theirs in _NAMES)
+def _renamed(name: str, target: int) -> str:
+    """The name in the layout `target`, _OURS or _HUB, of a tensor in the other one."""
+    source = 1 - target
+    if match := _LAYER_PART.fullmatch(name):
+        layer, coder, part, rest = match.groups()
+        parts = {pair[source]: pair[target] for pair in _PARTS[coder]}
+        name = layer + parts.get(part, part) + rest
+    for pair in _BEGINNINGS:
+        if name.startswith(pair[source]):
+            return pair[target] + name.removeprefix(pair[source])
+    return name

@@ -35,6 +35,7 @@ def choose_weights(
 
     Raises UserError if the checkpoint does not have them.
     """
+    # averaged weights are the better ones as a rule
     averaged = checkpoint.get("ema")
     if which == "model" or (which == "auto" and (averaged is None or _averaged_are_worse(checkpoint))):
         return weights_of(checkpoint, source, flag), "model"
@@ -46,6 +47,7 @@ def choose_weights(
 def _averaged_are_worse(checkpoint: Mapping[str, Any]) -> bool:
     """By AP in the last line of the log that has both."""
     plain, averaged = "test_coco_eval_bbox", "test_ema_coco_eval_bbox"
+    # an epoch without an evaluation has neither
     try:
         for line in reversed(checkpoint["history"]["lines"]):
             metrics = json.loads(line)

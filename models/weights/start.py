@@ -38,14 +38,17 @@ def find_start(config: Config, checkpoint: Mapping[str, Any] | None, source: str
 
     Raises UserError if flags contradict the architecture of the weights.
     """
+    # a run that was interrupted does not start from --finetune again
     finetune = config.run.finetune
     if checkpoint is not None:
         adopted = adopt(config, checkpoint, source, purpose=Purpose.RESUME)
         return Start(adopted, checkpoint, source, resumed=True)
     if finetune:
         weights = read_trained(finetune, FINETUNE)
+        # heads and queries may have been removed from a checkpoint that others are to start from
         adopted = adopt(config, weights, finetune, FINETUNE, Purpose.FINE_TUNE, without_heads=True)
         return Start(adopted, weights, finetune, resumed=False)
+    # no checkpoint decides any flag
     return Start(dataclasses.replace(config, settled=True), None, "", resumed=False)
 
 
@@ -67,5 +70,6 @@ def load_checkpoint(
         UserError: the weights are of another architecture.
     """
     result = load_state(model, checkpoint, source)
+    # the lists of the log explain the error
     log.info("%s%s", which, result)
     result.require_same_architecture(may_lack)
