@@ -107,15 +107,13 @@ def parse_with_config(
 
 def add_score_threshold_flag(parser: argparse.ArgumentParser, help: str) -> None:
     """--score_threshold, from 0 to 1: the same in every tool that shows detections."""
-    parser.add_argument("--score_threshold", type=_score, default=0.3, help=help)
+    parser.add_argument("--score_threshold", type=score, default=0.3, help=help)
 
 
-def _score(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")  # which is in no range
-    if not 0 <= value <= 1:
+def score(text: str) -> float:
+    """A number from 0 to 1. argparse shows this function's name if it is no number at all."""
+    value = float(text)
+    if not 0 <= value <= 1:  # NaN too
         raise argparse.ArgumentTypeError(f"{text} must be a number from 0 to 1")
     return value
 
