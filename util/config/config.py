@@ -93,8 +93,8 @@ class Config:
         """Flags of BatchFormerV2 that were given though it is off."""
         if self.batchformer.bf or self.given is None:
             return []
-        given = [name for name in FLAGS if name in self.given]
-        return [name for name in given if FLAGS[name].group == "batchformer" and name != "bf"]
+        names = vars(self.batchformer).keys() - {"bf"}
+        return [name for name in FLAGS if name in names & self.given]
 
 
 def with_classes(config: Config, classes: ClassMap) -> Config:
