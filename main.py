@@ -331,7 +331,7 @@ class Training:
         if self.folder.path:
             self.folder.check()
             if is_best:
-                self.folder.name_newest(BEST)
+                self.folder.checkpoints.name_newest(BEST)
             tables, results = evaluation.tables, evaluation.results
             save_evaluation(self.folder.path, tables, results, epoch, prefix, run.save_predictions)
         return {f"test_{prefix}{name}": value for name, value in evaluation.stats.items()}

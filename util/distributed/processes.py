@@ -14,13 +14,11 @@ import signal
 import socket
 import struct
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,6 +65,7 @@ def process_group(device_flag: str, timeout: float = 1800) -> Iterator[torch.dev
         yield device
         return
 
+    # from now on the others must hear how this process ends
     watchdog = _join(device, timeout)
     code, last_words = 0, ""
     try:
@@ -74,7 +73,9 @@ def process_group(device_flag: str, timeout: float = 1800) -> Iterator[torch.dev
     except BaseException as error:
         reason: BaseException = error
         if isinstance(error, RuntimeError) and _lost_a_process(error):
-            _ignore_requests()
+            # a launcher asks to leave while this process still finds out what has failed
+            for number in ASK_TO_LEAVE:
+                signal.signal(number, signal.SIG_IGN)
             reason = watchdog.explain(_first_sentence(error))
         # the watchdog of the others will quote it
         code, last_words = getattr(reason, "exit_code", 1), str(reason)
@@ -104,7 +105,10 @@ def _join(device: torch.device, timeout: float) -> Watchdog:
     if device.type == "cuda":
         backend = "cpu:gloo,cuda:nccl"  # gloo carries Python objects without touching the GPU
         warn_after = 0.95 * timeout
-        _start_flight_recorder()
+        # record NCCL's exchanges, to be written to a file after a time-out
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", f"{tempfile.gettempdir()}/flight_recorder_rank_")
     try:
         _choose_interface(host, port)
         store, *_ = next(dist.rendezvous("env://", timeout=limit))
@@ -157,21 +161,6 @@ def _store_of_this_attempt(
         time.sleep(0.1)
         missing = [other for other in missing if not store.check([f"rank {other}"])]
     return store
-
-
-def _start_flight_recorder() -> None:
-    """Record NCCL's exchanges, to be written to a file after a time-out."""
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
-    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-    prefix = str(Path(tempfile.gettempdir()) / "flight_recorder_rank_")
-    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", prefix)
-
-
-def _ignore_requests() -> None:
-    """Ignore the launcher's request to leave while this process still finds out what has failed."""
-    if threading.current_thread() is threading.main_thread():
-        for number in ASK_TO_LEAVE:
-            signal.signal(number, signal.SIG_IGN)
 
 
 def _lost_a_process(error: RuntimeError) -> bool:
