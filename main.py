@@ -57,7 +57,7 @@ from util.run import (
     what_is_kept,
     write_evaluation,
 )
-from util.run.tensorboard import Board, check_tensorboard, evaluation_pictures
+from util.run.tensorboard import Board, check_tensorboard, detection_pictures
 from util.step import (
     EpochSums,
     FiniteWatch,
@@ -327,7 +327,7 @@ class Training:
         evaluation.print_metrics()
         is_best = self.history.is_best(evaluation.average_precision, epoch, prefix.strip("_") or "model")
         if not prefix:
-            self.board.pictures(lambda: evaluation_pictures(data.val, evaluation.results), epoch)
+            self.board.pictures(lambda: detection_pictures(data.val, evaluation.results), epoch)
         if self.folder.path:
             self.folder.check()
             if is_best:

@@ -91,8 +91,16 @@ def parse_with_config(
     `defaults` are the program's own for some of main's flags. With --resume or --finetune the
     Config is not settled yet.
     """
-    _add_config_flags(parser)
+    # every flag of the table, spelt with underscores and with dashes
+    sections = {name: parser.add_argument_group(group.__doc__) for name, group in GROUPS.items()}
+    for name, flag in FLAGS.items():
+        # a name of one word has one spelling
+        spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+        sections[flag.group].add_argument(*spellings, dest=name, **_options(flag))
+    # launchers pass it, and no user
+    parser.add_argument("--local_rank", "--local-rank", type=_local_rank, help=argparse.SUPPRESS)
     parser.set_defaults(**defaults)
+
     # argparse keeps the values of a namespace for flags that are absent
     not_given: list[Any] = []
     args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(FLAGS, not_given)))
@@ -145,17 +153,6 @@ def add_detector_flags(parser: argparse.ArgumentParser) -> None:
 def detector_flags(args: argparse.Namespace) -> dict[str, Any]:
     """Those of `add_detector_flags` that were given."""
     return {name: getattr(args, name) for name, flag in FLAGS.items() if flag.in_tools and name in args}
-
-
-def _add_config_flags(parser: argparse.ArgumentParser) -> None:
-    """Every flag of the table, spelt with underscores and with dashes."""
-    sections = {name: parser.add_argument_group(config.__doc__) for name, config in GROUPS.items()}
-    for name, flag in FLAGS.items():
-        # a name of one word has one spelling
-        spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-        sections[flag.group].add_argument(*spellings, dest=name, **_options(flag))
-    # launchers pass it, and no user
-    parser.add_argument("--local_rank", "--local-rank", type=_local_rank, help=argparse.SUPPRESS)
 
 
 def _options(flag: Flag) -> dict[str, Any]:

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from util.distributed.launchers import require_single_process
+from util.distributed.launchers import number, require_single_process
 from util.distributed.watchdog import Watchdog, waiting
 from util.errors import ASK_TO_LEAVE, LostProcessError, UserError
 
@@ -91,7 +91,7 @@ def process_group(device_flag: str, timeout: float = 1800) -> Iterator[torch.dev
 
 def _join(device: torch.device, timeout: float) -> Watchdog:
     """Initialise the process group with the variables of the launcher."""
-    own_rank, world, port = map(_whole_number, ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    own_rank, world, port = (number(name, -1) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
     host = os.environ.get("MASTER_ADDR", "")
     if not (0 <= own_rank < world and 0 < port < 65536 and host):
         raise UserError(
@@ -125,11 +125,6 @@ def _join(device: torch.device, timeout: float) -> Watchdog:
             f"({_first_sentence(error)})"
         ) from None
     return Watchdog(store.clone(), own_rank, world, f"{host}:{port}", warn_after)
-
-
-def _whole_number(variable: str) -> int:
-    text = os.environ.get(variable, "")
-    return int(text) if text.isdecimal() else -1
 
 
 def _store_of_this_attempt(

@@ -29,8 +29,8 @@ from typing import Any
 
 from util.checkpoint import read_checkpoint
 from util.config import Config, RunConfig
+from util.distributed.launchers import number, slurm_restarts
 from util.distributed.processes import broadcast_from_main, gather_on_main, is_main
-from util.distributed.slurm_job import restart_count
 from util.errors import UserError
 from util.run.checkpoints import CheckpointFolder
 from util.run.history import History
@@ -144,8 +144,8 @@ class RunFolder:
 
     def _decide_to_resume(self) -> bool:
         # torchrun counts restarts for each node: one count above 0 decides for all processes
-        by_torchrun = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
-        restarted = any(gather_on_main(bool(by_torchrun or restart_count())))
+        restarts = number("TORCHELASTIC_RESTART_COUNT") + slurm_restarts()
+        restarted = any(gather_on_main(restarts))
         begun = self.path is not None and not (self.path / _NEW_RUN).exists()
         return broadcast_from_main(self._run.resume == "auto" or restarted and begun)
 

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-from util.distributed.slurm_job import own_job, restart_count
+from util.distributed.launchers import slurm_job, slurm_restarts
 from util.distributed.watchdog import note
 from util.errors import NotSavedError, UserError
 
@@ -63,7 +63,7 @@ class Holder:
             boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
             machine = f"{host} {boot} {os.readlink('/proc/self/ns/pid')}"
         now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
-        return cls(host, machine, pid, born(pid), now, own_job(), restart_count())
+        return cls(host, machine, pid, born(pid), now, slurm_job(), slurm_restarts())
 
     def __str__(self) -> str:
         if not self.pid:
@@ -224,7 +224,8 @@ def _holder_in(path: Path) -> Holder | None:
 
 def born(pid: int) -> str:
     """When a process was started, in the kernel's ticks: process ids are used again. "" if unknown."""
-    return next(iter(_stat(pid)[19:]), "")
+    fields = _stat(pid)
+    return fields[19] if fields else ""
 
 
 def still_runs(pid: int, started: str) -> bool:

@@ -129,45 +129,31 @@ def epoch_scalars(row: Mapping[str, Any]) -> dict[str, float]:
     return scalars
 
 
-def evaluation_pictures(dataset: Any, results: Sequence[Mapping[str, Any]]) -> dict[str, Image.Image]:
-    """Pictures of an evaluation by name. results: detections in COCO's results format."""
-    files = {image_id: dataset.file_of(image_id) for image_id in dataset.image_ids}
-    names = {category.id: category.name for category in dataset.classes.categories}
-    return detection_pictures(files, dataset.coco.imgToAnns, results, names)
+def detection_pictures(dataset: Any, results: Sequence[Mapping[str, Any]]) -> dict[str, Image.Image]:
+    """Ground truth beside detections for a few images, spread evenly over the data set, by name.
 
-
-def detection_pictures(
-    images: Mapping[int, Path],
-    truth: Mapping[int, Sequence[Mapping[str, Any]]],
-    results: Sequence[Mapping[str, Any]],
-    names: Mapping[int, str],
-) -> dict[str, Image.Image]:
-    """Ground truth beside detections for a few images, spread evenly over the data set.
-
-    Args:
-        images: image id -> its file.
-        truth: image id -> its annotations (COCO); boxes are x, y, width, height in pixels.
-        results: detections in COCO's results format.
-        names: category id -> name.
+    results: detections in COCO's results format.
     """
     from util.draw.boxes import draw_coco, side_by_side  # takes most of a second
 
-    chosen = evenly_chosen(sorted(images), PICTURES)
-    found: dict[int, list[Mapping[str, Any]]] = {image_id: [] for image_id in chosen}
+    names = {category.id: category.name for category in dataset.classes.categories}
+    found: dict[int, list[Mapping[str, Any]]] = {}
+    for image_id in evenly_chosen(sorted(dataset.image_ids), PICTURES):
+        found[image_id] = []
     for result in results:
         if result["image_id"] in found and result["score"] >= THRESHOLD:
             found[result["image_id"]].append(result)
 
     pictures = {}
     for image_id, detections in found.items():
-        path = images[image_id]
+        path = dataset.file_of(image_id)
         try:
             picture = read_picture(path, MEGAPIXELS, "it has no picture", upright=False)
         except UserError as error:
             log.warning("no picture for TensorBoard: %s", error)
             continue
         # equal sizes, so that the eye can compare
-        left = draw_coco(picture, truth.get(image_id, []), names)
+        left = draw_coco(picture, dataset.coco.imgToAnns.get(image_id, []), names)
         right = draw_coco(picture, detections, names)
         for drawn in (left, right):
             drawn.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
