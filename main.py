@@ -55,7 +55,7 @@ from util.run import (
     what_is_kept,
     write_evaluation,
 )
-from util.run.tensorboard import Board, check_tensorboard, evaluation_pictures
+from util.run.tensorboard import Board, check_tensorboard, detection_pictures
 from util.step import (
     EpochSums,
     RandomGenerators,
@@ -331,12 +331,12 @@ class Training:
         evaluation.print_metrics()
         is_best = self.history.is_best(evaluation.average_precision, epoch, prefix.strip("_") or "model")
         if not prefix:
-            self.board.pictures(lambda: evaluation_pictures(data.val, evaluation.results), epoch)
+            self.board.pictures(lambda: detection_pictures(data.val, evaluation.results), epoch)
         if self.folder.path:
             # The checkpoint of this epoch is written already; the best one is another name of it.
             self.folder.check()
             if is_best:
-                self.folder.name_newest(BEST)
+                self.folder.checkpoints.name_newest(BEST)
             tables, results = evaluation.tables, evaluation.results
             save_evaluation(self.folder.path, tables, results, epoch, prefix, run.save_predictions)
         return {f"test_{prefix}{name}": value for name, value in evaluation.stats.items()}

@@ -125,7 +125,7 @@ def add_image(content: dict) -> None:
     content["images"].append({"id": 99, "file_name": "000000.png", "width": 64, "height": 48})
 
 
-ANEW = "resume: epoch 1 begins anew with the images as they are now, after 4 of the earlier ones"
+ANEW = "resume: epoch 1 starts again with the present images, after 4 of the earlier ones"
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_where_only_boxes_have_changed_the_epoch_goes_on_and_says_it(interrupted
         "training data are not the checkpoint's: now 12 annotations with other boxes, classes or "
         "images\n" in result.stdout
     )
-    assert "anew" not in result.stdout
+    assert "starts again" not in result.stdout
     assert re.findall(r"^epoch 1 \[ *(\d+)/6\]", result.stdout, re.MULTILINE) == ["5", "6"]
 
 
@@ -192,7 +192,7 @@ def test_between_epochs_changed_images_are_said_and_nothing_is_repeated(interrup
     result = run_main_forked(*run, "--resume", str(checkpoint), "--output_dir", str(tmp_path / "out"))
     assert result.returncode == 0, result.stderr
     assert "now 5 images instead of 6" in result.stdout
-    assert "anew" not in result.stdout
+    assert "starts again" not in result.stdout
     assert "epoch 0" not in result.stdout
     assert "epoch 1 [5/5]" in result.stdout
 
@@ -209,7 +209,7 @@ def test_with_other_validation_images_the_best_is_chosen_anew(interrupted, tmp_p
         "validation data are not the checkpoint's: now 2 images instead of 3, 4 annotations "
         "instead of 6\n" in result.stdout
     )
-    assert "checkpoint_best.pth is chosen anew" in result.stdout
+    assert "checkpoint_best.pth is chosen again" in result.stdout
     assert read_checkpoint(tmp_path / "out" / "checkpoint.pth")["history"]["best"]["epoch"] == 1
     assert re.findall(r"^epoch 1 \[ *(\d+)/6\]", result.stdout, re.MULTILINE) == ["5", "6"]
 

@@ -96,7 +96,7 @@ def test_leaving_in_the_middle_of_an_epoch_and_going_on_is_never_having_stopped(
     run = (*flags, *extra, "--output_dir", str(parts), "--resume", "auto")
     code, output = interrupt(start(*run), r"epoch 0 \[ *3/", signal.SIGUSR1)
     assert code == EXIT_PREEMPTED, output
-    told = r"^asked to leave by SIGUSR1; saved in epoch 0, after [3-9] of 9 images; go on with --resume auto$"
+    told = r"^asked to leave by SIGUSR1; saved in epoch 0, after [3-9] of 9 images; start again with --resume auto$"
     assert re.search(told, output, re.MULTILINE)
     assert "Traceback" not in output
     (saved,) = list(parts.glob("resume_0000_00000000[3-9].pth")) or [None]
@@ -104,7 +104,7 @@ def test_leaving_in_the_middle_of_an_epoch_and_going_on_is_never_having_stopped(
     code, output = interrupt(start(*run), r"^evaluate \[", signal.SIGTERM)
     assert code == EXIT_PREEMPTED, output
     assert (
-        "asked to leave by SIGTERM; epoch 0 is saved, its evaluation is next; go on with --resume "
+        "asked to leave by SIGTERM; epoch 0 is saved, its evaluation is next; start again with --resume "
         "auto\n" in output
     )
     assert read_checkpoint(parts / "checkpoint.pth")["history"]["unfinished"] is not None
@@ -141,7 +141,7 @@ def test_ctrl_c_saves_says_so_in_one_line_and_nobody_has_failed(tmp_path, flags)
     assert code == EXIT_INTERRUPTED, output
     (last,) = re.findall(r"^interrupted; .*\n", output, re.MULTILINE)
     images = re.fullmatch(
-        r"interrupted; saved in epoch 0, after ([4-8]) of 8 images; go on with --resume "
+        r"interrupted; saved in epoch 0, after ([4-8]) of 8 images; start again with --resume "
         r"auto\n",
         last,
     )[1]
@@ -150,7 +150,7 @@ def test_ctrl_c_saves_says_so_in_one_line_and_nobody_has_failed(tmp_path, flags)
     code, output = interrupt(start(*run, processes=2), r"^(\[0\] )?evaluate \[", signal.SIGINT)
     assert code == EXIT_INTERRUPTED, output
     assert output.endswith(
-        "interrupted; epoch 0 is saved, its evaluation is next; go on with --resume auto\n"
+        "interrupted; epoch 0 is saved, its evaluation is next; start again with --resume auto\n"
     )
     assert output.count("interrupted") == 1
     assert "failed" not in output
@@ -168,7 +168,7 @@ def test_ctrl_c_in_one_process_and_without_a_folder(flags, tmp_path):
     )
     assert code == EXIT_INTERRUPTED, output
     assert "warning: nothing is saved" not in output
-    assert re.search(r"^interrupted; .*; go on with --resume auto$", output, re.MULTILINE)
+    assert re.search(r"^interrupted; .*; start again with --resume auto$", output, re.MULTILINE)
 
 
 @pytest.mark.usefixtures("_handlers_put_back")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 
 import util.run.tensorboard
 from util.checkpoint import read_checkpoint
+from util.class_map import Category
 from util.draw.curves import FIGURES
 from util.errors import UserError
 from util.run.record import read_record
@@ -127,20 +129,25 @@ def test_detections_are_drawn_beside_the_ground_truth(tmp_path):
     files = {i: tmp_path / f"{i}.jpg" for i in range(9)}
     box = {"bbox": [100, 100, 300, 300], "category_id": 17}
     sure, unsure = ({**box, "image_id": 0, "score": score} for score in (0.9, 0.1))
-    plain = detection_pictures(files, {}, [], {17: "cat"})
+    truth: dict[int, list] = {}
+    dataset = SimpleNamespace(
+        image_ids=list(files),
+        file_of=files.get,
+        coco=SimpleNamespace(imgToAnns=truth),
+        classes=SimpleNamespace(categories=[Category(0, 17, "cat")]),
+    )
+    plain = detection_pictures(dataset, [])
     assert [*plain] == [f"detections/{i}.jpg" for i in (0, 3, 5)], (
         "spread evenly; the broken one costs its picture"
     )
     assert plain["detections/0.jpg"].width < 1400
-    drawn = detection_pictures(files, {0: [{**box, "iscrowd": 0}]}, [sure, unsure], {17: "cat"})[
-        "detections/0.jpg"
-    ]
+    without_truth = detection_pictures(dataset, [unsure])["detections/0.jpg"]
+    truth[0] = [{**box, "iscrowd": 0}]
+    drawn = detection_pictures(dataset, [sure, unsure])["detections/0.jpg"]
     before, after = np.asarray(plain["detections/0.jpg"]), np.asarray(drawn)
     changed = (before != after).any(axis=(0, 2))
     assert changed[: len(changed) // 2].any() and changed[len(changed) // 2 :].any()
-    assert np.array_equal(
-        np.asarray(detection_pictures(files, {}, [unsure], {17: "cat"})["detections/0.jpg"]), before
-    )
+    assert np.array_equal(np.asarray(without_truth), before)
 
 
 # ---- what goes wrong

@@ -33,6 +33,8 @@ def main(nodes: int, node: int, processes: int, command: list[str]) -> int:
     # a store in the launcher would keep the keys of earlier processes (PyTorch issue 135712)
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     restarts, join_seconds = _number("MAX_RESTARTS", 0), _number("JOIN_SECONDS", 1800)
+    # what this process ignores stays ignored, as under nohup
+    handled = [name for name in SIGNALS if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN]
     # the lines below say what ends the job; PyTorch's say why it starts again
     logging.disable(logging.WARNING if restarts else logging.CRITICAL)
 
@@ -53,7 +55,7 @@ def main(nodes: int, node: int, processes: int, command: list[str]) -> int:
                 max_restarts=restarts,
                 local_addr=address_of_this_node(node, join_seconds),
                 logs_specs=DefaultLogsSpecs(log_dir=notes),
-                signals_to_handle=",".join(name for name in SIGNALS if not is_ignored(name)),
+                signals_to_handle=",".join(handled),
             )
             elastic_launch(config, command[0])(*command[1:])
         except SignalException as error:
@@ -65,21 +67,17 @@ def main(nodes: int, node: int, processes: int, command: list[str]) -> int:
         except OSError as error:
             return say(f"{command[0]} can't be started: {error}", EXIT_USER_ERROR)
         except (RendezvousError, RuntimeError) as error:
-            what = (
-                f"{nodes} nodes did not meet at {endpoint} in JOIN_SECONDS={join_seconds}, or lost each other"
+            message = (
+                f"{nodes} nodes did not meet at {endpoint} in JOIN_SECONDS={join_seconds}, or lost each "
+                "other: run the command on all, with a free port in MASTER_PORT "
+                f"({type(error).__name__})"
             )
-            remedy = f"run the command on all, with a free port in MASTER_PORT ({type(error).__name__})"
-            return say(f"{what}: {remedy}", EXIT_LOST_PROCESS)
+            return say(message, EXIT_LOST_PROCESS)
     return 0
 
 
 def _number(variable: str, default: int) -> int:
     return int(os.environ.get(variable, default))
-
-
-def is_ignored(name: str) -> bool:
-    """Whether this process ignores a signal, as under nohup."""
-    return signal.getsignal(getattr(signal, name)) == signal.SIG_IGN
 
 
 def after_signal(number: signal.Signals, notes: Path, processes: int) -> int:
@@ -114,6 +112,7 @@ def address_of_this_node(node: int, seconds: float) -> str:
     address, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT", 0)
     if node == 0:
         return address
+    # the nodes of a job need not start at the same time
     deadline = time.monotonic() + seconds
     while True:
         try:

@@ -84,8 +84,8 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         spellings = {f"--{name}": None, f"--{name.replace('_', '-')}": None}
         parser.add_argument(*spellings, **options)
 
-    folder = "main.py's --output_dir; the job's logs go to its folder submitit"
-    add("job_dir", type=Path, required=True, help=folder)
+    help = "main.py's --output_dir; the job's logs go to its folder submitit"
+    add("job_dir", type=Path, required=True, help=help)
     add("nodes", type=int, default=1, help="machines")
     add("gpus_per_node", type=int, default=8, help="0 for none")
     add("tasks_per_node", type=int, help="processes on each node; one for each GPU if not given")
@@ -93,11 +93,11 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add("timeout", type=int, default=4320, help="minutes, after which the job is requeued")
     add("partition", help="of Slurm")
     add("constraint", help="features that the nodes must have, as in sbatch")
-    kinds = (
+    help = (
         "local: several processes on this machine; debug: in this process, with pdb after an error; both "
         "wait for the end"
     )
-    add("cluster", choices=("slurm", "local", "debug"), default="slurm", help=kinds)
+    add("cluster", choices=("slurm", "local", "debug"), default="slurm", help=help)
 
     split = argv.index("--") if "--" in argv else len(argv)
     args, flags = parser.parse_args(argv[:split]), list(argv[split + 1 :])
@@ -146,19 +146,16 @@ def main(argv: Sequence[str]) -> None:
 
     job = submit(args, training)
     print(f"job {job.job_id}: logs in {job.paths.folder}", flush=True)
-    if args.cluster != "slurm":
-        wait_for_end(job)
+    if args.cluster == "slurm":
+        return
 
-
-def wait_for_end(job: Job[None]) -> None:
-    """Raises UserError if main.py ended with a line of its own, submitit's FailedJobError if it
-    ended with a traceback.
-    """
+    # here the job is a child of this process
     try:
         job.results()
-    except FailedJobError:
-        raise
-    except UncompletedJobError:
+    except UncompletedJobError as error:
+        # main.py has ended with a traceback, which submitit passes on
+        if isinstance(error, FailedJobError):
+            raise
         raise UserError(
             f"job {job.job_id} has ended early, see the last line of {job.paths.stderr}"
         ) from None

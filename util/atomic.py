@@ -18,7 +18,13 @@ def written_aside(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
-        flush_folder(path.parent)
+        # the new name must survive a loss of power, where the file system can do that
+        with contextlib.suppress(OSError):
+            handle = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -33,14 +39,5 @@ def replace_text(path: Path, text: str) -> None:
 
 def temporary_name(path: Path) -> Path:
     """Where `path` is prepared. A process that is killed meanwhile leaves this file behind."""
+    # hidden, so that no pattern for checkpoints matches it
     return path.with_name(f".{path.name}.tmp")
-
-
-def flush_folder(folder: Path) -> None:
-    """Make a renamed file survive a loss of power, where the file system can do that."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -11,10 +11,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import logging
 import os
 import pickle
 import re
+import shutil
 import struct
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -30,37 +30,27 @@ from util.atomic import written_aside
 from util.errors import NotSavedError, UserError
 from util.other_layouts import in_our_layout
 
-log = logging.getLogger(__name__)
-
 BATCHFORMER = "transformer.bf."  # its weights
-# published checkpoints name these tensors twice
-_ALIASES = (
-    ("transformer.decoder.class_embed.", "class_embed."),
-    ("transformer.decoder.bbox_embed.", "bbox_embed."),
-    ("transformer.encoder.bf.", BATCHFORMER),
-)
+# what published checkpoints have in the second name of a head, and of BatchFormerV2
+_ALIAS = r"^transformer\.decoder\.(?=(class|bbox)_embed\.)|(?<=^transformer\.)encoder\.(?=bf\.)"
 _MEANINGLESS = ("total_params", "total_ops")  # left by a profiler
 _OPTIONAL = "num_batches_tracked"  # frozen statistics do not have it, and nothing here uses it
 # part of a name (a pattern) -> the flags that decide its existence or shape, the likeliest first
-_FLAGS = (
-    ("class_embed", "--num_classes, --dec_layers or --with_box_refine"),
-    ("bbox_embed", "--with_box_refine, --two_stage or --dec_layers"),
-    ("query_embed", "--num_queries, --two_stage or --hidden_dim"),
-    ("reference_points", "--two_stage or --hidden_dim"),
-    ("enc_output", "--two_stage"),
-    ("pos_trans", "--two_stage"),
-    (BATCHFORMER, "--share_bf, --bt_num_layers, --insert_idx or --bf"),
-    ("level_embed", "--num_feature_levels or --hidden_dim"),
-    (r"encoder.*self_attn\.(sampling|attention)_", "--enc_n_points, --num_feature_levels or --nheads"),
-    (r"decoder.*cross_attn\.(sampling|attention)_", "--dec_n_points, --num_feature_levels or --nheads"),
-    ("linear[12]", "--dim_feedforward or --hidden_dim"),
-    ("encoder.layers", "--enc_layers or --hidden_dim"),
-    ("decoder.layers", "--dec_layers or --hidden_dim"),
-    ("input_proj", "--num_feature_levels, --backbone or --hidden_dim"),
-    ("running_", "--backbone_norm"),
-    ("backbone.1", "--position_embedding"),
-    ("backbone", "--backbone or --backbone_norm"),
-)
+_FLAGS = {
+    "class_embed": "--num_classes, --dec_layers or --with_box_refine",
+    "bbox_embed": "--with_box_refine, --two_stage or --dec_layers",
+    "query_embed": "--num_queries, --two_stage or --hidden_dim",
+    "reference_points|enc_output|pos_trans": "--two_stage or --hidden_dim",
+    BATCHFORMER: "--share_bf, --bt_num_layers, --insert_idx or --bf",
+    "level_embed": "--num_feature_levels or --hidden_dim",
+    r"encoder.*self_attn\.(sampling|attention)_": "--enc_n_points, --num_feature_levels or --nheads",
+    r"decoder.*cross_attn\.(sampling|attention)_": "--dec_n_points, --num_feature_levels or --nheads",
+    "linear[12]": "--dim_feedforward or --hidden_dim",
+    "coder.layers": "--enc_layers, --dec_layers or --hidden_dim",
+    "input_proj": "--num_feature_levels, --backbone or --hidden_dim",
+    "backbone.1": "--position_embedding",
+    "backbone": "--backbone or --backbone_norm",
+}
 
 
 @dataclass(frozen=True)
@@ -79,33 +69,35 @@ class LoadReport:
         """Raise UserError for missing names, except those that begin with one of `may_lack`, and
         for unexpected ones, except those of BatchFormerV2.
         """
-        self._refuse("has no", _without(self.missing, may_lack))
-        self._refuse("has the unknown", _without(self.unexpected, (BATCHFORMER,)))
-
-    def _refuse(self, kind: str, names: list[str]) -> None:
-        if not names:
-            return
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        raise UserError(
-            f"{self.flag} {self.source} is of another architecture: it {kind} {names[0]}{more}; "
-            f"probably {_flags_for_layer(names[0])} differ"
-        )
+        missing, unexpected = _without(self.missing, may_lack), _without(self.unexpected, (BATCHFORMER,))
+        for kind, names in (("has no", missing), ("has the unknown", unexpected)):
+            if not names:
+                continue
+            # a whole layer too many or too few
+            layer = re.search(r"transformer\.(enc|dec)oder\.layers\.", names[0])
+            flags = f"--{layer[1]}_layers" if layer else _flags_for(names[0])
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(
+                f"{self.flag} {self.source} is of another architecture: it {kind} {names[0]}{more}; "
+                f"probably {flags} differ"
+            )
 
     def batchformer(self) -> list[str]:
         """What became of the weights of BatchFormerV2, if not all of them were loaded."""
         lines = []
-        if new := len(self.missing) - len(_without(self.missing, (BATCHFORMER,))):
-            lines.append(f"BatchFormerV2: {new} tensors made anew, which the checkpoint lacks")
-        if unused := len(self.unexpected) - len(_without(self.unexpected, (BATCHFORMER,))):
-            lines.append(f"BatchFormerV2: {unused} tensors skipped, which this run does not use")
+        for names, what in (
+            (self.missing, "made anew, which the checkpoint lacks"),
+            (self.unexpected, "skipped, which this run does not use"),
+        ):
+            if count := sum(name.startswith(BATCHFORMER) for name in names):
+                lines.append(f"BatchFormerV2: {count} tensors {what}")
         return lines
 
     def __str__(self) -> str:
         lines = [f"{self.source}: {len(self.loaded)} tensors loaded"]
-        if missing := _without(self.missing, (BATCHFORMER,)):
-            lines.append(f"missing: {', '.join(missing)}")
-        if unexpected := _without(self.unexpected, (BATCHFORMER,)):
-            lines.append(f"unexpected: {', '.join(unexpected)}")
+        for kind, names in (("missing", self.missing), ("unexpected", self.unexpected)):
+            if others := _without(names, (BATCHFORMER,)):
+                lines.append(f"{kind}: {', '.join(others)}")
         return "; ".join(lines + self.batchformer())
 
 
@@ -113,13 +105,16 @@ def _without(names: Iterable[str], prefixes: tuple[str, ...]) -> list[str]:
     return [name for name in names if not name.startswith(prefixes)]
 
 
+def _flags_for(name: str) -> str:
+    likely = (flags for pattern, flags in _FLAGS.items() if re.search(pattern, name))
+    return next(likely, "the architecture's flags")
+
+
 def load_weights(model: nn.Module, path_or_url: str) -> LoadReport:
     """Load the weights of a checkpoint, published or ours, into `model`.
 
-    Raises:
-        UserError: the file can't be read or holds more than data; a tensor has another shape, or
-        the file has different values for names that are one tensor in the model (the message names
-        the flag that probably differs).
+    Raises UserError if the file can't be read or holds more than data, or if a tensor has another
+    shape; the message names the flag that probably differs.
     """
     return load_state(model, read_checkpoint(path_or_url), str(path_or_url))
 
@@ -131,22 +126,18 @@ def load_state(
     state = weights_of(checkpoint, source, flag)
     own = model.state_dict(keep_vars=True)
     known = {name: tensor for name, tensor in state.items() if name in own}
+    refused = f"{flag} {source} does not fit:"
 
     # names of one tensor in the model must have one value in the file
     first_names: dict[int, str] = {}
     for name, tensor in known.items():
         differ = f"probably {_flags_for(name)} differ"
-        if tensor.shape != own[name].shape:
-            there, here = list(tensor.shape), list(own[name].shape)
-            raise UserError(
-                f"{flag} {source} does not fit: {name} is {there} there and {here} here; {differ}"
-            )
+        there, here = list(tensor.shape), list(own[name].shape)
+        if there != here:
+            raise UserError(f"{refused} {name} is {there} there and {here} here; {differ}")
         twin = first_names.setdefault(id(own[name]), name)
         if twin != name and not torch.equal(known[twin], tensor):
-            raise UserError(
-                f"{flag} {source} does not fit: {twin} and {name} differ there and are one tensor here; "
-                f"{differ}"
-            )
+            raise UserError(f"{refused} {twin} and {name} differ there and are one tensor here; {differ}")
 
     # the caller decides what may be missing
     model.load_state_dict(known, strict=False)
@@ -165,27 +156,18 @@ def weights_of(checkpoint: Mapping[str, Any], source: str, flag: str = "--resume
     state = checkpoint.get("model", checkpoint) if isinstance(checkpoint, Mapping) else None
     if not isinstance(state, Mapping):
         raise UserError(f"{refused} weights are no dict of tensors")
-    named: dict[str, Tensor] = {}
-    aliased: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if not isinstance(name, str) or name.endswith(_MEANINGLESS):
             continue
-        if not _is_plain(tensor):
+        plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided
+        if not plain or tensor.is_quantized or tensor.is_meta:
             raise UserError(f"{refused} entry {name!a} is no plain tensor")
-        # a name of its own wins over its alias, whatever their order
-        for alias, real in _ALIASES:
-            if name.startswith(alias):
-                aliased[real + name.removeprefix(alias)] = tensor
-                break
-        else:
-            named[name] = tensor
-    return aliased | named
-
-
-def _is_plain(tensor: Any) -> bool:
-    if not isinstance(tensor, Tensor):
-        return False
-    return tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
+        # a name of its own wins over its alias
+        real = re.sub(_ALIAS, "", name)
+        if real == name or real not in state:
+            weights[real] = tensor
+    return weights
 
 
 def read_checkpoint(path_or_url: str | os.PathLike, flag: str = "--resume") -> dict[str, Any]:
@@ -195,10 +177,10 @@ def read_checkpoint(path_or_url: str | os.PathLike, flag: str = "--resume") -> d
     names `flag`.
     """
     given = str(path_or_url)
-    if given.endswith(".safetensors") or not is_address(given) and (Path(given) / "config.json").is_file():
-        convert = f"python tools/convert_checkpoint.py {given} <file>.pth"
+    if given.endswith(".safetensors") or Path(given, "config.json").is_file():
         raise UserError(
-            f"{flag} {given} is in Hugging Face's layout; use {convert}, or train from it with --finetune"
+            f"{flag} {given} is in Hugging Face's layout; use python tools/convert_checkpoint.py "
+            f"{given} <file>.pth, or train from it with --finetune"
         )
 
     # before torch.load: it reads some damaged files without an error
@@ -208,13 +190,12 @@ def read_checkpoint(path_or_url: str | os.PathLike, flag: str = "--resume") -> d
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can fail anywhere in the reader
-        log.debug("reading %s", path, exc_info=error)
         name = re.search(r"GLOBAL (\S{1,100})", str(error))
         if name is None or not isinstance(error, pickle.UnpicklingError):
             raise unreadable(flag, path) from None
-        told = ascii(name[1]).strip("'")  # whatever characters a hostile file has put there
+        what = ascii(name[1]).strip("'")  # whatever characters a hostile file has put there
         raise UserError(
-            f"{flag} {path} was refused: it asks to run or build {told}, and a checkpoint may hold "
+            f"{flag} {path} was refused: it asks to run or build {what}, and a checkpoint may hold "
             "data only; nothing was executed. If you trust it, load it where it was made and save "
             "{'model': its state_dict()}"
         ) from None
@@ -231,8 +212,7 @@ def write_atomically(content: Any, path: Path) -> None:
     """torch.save with a checksum at the end, flushed to the disk; `path` is the old file or the new
     one.
 
-    Raises:
-        NotSavedError: the file can't be written. Nothing of the attempt is left.
+    Raises NotSavedError if the file can't be written. Nothing of the attempt is left.
     """
     try:
         with written_aside(path) as temporary, open(temporary, "w+b") as file:
@@ -241,21 +221,16 @@ def write_atomically(content: Any, path: Path) -> None:
             # else a loss of power after the renaming could leave an empty file
             file.flush()
             os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        if isinstance(error, OSError):
-            reason = error.strerror
-        else:
-            # its message does not say why
-            usage = os.statvfs(path.parent)
-            full = usage.f_bavail * usage.f_frsize < 2**20
-            reason = "no space left on device" if full else str(error).splitlines()[0]
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        # torch.save turns a full disk into a RuntimeError that does not say so
+        if isinstance(error, RuntimeError) and shutil.disk_usage(path.parent).free < 2**20:
+            reason = "no space left on device"
         raise NotSavedError(
             f"{path} could not be written ({reason}); earlier checkpoints are untouched"
         ) from None
 
 
-# the last record of a zip file without a comment: its last two bytes are the length of the comment
-_END_OF_ZIP, _END_SIZE = b"PK\x05\x06", 22
 _SEAL = b"sha256:"
 _SEAL_SIZE = len(_SEAL) + 64
 _FOLDER = 0x10  # in an entry's external attributes
@@ -263,15 +238,14 @@ _FOLDER = 0x10  # in an entry's external attributes
 
 def _seal(file: BinaryIO) -> None:
     """Append the checksum of a zip file that torch.save has just written, as its comment."""
-    file.seek(-_END_SIZE, os.SEEK_END)
-    end = file.read()
-    assert end.startswith(_END_OF_ZIP) and end.endswith(b"\0\0"), "torch.save writes zip files"
-    file.seek(-2, os.SEEK_END)
+    size = file.seek(-2, os.SEEK_END) + 2
+    assert file.read() == b"\0\0", "torch.save writes zip files without a comment"
+    # the last two bytes are the length of the comment
+    file.seek(size - 2)
     file.write(struct.pack("<H", _SEAL_SIZE))
-    size = file.tell()
     file.seek(0)
     digest = _digest(file, size)
-    file.seek(0, os.SEEK_END)
+    file.seek(size)
     file.write(_SEAL + digest)
 
 
@@ -281,13 +255,12 @@ def check_intact(path: Path, flag: str = "--resume") -> None:
     Raises UserError if it is damaged, can't be read, or is neither a zip file (which torch.save
     writes since version 1.6) nor a plain pickle.
     """
-    try:
-        with open(path, "rb") as file:
-            if _intact(file):
-                return
-    except Exception as error:  # a damaged zip file can fail anywhere, in decompression too
-        log.debug("checking %s", path, exc_info=error)
-    raise unreadable(flag, path)
+    intact = False
+    # a damaged zip file can fail anywhere, in decompression too
+    with contextlib.suppress(Exception), open(path, "rb") as file:
+        intact = _intact(file)
+    if not intact:
+        raise unreadable(flag, path)
 
 
 def _intact(file: BinaryIO) -> bool:
@@ -299,10 +272,10 @@ def _intact(file: BinaryIO) -> bool:
     if seal.startswith(_SEAL):
         return _digest(file, size - _SEAL_SIZE) == seal.removeprefix(_SEAL)
 
-    # published files
+    # published files; a pickle from before zip files has no checksum
     start = file.read(2)
     if start != b"PK":
-        return start[:1] == pickle.PROTO  # a pickle from before zip files has no checksum
+        return start[:1] == pickle.PROTO
     with zipfile.ZipFile(file) as archive:
         # PyTorch does not read a record that is marked as a folder: its tensor would be arbitrary
         for entry in archive.infolist():
@@ -318,20 +291,6 @@ def _digest(file: BinaryIO, size: int) -> bytes:
         digest.update(block)
         left -= len(block)
     return digest.hexdigest().encode()
-
-
-def _flags_for_layer(name: str) -> str:
-    """The flags that decide whether a tensor exists."""
-    # a whole layer too many or too few
-    layer = re.search(r"transformer\.(enc|dec)oder\.layers\.", name)
-    return f"--{layer[1]}_layers" if layer else _flags_for(name)
-
-
-def _flags_for(name: str) -> str:
-    for pattern, flags in _FLAGS:
-        if re.search(pattern, name):
-            return flags
-    return "the architecture's flags"
 
 
 def is_address(path_or_url: str) -> bool:
@@ -358,11 +317,11 @@ def local_file(path_or_url: str, flag: str) -> Path:
     cached = folder / Path(urlparse(path_or_url).path).name
     if cached.exists():
         return cached
-    folder.mkdir(parents=True, exist_ok=True)
     # published files have a part of their digest in the name
     digest = re.search(r"-([0-9a-f]{8,})\.", cached.name)
     expected = digest[1] if digest else None
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(path_or_url, str(cached), expected, progress=False)
     except (OSError, RuntimeError) as error:
         raise UserError(
@@ -378,23 +337,15 @@ def folder_given(flag: str, folder: Path) -> UserError:
     return UserError(f"{flag} {folder} is a folder; name a checkpoint in it{example}")
 
 
-# how files begin that are often saved under the name of a checkpoint
-_OTHER_FILES = (
-    (b"version https://git-lfs", "is a pointer of Git LFS; fetch the file itself with git lfs pull"),
-    (
-        b"<",
-        "is a web page, which a server sends to ask for a login or a confirmation; download it anew",
-    ),
-)
-
-
 def unreadable(flag: str, path: Path) -> UserError:
     """The error for a file that is no checkpoint. It names what the file is, if that is known."""
     start = b""
     with contextlib.suppress(OSError), path.open("rb") as file:
         start = file.read(100).lstrip()
     what = "is damaged or no checkpoint (it may be truncated); take an earlier one, or --resume auto"
-    for mark, other in _OTHER_FILES:
-        if start.startswith(mark):
-            what = other
+    # what is often saved under the name of a checkpoint
+    if start.startswith(b"version https://git-lfs"):
+        what = "is a pointer of Git LFS; fetch the file itself with git lfs pull"
+    elif start.startswith(b"<"):
+        what = "is a web page, which a server sends to ask for a login or a confirmation; download it anew"
     return UserError(f"{flag} {path} {what}")

@@ -53,6 +53,7 @@ def read_lines(path: Path) -> list[TextLine]:
     Raises UserError like `read_text`.
     """
     lines = []
+    # empty lines count too: messages give the numbers that an editor shows
     for number, line in enumerate(read_text(path).split("\n"), 1):
         text = line.strip()
         if text and not text.startswith("#"):

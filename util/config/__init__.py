@@ -7,7 +7,8 @@ fields.py has the table of flags, checks.py what may be combined, config.py the 
 command line. `python -m util.config` prints docs/flags.md.
 """
 
-from util.config.config import Config, check_trainable, with_classes
+from util.config.checks import check_trainable, plain_text
+from util.config.config import Config, with_classes
 from util.config.fields import FLAGS, DataConfig, OptimConfig, RunConfig, flags_of
 from util.config.model_fields import (
     LEARNED_POSITIONS,
@@ -25,26 +26,3 @@ from util.config.parser import (
     parse_config,
     parse_with_config,
 )
-
-__all__ = [
-    "FLAGS",
-    "LEARNED_POSITIONS",
-    "WEIGHTS",
-    "BackboneConfig",
-    "BatchFormerConfig",
-    "Config",
-    "DataConfig",
-    "OptimConfig",
-    "RunConfig",
-    "TransformerConfig",
-    "add_detector_flags",
-    "add_score_threshold_flag",
-    "add_weights_flag",
-    "check_trainable",
-    "detector_flags",
-    "flags_of",
-    "make_parser",
-    "parse_config",
-    "parse_with_config",
-    "with_classes",
-]

@@ -1,25 +1,21 @@
 """What flags may be combined with. Ranges and choices stand in the table (util/config/fields.py).
 
-Each check takes the groups that its rules are about, and raises UserError with the remedy.
+Each check raises UserError with the remedy.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from util.backbones import BACKBONES
-from util.config.fields import FLAGS, DataConfig, OptimConfig, RunConfig
-from util.config.model_fields import (
-    LEARNED_POSITIONS,
-    BackboneConfig,
-    BatchFormerConfig,
-    LossConfig,
-    TransformerConfig,
-)
+from util.config.fields import FLAGS, RunConfig
+from util.config.model_fields import LEARNED_POSITIONS
 from util.errors import UserError
+
+if TYPE_CHECKING:
+    from util.config.config import Config
 
 
 def require(condition: object, message: str) -> None:
@@ -34,35 +30,80 @@ def plain_text(value: Any) -> str:
     return str(value)
 
 
-def check_values(values: Mapping[str, Any], evaluate: bool) -> None:
-    """The rules of the table: what is available, choices and ranges; `values` as `Config.flags`."""
-    for name, value in values.items():
-        flag = FLAGS[name]
+def check_values(config: Config) -> None:
+    """The rules of the table: what is available, choices and ranges."""
+    for name, value in config.flags().items():
+        flag, given = FLAGS[name], f"--{name} {plain_text(value)}"
         # a flag without effect would let a user believe that it had one
         require(not flag.refused or value == flag.default, f"--{name} {flag.refused}")
         # the command of a training, with --eval added, is to evaluate
-        if evaluate and flag.of == "training":
+        if config.run.eval and flag.of == "training":
             continue
-        require(
-            flag.choices is None or value in flag.choices, f"--{name} {value!r} must be one of {flag.choices}"
-        )
+        require(not flag.choices or value in flag.choices, f"{given} must be one of {flag.choices}")
         # limits are for each of several numbers
         numbers = value if isinstance(value, list) else [value]
         for number in numbers:
             if isinstance(number, int | float):
-                given = f"--{name} {plain_text(value)}"
                 require(math.isfinite(number), f"{given} must be a finite number")
                 require(flag.in_range(number), f"{given} must be {flag.range}")
 
 
-def check_loss(loss: LossConfig) -> None:
+def check_run(config: Config) -> None:
+    """What holds for each group alone, whatever a checkpoint decides."""
+    loss, run, optim = config.loss, config.run, config.optim
     require(
         loss.set_cost_class or loss.set_cost_bbox or loss.set_cost_giou,
         "--set_cost_class, --set_cost_bbox and --set_cost_giou can't all be 0: nothing is left to match by",
     )
+    if run.finetune:
+        _check_finetune(run)
+    if run.eval:
+        require(run.resume, "--eval needs --resume: the checkpoint to evaluate; add --resume <file>")
+    else:
+        require(
+            run.start_epoch < optim.epochs,
+            f"--start_epoch {run.start_epoch} must be below --epochs {optim.epochs}, else nothing is "
+            "left to train",
+        )
+        drops = optim.lr_drop_epochs
+        # a repeated epoch would divide only once
+        require(list(drops) == sorted(set(drops)), f"--lr_drop_epochs {plain_text(drops)} must be increasing")
+
+    # evaluation saves no checkpoints and writes no curves
+    for flag, wanted, folder in (
+        ("save_predictions", run.save_predictions, "folder to write to"),
+        ("resume auto", run.resume == "auto", "folder of the checkpoints"),
+        ("save_every", run.save_every and not run.eval, "folder of the checkpoints"),
+        ("tensorboard", run.tensorboard and not run.eval, "folder to write to"),
+    ):
+        require(run.output_dir or not wanted, f"--{flag} needs --output_dir: the {folder}")
 
 
-def check_architecture(backbone: BackboneConfig, transformer: TransformerConfig, run: RunConfig) -> None:
+def _check_finetune(run: RunConfig) -> None:
+    require(
+        run.resume in ("", "auto"),
+        "--finetune starts a run and --resume goes on with one; give one of them (--resume auto "
+        "may stand beside --finetune)",
+    )
+    # its checkpoints would be replaced by those of the new run
+    own_folder = os.path.dirname(os.path.abspath(run.finetune))
+    require(
+        not run.output_dir or os.path.abspath(run.output_dir) != own_folder,
+        f"--finetune {run.finetune} is of the run in --output_dir {run.output_dir}; give the new "
+        "run another --output_dir",
+    )
+    require(not run.eval, "--finetune trains and --eval does not; use --resume to evaluate a checkpoint")
+
+
+def check_together(config: Config) -> None:
+    """What flags may be combined with, once a checkpoint has decided those that were not given."""
+    _check_architecture(config)
+    _check_batchformer(config)
+    _check_data(config)
+
+
+def _check_architecture(config: Config) -> None:
+    backbone, transformer = config.backbone, config.transformer
     dim, heads = transformer.hidden_dim, transformer.nheads
     require(dim % heads == 0, f"--hidden_dim {dim} must be a multiple of --nheads {heads}")
     # with one channel a group, GroupNorm can't normalise a map of one pixel
@@ -90,40 +131,47 @@ def check_architecture(backbone: BackboneConfig, transformer: TransformerConfig,
     # a shell variable that is not set gives an empty text
     require(backbone.backbone_weights, "--backbone_weights is empty; use imagenet, none or a file")
     # weights of a checkpoint were trained with its own norm
+    imagenet = backbone.backbone_weights == "imagenet" and not config.run.starts_from_weights
     require(
-        backbone.backbone_norm != "gn" or backbone.backbone_weights != "imagenet" or run.starts_from_weights,
+        not imagenet or backbone.backbone_norm != "gn",
         "--backbone_norm gn can't use ImageNet weights, which belong to batch normalisation; add "
         "--backbone_weights none",
     )
 
 
-def check_batchformer(config: BatchFormerConfig, transformer: TransformerConfig, bf_given: bool) -> None:
-    """bf_given: with --bf 0 on the command line the module is off, whatever its other flags say."""
-    if not config.bf:
-        for name, flag in FLAGS.items():
-            if flag.group == "batchformer" and not bf_given:
-                require(
-                    getattr(config, name) == flag.default,
-                    f"--{name} needs BatchFormerV2; add --bf 1 (two streams) or --bf 7 (one), or "
-                    "leave it out",
-                )
+def _check_batchformer(config: Config) -> None:
+    batchformer, enc_layers = config.batchformer, config.transformer.enc_layers
+    if not batchformer.bf:
+        for name, value in vars(batchformer).items():
+            # with --bf 0 on the command line the module is off, whatever its other flags say
+            require(
+                value == FLAGS[name].default or config.is_given("bf"),
+                f"--{name} needs BatchFormerV2; add --bf 1 (two streams) or --bf 7 (one), or leave it out",
+            )
         return
 
-    places, enc_layers = config.insert_idx, transformer.enc_layers
+    places = batchformer.insert_idx
     require(
         places,
-        f"--bf {config.bf} needs --insert_idx: the encoder layer after which to insert, e.g. --insert_idx 0",
+        f"--bf {batchformer.bf} needs --insert_idx: the encoder layer after which to insert, "
+        "e.g. --insert_idx 0",
     )
-    for place in places:
-        require(
-            0 <= place < enc_layers,
-            f"--insert_idx {place} must lie in [0, {enc_layers}), below --enc_layers {enc_layers}",
-        )
+    last = max(places)
+    require(
+        last < enc_layers,
+        f"--insert_idx {last} must lie in [0, {enc_layers}), below --enc_layers {enc_layers}",
+    )
     require(len(set(places)) == len(places), f"--insert_idx {plain_text(places)} names a layer twice")
 
 
-def check_data(data: DataConfig, evaluate: bool) -> None:
-    _check_both("val", data.val_images, data.val_annotations)
+def _check_data(config: Config) -> None:
+    data, evaluate = config.data, config.run.eval
+    splits = ["val"] if evaluate else ["val", "train"]
+    for split in splits:
+        # one alone is a forgotten flag: the other would be of the published folder
+        images, annotations = getattr(data, f"{split}_images"), getattr(data, f"{split}_annotations")
+        require(annotations or not images, f"--{split}_images needs --{split}_annotations: add it")
+        require(images or not annotations, f"--{split}_annotations needs --{split}_images: add it")
     # else no image would reach the shorter side
     require(
         data.max_size >= data.eval_size,
@@ -133,9 +181,8 @@ def check_data(data: DataConfig, evaluate: bool) -> None:
         return
 
     # the same for training, with each size that may be drawn
-    _check_both("train", data.train_images, data.train_annotations)
-    for name in ("train_sizes", "crop_resize_sizes"):
-        require(getattr(data, name), f"--{name} must be sizes in pixels")
+    require(data.train_sizes, "--train_sizes must be sizes in pixels")
+    require(data.crop_resize_sizes, "--crop_resize_sizes must be sizes in pixels")
     sides = data.crop_sizes
     require(
         len(sides) == 2 and sides[0] <= sides[1],
@@ -148,63 +195,13 @@ def check_data(data: DataConfig, evaluate: bool) -> None:
     )
 
 
-def _check_both(image_set: str, images: str, annotations: str) -> None:
-    # one alone is a forgotten flag: the other would be of the published folder
-    images_flag, annotations_flag = f"--{image_set}_images", f"--{image_set}_annotations"
-    require(annotations or not images, f"{images_flag} needs {annotations_flag}: add it")
-    require(images or not annotations, f"{annotations_flag} needs {images_flag}: add it")
-
-
-def check_run(run: RunConfig, optim: OptimConfig) -> None:
-    require(
-        run.resume or not run.eval,
-        "--eval needs --resume: the checkpoint to evaluate; add --resume <file>",
-    )
-    if not run.eval:
-        require(
-            run.start_epoch < optim.epochs,
-            f"--start_epoch {run.start_epoch} must be below --epochs {optim.epochs}, else nothing is "
-            "left to train",
-        )
-        drops = optim.lr_drop_epochs
-        # a repeated epoch would divide only once
-        require(list(drops) == sorted(set(drops)), f"--lr_drop_epochs {plain_text(drops)} must be increasing")
-    if not run.output_dir:
-        _check_without_folder(run)
-    if run.finetune:
-        _check_finetune(run)
-
-
-def _check_without_folder(run: RunConfig) -> None:
-    require(not run.save_predictions, "--save_predictions needs --output_dir: the folder to write to")
-    require(run.resume != "auto", "--resume auto needs --output_dir: the folder of the checkpoints")
-    # evaluation saves no checkpoints and writes no curves
-    require(run.eval or not run.save_every, "--save_every needs --output_dir: the folder of the checkpoints")
-    require(run.eval or not run.tensorboard, "--tensorboard needs --output_dir: the folder to write to")
-
-
-def _check_finetune(run: RunConfig) -> None:
-    require(
-        run.resume in ("", "auto"),
-        "--finetune starts a run and --resume goes on with one; give one of them (--resume auto "
-        "may stand beside --finetune)",
-    )
-    # its checkpoints would be replaced by those of the new run
-    own_folder = os.path.dirname(os.path.abspath(run.finetune))
-    require(
-        not run.output_dir or os.path.abspath(run.output_dir) != own_folder,
-        f"--finetune {run.finetune} is of the run in --output_dir {run.output_dir}; give the new "
-        "run another --output_dir",
-    )
-    require(not run.eval, "--finetune trains and --eval does not; use --resume to evaluate a checkpoint")
-
-
-def check_start(backbone: BackboneConfig, data: DataConfig, run: RunConfig) -> None:
-    """What a model may be built with, but a training can't start from."""
+def check_trainable(config: Config) -> None:
+    """Raise UserError for what a model may be built with, but a training can't start from."""
+    backbone = config.backbone
     # frozen statistics are 0 and 1 until weights are loaded
-    from_random = backbone.backbone_weights == "none" and not run.starts_from_weights
+    from_random = backbone.backbone_weights == "none" and not config.run.starts_from_weights
     require(
-        not (from_random and backbone.backbone_norm == "frozen_bn"),
+        not from_random or backbone.backbone_norm != "frozen_bn",
         "--backbone_weights none with --backbone_norm frozen_bn can't learn: the frozen "
         "statistics fit no random network; add --backbone_norm gn (small batches) or bn",
     )
@@ -218,7 +215,7 @@ def check_start(backbone: BackboneConfig, data: DataConfig, run: RunConfig) -> N
     # the resize may exceed max_size by a pixel or two, which rounds up to another cell
     longest = (LEARNED_POSITIONS - 1) * stride
     require(
-        backbone.position_embedding != "learned" or data.max_size <= longest,
+        backbone.position_embedding != "learned" or config.data.max_size <= longest,
         f"--position_embedding learned knows {LEARNED_POSITIONS} x {LEARNED_POSITIONS} positions, "
         f"which is images of up to {longest} pixels here; use sine, or --max_size {longest} with "
         "smaller --eval_size and --train_sizes",

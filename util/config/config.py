@@ -8,15 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from util.class_map import ClassMap
-from util.config.checks import (
-    check_architecture,
-    check_batchformer,
-    check_data,
-    check_loss,
-    check_run,
-    check_start,
-    check_values,
-)
+from util.config.checks import check_run, check_together, check_values
 from util.config.fields import FLAGS, GROUPS, DataConfig, OptimConfig, RunConfig
 from util.config.model_fields import (
     BackboneConfig,
@@ -53,16 +45,11 @@ class Config:
     settled: bool = True
 
     def __post_init__(self) -> None:
-        # these hold for each flag or group alone
-        check_values(self.flags(), self.run.eval)
-        check_loss(self.loss)
-        check_run(self.run, self.optim)
-
+        check_values(self)
+        check_run(self)
         # flags that were not given may be others in the checkpoint
         if self.settled:
-            check_architecture(self.backbone, self.transformer, self.run)
-            check_batchformer(self.batchformer, self.transformer, self.is_given("bf"))
-            check_data(self.data, self.run.eval)
+            check_together(self)
 
     def is_given(self, name: str) -> bool:
         return self.given is None or name in self.given
@@ -106,13 +93,8 @@ class Config:
         """Flags of BatchFormerV2 that were given though it is off."""
         if self.batchformer.bf or self.given is None:
             return []
-        given = [name for name in FLAGS if name in self.given]
-        return [name for name in given if FLAGS[name].group == "batchformer" and name != "bf"]
-
-
-def check_trainable(config: Config) -> None:
-    """Raise UserError for what a model may be built with, but a training can't start from."""
-    check_start(config.backbone, config.data, config.run)
+        names = vars(self.batchformer).keys() - {"bf"}
+        return [name for name in FLAGS if name in names & self.given]
 
 
 def with_classes(config: Config, classes: ClassMap) -> Config:

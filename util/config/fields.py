@@ -22,9 +22,6 @@ from util.config.model_fields import (
     TransformerConfig,
 )
 
-# multiples of the stride of the last map of the backbone
-PUBLISHED_TRAIN_SIZES = tuple(range(480, 801, 32))
-
 
 def number_or_auto(text: str) -> int | str:
     return text if text == AUTO else int(text)
@@ -138,8 +135,9 @@ class DataConfig:
         "PROCESSES",
         free_on_resume=True,
     )
+    # multiples of the stride of the last map of the backbone
     train_sizes: tuple[int, ...] = flag(
-        PUBLISHED_TRAIN_SIZES, "shorter sides to train with, in pixels", "PIXELS", above=0, of="training"
+        tuple(range(480, 801, 32)), "shorter sides to train with, in pixels", "PIXELS", above=0, of="training"
     )
     # they decide the AP, and nothing in the weights shows them
     eval_size: int = flag(
@@ -182,12 +180,12 @@ class DataConfig:
 
     def images_folder(self, image_set: str) -> Path:
         """Where the images of "train" or "val" are."""
-        given = {"train": self.train_images, "val": self.val_images}[image_set]
+        given = getattr(self, f"{image_set}_images")
         return Path(given or f"{self.coco_path}/{image_set}2017")
 
     def annotations_file(self, image_set: str) -> Path:
         """The COCO instances file of "train" or "val"."""
-        given = {"train": self.train_annotations, "val": self.val_annotations}[image_set]
+        given = getattr(self, f"{image_set}_annotations")
         return Path(given or f"{self.coco_path}/annotations/instances_{image_set}2017.json")
 
 

@@ -91,8 +91,16 @@ def parse_with_config(
     `defaults` are the program's own for some of main's flags. With --resume or --finetune the
     Config is not settled yet.
     """
-    _add_config_flags(parser)
+    # every flag of the table, spelt with underscores and with dashes
+    sections = {name: parser.add_argument_group(group.__doc__) for name, group in GROUPS.items()}
+    for name, flag in FLAGS.items():
+        # a name of one word has one spelling
+        spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+        sections[flag.group].add_argument(*spellings, dest=name, **_options(flag))
+    # launchers pass it, and no user
+    parser.add_argument("--local_rank", "--local-rank", type=_local_rank, help=argparse.SUPPRESS)
     parser.set_defaults(**defaults)
+
     # argparse keeps the values of a namespace for flags that are absent
     not_given: list[Any] = []
     args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(FLAGS, not_given)))
@@ -107,15 +115,13 @@ def parse_with_config(
 
 def add_score_threshold_flag(parser: argparse.ArgumentParser, help: str) -> None:
     """--score_threshold, from 0 to 1: the same in every tool that shows detections."""
-    parser.add_argument("--score_threshold", type=_score, default=0.3, help=help)
+    parser.add_argument("--score_threshold", type=score, default=0.3, help=help)
 
 
-def _score(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")  # which is in no range
-    if not 0 <= value <= 1:
+def score(text: str) -> float:
+    """A number from 0 to 1. argparse shows this function's name if it is no number at all."""
+    value = float(text)
+    if not 0 <= value <= 1:  # NaN too
         raise argparse.ArgumentTypeError(f"{text} must be a number from 0 to 1")
     return value
 
@@ -147,17 +153,6 @@ def add_detector_flags(parser: argparse.ArgumentParser) -> None:
 def detector_flags(args: argparse.Namespace) -> dict[str, Any]:
     """Those of `add_detector_flags` that were given."""
     return {name: getattr(args, name) for name, flag in FLAGS.items() if flag.in_tools and name in args}
-
-
-def _add_config_flags(parser: argparse.ArgumentParser) -> None:
-    """Every flag of the table, spelt with underscores and with dashes."""
-    sections = {name: parser.add_argument_group(config.__doc__) for name, config in GROUPS.items()}
-    for name, flag in FLAGS.items():
-        # a name of one word has one spelling
-        spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-        sections[flag.group].add_argument(*spellings, dest=name, **_options(flag))
-    # launchers pass it, and no user
-    parser.add_argument("--local_rank", "--local-rank", type=_local_rank, help=argparse.SUPPRESS)
 
 
 def _options(flag: Flag) -> dict[str, Any]:

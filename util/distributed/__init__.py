@@ -14,15 +14,3 @@ from util.distributed.processes import (
     world_size,
 )
 from util.distributed.watchdog import note
-
-__all__ = [
-    "broadcast_from_main",
-    "equalise_buffers",
-    "gather_on_main",
-    "is_main",
-    "note",
-    "process_group",
-    "rank",
-    "sum_over_processes",
-    "world_size",
-]

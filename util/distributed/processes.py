@@ -14,20 +14,18 @@ import signal
 import socket
 import struct
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from util.distributed.launchers import require_single_process
+from util.distributed.launchers import number, require_single_process
 from util.distributed.watchdog import Watchdog, waiting
 from util.errors import ASK_TO_LEAVE, LostProcessError, UserError
 
@@ -67,6 +65,7 @@ def process_group(device_flag: str, timeout: float = 1800) -> Iterator[torch.dev
         yield device
         return
 
+    # from now on the others must hear how this process ends
     watchdog = _join(device, timeout)
     code, last_words = 0, ""
     try:
@@ -74,7 +73,9 @@ def process_group(device_flag: str, timeout: float = 1800) -> Iterator[torch.dev
     except BaseException as error:
         reason: BaseException = error
         if isinstance(error, RuntimeError) and _lost_a_process(error):
-            _ignore_requests()
+            # a launcher asks to leave while this process still finds out what has failed
+            for number in ASK_TO_LEAVE:
+                signal.signal(number, signal.SIG_IGN)
             reason = watchdog.explain(_first_sentence(error))
         # the watchdog of the others will quote it
         code, last_words = getattr(reason, "exit_code", 1), str(reason)
@@ -90,7 +91,7 @@ def process_group(device_flag: str, timeout: float = 1800) -> Iterator[torch.dev
 
 def _join(device: torch.device, timeout: float) -> Watchdog:
     """Initialise the process group with the variables of the launcher."""
-    own_rank, world, port = map(_whole_number, ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    own_rank, world, port = (number(name, -1) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
     host = os.environ.get("MASTER_ADDR", "")
     if not (0 <= own_rank < world and 0 < port < 65536 and host):
         raise UserError(
@@ -104,7 +105,10 @@ def _join(device: torch.device, timeout: float) -> Watchdog:
     if device.type == "cuda":
         backend = "cpu:gloo,cuda:nccl"  # gloo carries Python objects without touching the GPU
         warn_after = 0.95 * timeout
-        _start_flight_recorder()
+        # record NCCL's exchanges, to be written to a file after a time-out
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", f"{tempfile.gettempdir()}/flight_recorder_rank_")
     try:
         _choose_interface(host, port)
         store, *_ = next(dist.rendezvous("env://", timeout=limit))
@@ -121,11 +125,6 @@ def _join(device: torch.device, timeout: float) -> Watchdog:
             f"({_first_sentence(error)})"
         ) from None
     return Watchdog(store.clone(), own_rank, world, f"{host}:{port}", warn_after)
-
-
-def _whole_number(variable: str) -> int:
-    text = os.environ.get(variable, "")
-    return int(text) if text.isdecimal() else -1
 
 
 def _store_of_this_attempt(
@@ -157,21 +156,6 @@ def _store_of_this_attempt(
         time.sleep(0.1)
         missing = [other for other in missing if not store.check([f"rank {other}"])]
     return store
-
-
-def _start_flight_recorder() -> None:
-    """Record NCCL's exchanges, to be written to a file after a time-out."""
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
-    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-    prefix = str(Path(tempfile.gettempdir()) / "flight_recorder_rank_")
-    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", prefix)
-
-
-def _ignore_requests() -> None:
-    """Ignore the launcher's request to leave while this process still finds out what has failed."""
-    if threading.current_thread() is threading.main_thread():
-        for number in ASK_TO_LEAVE:
-            signal.signal(number, signal.SIG_IGN)
 
 
 def _lost_a_process(error: RuntimeError) -> bool:

@@ -17,22 +17,3 @@ from util.run.record import record_start
 from util.run.results import save_evaluation, write_evaluation
 from util.run.state import TrainingPosition, TrainingState
 from util.run.stop import StopRequest, StopVote
-
-__all__ = [
-    "BEST",
-    "EpochSummary",
-    "History",
-    "RunFolder",
-    "StopRequest",
-    "StopVote",
-    "TrainingPosition",
-    "TrainingState",
-    "announce",
-    "epoch_title",
-    "record_start",
-    "save_evaluation",
-    "scheduled_names",
-    "start_logging",
-    "what_is_kept",
-    "write_evaluation",
-]

@@ -33,11 +33,6 @@ _ROLLING = re.compile(r"resume_(\d{4,})_(\d{9,})\.pth")
 _SCHEDULED = re.compile(r"checkpoint(\d{4,})\.pth")
 
 
-def scheduled_name(epoch: int) -> str:
-    """The published name of the checkpoint after `epoch`."""
-    return f"checkpoint{epoch:04}.pth"
-
-
 def scheduled_names(epoch: int, lr_drop: int, lr_drop_epochs: Sequence[int]) -> list[str]:
     """The published name of the checkpoint after `epoch`, if the published schedule keeps one.
 
@@ -47,7 +42,7 @@ def scheduled_names(epoch: int, lr_drop: int, lr_drop_epochs: Sequence[int]) -> 
     if lr_drop_epochs:
         before_drop = epoch + 1 in lr_drop_epochs
     if before_drop or (epoch + 1) % 5 == 0:
-        return [scheduled_name(epoch)]
+        return [f"checkpoint{epoch:04}.pth"]
     return []
 
 
@@ -114,8 +109,8 @@ class CheckpointFolder:
                 except OSError:  # a file system without hard links
                     shutil.copyfile(path, temporary)
         except OSError as error:
-            told = "%s could not be written (%s); %s has the same contents"
-            log.warning(told, target, error.strerror, path.name)
+            text = "%s could not be written (%s); %s has the same contents"
+            log.warning(text, target, error.strerror, path.name)
 
     def name_newest(self, name: str) -> None:
         """Give the newest of the rolling checkpoints another name."""
@@ -147,8 +142,11 @@ class CheckpointFolder:
         """Checkpoints from which a run would resume later than at `position`, and unreadable ones."""
         newer = []
         for path in self._candidates():
+            found = _position_in(path.name)
             # checkpoint.pth and checkpoint_best.pth do not say it in their names
-            found = _position_in(path.name) or _position_inside(path)
+            if found is None:
+                with contextlib.suppress(UserError, KeyError, TypeError, ValueError):
+                    found = position_of(read_checkpoint(path))
             if found is None or position < found:
                 newer.append(path)
         return newer
@@ -161,13 +159,14 @@ class CheckpointFolder:
 
     def _candidates(self) -> list[Path]:
         """Checkpoints whose name has a position, newest first; then those whose name has none."""
-        # of equal positions resume_* comes before checkpoint*, which is the same file
         found = []
         for path in self.folder.glob("*.pth"):
             if position := _position_in(path.name):
-                found.append((position, path.name))
-        names = [name for _, name in sorted(found, reverse=True)] + [NEWEST, BEST]
-        return [self.folder / name for name in names if (self.folder / name).is_file()]
+                found.append((position, path))
+        # of equal positions resume_* comes before checkpoint*, which is the same file
+        paths = [path for _, path in sorted(found, reverse=True)]
+        paths += [self.folder / NEWEST, self.folder / BEST]
+        return [path for path in paths if path.is_file()]
 
     def _rolling(self) -> list[Path]:
         """The good ones among the `resume_*` files, oldest first."""
@@ -179,9 +178,10 @@ class CheckpointFolder:
         return rolling
 
     def _remedy(self) -> str:
-        good = self._rolling()
-        last = f"the last good one is {good[-1]}" if good else "there is none yet"
-        return f"{last}. Make room or choose another --output_dir, and go on with --resume auto"
+        last = "there is none yet"
+        for path in self._rolling():
+            last = f"the last good one is {path}"
+        return f"{last}. Make room or choose another --output_dir, and start again with --resume auto"
 
 
 def _position_in(name: str) -> TrainingPosition | None:
@@ -192,13 +192,6 @@ def _position_in(name: str) -> TrainingPosition | None:
         # its number is the epoch that it finished
         return TrainingPosition(int(match[1]) + 1, 0)
     return None
-
-
-def _position_inside(path: Path) -> TrainingPosition | None:
-    try:
-        return position_of(read_checkpoint(path))
-    except (UserError, KeyError, TypeError, ValueError):
-        return None
 
 
 def _write_patiently(content: dict[str, Any], path: Path) -> None:

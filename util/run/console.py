@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from util.config import Config
+from util.config import Config, plain_text
 from util.distributed.processes import is_main, rank, world_size
 from util.run.record import device_name
 from util.step.progress import duration
@@ -22,10 +22,14 @@ NOTHING_KEPT = "nothing is saved without --output_dir"
 
 def start_logging(device: torch.device) -> None:
     """Print everything of the main process, and the warnings of the others with their rank."""
-    form = "%(message)s" if world_size() == 1 else f"[{rank()}] %(message)s"
-    level = logging.INFO if is_main() else logging.WARNING
+    form, level = "%(message)s", logging.INFO
+    if world_size() > 1:
+        form = f"[{rank()}] {form}"
+    # what the others would say is the same
+    if not is_main():
+        level = logging.WARNING
     logging.basicConfig(stream=sys.stdout, level=level, format=form, force=True)
-    # A line that can't be written, on a full disk for example, ends no run.
+    # a line that can't be written, on a full disk for example, ends no run
     logging.raiseExceptions = False
     name = device_name(device)
     log.info("device: %s (%s), %d process(es), torch %s", device, name, world_size(), torch.__version__)
@@ -33,15 +37,16 @@ def start_logging(device: torch.device) -> None:
 
 def announce(config: Config) -> None:
     """Print the flags that differ from their defaults, and warn about those that can't work."""
-    flags = " ".join(f"--{name} {shown(value)}" for name, value in config.non_default_flags().items())
-    log.info("flags that differ from their defaults: %s", flags or "none")
-    names = config.without_effect()
-    if names:
+    flags = [f"--{name} {plain_text(value)}" for name, value in config.non_default_flags().items()]
+    log.info("flags that differ from their defaults: %s", " ".join(flags) or "none")
+    if names := config.without_effect():
         off = "--bf 0"
         if config.run.eval:
             off = "evaluation does without it unless --eval_bf is given"
-        listed = ", ".join(f"--{name}" for name in names)
-        log.info("without effect: %s; BatchFormerV2 is off (%s)", listed, off)
+        log.info(
+            "without effect: %s; BatchFormerV2 is off (%s)", ", ".join(f"--{name}" for name in names), off
+        )
+    # hours later it would be too late to notice
     if not (config.run.output_dir or config.run.eval):
         log.warning("warning: %s, neither weights nor log.txt", NOTHING_KEPT)
     if config.batchformer.bf and config.optim.batch_size == 1:
@@ -84,8 +89,11 @@ class EpochSummary:
             line: the epoch's entries of log.txt.
             best: AP, epoch and weights of the best evaluation so far.
         """
+        # both the training and the evaluation of the epoch
         now = time.perf_counter()
         seconds, self._epoch_start = now - self._epoch_start, now
+
+        # an epoch without an evaluation has no results of one
         epoch = line["epoch"]
         fields = [f"{epoch_title(epoch, self._epochs)} done in {duration(seconds)}"]
         if "train_loss" in line:
@@ -95,8 +103,9 @@ class EpochSummary:
             fields.append(f"AP {100 * line['test_coco_eval_bbox'][0]:.1f}")
         if best:
             fields.append(f"best AP {100 * best['AP']:.1f} (epoch {best['epoch']})")
-        if epoch + 1 < self._epochs:
-            fields.append(f"about {duration(seconds * (self._epochs - epoch - 1))} left")
+        left = self._epochs - epoch - 1
+        if left > 0:
+            fields.append(f"about {duration(seconds * left)} left")
         if self._folder:
             fields.append(f"saved {self._folder}/checkpoint.pth")
         log.info("%s", "  ".join(fields))
@@ -106,17 +115,9 @@ class EpochSummary:
         log.info("training time %s", duration(time.perf_counter() - self._run_start))
         if not (best and self._folder):
             return
-        weights = ""
-        if best["weights"] == "ema":
-            weights = ", averaged weights"
+        # the averaged ones were evaluated too
+        weights = ", averaged weights" if best["weights"] == "ema" else ""
         path = f"{self._folder}/checkpoint_best.pth"
         log.info("best AP %.1f (epoch %d%s): %s", 100 * best["AP"], best["epoch"], weights, path)
         log.info("next: python tools/report.py %s", self._folder)
         log.info("      python tools/predict.py --resume %s <images> --output_dir predictions", path)
-
-
-def shown(value: Any) -> str:
-    """The value of a flag as on a command line."""
-    if isinstance(value, list | tuple):
-        return " ".join(str(item) for item in value)
-    return str(value)

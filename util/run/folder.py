@@ -29,8 +29,8 @@ from typing import Any
 
 from util.checkpoint import read_checkpoint
 from util.config import Config, RunConfig
+from util.distributed.launchers import number, slurm_restarts
 from util.distributed.processes import broadcast_from_main, gather_on_main, is_main
-from util.distributed.slurm_job import restart_count
 from util.errors import UserError
 from util.run.checkpoints import CheckpointFolder
 from util.run.history import History
@@ -69,7 +69,7 @@ class RunFolder:
         self.path = hold.folder if hold else None
         self._hold, self._run = hold, run
         # of the training, also where an evaluation writes elsewhere
-        self._checkpoints = CheckpointFolder(Path(run.output_dir), run.keep)
+        self.checkpoints = CheckpointFolder(Path(run.output_dir), run.keep)
         self.resumes = self._decide_to_resume()
         self.checkpoint: dict[str, Any] | None = None
         self.source, self.from_folder = "", False
@@ -104,14 +104,14 @@ class RunFolder:
         checkpoint, self.checkpoint = self.checkpoint, None
         if self.path is None:
             return
-        self._checkpoints.sweep()
+        self.checkpoints.sweep()
 
         # nothing of an earlier run may be taken for this one's
         if checkpoint is None and not self.resumes:
             _set_aside(self.path, _found(self.path, _FILES))
         # a run that resumes from an earlier checkpoint writes the later ones again
         elif checkpoint is not None and not self.from_folder:
-            newer = self._checkpoints.newer_than(position_of(checkpoint))
+            newer = self.checkpoints.newer_than(position_of(checkpoint))
             if newer or history.lines_beyond():
                 _set_aside(self.path, [*newer, self.path / "log.txt"])
 
@@ -130,16 +130,12 @@ class RunFolder:
     ) -> None:
         """Write a checkpoint (`CheckpointFolder.save`). Raises NotSavedError."""
         self.check()
-        self._checkpoints.save(content, position, also, must)
-
-    def name_newest(self, name: str) -> None:
-        """Give the newest checkpoint another name."""
-        self._checkpoints.name_newest(name)
+        self.checkpoints.save(content, position, also, must)
 
     def set_aside_after(self, position: TrainingPosition) -> None:
         """Move the checkpoints aside that are newer than `position`."""
         if self.path:
-            _set_aside(self.path, self._checkpoints.newer_than(position))
+            _set_aside(self.path, self.checkpoints.newer_than(position))
 
     def check(self) -> None:
         """Call before writing. Raises NotSavedError if another process holds the folder now."""
@@ -148,8 +144,8 @@ class RunFolder:
 
     def _decide_to_resume(self) -> bool:
         # torchrun counts restarts for each node: one count above 0 decides for all processes
-        by_torchrun = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
-        restarted = any(gather_on_main(bool(by_torchrun or restart_count())))
+        restarts = number("TORCHELASTIC_RESTART_COUNT") + slurm_restarts()
+        restarted = any(gather_on_main(restarts))
         begun = self.path is not None and not (self.path / _NEW_RUN).exists()
         return broadcast_from_main(self._run.resume == "auto" or restarted and begun)
 
@@ -177,13 +173,13 @@ class RunFolder:
 
     def _newest(self) -> tuple[str, dict[str, Any]] | None:
         """Path and content of the newest good checkpoint in the folder."""
-        found = error = None
+        path, checkpoint, error = "", None, None
         if is_main() and self._run.output_dir:
             try:
-                found = self._checkpoints.newest_good()
+                if found := self.checkpoints.newest_good():
+                    path, checkpoint = str(found[0]), found[1]
             except UserError as damaged:
                 error = damaged
-        path = str(found[0]) if found else ""
 
         # all processes raise the error of the main process, or read what it has verified
         path, error = broadcast_from_main((path, error))
@@ -191,7 +187,7 @@ class RunFolder:
             raise error
         if not path:
             return None
-        return path, found[1] if found else read_checkpoint(path)
+        return path, checkpoint or read_checkpoint(path)
 
 
 @contextlib.contextmanager

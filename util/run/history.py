@@ -29,11 +29,10 @@ class History:
         # the entries of an epoch that is trained and not evaluated yet
         self.unfinished: dict[str, Any] | None = None
         self.best: dict[str, Any] | None = None
-        # lines in the file; 0: it has to be written anew
-        self._written = 0
 
     def finish_epoch(self, entries: Mapping[str, Any]) -> dict[str, Any]:
         """Complete the line of the unfinished epoch with `entries`, write it, and return it."""
+        # the entries of the training come first
         line = {**(self.unfinished or {}), **entries}
         self._lines.append(json.dumps(line))
         self.unfinished = None
@@ -42,28 +41,21 @@ class History:
 
     def is_best(self, average_precision: float, epoch: int, weights: str) -> bool:
         """Whether a result is better than all before; it is kept then."""
+        # of equal results the first one stays
         if self.best is not None and average_precision <= self.best["AP"]:
             return False
         self.best = {"AP": average_precision, "epoch": epoch, "weights": weights}
         return True
 
     def write(self) -> None:
-        """Append the new lines to the file. After a failure or a resume, write all lines."""
+        """Write all lines: the file may have lines that a resumed run does not have, or a part of one."""
         if self._path is None:
             return
-        new = "".join(f"{line}\n" for line in self._lines[self._written :])
         try:
-            if self._written:
-                with open(self._path, "a") as file:
-                    file.write(new)
-            else:
-                replace_text(self._path, new)
-            self._written = len(self._lines)
+            replace_text(self._path, "".join(f"{line}\n" for line in self._lines))
         except OSError as error:
-            # part of a line may be there: the next attempt replaces the file
-            self._written = 0
-            told = "%s could not be written (%s); training goes on, the next epoch tries again"
-            log.warning(told, self._path, error.strerror)
+            text = "%s could not be written (%s); training goes on, the next epoch tries again"
+            log.warning(text, self._path, error.strerror)
 
     def lines_beyond(self) -> bool:
         """Whether the file has more lines than this history and the epoch that it is in."""
@@ -79,4 +71,3 @@ class History:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._lines, self.unfinished, self.best = list(state["lines"]), state["unfinished"], state["best"]
-        self._written = 0

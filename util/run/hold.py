@@ -21,9 +21,8 @@ import time
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from types import TracebackType
 
-from util.distributed.slurm_job import own_job, restart_count
+from util.distributed.launchers import slurm_job, slurm_restarts
 from util.distributed.watchdog import note
 from util.errors import NotSavedError, UserError
 
@@ -64,7 +63,7 @@ class Holder:
             boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
             machine = f"{host} {boot} {os.readlink('/proc/self/ns/pid')}"
         now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
-        return cls(host, machine, pid, born(pid), now, own_job(), restart_count())
+        return cls(host, machine, pid, born(pid), now, slurm_job(), slurm_restarts())
 
     def __str__(self) -> str:
         if not self.pid:
@@ -83,22 +82,23 @@ class FolderHold:
         self.folder = folder
         self._path = folder / NAME
         self._own = Holder.this_process()
+        self._text = json.dumps(asdict(self._own))
         self._left = threading.Event()
         self._beating = threading.Thread(target=self._beat, name="hold of the folder", daemon=True)
 
     def __enter__(self) -> FolderHold:
         while not self._create():
             holder = _holder_in(self._path)
-            reason = self._why_ended(holder) if holder else ""
-            if holder and reason and self._replace(holder):
+            if holder is None:  # it has just left
+                continue
+            reason = self._why_ended(holder)
+            if reason and self._replace(holder):
                 log.warning("%s was held by %s, %s: taken over", self.folder, holder, reason)
                 break
         self._beating.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._left.set()  # ends the touching
         # a file that stays names a process that has ended
         with contextlib.suppress(OSError):
@@ -131,16 +131,13 @@ class FolderHold:
         except FileExistsError:
             return False
         try:
-            os.write(file, self._text().encode())
+            os.write(file, self._text.encode())
         except OSError:  # a full disk
             self._path.unlink()
             raise
         finally:
             os.close(file)
         return True
-
-    def _text(self) -> str:
-        return json.dumps(asdict(self._own))
 
     def _why_ended(self, holder: Holder) -> str:
         """Why `holder` counts as ended; "" if it no longer holds the folder.
@@ -201,7 +198,7 @@ class FolderHold:
             if _holder_in(self._path) != holder:
                 return False
             aside = self.folder / f"{NAME}.{self._own.host}.{self._own.pid}.tmp"
-            aside.write_text(self._text())
+            aside.write_text(self._text)
             os.replace(aside, self._path)
             return True
         finally:

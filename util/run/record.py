@@ -39,7 +39,15 @@ def record_start(
     """
     if folder is None:
         return
-    write_record(folder, run_facts(config, **splits), environment(device), start)
+    data = {}
+    for name, split in splits.items():
+        data[name] = {
+            "images": str(split.images.resolve()),
+            "annotations": str(split.annotations.resolve()),
+            "num_images": len(split),
+        }
+    content = {"flags": config.flags(), "classes": splits["val"].classes.to_plain(), "data": data}
+    write_record(folder, content, environment(device), start)
 
 
 def write_record(
@@ -53,53 +61,30 @@ def write_record(
         environment: of this start: versions, device, processes.
         start: where this start resumes: epoch, images, checkpoint.
     """
-    earlier, flags_before = _starts_and_flags(folder)
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    this = {"at": now, **start, **environment}
+    # a person may have edited it; it never stops a run
+    starts, flags_before = [], {}
+    try:
+        before = read_record(folder)
+        starts, flags_before = list(before.get("starts", [])), dict(before.get("flags", {}))
+    except (TypeError, ValueError) as error:
+        log.warning("%s; %s is written anew", error, NAME)
 
     # the earlier values of flags that have changed since
-    changed = {}
-    for name, value in content.get("flags", {}).items():
-        if flags_before.get(name, value) != value:
-            changed[name] = flags_before[name]
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    this = {"at": now, **start, **environment}
+    flags = content.get("flags", {})
+    changed = {name: old for name, old in flags_before.items() if flags.get(name, old) != old}
     if changed:
         this["changed_flags"] = changed
 
     # the first start is the beginning of the run: it stays
-    starts = [*earlier, this]
+    starts.append(this)
     starts = starts[:1] + starts[1:][-KEPT_STARTS:]
-    record = {**content, "environment": dict(environment), "starts": starts}
+    record = {**content, "environment": environment, "starts": starts}
     try:
         replace_text(folder / NAME, json.dumps(record, indent=1) + "\n")
     except OSError as error:
         log.warning("%s could not be written (%s); training goes on", folder / NAME, error.strerror)
-
-
-def _starts_and_flags(folder: Path) -> tuple[list[Any], dict[str, Any]]:
-    """What the record of `folder` says; empty where it is damaged."""
-    # a person may have edited it; it never stops a run
-    record = {}
-    try:
-        record = read_record(folder)
-    except UserError as error:
-        log.warning("%s; it is written anew", error)
-    starts, flags = record.get("starts"), record.get("flags")
-    if not isinstance(starts, list):
-        starts = []
-    return starts, flags if isinstance(flags, dict) else {}
-
-
-def run_facts(config: Config, **splits: Any) -> dict[str, Any]:
-    """Flags, classes and data of a run for its record. splits: data sets by "train" and "val"."""
-    data = {
-        name: {
-            "images": str(split.images.resolve()),
-            "annotations": str(split.annotations.resolve()),
-            "num_images": len(split),
-        }
-        for name, split in splits.items()
-    }
-    return {"flags": config.flags(), "classes": splits["val"].classes.to_plain(), "data": data}
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -115,10 +100,10 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device_name": device_name(device),
     }
     # a copy of the project without git has no commit
-    command = ["git", "rev-parse", "HEAD"]
+    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        output = subprocess.check_output(command, cwd=ROOT, stderr=subprocess.DEVNULL, text=True, timeout=10)
-        facts["commit"] = output.strip()
+        output = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        facts["commit"] = output.stdout.strip()
     return facts
 
 

@@ -28,14 +28,15 @@ def save_evaluation(
     folder = run / "eval"
     try:
         folder.mkdir(exist_ok=True)
-        write_results(folder / f"{prefix}latest.json", results)
+        _write_detections(folder / f"{prefix}latest.json", results)
         write_atomically(tables, folder / f"{prefix}latest.pth")
+        # kept, so that the course of a training can be seen
         if epoch % 50 == 0:
             write_atomically(tables, folder / f"{prefix}{epoch:03}.pth")
         if predictions:
-            suffix = "_ema" if prefix else ""
-            write_results(run / f"predictions{suffix}.json", results)
-            log.info("%d detections in predictions%s.json", len(results), suffix)
+            name = "predictions_ema.json" if prefix else "predictions.json"
+            _write_detections(run / name, results)
+            log.info("%d detections in %s", len(results), name)
     except (OSError, NotSavedError) as error:
         log.warning("%s; training continues", error)
 
@@ -47,15 +48,15 @@ def write_evaluation(
 
     Raises NotSavedError.
     """
+    # the detections first: they can't be computed from the tables
     if predictions:
         path = folder / f"predictions{suffix}.json"
-        write_results(path, results)
+        _write_detections(path, results)
         log.info("%d detections in %s", len(results), path)
     write_atomically(tables, folder / f"eval{suffix}.pth")
 
 
-def write_results(path: Path, results: Sequence[Any]) -> None:
-    """Write detections in COCO's results format. Raises NotSavedError."""
+def _write_detections(path: Path, results: Sequence[Any]) -> None:
     try:
         path.write_text(json.dumps(results))
     except OSError as error:

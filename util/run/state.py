@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from torch import nn
@@ -45,7 +45,7 @@ class TrainingPosition:
     images: int = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "images": self.images}
+        return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch, self.images = int(state["epoch"]), int(state["images"])
@@ -120,8 +120,8 @@ class TrainingState:
                 return self._restore(checkpoint)
             except UserError:
                 raise
-            # a damaged or foreign entry can fail in any of these ways
-            except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+            # a damaged or foreign entry can fail in any way
+            except Exception as error:
                 reason = self._why_it_does_not_fit(checkpoint["args"], error)
                 raise UserError(f"--resume {source}: its state does not fit this run: {reason}") from None
         if checkpoint is not None:
@@ -158,23 +158,24 @@ class TrainingState:
                     f"--{name} was {saved[name]} in the checkpoint and is {self._flags[name]} in this run; "
                     f"{remedy}, or start from its weights with --finetune"
                 )
-        first_line = (str(error).splitlines() or ["no message"])[0][:200]
+        first_line = str(error).partition("\n")[0][:200]
         return f"{type(error).__name__}: {first_line}; {remedy}"
 
     def _compare_data(self, saved: Mapping[str, Any]) -> None:
         """Warn about data that differ from the checkpoint's, if it says which it had."""
-        kinds = {"train": "training", "val": "validation"}
         # checkpoints of earlier versions do not say it
         for split, plain in saved.items():
             before, now = DataIdentity.from_plain(plain), self._data[split]
             changes = now.changes_since(before)
-            if changes:
-                told = "resume: the %s data are not the checkpoint's: now %s"
-                log.warning(told, kinds[split], ", ".join(changes))
+            kind = "validation"
             if split == "train":
+                kind = "training"
                 self.other_images = now.images_sum != before.images_sum
             else:
                 self.other_validation = bool(changes)
+            if changes:
+                text = "resume: the %s data are not the checkpoint's: now %s"
+                log.warning(text, kind, ", ".join(changes))
         # a position behind the last image can only be of other images
         self.other_images |= self._position.images > self._data["train"].images
 

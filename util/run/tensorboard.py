@@ -7,9 +7,9 @@ resumed run can remove exactly the points that it will write again. No error her
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import logging
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -65,16 +65,19 @@ class Board:
 
     def window(self, means: Mapping[str, float], rates: Mapping[str, float], images: int) -> None:
         """Means of weighted losses, and learning rates by group, after so many images."""
-        values = {f"lr/{name}": rate for name, rate in rates.items()}
-        for name, value in means.items():
-            if not name.endswith("_unscaled"):
-                values[f"steps/{name}"] = value
-        self.step(values, images)
+        self.step({f"lr/{name}": rate for name, rate in rates.items()}, images)
+        # the unscaled losses have the shape of the scaled ones
+        losses = {f"steps/{name}": mean for name, mean in means.items() if not name.endswith("_unscaled")}
+        self.step(losses, images)
 
     def epoch(self, row: Mapping[str, Any]) -> None:
         """The metrics of an epoch, a line of log.txt."""
-        self._write("epochs", lambda writer: _add_scalars(writer, epoch_scalars(row), row["epoch"]))
-        self._write("epochs", lambda writer: writer.flush())
+
+        def write(writer: SummaryWriter) -> None:
+            _add_scalars(writer, epoch_scalars(row), row["epoch"])
+            writer.flush()
+
+        self._write("epochs", write)
 
     def pictures(self, make: Callable[[], Mapping[str, Image.Image]], epoch: int) -> None:
         """Pictures by name; `make` is called only if they are to be written."""
@@ -99,8 +102,8 @@ class Board:
                 self._writers[name] = _new_writer(self._folder / name, self._first[name])
             write(self._writers[name])
         except Exception as error:  # a full disk, a picture, protocol buffers: none may end a run
-            told = "TensorBoard gets no more of this run: %s could not be written (%s)"
-            log.warning(told, self._folder, error)
+            text = "TensorBoard gets no more of this run: %s could not be written (%s)"
+            log.warning(text, self._folder, error)
             self._folder = None
 
 
@@ -111,62 +114,46 @@ def epoch_scalars(row: Mapping[str, Any]) -> dict[str, float]:
     Metrics of -1 are left out, which COCO gives where nothing can be measured, and so are the
     unscaled losses, which have the shape of the scaled ones.
     """
-    groups = {"train": "train", "test": "val", "test_ema": "val averaged"}
     scalars: dict[str, float] = {}
     for key, value in row.items():
-        group, _, name = key.partition("_")
-        if key.startswith("test_ema_"):
-            group, name = "test_ema", key.removeprefix("test_ema_")
-        if group not in groups or name.endswith("_unscaled"):
+        match = re.fullmatch(r"(train|test_ema|test)_(.*?)(_unscaled)?", key)
+        if not match or match[3]:
             continue
+        group, name = {"train": "train", "test": "val", "test_ema": "val averaged"}[match[1]], match[2]
         if name == "coco_eval_bbox":
             for metric, number in zip(FIGURES, value, strict=True):
                 if number >= 0:
-                    scalars[f"{groups[group]}/{metric}"] = number
+                    scalars[f"{group}/{metric}"] = number
         elif isinstance(value, int | float):
-            scalars[f"{groups[group]}/{name}"] = value
+            scalars[f"{group}/{name}"] = value
     return scalars
 
 
-def evaluation_pictures(dataset: Any, results: Sequence[Mapping[str, Any]]) -> dict[str, Image.Image]:
-    """Pictures of an evaluation by name. results: detections in COCO's results format."""
-    files = {image_id: dataset.file_of(image_id) for image_id in dataset.image_ids}
-    names = {category.id: category.name for category in dataset.classes.categories}
-    return detection_pictures(files, dataset.coco.imgToAnns, results, names)
+def detection_pictures(dataset: Any, results: Sequence[Mapping[str, Any]]) -> dict[str, Image.Image]:
+    """Ground truth beside detections for a few images, spread evenly over the data set, by name.
 
-
-def detection_pictures(
-    images: Mapping[int, Path],
-    truth: Mapping[int, Sequence[Mapping[str, Any]]],
-    results: Sequence[Mapping[str, Any]],
-    names: Mapping[int, str],
-) -> dict[str, Image.Image]:
-    """Ground truth beside detections for a few images, spread evenly over the data set.
-
-    Args:
-        images: image id -> its file.
-        truth: image id -> its annotations (COCO); boxes are x, y, width, height in pixels.
-        results: detections in COCO's results format.
-        names: category id -> name.
+    results: detections in COCO's results format.
     """
     from util.draw.boxes import draw_coco, side_by_side  # takes most of a second
 
-    chosen = evenly_chosen(sorted(images), PICTURES)
-    found: dict[int, list[Mapping[str, Any]]] = {image_id: [] for image_id in chosen}
+    names = {category.id: category.name for category in dataset.classes.categories}
+    found: dict[int, list[Mapping[str, Any]]] = {}
+    for image_id in evenly_chosen(sorted(dataset.image_ids), PICTURES):
+        found[image_id] = []
     for result in results:
         if result["image_id"] in found and result["score"] >= THRESHOLD:
             found[result["image_id"]].append(result)
 
     pictures = {}
     for image_id, detections in found.items():
-        path = images[image_id]
+        path = dataset.file_of(image_id)
         try:
             picture = read_picture(path, MEGAPIXELS, "it has no picture", upright=False)
         except UserError as error:
             log.warning("no picture for TensorBoard: %s", error)
             continue
         # equal sizes, so that the eye can compare
-        left = draw_coco(picture, truth.get(image_id, []), names)
+        left = draw_coco(picture, dataset.coco.imgToAnns.get(image_id, []), names)
         right = draw_coco(picture, detections, names)
         for drawn in (left, right):
             drawn.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
@@ -183,17 +170,11 @@ def _add_scalars(writer: SummaryWriter, values: Mapping[str, float], at: int) ->
 def _new_writer(folder: Path, first: int) -> SummaryWriter:
     from torch.utils.tensorboard import SummaryWriter  # takes a second
 
-    _quiet_writer_threads()
+    threading.excepthook = _writers_are_quiet
     return SummaryWriter(str(folder), purge_step=first, flush_secs=FLUSH_SECONDS)
 
 
-@functools.cache  # once is enough
-def _quiet_writer_threads() -> None:
+def _writers_are_quiet(args: threading.ExceptHookArgs) -> None:
     """Hide tracebacks of the writers' threads: `Board` gets the same error when it writes next."""
-    before = threading.excepthook
-
-    def hook(args: threading.ExceptHookArgs) -> None:
-        if type(args.thread).__name__ != "_AsyncWriterThread":
-            before(args)
-
-    threading.excepthook = hook
+    if type(args.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(args)
