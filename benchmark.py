@@ -19,17 +19,16 @@ import os
 import statistics
 import sys
 import timeit
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 from torch.utils.benchmark import timer  # synchronises with the GPU before it reads the clock
 
-from datasets import DetectionData, build_dataset
+from datasets import build_dataset
 from datasets.loader import collate
 from models.build import build_model
 from models.criterion import SetCriterion
@@ -64,8 +63,7 @@ def main() -> int | None:
     return None
 
 
-@dataclass(frozen=True)
-class Variant:
+class Variant(NamedTuple):
     """What is timed.
 
     name: its flags; added: the last of them, which the variant before it does not have; without:
@@ -80,29 +78,26 @@ class Variant:
 
 def _variants(config: Config, training: bool) -> list[Variant]:
     """From the plain detector to what was asked for, with one flag more each."""
-    run = dataclasses.replace(config.run, amp="off")
-    transformer = dataclasses.replace(config.transformer, checkpoint_encoder=False)
-    plain = dataclasses.replace(config, run=run, transformer=transformer)
+    plain = config.with_flags({"amp": "off", "checkpoint_encoder": False})
+    added: list[tuple[str, dict[str, Any]]] = []
+    if config.run.amp != "off":
+        added.append((f"--amp {config.run.amp}", {"amp": config.run.amp}))
 
     # in evaluation BatchFormerV2 and checkpointing change nothing
-    bf = config.batchformer.bf
+    variants = [Variant("", "", "", plain)]
     if training:
+        flag = f"--bf {config.batchformer.bf}"
         without_bf = dataclasses.replace(plain, batchformer=BatchFormerConfig())
         variants = [Variant("--bf 0", "", "", without_bf)]
-        if bf:
-            variants.append(Variant(f"--bf {bf}", f"--bf {bf}", "--bf 0", plain))
-    else:
-        variants = [Variant("", "", "", plain)]
-
-    def add(flag: str, **groups: Any) -> None:
+        if config.batchformer.bf:
+            variants.append(Variant(flag, flag, "--bf 0", plain))
+        if config.transformer.checkpoint_encoder:
+            added.append(("--checkpoint_encoder", {"checkpoint_encoder": True}))
+    # each has all flags of the one before
+    for flag, values in added:
         before = variants[-1]
-        changed = dataclasses.replace(before.config, **groups)
-        variants.append(Variant(f"{before.name} {flag}".strip(), flag, "without", changed))
-
-    if config.run.amp != "off":
-        add(f"--amp {config.run.amp}", run=config.run)
-    if training and config.transformer.checkpoint_encoder:
-        add("--checkpoint_encoder", transformer=config.transformer)
+        name = f"{before.name} {flag}".strip()
+        variants.append(Variant(name, flag, "without", before.config.with_flags(values)))
     return variants
 
 
@@ -117,17 +112,27 @@ def _measure(
     training = args.what == "train"
     variants = _variants(config, training)
     if training:
-        title = "training step, "
+        names = [f"training step, {variant.name}" for variant in variants]
         calls = [_training_step(variant.config, device, images, targets) for variant in variants]
     else:
-        title = "inference "
+        names = [f"inference {variant.name}".strip() for variant in variants]
         calls = [_inference(variant.config, device, images) for variant in variants]
 
-    # the reference takes its turns among the others
+    # the reference takes its turns among the others: a slow moment strikes all
     timed = list(calls)
     if args.against_reference:
-        timed.append(_with_reference_operator(calls[-1]))
-    seconds = _time(timed, args)
+        reference = mock.patch.dict(os.environ, {backends.VARIABLE: "reference"})
+        timed.append(reference(calls[-1]))  # in force during each call
+        names.append(f"{names[-1]}, the operator in plain PyTorch")
+    count = args.warm_iters + args.num_iters
+    turns = op_benchmark.in_turns(timed, count, lambda call: timeit.timeit(call, timer=timer, number=1))
+    seconds = [times[args.warm_iters :] for times in turns]
+    middles = [statistics.median(times) for times in seconds]
+    speeds = [
+        f"{name}: {len(images) / middle:.2f} images/s ({middle * 1000:.1f} ms a batch in the median of "
+        f"{len(times)}, {min(times) * 1000:.1f} to {max(times) * 1000:.1f})"
+        for name, middle, times in zip(names, middles, seconds, strict=True)
+    ]
     # after the timing, so that no first call counts
     memory = []
     if training:
@@ -135,16 +140,13 @@ def _measure(
 
     # a line for each, and its ratio to the one before
     for i, variant in enumerate(variants):
-        line = _speed((title + variant.name).strip(), len(images), seconds[i])
+        ratio = f"{variant.added} takes {middles[i] / middles[i - 1]:.2f} times as long as {variant.without}"
         if training:
-            line += f", {memory[i] / 2**20:.1f} MiB"
-        print(line, flush=True)
+            speeds[i] += f", {memory[i] / 2**20:.1f} MiB"
+            ratio += f", and {memory[i] / memory[i - 1]:.2f} times the memory"
+        print(speeds[i], flush=True)
         if i:
-            ratio = _ratio(seconds[i], seconds[i - 1])
-            line = f"{variant.added} takes {ratio:.2f} times as long as {variant.without}"
-            if training:
-                line += f", and {memory[i] / memory[i - 1]:.2f} times the memory"
-            print(line)
+            print(ratio)
     if training:
         counted = "resident memory of the process (nan: not measurable here)"
         if device.type == "cuda":
@@ -153,13 +155,13 @@ def _measure(
 
     # the last variant with the other operator
     if args.against_reference:
-        what = (title + variants[-1].name).strip()
-        print(_speed(f"{what}, the operator in plain PyTorch", len(images), seconds[-1]), flush=True)
+        print(speeds[-1], flush=True)
         print(
-            f"{what} takes {_ratio(seconds[-2], seconds[-1]):.1%} of the time that it takes with the "
+            f"{names[-2]} takes {middles[-2] / middles[-1]:.1%} of the time that it takes with the "
             f"operator in plain PyTorch"
         )
-    _profile(calls[-1], args, device)
+    if args.profile or args.trace:
+        _profile(calls[-1], args, device)
 
 
 def _inference(config: Config, device: torch.device, images: NestedTensor) -> Callable[[], None]:
@@ -192,49 +194,17 @@ def _training_step(
     return step
 
 
-def _ratio(seconds: Sequence[float], others: Sequence[float]) -> float:
-    return statistics.median(seconds) / statistics.median(others)
-
-
-def _with_reference_operator(function: Callable[[], None]) -> Callable[[], None]:
-    def run() -> None:
-        with mock.patch.dict(os.environ, {backends.VARIABLE: "reference"}):
-            function()
-
-    return run
-
-
 def _profile(function: Callable[[], None], args: argparse.Namespace, device: torch.device) -> None:
-    if not (args.profile or args.trace):
-        return
-    activities, order = [ProfilerActivity.CPU], "self_cpu_time_total"
-    if device.type == "cuda":
-        activities, order = [*activities, ProfilerActivity.CUDA], "self_cuda_time_total"
     for _ in range(2):  # the first call also pays for the start of the profiler
-        with profile(activities=activities) as recorded:
+        with profile() as recorded:
             function()
     if args.profile:
+        order = "self_cpu_time_total"
+        if device.type == "cuda":
+            order = "self_cuda_time_total"
         print(recorded.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=50))
     if args.trace:
         recorded.export_chrome_trace(args.trace)
-
-
-def _time(functions: Sequence[Callable], args: argparse.Namespace) -> list[list[float]]:
-    """Seconds of every call. The functions take turns, so that a slow moment strikes all."""
-    turns = op_benchmark.in_turns(functions, args.warm_iters + args.num_iters, _seconds)
-    return [times[args.warm_iters :] for times in turns]
-
-
-def _seconds(function: Callable[[], None]) -> float:
-    return timeit.timeit(function, timer=timer, number=1)
-
-
-def _speed(what: str, batch: int, seconds: list[float]) -> str:
-    middle = statistics.median(seconds)
-    return (
-        f"{what}: {batch / middle:.2f} images/s ({middle * 1000:.1f} ms a batch in the median of "
-        f"{len(seconds)}, {min(seconds) * 1000:.1f} to {max(seconds) * 1000:.1f})"
-    )
 
 
 def _build(config: Config, device: torch.device) -> tuple[DeformableDETR, SetCriterion]:
@@ -250,33 +220,25 @@ def _batch(
     args: argparse.Namespace, config: Config, device: torch.device
 ) -> tuple[NestedTensor, list[dict[str, Tensor]], Config]:
     """Images and targets, of the validation set or noise, and the Config with their classes."""
-    count = config.optim.batch_size
+    count, classes = config.optim.batch_size, config.classes
     # the content of noise costs as much time as that of pictures
     if args.size:
+        if classes is None:
+            classes = COCO_CLASSES
+            if config.data.num_classes != AUTO:
+                classes = ClassMap(int(config.data.num_classes), ())
         height, width = args.size
-        classes = config.classes or _classes(config.data.num_classes)
         items = [_noise(height, width, classes.num_classes) for _ in range(count)]
     else:
-        dataset = _dataset(config)
+        try:
+            dataset = build_dataset("val", config)
+        except UserError as error:
+            raise UserError(f"{error}; or give --size <height> <width> to do without a data set") from None
         classes = dataset.classes
         items = [dataset[i % len(dataset)] for i in range(count)]
     images, targets = collate(items)
     targets = [{name: value.to(device) for name, value in target.items()} for target in targets]
     return images.to(device), targets, with_classes(config, classes)
-
-
-def _classes(number: int | str) -> ClassMap:
-    """The classes of --num_classes."""
-    if number == AUTO:
-        return COCO_CLASSES
-    return ClassMap(int(number), ())
-
-
-def _dataset(config: Config) -> DetectionData:
-    try:
-        return build_dataset("val", config)
-    except UserError as error:
-        raise UserError(f"{error}; or give --size <height> <width> to do without a data set") from None
 
 
 def _noise(height: int, width: int, num_classes: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -307,18 +269,17 @@ def _parse() -> tuple[argparse.Namespace, Config]:
     # the time does not depend on the weights: no download
     if config.backbone.backbone_weights == "imagenet":
         config = config.with_flags({"backbone_weights": "none"})
-    return args, _with_detector_of(config.run.resume, config)
-
-
-def _with_detector_of(resume: str, config: Config) -> Config:
-    """The Config with the architecture and the classes of the checkpoint, if one is named."""
+    resume = config.run.resume
     if not resume:
-        return dataclasses.replace(config, settled=True)
-    # the flags of the checkpoint fill those that the caller did not give
+        return args, dataclasses.replace(config, settled=True)
+
+    # the flags and classes of the checkpoint fill what the caller did not give
     checkpoint = read_checkpoint(resume)
     config = adopt(config, checkpoint, resume, purpose=Purpose.RESUME)
-    classes = classes_of(checkpoint, resume) or unnamed_classes(weights_of(checkpoint, resume))
-    return with_classes(config, classes) if config.data.num_classes == AUTO else config
+    if config.data.num_classes == AUTO:
+        classes = classes_of(checkpoint, resume) or unnamed_classes(weights_of(checkpoint, resume))
+        config = with_classes(config, classes)
+    return args, config
 
 
 if __name__ == "__main__":

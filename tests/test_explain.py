@@ -13,6 +13,8 @@ from models import build_model, load_detector
 from models.inspection import recording
 from tests.helpers import BATCHFORMER, ROOT, SMALL_IMAGES, SMALL_MODEL, run
 from tools import explain
+from tools.explained.attention import _tokens
+from tools.explained.batchformer import _difference
 from util.checkpoint import write_atomically
 from util.class_map import Category, ClassMap
 from util.config import parse_config
@@ -156,10 +158,10 @@ def test_the_streams_are_drawn_for_a_module_of_one_stream_too(folder, tmp_path):
 def test_scores_of_the_streams_are_compared_where_one_of_them_finds_something():
     scores = torch.tensor([[[0.5, 0.1]], [[0.1, 0.2]], [[0.2, 0.1]]])  # [N, Q, C]
     mixed = torch.tensor([[[0.4, 0.1]], [[0.1, 0.35]], [[0.0, 0.1]]])
-    line = explain._difference(scores.logit(), mixed.logit(), 0.3)
+    line = _difference(scores.logit(), mixed.logit(), 0.3)
     assert line.startswith("2 queries that score at least 0.3 in one of the streams")
     assert line.endswith("their scores differ by 0.125 on average, at most 0.150")
-    assert "no query scores 0.6" in explain._difference(scores.logit(), mixed.logit(), 0.6)
+    assert "no query scores 0.6" in _difference(scores.logit(), mixed.logit(), 0.6)
 
 
 def test_what_a_checkpoint_does_not_tell_is_told_by_flags(folder, tmp_path, caplog):
@@ -206,7 +208,7 @@ def test_the_token_of_a_pixel_is_the_one_whose_reference_point_is_nearest(folder
         "3",
     ]
     args = explain._parser().parse_args(flags)
-    for level, target in enumerate(explain._tokens(args, picture.size, shapes)):
+    for level, target in enumerate(_tokens(args, picture.size, shapes)):
         first = sum(h * w for h, w in shapes[:level])
         own = range(first, first + shapes[level][0] * shapes[level][1])
         places = record.encoder[0].references_in_image()[0, :, level] * torch.tensor(picture.size)

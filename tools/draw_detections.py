@@ -31,16 +31,15 @@ PAIRS_IN_A_ROW = 2
 
 def parser() -> argparse.ArgumentParser:
     made = make_parser("tools/draw_detections.py", __doc__, EXAMPLE)
-    unset = argparse.SUPPRESS
     add = made.add_argument_group("required").add_argument
-    add("--annotations", type=Path, required=True, default=unset, help="COCO instances JSON")
-    add("--images", type=Path, required=True, default=unset, help="folder of the images")
+    add("--annotations", type=Path, required=True, help="COCO instances JSON")
+    add("--images", type=Path, required=True, help="folder of the images")
     results = "COCO results JSON: a list of {image_id, category_id, bbox [x, y, w, h], score}"
-    add("--predictions", type=Path, required=True, default=unset, help=results)
-    add("--output_dir", type=Path, required=True, default=unset, help="folder for the PNG files")
+    add("--predictions", type=Path, required=True, help=results)
+    add("--output_dir", type=Path, required=True, help="folder for the PNG files")
     add = made.add_mutually_exclusive_group().add_argument
     add("--num_images", type=int, default=8, help="how many images, chosen evenly from the data set")
-    add("--image_ids", type=int, nargs="+", default=unset, help="draw these images instead")
+    add("--image_ids", type=int, nargs="+", help="draw these images instead")
     add_score_threshold_flag(made, "leave out detections that score less")
     return made
 
@@ -50,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
     # Read and check everything before the first picture is written.
     coco = read_annotations(args.annotations)
     predictions = read_predictions(args.predictions, coco)
-    chosen = choose_images(coco, args.num_images, getattr(args, "image_ids", None))
+    chosen = choose_images(coco, args.num_images, args.image_ids)
     respell([coco.imgs[image_id] for image_id in chosen], args.images)
 
     try:
@@ -71,6 +70,7 @@ def main(argv: Sequence[str]) -> None:
 
 def read_predictions(path: Path, coco: COCO) -> dict[int, list[dict[str, Any]]]:
     """Detections by image id. Raises UserError if the file is not COCO results for these images."""
+    # an image without detections has an empty list
     by_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for result in read_results(path):
         by_image[result["image_id"]].append(result)
@@ -106,21 +106,10 @@ def _listed(image_ids: Iterable[int]) -> str:
 def draw_pair(
     coco: COCO, image_id: int, folder: Path, found: Sequence[dict], threshold: float
 ) -> Image.Image:
-    """The annotations of an image beside its detections."""
+    """The annotations of an image beside its detections. Raises UserError if its file cannot be read,
+    or has another size than its annotations.
+    """
     info, truth = coco.imgs[image_id], coco.imgToAnns[image_id]
-    image = open_image(folder, info)
-    # all names, so that a class has the same colour in every picture
-    names = {i: category["name"] for i, category in coco.cats.items()}
-    left, right = draw_coco(image, truth, names), draw_coco(image, found, names)
-    titles = (
-        f"Ground truth: {len(truth)}  ({info['file_name']})",
-        f"Detections: {len(found)}  (score >= {threshold:g})",
-    )
-    return side_by_side(left, right, titles)
-
-
-def open_image(folder: Path, info: dict[str, Any]) -> Image.Image:
-    """Raises UserError if the file cannot be read, or has another size than its annotations."""
     path = folder / info["file_name"]
     megapixels, otherwise = DataConfig.max_image_megapixels, "or choose other --image_ids"
     image = read_picture(path, megapixels, otherwise, upright=False)
@@ -128,7 +117,14 @@ def open_image(folder: Path, info: dict[str, Any]) -> Image.Image:
     if image.size != (width, height):  # the boxes would all be in the wrong place
         size = f"{image.width} x {image.height}"
         raise UserError(f"{path} is {size}, but its annotations are for {width} x {height}")
-    return image
+
+    # all names, so that a class has the same colour in every picture
+    names = {i: category["name"] for i, category in coco.cats.items()}
+    titles = (
+        f"Ground truth: {len(truth)}  ({info['file_name']})",
+        f"Detections: {len(found)}  (score >= {threshold:g})",
+    )
+    return side_by_side(draw_coco(image, truth, names), draw_coco(image, found, names), titles)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from PIL import Image
+from tqdm import tqdm
+
 # a script sees only its own folder, not the project
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -37,9 +40,6 @@ from util.config import (
 from util.errors import UserError, run_as_command
 
 if TYPE_CHECKING:  # imported where they are used, so that --help needs no torch
-    from PIL import Image
-    from tqdm import tqdm
-
     from datasets.input_files import InputFile
     from models.detector import Detections, Detector, Prepared
     from util.images.files import BadImageError
@@ -55,50 +55,27 @@ T = TypeVar("T")
 
 def parser() -> argparse.ArgumentParser:
     made = make_parser("tools/predict.py", __doc__, EXAMPLE)
-    add, unset = made.add_argument, argparse.SUPPRESS
-    add(
-        "inputs",
-        nargs="+",
-        help="pictures, videos, and folders, which are searched for pictures with all their subfolders",
-    )
-    add(
-        "--resume",
-        "--checkpoint",
-        required=True,
-        default=unset,
-        help="the checkpoint, published or ours: a path or an https address",
-    )
-    add(
-        "--output_dir", type=Path, required=True, default=unset, help="folder to write, outside of the inputs"
-    )
+    add = made.add_argument
+    text = "pictures, videos, and folders, which are searched for pictures with all their subfolders"
+    add("inputs", nargs="+", help=text)
+    text = "the checkpoint, published or ours: a path or an https address"
+    add("--resume", "--checkpoint", required=True, help=text)
+    text = "folder to write, outside of the inputs"
+    add("--output_dir", type=Path, required=True, help=text)
     add_score_threshold_flag(made, "leave out detections that score less, in pictures and files")
-    add(
-        "--annotations",
-        type=Path,
-        help="a COCO file with the pictures' ids; default: numbered from 1 in the order of the inputs",
-    )
+    text = "a COCO file with the pictures' ids; default: numbered from 1 in the order of the inputs"
+    add("--annotations", type=Path, help=text)
     add("--no_pictures", action="store_true", help="write no annotated pictures and videos")
-    add(
-        "--batch_size",
-        type=int,
-        default=1,
-        help="pictures at once; in a batch the padding changes detections a little",
-    )
+    text = "pictures at once; in a batch the padding changes detections a little"
+    add("--batch_size", type=int, default=1, help=text)
     add("--device", default="", help="cuda, cpu, cuda:1, mps; default: cuda where there is one, else cpu")
     add("--amp", default="off", choices=("off", "bf16", "fp16"), help="mixed precision")
     add_weights_flag(made)
-    add(
-        "--on_bad_image",
-        default="stop",
-        choices=("stop", "skip"),
-        help="stop at a file that can't be used, or leave it out",
-    )
-    add(
-        "--max_image_megapixels",
-        type=float,
-        default=DataConfig.max_image_megapixels,
-        help="refuse larger pictures before they are decoded",
-    )
+    text = "stop at a file that can't be used, or leave it out"
+    add("--on_bad_image", default="stop", choices=("stop", "skip"), help=text)
+    text = "refuse larger pictures before they are decoded"
+    largest = DataConfig.max_image_megapixels
+    add("--max_image_megapixels", type=float, default=largest, help=text)
     # what a published checkpoint does not say of its detector
     add_detector_flags(made)
     return made
@@ -106,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Do what the flags say. Raises UserError."""
-    # What can be checked before the checkpoint is loaded is checked here.
+    # what can be checked before the checkpoint is loaded is checked first
     args = parser().parse_args(argv)
     from datasets.input_files import check_output, find_files, with_annotated_ids
 
@@ -115,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from models import load_detector
 
+    # a published checkpoint may need some flags of main.py
     detector = load_detector(
         args.resume,
         device=args.device,
@@ -126,53 +104,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if args.annotations:
         files = with_annotated_ids(files, args.annotations, detector.classes)
+    # the frames of a video are added when it is opened
+    pictures = sum(not file.is_video for file in files)
     try:
-        prediction = predict(detector, files, args)
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        # disable=None: no bar if the output is not a terminal
+        with tqdm(total=pictures, unit="picture", disable=None) as progress:
+            prediction = Prediction(detector, args, progress)
+            try:
+                prediction.run(files)
+            finally:  # an error leaves what was predicted before it
+                prediction.write_json()
     except OSError as error:
         path = error.filename or args.output_dir
         raise UserError(f"{path} can't be written ({error.strerror or error})") from None
-    report(prediction)
-
-
-def predict(detector: Detector, files: Sequence[InputFile], args: argparse.Namespace) -> Prediction:
-    """Write everything; returns what was counted on the way."""
-    from tqdm import tqdm
-
-    folder = args.output_dir
-    folder.mkdir(parents=True, exist_ok=True)
-    # the frames of a video are added when it is opened
-    pictures = [file for file in files if not file.is_video]
-    # disable=None: no bar if the output is not a terminal
-    with tqdm(total=len(pictures), unit="picture", disable=None) as progress:
-        prediction = Prediction(detector, args, progress)
-        try:
-            prediction.run(files)
-        finally:  # an error leaves what was predicted before it
-            categories = [{"id": one.id, "name": one.name} for one in detector.classes.categories]
-            content = {"annotations": [], "categories": categories, "images": prediction.images}
-            (folder / "images.json").write_text(json.dumps(content))
-            lines = ",\n".join(map(json.dumps, prediction.results))
-            (folder / "predictions.json").write_text(f"[\n{lines}\n]\n")
-    return prediction
-
-
-def report(done: Prediction) -> None:
-    """Print what was done and which files were left out. Raises UserError if those are all."""
-    # The files that were left out, one a line, then the counts.
-    for error in done.bad:
-        print(f"left out: {error.path} {error.reason}", file=sys.stderr)
-    if not done.images:
-        raise UserError(f"none of the {len(done.bad)} files could be used")
-    line = f"pictures: {len(done.images)}; "
-    line += f"detections that score {done.args.score_threshold:g} and more: {len(done.results)}"
-    if not done.results:
-        line += f" (the best scores {done.best_score:.2g}; lower --score_threshold to see it)"
-    if done.bad:
-        line += f"; files left out: {len(done.bad)}"
-    print(f"{line}; written to {done.args.output_dir}")
-
-
-# ---- prediction
+    prediction.report()
 
 
 @dataclass(frozen=True)
@@ -185,7 +131,7 @@ class Shot:
     prepared: Prepared
     entry: dict[str, Any]
     file: InputFile
-    seconds: Fraction = Fraction(0)
+    seconds: Fraction
 
 
 @dataclass
@@ -204,10 +150,7 @@ class Prediction:
     images: list[dict[str, Any]] = field(default_factory=list)
     bad: list[BadImageError] = field(default_factory=list)
     best_score: float = 0.0
-
-    def __post_init__(self) -> None:
-        self._class_names = list(self.detector.classes.names.values())
-        self._next_id = itertools.count(1)
+    _next_id: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     def run(self, files: Sequence[InputFile]) -> None:
         """Predict all files. Raises BadImageError for one that can't be used, or keeps it in `bad`
@@ -222,14 +165,44 @@ class Prediction:
                 with self._skipping_bad():
                     self._predict_video(file)
 
+    def write_json(self) -> None:
+        # the ids of predictions.json mean the images and categories of images.json
+        folder = self.args.output_dir
+        categories = [{"id": one.id, "name": one.name} for one in self.detector.classes.categories]
+        content = {"annotations": [], "categories": categories, "images": self.images}
+        (folder / "images.json").write_text(json.dumps(content))
+        # one detection a line
+        lines = ",\n".join(map(json.dumps, self.results))
+        (folder / "predictions.json").write_text(f"[\n{lines}\n]\n")
+
+    def report(self) -> None:
+        """Print what was done and which files were left out. Raises UserError if those are all."""
+        # the files that were left out, one a line, then the counts
+        for error in self.bad:
+            print(f"left out: {error.path} {error.reason}", file=sys.stderr)
+        if not self.images:
+            raise UserError(f"none of the {len(self.bad)} files could be used")
+        line = f"pictures: {len(self.images)}; "
+        line += f"detections that score {self.args.score_threshold:g} and more: {len(self.results)}"
+        if not self.results:
+            line += f" (the best scores {self.best_score:.2g}; lower --score_threshold to see it)"
+        if self.bad:
+            line += f"; files left out: {len(self.bad)}"
+        print(f"{line}; written to {self.args.output_dir}")
+
     def _predict(self, shots: Generator[Shot], write: Callable[[Shot, Detections], None]) -> None:
+        from datasets.coco_eval import coco_results
+
         # one thread reads ahead, one detects, and this one draws and writes
         size = self.detector.batch_size
         predicted = ahead(self._detect(ahead(shots, 2 * size)), size)
         with contextlib.closing(predicted):
             for shot, found in predicted:
                 # noted first, so that a picture that can't be written is in the JSON files
-                self._note(shot, found)
+                detections = {"boxes": found.boxes, "scores": found.scores, "labels": found.labels}
+                self.results += coco_results([shot.entry["id"]], [detections], self.detector.classes)
+                self.images.append(shot.entry)
+                self.progress.update()
                 if not self.args.no_pictures:
                     write(shot, found)
 
@@ -259,14 +232,15 @@ class Prediction:
     def _read_pictures(self, files: Sequence[InputFile]) -> Generator[Shot]:
         from util.images.prepare import read_picture
 
+        upright = self.args.annotations is None
         for file in files:
+            # an id is used up even if the file is left out
             number = file.image_id
             if number is None:
                 number = next(self._next_id)
             with self._skipping_bad():
-                upright = self.args.annotations is None
                 picture = read_picture(file.path, self.args.max_image_megapixels, REMEDY, upright=upright)
-                yield self._shot(picture, file, {"id": number})
+                yield self._shot(picture, file, {"id": number}, Fraction(0))
 
     def _read_video(self, video: VideoReader, file: InputFile) -> Generator[Shot]:
         for index, frame in enumerate(video):
@@ -274,9 +248,7 @@ class Prediction:
             entry = {"id": next(self._next_id), "frame": index, "seconds": seconds}
             yield self._shot(frame.picture, file, entry, frame.seconds)
 
-    def _shot(
-        self, picture: Image.Image, file: InputFile, entry: dict[str, Any], seconds: Fraction = Fraction(0)
-    ) -> Shot:
+    def _shot(self, picture: Image.Image, file: InputFile, entry: dict[str, Any], seconds: Fraction) -> Shot:
         entry |= {"file_name": file.name, "width": picture.width, "height": picture.height}
         return Shot(picture, self.detector.prepare(picture), entry, file, seconds)
 
@@ -289,21 +261,13 @@ class Prediction:
                     self.best_score = max([self.best_score, *found.scores[:1].tolist()])
                     yield shot, found.above(self.args.score_threshold)
 
-    def _note(self, shot: Shot, found: Detections) -> None:
-        from datasets.coco_eval import coco_results
-
-        # the format of the postprocessor, as in evaluation
-        detections = {"boxes": found.boxes, "scores": found.scores, "labels": found.labels}
-        self.results += coco_results([shot.entry["id"]], [detections], self.detector.classes)
-        self.images.append(shot.entry)
-        self.progress.update()
-
     def _draw(self, shot: Shot, found: Detections, *, enlarge: bool) -> Image.Image:
         from util.draw.boxes import draw_boxes
 
-        boxes, scores = found.boxes.numpy(), found.scores.tolist()
+        classes = list(self.detector.classes.names.values())
+        scores = found.scores.tolist()
         return draw_boxes(
-            shot.picture, boxes, found.names, scores, classes=self._class_names, enlarge=enlarge
+            shot.picture, found.boxes.numpy(), found.names, scores, classes=classes, enlarge=enlarge
         )
 
     def _output(self, file: InputFile) -> Path:
@@ -338,21 +302,20 @@ def ahead(items: Generator[T], depth: int) -> Generator[T]:
 
 def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
     """Lists of `size` items, the last one shorter. If `items` raises, what it gave before comes first."""
-    # What was read before an error is still predicted.
     batch: list[T] = []
-    failure: Exception | None = None
     try:
         for item in items:
             batch.append(item)
             if len(batch) == size:
                 yield batch
                 batch = []
-    except Exception as error:
-        failure = error
+    except Exception:
+        # what was read before an error is still predicted
+        if batch:
+            yield batch
+        raise
     if batch:
         yield batch
-    if failure:
-        raise failure
 
 
 if __name__ == "__main__":

@@ -32,11 +32,9 @@ EXAMPLE = "python tools/replay.py exps/run/nonfinite_0003_000120_process0.pth"
 def parser() -> argparse.ArgumentParser:
     made = make_parser("tools/replay.py", __doc__, EXAMPLE)
     made.add_argument("dump", help="the file that the run saved")
-    device = (
-        "cuda, cpu, ...; default: cuda where there is one. The same bits as in the run only on "
-        "the device of the run"
-    )
-    made.add_argument("--device", default="", help=device)
+    text = "cuda, cpu, ...; default: cuda where there is one. The same bits as in the run only on the "
+    text += "device of the run"
+    made.add_argument("--device", default="", help=text)
     return made
 
 
@@ -76,11 +74,9 @@ def describe(step: Mapping[str, Any]) -> None:
     batch = zip(step["image_ids"], step["images"], step["mask"], step["targets"], strict=True)
     for image_id, image, mask, target in batch:
         height, width = (~mask[:, 0]).sum().item(), (~mask[0]).sum().item()
-        line = f"  image {image_id}: {height} x {width}"
-        if not torch.isfinite(image).all():
-            line += ", NOT FINITE"
         boxes = target["boxes"]
-        line += f"; {len(boxes)} boxes"
+        finite = "" if torch.isfinite(image).all() else ", NOT FINITE"
+        line = f"  image {image_id}: {height} x {width}{finite}; {len(boxes)} boxes"
         if len(boxes):
             line += f", smallest side {boxes[:, 2:].min().item():.2g} of the image"
         print(line)

@@ -24,13 +24,13 @@ EXAMPLE = """\
 
 def parser() -> argparse.ArgumentParser:
     made = make_parser("tools/report.py", __doc__, EXAMPLE)
-    add, unset = made.add_argument, argparse.SUPPRESS
+    add = made.add_argument
     runs = "output folders of runs; the others are compared with the first"
     add("runs", type=Path, nargs="+", help=runs)
     add("--output", type=Path, default=Path("report.html"), help="page to write")
     truth = "COCO JSON of the validation images (default: that of the first run which names it)"
-    add("--annotations", type=Path, default=unset, help=truth)
-    add("--images", type=Path, default=unset, help="folder of the validation images (default: likewise)")
+    add("--annotations", type=Path, help=truth)
+    add("--images", type=Path, help="folder of the validation images (default: likewise)")
     pictures = "pictures of each kind of mistake and run, the worst first"
     add("--num_pictures", type=int, default=12, help=pictures)
     add_score_threshold_flag(made, "count and show mistakes among detections of at least this score")
@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> None:
     args = parser().parse_args(argv)
+
     # before anything is read, which may take minutes
     if args.num_pictures < 0:
         raise UserError(f"--num_pictures {args.num_pictures} must not be negative")
@@ -52,8 +53,8 @@ def main(argv: Sequence[str]) -> None:
     size = make_page(
         args.runs,
         args.output,
-        annotations=getattr(args, "annotations", None),
-        images=getattr(args, "images", None),
+        annotations=args.annotations,
+        images=args.images,
         num_pictures=args.num_pictures,
         threshold=args.score_threshold,
     )

@@ -29,8 +29,7 @@ Drawn = tuple[Panel, list[Curve]]
 def curves(runs: Sequence[Run]) -> dict[str, Any] | None:
     """A chart of the panels that have a curve; None if no run has finished an epoch."""
     logs = [run.rows for run in runs]
-    panels = [(panel, curves_of(panel, logs)) for panel in PANELS]
-    panels = [(panel, found) for panel, found in panels if found]
+    panels = [(panel, found) for panel in PANELS if (found := curves_of(panel, logs))]
     if not panels:
         return None
     axes: dict[str, dict[str, Any]] = {"xaxis": {}, "yaxis": {}}
@@ -68,10 +67,9 @@ def precision_recall(runs: Sequence[Run], classes: Sequence[Mapping[str, Any]]) 
     # The page replaces the values of all curves when another class is chosen.
     choices = [("all classes", all_ids)]
     choices += [(one["name"], [one["id"]]) for one in sorted(classes, key=lambda one: one["name"])]
-    values = [
-        [name, [_mean(precision, ids, wanted).tolist() for precision, ids in precisions]]
-        for name, wanted in choices
-    ]
+    values = []
+    for name, wanted in choices:
+        values.append([name, [_mean(precision, ids, wanted).tolist() for precision, ids in precisions]])
     return _chart("recall in %", axes, panels, runs) | {"choices": values}
 
 

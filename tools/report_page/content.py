@@ -30,10 +30,6 @@ PRECISIONS = {
 RECALL = "AR 100"
 
 
-def result_name(run: Run, result: Result) -> str:
-    return f"{run.name} (averaged)" if result.weights else run.name
-
-
 def results_of(runs: Sequence[Run]) -> list[tuple[int, Run, Result]]:
     return [(number, run, result) for number, run in enumerate(runs) for result in run.results]
 
@@ -48,29 +44,28 @@ def summary(run: Run) -> dict[str, Any]:
 
     # A run that has only begun has neither rows nor a complete record.
     last = run.rows[-1] if run.rows else {}
-    starts = run.record.get("starts") or [{}]
+    starts = [start for start in run.record.get("starts") or () if isinstance(start, dict)]
     return {
         "name": run.name,
         "folder": str(run.folder),
         "epochs": run.num_epochs,
         "of": run.flags.get("epochs"),
-        "basis": basis(run),
+        "basis": _basis(run),
         "best": best,
-        "loss": number(last.get("train_loss")),
-        "parameters": number(last.get("n_parameters")),
-        "batch": total_batch(run),
-        "environment": run.record.get("environment") or {},
-        "data": run.record.get("data") or {},
-        "started": starts[0].get("at"),
-        "continued": len(starts) - 1,
+        "loss": _number(last.get("train_loss")),
+        "parameters": _number(last.get("n_parameters")),
+        "batch": _total_batch(run),
+        "environment": run.recorded("environment"),
+        "data": run.recorded("data"),
+        "started": starts[0].get("at") if starts else None,
+        "continued": max(len(starts) - 1, 0),
     }
 
 
-def basis(run: Run) -> str:
+def _basis(run: Run) -> str:
     """What an AP rests on: "6 epochs of 100 images, evaluated on 12". A toy run shows by that."""
-    data = run.record.get("data") or {}
-    train = data.get("train", {}).get("num_images")
-    val = data.get("val", {}).get("num_images")
+    train = run.recorded("data", "train").get("num_images")
+    val = run.recorded("data", "val").get("num_images")
     # a folder of main.py --eval has no epochs
     words = []
     if run.rows:
@@ -82,10 +77,9 @@ def basis(run: Run) -> str:
     return ", ".join(words)
 
 
-def total_batch(run: Run) -> int | None:
+def _total_batch(run: Run) -> int | None:
     """Images of one update, over all processes."""
-    size = run.flags.get("batch_size")
-    processes = (run.record.get("environment") or {}).get("processes")
+    size, processes = run.flags.get("batch_size"), run.recorded("environment").get("processes")
     if not isinstance(size, int) or not isinstance(processes, int):
         return None
     return size * processes * int(run.flags.get("accumulate_steps") or 1)
@@ -93,15 +87,14 @@ def total_batch(run: Run) -> int | None:
 
 def flag_table(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Every flag, its meaning and its value in each run, in the order of --help."""
-    meanings = {name: flag.help for name, flag in FLAGS.items()}
-    # runs may be of different versions, with different flags
+    # runs may be of different versions, with different flags: those of other versions come last
     given = {name for run in runs for name in run.flags}
-    # flags of other versions come last
-    names = [name for name in meanings if name in given] + sorted(given - set(meanings))
+    names = [name for name in FLAGS if name in given] + sorted(given - FLAGS.keys())
     table = []
     for name in names:
+        help = FLAGS[name].help if name in FLAGS else ""
         values = [_flag(run.flags.get(name)) for run in runs]
-        table.append({"name": name, "help": meanings.get(name, ""), "values": values})
+        table.append({"name": name, "help": help, "values": values})
     return table
 
 
@@ -133,25 +126,20 @@ def class_metrics(tables: Tables, ids: Sequence[int]) -> dict[str, list[float | 
     """COCO's metrics of single classes: the means of the defined values, in the order of `ids`."""
     metrics: dict[str, list[float | None]] = {name: [] for name in (*PRECISIONS, RECALL)}
     for category in ids:
-        # a class that this result's data set does not have
-        if category not in tables.category_ids:
-            for values in metrics.values():
-                values.append(None)
-            continue
-
+        # no column for a class that this result's data set does not have
+        columns = np.flatnonzero(np.equal(tables.category_ids, category))
         # the last index: the largest number of detections an image
-        k = tables.category_ids.index(category)
         for name, (ious, size) in PRECISIONS.items():
-            metrics[name].append(_defined_mean(tables.precision[ious, :, k, size, -1]))
-        metrics[RECALL].append(_defined_mean(tables.recall[:, k, 0, -1]))
+            metrics[name].append(_defined_mean(tables.precision[ious, :, columns, size, -1]))
+        metrics[RECALL].append(_defined_mean(tables.recall[:, columns, 0, -1]))
     return metrics
 
 
 def _defined_mean(values: NDArray[np.float64]) -> float | None:
     values = values[values > -1]  # -1: no object of this class and size
-    return number(values.mean()) if values.size else None
+    return _number(values.mean()) if values.size else None
 
 
-def number(value: Any) -> float | None:
+def _number(value: Any) -> float | None:
     """A finite number with the digits that a page can show, else None."""
     return float(f"{float(value):.6g}") if is_finite(value) else None

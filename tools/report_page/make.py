@@ -9,7 +9,6 @@ import hashlib
 import html
 import json
 import logging
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -89,14 +88,12 @@ class GroundTruth:
             remedy = "so no mistakes are shown; add --annotations and --images."
             notes.append(f"The annotations are missing ({reason}), {remedy}")
             return cls()
+        coco = read_annotations(path)
 
         # The images must belong to these annotations, unless the user named the annotations.
         if images is None:
-            for file, folder in places:
-                if folder and folder.is_dir() and (annotations or file == path):
-                    images = folder
-                    break
-        coco = read_annotations(path)
+            own = [folder for file, folder in places if annotations or file == path]
+            images = next((folder for folder in own if folder and folder.is_dir()), None)
         if images is None:
             remedy = "so boxes are drawn on an empty background; add --images."
             notes.append(f"The folder of the images is missing, {remedy}")
@@ -115,7 +112,7 @@ class GroundTruth:
 
 def validation_data(run: Run) -> tuple[Path | None, Path | None]:
     """Annotations and images that a run was evaluated on, by its record or by its flags."""
-    val = (run.record.get("data") or {}).get("val") or {}
+    val = run.recorded("data", "val")
     annotations, images = val.get("annotations"), val.get("images")
     if not annotations and run.flags.get("coco_path"):
         root = Path(run.flags["coco_path"])
@@ -135,13 +132,10 @@ def page_content(
     errors = [_errors(run, result, truth, notes, threshold) for _, run, result in results]
     names = _names(runs, truth.coco)
     classes = content.class_table([result for _, _, result in results], truth.coco, names)
-    shown = []
-    for number, run, result in results:
-        stats = result.stats
-        if stats is not None:  # JSON has no NaN; -1 is COCO's "undefined"
-            stats = [value if math.isfinite(value) else -1.0 for value in stats]
-        name = content.result_name(run, result)
-        shown.append({"run": number, "name": name, "weights": result.weights, "stats": stats})
+    shown = [
+        {"run": number, "name": result.name, "weights": result.weights, "stats": result.stats}
+        for number, _, result in results
+    ]
     return {
         "made": datetime.now().astimezone().strftime("%-d %B %Y, %H:%M"),
         "runs": [content.summary(run) for run in runs],
@@ -162,22 +156,16 @@ def _names(runs: Sequence[Run], coco: COCO | None) -> dict[int, str]:
     """Class names by category id: those of the annotations, then those of the runs."""
     names: dict[int, str] = {}
     for run in runs[::-1]:  # the first run has the last word
-        names |= recorded_names(run.record.get("classes"))
+        names |= _recorded_names(run.recorded("classes"))
     if coco:
         names |= {int(category): entry["name"] for category, entry in coco.cats.items()}
     return names
 
 
-def recorded_names(classes: Any) -> dict[int, str]:
+def _recorded_names(classes: Mapping[Any, Any]) -> dict[int, str]:
     """Names by category id, from what a run.json or a checkpoint has."""
-    if not isinstance(classes, Mapping):
-        return {}
-    if isinstance(classes.get("categories"), list | tuple):
-        names = {}
-        for entry in classes["categories"]:
-            _, category, name = entry.values() if isinstance(entry, Mapping) else entry
-            names[int(category)] = str(name)
-        return names
+    if "categories" in classes:
+        return {int(category): str(name) for _, category, name in classes["categories"]}
     # old checkpoints map category ids to names
     digits = [category for category in classes if str(category).lstrip("-").isdigit()]
     return {int(category): str(classes[category]) for category in digits}
@@ -187,55 +175,49 @@ def _errors(
     run: Run, result: Result, truth: GroundTruth, notes: list[str], threshold: float
 ) -> Errors | None:
     """The mistakes of a result; adds notes on what is odd. Computes missing tables from the detections."""
-    name = content.result_name(run, result)
-    if result.detections is None:
+    detections, coco = result.detections, truth.coco
+    if detections is None:
         remedy = "evaluate again with main.py --eval --save_predictions."
         notes.append(
-            f"{name}: there are no detections (eval/latest.json), so no mistakes are shown; {remedy}"
+            f"{result.name}: there are no detections (eval/latest.json), so no mistakes are shown; {remedy}"
+        )
+    if detections is None or coco is None:
+        return None
+
+    # The detections must belong to these annotations.
+    if not truth.is_of(run):
+        notes.append(
+            f"{result.name}: was evaluated on other annotations than {truth.path}, so its metrics can't be "
+            "compared with the others' and its mistakes are left out; make a page of its own."
         )
         return None
-    if truth.coco is None:
-        return None
-    if obstacle := _other_data(run, result, truth.coco, truth):
-        notes.append(f"{name}: {obstacle}")
+    if unknown := {detection["image_id"] for detection in detections} - coco.imgs.keys():
+        notes.append(
+            f"{result.name}: its detections are of {len(unknown)} images that {truth.path} does not have, so "
+            "its mistakes are left out; name its own with --annotations and --images."
+        )
         return None
 
     # --save_predictions alone writes no tables.
     if result.tables is None:
-        result.tables = Tables.from_plain(precision_tables(evaluate_results(truth.coco, result.detections)))
+        result.tables = Tables.from_plain(precision_tables(evaluate_results(coco, detections)))
         result.stats = result.stats or result.tables.stats
     # hundreds of thousands take half a minute
-    log.info("%s: %d detections to sort", name, len(result.detections))
-    errors = find_errors(truth.coco, result.detections)
+    log.info("%s: %d detections to sort", result.name, len(detections))
+    errors = find_errors(coco, detections)
 
     # Both come from the same evaluation, unless somebody has replaced a file.
     ap50, recorded = errors.average_precision(), result.tables.stats[1]
     if len(errors.objects.index) and abs(ap50 - recorded) > 1e-6:
         pair = f"AP50 {100 * ap50:.1f} and {100 * recorded:.1f}"
-        notes.append(
-            f"{name}: its detections and its tables are of different evaluations ({pair}); evaluate again."
-        )
-    scores = errors.detections.score
-    if len(scores) and scores.max() < threshold:
-        best = f"(the highest is {scores.max():.2f}), so every object counts as missed"
-        notes.append(f"{name}: no detection scores {threshold:g} or more {best}; lower --score_threshold.")
+        reason = f"its detections and its tables are of different evaluations ({pair}); evaluate again."
+        notes.append(f"{result.name}: {reason}")
+    best = errors.detections.score.max(initial=0)
+    if len(detections) and best < threshold:
+        reason = f"no detection scores {threshold:g} or more (the highest is {best:.2f})"
+        remedy = "so every object counts as missed; lower --score_threshold."
+        notes.append(f"{result.name}: {reason}, {remedy}")
     return errors
-
-
-def _other_data(run: Run, result: Result, coco: COCO, truth: GroundTruth) -> str | None:
-    """Why a result's detections can't be compared with the annotations; None if they can."""
-    if not truth.is_of(run):
-        return (
-            f"was evaluated on other annotations than {truth.path}, so its metrics can't be compared with "
-            "the others' and its mistakes are left out; make a page of its own."
-        )
-    unknown = {detection["image_id"] for detection in result.detections or ()} - coco.imgs.keys()
-    if unknown:
-        return (
-            f"its detections are of {len(unknown)} images that {truth.path} does not have, so its "
-            "mistakes are left out; name its own with --annotations and --images."
-        )
-    return None
 
 
 def _mistakes(
@@ -254,7 +236,7 @@ def _mistakes(
     shown["entries"] = worst(errors, truth.coco, album, threshold, count)
     shown["pictures"] = album.uris
     if album.unreadable:
-        what = album.unreadable[0]
+        what = next(iter(album.unreadable))
         if len(album.unreadable) > 1:
             what += f" and {len(album.unreadable) - 1} more images"
         remedy = "name the folder of the images with --images."
@@ -263,16 +245,14 @@ def _mistakes(
         remedy = "the others show boxes on an empty background. Lower --num_pictures."
         notes.append(f"Not all pictures fitted on the page; {remedy}")
 
-    shown["choice"] = (
-        f"The worst {count} of each kind and run: false positives by their score, missed objects by "
-        "their size."
-    )
+    order = "false positives by their score, missed objects by their size"
+    choice = f"The worst {count} of each kind and run: {order}."
     if not count:
-        shown["choice"] = "The pictures were left out (--num_pictures 0)."
+        choice = "The pictures were left out (--num_pictures 0)."
     elif not shown["entries"]:
         wrong = f"No detection of at least {threshold:g} is wrong and no object is missed"
-        shown["choice"] = f"{wrong}: there is nothing to show."
-    return shown
+        choice = f"{wrong}: there is nothing to show."
+    return shown | {"choice": choice}
 
 
 def write_page(data: Mapping[str, Any], title: str, output: Path) -> int:

@@ -41,17 +41,16 @@ Box = tuple[float, float, float, float]  # x, y, width, height
 
 @dataclass
 class Album:
-    """Parts of images as data URIs, each once. full: their bytes are used up."""
+    """Parts of images as data URIs, each once. unreadable: names of files, in the order of their
+    discovery. full: `uris` have reached their limit.
+    """
 
     folder: Path | None
     coco: COCO
     uris: list[str] = field(default_factory=list)
-    unreadable: list[str] = field(default_factory=list)
+    unreadable: dict[str, None] = field(default_factory=dict)
     full: bool = False
-
-    def __post_init__(self) -> None:
-        self._places: dict[tuple[int, Box], int] = {}
-        self._bytes = 0
+    _places: dict[tuple[int, Box], int] = field(default_factory=dict)
 
     def cutting(self, image_id: int, view: Box) -> int | None:
         """The index among `uris` of a part of an image; None if there is no such image or no room."""
@@ -59,17 +58,15 @@ class Album:
         if key in self._places:
             return self._places[key]
         # it stays full: smaller pictures must not overtake worse mistakes
-        self.full = self.full or self._bytes > PICTURE_BYTES
+        self.full = self.full or sum(map(len, self.uris)) > PICTURE_BYTES
         if self.folder is None or self.full:
             return None
         name = self.coco.imgs[image_id].get("file_name", "")
         try:
             uri = _data_uri(self.folder / name, view)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # SyntaxError: a broken PNG
-            if name not in self.unreadable:
-                self.unreadable.append(name)
+            self.unreadable[name] = None
             return None
-        self._bytes += len(uri)
         self._places[key] = len(self.uris)
         self.uris.append(uri)
         return self._places[key]

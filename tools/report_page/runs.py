@@ -43,20 +43,19 @@ class Tables:
     @classmethod
     def from_plain(cls, content: dict[str, Any]) -> Tables:
         """From what datasets.coco_eval.precision_tables gives."""
-        return cls(
-            np.asarray(content["precision"], dtype=np.float64),
-            np.asarray(content["recall"], dtype=np.float64),
-            [int(i) for i in content["category_ids"]],
-            [float(value) for value in content["stats"]],
-        )
+        precision, recall = (np.asarray(content[name], float) for name in ("precision", "recall"))
+        return cls(precision, recall, list(content["category_ids"]), list(content["stats"]))
 
 
 @dataclass
 class Result:
     """A run's newest evaluation of its weights ("") or of the averaged ones ("ema"). None for what
     is missing.
+
+    name: of the run, with "(averaged)".
     """
 
+    name: str
     weights: str
     tables: Tables | None
     detections: list[dict[str, Any]] | None
@@ -65,8 +64,8 @@ class Result:
 
 @dataclass
 class Run:
-    """rows: of log.txt. record: of run.json. notes: sentences that say what is missing, and the
-    remedy.
+    """rows: of log.txt. record: of run.json, or what a checkpoint has of it. notes: sentences that say
+    what is missing, and the remedy.
     """
 
     name: str
@@ -76,9 +75,18 @@ class Run:
     results: list[Result] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    def recorded(self, *names: str) -> dict[str, Any]:
+        """An entry of the record; {} if it is missing or was edited to something else."""
+        entry: Any = self.record
+        for name in names:
+            entry = entry.get(name)
+            if not isinstance(entry, dict):
+                return {}
+        return entry
+
     @property
     def flags(self) -> dict[str, Any]:
-        return self.record.get("flags", {})
+        return self.recorded("flags")
 
     @property
     def num_epochs(self) -> int:
@@ -113,12 +121,16 @@ def _read_run(name: str, folder: Path) -> Run:
         raise UserError(f"{error.filename}: {error.strerror}") from None
 
     # Runs of older versions have no run.json.
-    run.record = _checked(read_record(folder)) or _record_of_checkpoint(run)
+    run.record = read_record(folder) or _record_of_checkpoint(run)
 
-    for weights in _FILES:
-        result = _result(run, weights)
-        if result.tables or result.detections is not None or result.stats:
-            run.results.append(result)
+    # main.py --eval writes tables and no log
+    for weights, (table_files, detection_files) in _FILES.items():
+        tables = _newest(run, table_files, _read_tables)
+        detections = _newest(run, detection_files, read_results)
+        stats = tables.stats if tables else _last_metrics(run.rows, weights)
+        if detections is not None or stats:
+            shown = f"{name} (averaged)" if weights else name
+            run.results.append(Result(shown, weights, tables, detections, stats))
 
     # Any folder could be named by mistake.
     if not (run.rows or run.record or run.results):
@@ -130,24 +142,9 @@ def _read_run(name: str, folder: Path) -> Run:
     return run
 
 
-def _checked(record: dict[str, Any]) -> dict[str, Any]:
-    """The entries of a run.json that have the right type: somebody may have edited the file."""
-    kinds = {"flags": dict, "classes": dict, "data": dict, "environment": dict, "starts": list}
-    checked: dict[str, Any] = {}
-    for name, value in record.items():
-        if isinstance(value, kinds.get(name, object)):
-            checked[name] = value
-    if "starts" in checked:
-        checked["starts"] = [start for start in checked["starts"] if isinstance(start, dict)]
-    if "data" in checked:
-        splits = checked["data"].items()
-        checked["data"] = {name: split for name, split in splits if isinstance(split, dict)}
-    return checked
-
-
 def _record_of_checkpoint(run: Run) -> dict[str, Any]:
     """Flags and classes of a run without run.json, from a checkpoint."""
-    # a run that was not finished may have the one, and a published checkpoint is the other
+    # a run that was not finished may have the first, and a published checkpoint is the second
     files = [*sorted(run.folder.glob("resume_*.pth"))[-1:], *run.folder.glob("checkpoint.pth")]
     for file in files:
         try:
@@ -165,15 +162,6 @@ def _record_of_checkpoint(run: Run) -> dict[str, Any]:
     return {}
 
 
-def _result(run: Run, weights: str) -> Result:
-    table_files, detection_files = _FILES[weights]
-    # main.py --eval writes tables and no log.
-    tables = _newest(run, table_files, _read_tables)
-    detections = _newest(run, detection_files, read_results)
-    stats = tables.stats if tables else last_metrics(run.rows, weights)
-    return Result(weights, tables, detections, stats)
-
-
 def _newest(run: Run, names: Sequence[str], reader: Callable[[Path], T]) -> T | None:
     """The content of the newest of several files. A broken file gives None and a note."""
     files = [run.folder / name for name in names if (run.folder / name).is_file()]
@@ -188,23 +176,26 @@ def _newest(run: Run, names: Sequence[str], reader: Callable[[Path], T]) -> T | 
 
 
 def _read_tables(path: Path) -> Tables:
+    content = read_checkpoint(path, "tables")
     try:
-        tables = Tables.from_plain(read_checkpoint(path, "tables"))
+        tables = Tables.from_plain(content)
     except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, UserError):  # it is a ValueError, and says more
-            raise
         raise UserError(f"{path} holds no tables of precision and recall ({error})") from None
+    # other shapes would fail later, where nothing names the file
     classes = len(tables.category_ids)
-    if tables.precision.ndim != 5 or tables.precision.shape[2] != classes or len(tables.stats) != 12:
+    if tables.precision.ndim != 5 or tables.precision.shape[2] != classes or not _are_metrics(tables.stats):
         raise UserError(f"{path} holds tables of another shape than COCO's")
     return tables
 
 
-def last_metrics(rows: Sequence[Row], weights: str) -> list[float] | None:
+def _are_metrics(values: Any) -> bool:
+    return isinstance(values, list) and len(values) == len(FIGURES) and all(map(is_finite, values))
+
+
+def _last_metrics(rows: Sequence[Row], weights: str) -> list[float] | None:
     """The twelve metrics of the last evaluation in the log."""
     key = f"test_{weights}_coco_eval_bbox" if weights else "test_coco_eval_bbox"
     for row in reversed(rows):
-        values = row.get(key)
-        if isinstance(values, list) and len(values) == len(FIGURES) and all(map(is_finite, values)):
-            return [float(value) for value in values]
+        if _are_metrics(row.get(key)):
+            return row[key]
     return None

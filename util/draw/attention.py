@@ -67,32 +67,31 @@ def plot_samples(picture: Image.Image, samples: Samples, title: str, heads: Sequ
         picture: RGB.
         heads: draw the samples of these alone.
     """
-    levels = len(samples.shapes)
+    levels = range(len(samples.shapes))
     region = _region(samples, heads, picture.size)
     highest = float(samples.weights[heads].max())
     scale = Normalize(0, max(highest, 1e-9))
 
     # a page of equal panels
-    columns, rows = _grid(levels + 2, picture.size)
-    width, height = _panel_size(picture.size)
+    columns, rows, width, height = _grid(len(levels) + 2, picture.size)
     with mpl.rc_context(STYLE):
         figure = page((max(columns * (width + 0.25), 6.5), rows * (height + 0.55) + 1.3), title)
         cells = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
-        overview, panels, shares = cells[0], cells[1 : levels + 1], cells[levels + 1]
-        for axes in cells[levels + 2 :]:
+        overview, *panels = cells[: len(levels) + 1]
+        shares, *empty = cells[len(levels) + 1 :]
+        for axes in empty:
             axes.set_axis_off()
 
         # the whole picture, with the part that the panels of the levels enlarge
+        everything = (0.0, 0.0, float(picture.width), float(picture.height))
+        shrink = 0.3 if region else 1.0
+        _draw_samples(overview, picture, samples, heads, levels, scale, everything, shrink)
         overview.set_title("all levels\n")
         if region:
-            _draw_samples(overview, picture, samples, heads, range(levels), scale, None, shrink=0.3)
             _draw_boxes(overview, [(region, REGION_COLOR, DOTTED)])
-        else:
-            _draw_samples(overview, picture, samples, heads, range(levels), scale, None)
-
-        for level, axes in enumerate(panels):
-            _draw_samples(axes, picture, samples, heads, [level], scale, region)
-            axes.set_title(_level_title(samples, level, heads, region or (0, 0, *picture.size)))
+        for level, axes in zip(levels, panels, strict=True):
+            _draw_samples(axes, picture, samples, heads, [level], scale, region or everything, 1.0)
+            axes.set_title(_level_title(samples, level, heads, region or everything))
         _draw_shares(shares, samples, heads)
 
         color_bar(figure, cells, scale, WEIGHTS, "weight of a sampling point (those of a head sum to 1)")
@@ -137,22 +136,19 @@ def _region(samples: Samples, heads: Sequence[int], size: tuple[int, int]) -> Bo
     return x - half[0], y - half[1], x + half[0], y + half[1]
 
 
-def _grid(cells: int, size: tuple[int, int]) -> tuple[int, int]:
-    """(columns, rows) that leave few places empty on a page of about 4 : 3."""
-    width, height = _panel_size(size)
+def _grid(cells: int, size: tuple[int, int]) -> tuple[int, int, float, float]:
+    """Columns and rows that leave few places empty on a page of about 4 : 3; width and height of a
+    panel in inches. `size` is the picture's; a panorama gets room for a title.
+    """
+    proportion = size[0] / size[1]
+    width, height = max(PANEL * min(1, proportion), 2.2), max(PANEL * min(1, 1 / proportion), 1.2)
 
     def badness(columns: int) -> float:
         rows = -(-cells // columns)
         return abs(math.log(columns * width / (rows * height) * 3 / 4)) + 0.4 * (rows * columns - cells)
 
     columns = min(range(1, cells + 1), key=badness)
-    return columns, -(-cells // columns)
-
-
-def _panel_size(size: tuple[int, int]) -> tuple[float, float]:
-    """Width and height in inches for a picture of `size`. A panorama gets room for a title."""
-    width, height = size
-    return max(PANEL * min(1, width / height), 2.2), max(PANEL * min(1, height / width), 1.2)
+    return columns, -(-cells // columns), width, height
 
 
 def _draw_samples(
@@ -162,10 +158,10 @@ def _draw_samples(
     heads: Sequence[int],
     levels: Sequence[int],
     scale: Normalize,
-    region: Box | None,
-    shrink: float = 1.0,
+    region: Box,
+    shrink: float,
 ) -> None:
-    _show(axes, picture, region or (0, 0, *picture.size))
+    _show(axes, picture, region)
 
     # the boxes below the points
     boxes: list[tuple[Box, str, Any]] = [(samples.outcome, QUERY_COLOR, SOLID)]
@@ -174,24 +170,13 @@ def _draw_samples(
         boxes.append(((x - w / 2, y - h / 2, x + w / 2, y + h / 2), REFERENCE_COLOR, DASHED))
     _draw_boxes(axes, boxes)
 
-    # the heavy points on top
+    # the heavy points on top; each with its rings, so that one on another hides it as a whole
     points = samples.points[np.ix_(heads, levels)].reshape(-1, 2)
     weights = samples.weights[np.ix_(heads, levels)].flatten()
     order = np.argsort(weights)
-    _scatter(axes, points[order], weights[order], scale, shrink)
+    points, weights = points[order], weights[order]
 
-    x, y = samples.reference[:2].tolist()
-    axes.plot(x, y, "+", color="black", markersize=11, markeredgewidth=3.6, zorder=5)
-    axes.plot(x, y, "+", color="white", markersize=9, markeredgewidth=1.6, zorder=5)
-
-
-def _scatter(
-    axes: Axes, points: NDArray[np.float64], weights: NDArray[np.float64], scale: Normalize, shrink: float
-) -> None:
-    """Discs whose area and colour are the weight, in a white ring in a black one, seen on any ground.
-
-    Each point with its rings after the other, so that one that lies on another hides it as a whole.
-    """
+    # discs whose area and colour are the weight, in a white ring in a black one, seen on any ground
     sizes = 8 + 62 * weights / float(scale.vmax or 1)
     radii = np.sqrt(sizes)[:, None] * shrink + np.array([2.4, 1.2, 0]) * shrink**0.5
     rings = np.broadcast_to([to_rgba("black"), to_rgba("white")], (len(points), 2, 4))
@@ -199,19 +184,24 @@ def _scatter(
     x, y = np.repeat(points, 3, 0).T
     axes.scatter(x, y, s=radii.flatten() ** 2, c=colors.reshape(-1, 4), linewidths=0, zorder=3)
 
+    # the reference point
+    x, y = samples.reference[:2]
+    axes.plot(x, y, "+", color="black", markersize=11, markeredgewidth=3.6, zorder=5)
+    axes.plot(x, y, "+", color="white", markersize=9, markeredgewidth=1.6, zorder=5)
+
 
 def _draw_boxes(axes: Axes, boxes: Sequence[tuple[Box, str, Any]]) -> None:
     """Boxes in colour and line style, each on black."""
+
+    def draw(box: Box, **look: Any) -> None:
+        x0, y0, x1, y1 = box
+        axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, zorder=2, **look))
+
     # all black first: of two boxes in one place both are seen
     for box, _, _ in boxes:
-        _draw_box(axes, box, edgecolor="black", linewidth=3.2)
+        draw(box, edgecolor="black", linewidth=3.2)
     for box, color, line in boxes:
-        _draw_box(axes, box, edgecolor=color, linewidth=1.6, linestyle=line)
-
-
-def _draw_box(axes: Axes, box: Box, **look: Any) -> None:
-    x0, y0, x1, y1 = box
-    axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, zorder=2, **look))
+        draw(box, edgecolor=color, linewidth=1.6, linestyle=line)
 
 
 def _show(axes: Axes, picture: Image.Image, region: Box) -> None:
@@ -288,16 +278,18 @@ def _draw_shares(axes: Axes, samples: Samples, heads: Sequence[int]) -> None:
 
 
 def _sample_legend(samples: Samples, region: Box | None) -> list[Line2D]:
-    def line(label: str, color: str, style: Any) -> Line2D:
-        return Line2D([], [], color=color, linestyle=style, linewidth=2, label=label)
-
-    point = Line2D([], [], marker="o", linestyle="", color=WEIGHTS(0.6), markeredgecolor="black")
-    point.set_label("sampling point")
-    cross = Line2D([], [], marker="+", linestyle="", color="black", markersize=9, markeredgewidth=2)
-    cross.set_label("reference point")
-    handles = [point, cross, line(samples.outcome_name, QUERY_COLOR, "-")]
+    lines: list[tuple[str, str, Any]] = [(samples.outcome_name, QUERY_COLOR, "-")]
     if len(samples.reference) == 4:
-        handles.append(line("reference box", "0.5", "--"))
+        lines.append(("reference box", "0.5", "--"))
     if region:
-        handles.append(line("part shown enlarged", REGION_COLOR, ":"))
+        lines.append(("part shown enlarged", REGION_COLOR, ":"))
+
+    # the marks before the lines
+    point = Line2D([], [], marker="o", linestyle="", color=WEIGHTS(0.6), markeredgecolor="black")
+    cross = Line2D([], [], marker="+", linestyle="", color="black", markersize=9, markeredgewidth=2)
+    point.set_label("sampling point")
+    cross.set_label("reference point")
+    handles = [point, cross]
+    for label, color, style in lines:
+        handles.append(Line2D([], [], color=color, linestyle=style, linewidth=2, label=label))
     return handles

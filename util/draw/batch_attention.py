@@ -70,6 +70,7 @@ def plot_batch_attention(
     side = min(0.6, 5 / (count + 1)) * (count + 1)  # inches of the mean
     small = max(0.6 * side, 1.1)  # and of a head
     scale = Normalize(0, max(float(position.weights.max()) for position in positions))
+
     with mpl.rc_context(STYLE):
         figure = page((side + heads * (small + 0.2) + 1.6, len(positions) * (side + 0.75) + 0.9), title)
         widths = [side, *[small] * heads]
@@ -84,8 +85,7 @@ def plot_batch_attention(
 
         bar = color_bar(figure, cells, scale, SHARES, "attention weight (those of a row sum to 1)")
         _mark(bar, 1 / count, f"even: 1/{count}")
-        label = "padding at this position, in the image of the row or of the column"
-        figure.legend(handles=[_hatched(label)], loc="outside lower left")
+        _legend(figure, "padding at this position, in the image of the row or of the column")
     return figure
 
 
@@ -131,7 +131,7 @@ def plot_other_shares(
         bar.yaxis.set_major_formatter(PercentFormatter(1, 0))
         bar.set_ylim(max(even - reach, 0), min(even + reach, 1))
         _mark(bar, even, f"even: {count - 1}/{count}")
-        figure.legend(handles=[_hatched("padding")], loc="outside lower left")
+        _legend(figure, "padding")
     return figure
 
 
@@ -198,8 +198,9 @@ def _hatch(axes: Axes, x: float, y: float, width: float, height: float, color: s
     axes.add_patch(Rectangle((x, y), width, height, fill=False, hatch="////", edgecolor=color, linewidth=0))
 
 
-def _hatched(label: str) -> Patch:
-    return Patch(facecolor="white", edgecolor="0.5", hatch="////", label=label)
+def _legend(figure: Figure, label: str) -> None:
+    hatched = Patch(facecolor="white", edgecolor="0.5", hatch="////", label=label)
+    figure.legend(handles=[hatched], loc="outside lower left")
 
 
 def _mark(bar: Axes, value: float, label: str) -> None:

@@ -74,7 +74,11 @@ def draw_boxes(
     font_size = max(12, round(0.026 * side))
 
     lines, visible = _lines_around(np.asarray(boxes, dtype=np.float64) * scale, canvas.size, reach)
-    colors = np.array([_color_index(label, classes) for label in labels], dtype=int)
+    # the colour of an unknown class follows from its letters
+    places = {name: place for place, name in reversed(list(enumerate(classes)))}
+    colors = np.array(
+        [places.get(label, zlib.crc32(label.encode(errors="replace"))) for label in labels], int
+    )
     crowds = np.asarray(crowd or [False] * len(labels), dtype=bool)
 
     # What is drawn last is on top: detections with a high score, and small objects of the ground truth.
@@ -128,12 +132,6 @@ def draw_coco(image: Image.Image, entries: Sequence[Mapping], names: Mapping[int
     return draw_boxes(image, boxes, labels, scores, classes=[names[i] for i in sorted(names)], crowd=crowd)
 
 
-def _color_index(label: str, classes: Sequence[str]) -> int:
-    if label in classes:
-        return classes.index(label)
-    return zlib.crc32(label.encode(errors="replace"))
-
-
 def _lines_around(
     boxes: NDArray[np.float64], size: tuple[int, int], reach: int
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
@@ -158,8 +156,9 @@ def _shorten(name: str, rest: str, font: ImageFont.FreeTypeFont, width: float) -
 
 
 def _font(text: str, size: int) -> ImageFont.FreeTypeFont:
-    path = font_file(text)
-    font = ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
+    if path := font_file(text):
+        return ImageFont.truetype(path, size)
+    font = ImageFont.load_default(size)
     assert isinstance(font, ImageFont.FreeTypeFont)  # Pillow has FreeType in all its builds
     return font
 

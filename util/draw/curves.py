@@ -33,20 +33,13 @@ FIGURES = (
     "AR medium",
     "AR large",
 )
-# name of a curve -> key of the log and place in its list; "ema": of the averaged weights
-# (--ema_decay)
-COCO_CURVES = {
-    f"{prefix}{name}": (key, place)
-    for prefix, key in (("", "test_coco_eval_bbox"), ("ema ", "test_ema_coco_eval_bbox"))
-    for place, name in enumerate(FIGURES)
-}
 
 
 @dataclass(frozen=True)
 class Panel:
     """One chart over the epochs.
 
-    curves: name in the legend -> key of the log or of COCO_CURVES; they are drawn solid, dashed and
+    curves: name in the legend -> key, as `series` takes it; they are drawn solid, dashed and
     dotted. unit: of the values, written after them. logarithmic: the scale of the values; what is
     not positive is left out.
     """
@@ -105,8 +98,9 @@ def curves_of(panel: Panel, logs: Sequence[Sequence[Row]]) -> list[Curve]:
 def series(rows: Sequence[Row], key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """One curve: epochs [E] ascending and values [E], where they are finite.
 
-    `key` is a key of the log, or one of COCO_CURVES in percent; COCO's -1 for an undefined value is
-    left out. Of an epoch that was run twice (resumed from an older checkpoint) the later row counts.
+    `key` is a key of the log, or one of FIGURES in percent ("ema AP": of the averaged weights,
+    --ema_decay); COCO's -1 for an undefined value is left out. Of an epoch that was run twice (resumed
+    from an older checkpoint) the later row counts.
     """
     # a dictionary, so that a later row replaces an earlier one
     values = {}
@@ -120,10 +114,12 @@ def series(rows: Sequence[Row], key: str) -> tuple[NDArray[np.float64], NDArray[
 
 
 def _value(row: Row, key: str) -> Any:
-    if key not in COCO_CURVES:
+    # COCO's metrics are a list in the log
+    name = key.removeprefix("ema ")
+    if name not in FIGURES:
         return row.get(key)
-    entry, place = COCO_CURVES[key]
-    metrics = row.get(entry)
+    metrics = row.get("test_coco_eval_bbox" if name == key else "test_ema_coco_eval_bbox")
+    place = FIGURES.index(name)
     if not isinstance(metrics, list) or len(metrics) <= place:
         return None
     value = metrics[place]
@@ -141,8 +137,7 @@ def run_colors(count: int) -> list[str]:
     for i in range(count):  # neighbours differ in hue, lightness and saturation
         saturation = 0.85 if i % 2 else 0.6
         shade = colorsys.hls_to_rgb(i / count, 0.42 + 0.08 * (i % 3), saturation)
-        red, green, blue = (round(255 * channel) for channel in shade)
-        colors.append(f"#{red:02x}{green:02x}{blue:02x}")
+        colors.append("#" + bytes(round(255 * channel) for channel in shade).hex())
     return colors
 
 
@@ -159,8 +154,7 @@ def read_log(path: str | Path) -> list[Row]:
         UserError: another line is not a JSON object; the message names file and line.
     """
     # a line break at the end would count as one more line
-    text = Path(path).read_text(encoding="utf-8", errors="replace").rstrip()
-    lines = text.split("\n")
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").rstrip().split("\n")
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
