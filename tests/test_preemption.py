@@ -96,7 +96,10 @@ def test_leaving_in_the_middle_of_an_epoch_and_going_on_is_never_having_stopped(
     run = (*flags, *extra, "--output_dir", str(parts), "--resume", "auto")
     code, output = interrupt(start(*run), r"epoch 0 \[ *3/", signal.SIGUSR1)
     assert code == EXIT_PREEMPTED, output
-    told = r"^asked to leave by SIGUSR1; saved in epoch 0, after [3-9] of 9 images; start again with --resume auto$"
+    told = (
+        r"^asked to leave by SIGUSR1; saved in epoch 0, after [3-9] of 9 images; "
+        r"start again with --resume auto$"
+    )
     assert re.search(told, output, re.MULTILINE)
     assert "Traceback" not in output
     (saved,) = list(parts.glob("resume_0000_00000000[3-9].pth")) or [None]

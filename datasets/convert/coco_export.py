@@ -14,9 +14,11 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from datasets.coco_format import format_problems, is_area, is_id
 from datasets.convert.problems import BOXES_CUT, BOXES_TURNED, Corners, Problems, as_stored, coco_box
-from datasets.preflight.boxes import Boxes, box_problem, box_problems, describe_box, sizes_of, wrong_areas
+from datasets.preflight.boxes import box_problem, box_problems, describe_box, sizes_of, wrong_areas
 from util.errors import UserError
 
 Entry = dict[str, Any]  # of a list; or the whole content of a file
@@ -252,17 +254,20 @@ def _read_sizes(content: Entry, files: Mapping[str, Path], problems: Problems) -
 def _check_boxes(content: Entry, path: Path, problems: Problems) -> None:
     """Areas and boxes by the rules of preflight.py, which accept rounding."""
     # areas
-    images, annotations = content["images"], content["annotations"]
-    boxes = Boxes.of(images, annotations)
-    for i in wrong_areas(boxes.xywh, boxes.area).nonzero()[0]:
-        annotations[i]["area"] = float(boxes.xywh[i, 2] * boxes.xywh[i, 3])
+    images = {image["id"]: image for image in content["images"]}
+    annotations = content["annotations"]
+    owners = [images[annotation["image_id"]] for annotation in annotations]
+    xywh = np.array([annotation["bbox"] for annotation in annotations], dtype=np.float64).reshape(-1, 4)
+    area = np.array([annotation["area"] for annotation in annotations], dtype=np.float64)
+    for i in wrong_areas(xywh, area).nonzero()[0]:
+        annotations[i]["area"] = float(xywh[i, 2] * xywh[i, 3])
         problems.notes[_AREAS] += 1
 
     # boxes
     out = set()
-    for kind, flagged in box_problems(boxes.xywh, sizes_of(images)[boxes.image]).items():
+    for kind, flagged in box_problems(xywh, sizes_of(owners)).items():
         for i in flagged.nonzero()[0].tolist():
-            annotation, image = annotations[i], images[boxes.image[i]]
+            annotation, image = annotations[i], owners[i]
             if kind == "box_reaches_out" and problems.on_bad == "clip":
                 _cut(annotation, image)
                 problems.notes[BOXES_CUT] += 1
