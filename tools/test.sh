@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Style and the whole test suite: ./tools/test.sh [arguments of pytest]. Creates the environment first if it is missing.
+# Style, types and the whole test suite: ./tools/test.sh [arguments of pytest]. Creates the environment first if it is missing.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=tools/dev/env.sh
@@ -8,4 +8,8 @@ source tools/dev/env.sh
 source tools/dev/setup.sh
 ruff check .
 ruff format --check --quiet . || { echo "run: ruff format ." >&2; exit 1; }
-python -m pytest "$@"
+mypy
+
+# Two processes, each with one thread: most tests start programs, which takes one core. Tests of a file share fixtures.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+python -m pytest -n 2 --dist loadfile "$@"
