@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from datasets import build_dataset
 from main import main
 from models import build_model
 from tests.helpers import SMALL_IMAGES, SMALL_MODEL, run_main, write_coco
@@ -315,8 +316,6 @@ COMBINATIONS = [
     (["--frozen_weights", "x.pth"], "--frozen_weights"),
     (["--mask_loss_coef", "2"], "--masks"),
     (["--dice_loss_coef", "2"], "--masks"),
-    (["--dataset_file", "coco_panoptic"], "coco_panoptic"),
-    (["--dataset_file", "voc"], "coco"),
     (["--coco_panoptic_path", "x"], "--coco_panoptic_path"),
     (["--remove_difficult"], "--remove_difficult"),
     (["--dilation", "--backbone", "resnet18"], "resnet50"),
@@ -387,3 +386,10 @@ def test_the_program_refuses_flags_in_one_line():
     assert result.returncode == 2
     assert result.stderr.startswith("error: --bf 1 needs --insert_idx")
     assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", ["coco_panoptic", "voc"])
+def test_an_unknown_kind_of_data_set(kind):
+    config = parse_config(["--dataset_file", kind])
+    with pytest.raises(UserError, match=f"--dataset_file '{kind}' is unknown or not available yet; use coco"):
+        build_dataset("train", config)
