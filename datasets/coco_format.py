@@ -214,7 +214,7 @@ def _list_problems(
         if isinstance(entry, dict) and is_id(entry.get("id")):
             number = entry["id"]
             if number in ids:
-                message = f"{path}: two {section} have the id {number}; ids must be unique, number them anew"
+                message = f"{path}: two {section} have the id {number}; ids must be unique, renumber them"
                 problems.append(Problem(f"duplicate_{_SINGULAR[section]}_id", message, section, entry))
             ids.add(number)
         if not problems:
@@ -249,7 +249,7 @@ def _reference_problems(content: dict[str, Any], known: dict[str, set[int]], pat
     """Annotations of unknown images and categories. Those of broken entries are left out, too."""
     meanings = {
         "images": "which is no image's id; take it out or add the image",
-        "categories": "which its categories lack; add the category",
+        "categories": "which is not among its categories; add the category",
     }
     for section, meaning in meanings.items():
         name = _SINGULAR[section]

@@ -31,7 +31,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def end_workers() -> None:
     """Kill the workers that are left. Safe to call at any time.
 
-    Python itself would send SIGTERM, which they ignore, and then wait for ever.
+    Python itself would send SIGTERM, which they ignore, and then wait forever.
     """
     _kill(multiprocessing.active_children())
 

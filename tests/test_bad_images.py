@@ -223,7 +223,7 @@ def test_only_regular_files_are_opened_and_links_may_lead_to_them(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "elsewhere.png")
     (folder / "link.png").symlink_to(tmp_path / "elsewhere.png")
     assert reference("link.png", folder / "link.png") is None
-    os.mkfifo(folder / "pipe.png")  # nobody writes: opening it would wait for ever
+    os.mkfifo(folder / "pipe.png")  # nobody writes: opening it would wait forever
     (folder / "zero.png").symlink_to("/dev/zero")
     (folder / "folder.png").mkdir()
     for name in ("pipe.png", "zero.png", "folder.png"):

@@ -257,7 +257,7 @@ def test_as_many_lost_saves_as_are_kept_end_the_run_and_no_sooner(tmp_path, monk
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     failing(monkeypatch, 6)
     assert folder.save(content(2), TrainingPosition(2, 0)) is None
-    assert "training goes on, and ends if 1 more can't be written" in caplog.text
+    assert "training continues, and ends if 1 more can't be written" in caplog.text
     with pytest.raises(
         NotSavedError, match=r"No space left.*the last good one is .*resume_0001.*--resume auto"
     ):
@@ -287,7 +287,7 @@ def test_a_rename_that_fails_leaves_nothing(tmp_path, monkeypatch):
 def test_a_log_that_cannot_be_written_is_caught_up_on(tmp_path, caplog):
     history = History(tmp_path / "gone" / "log.txt")
     history.finish_epoch({"epoch": 0})
-    assert "training goes on, the next epoch tries again" in caplog.text
+    assert "training continues, the next epoch tries again" in caplog.text
     (tmp_path / "gone").mkdir()
     history.finish_epoch({"epoch": 1})
     history.finish_epoch({"epoch": 2})

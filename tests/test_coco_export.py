@@ -88,7 +88,7 @@ def test_a_file_that_is_listed_twice_is_one_image_with_all_objects(tmp_path):
 # ---- ids
 
 
-ANEW = "ids of annotations that were double, missing or no whole numbers, numbered anew"
+ANEW = "ids of annotations that were double, missing or no whole numbers, renumbered"
 
 
 @pytest.mark.parametrize("value", [1, "4", UUID, 4.0, None, True, [4], 2**63, INFINITE, "missing"])

@@ -210,7 +210,7 @@ def test_batchformer_is_added_to_a_plain_detector_and_left_away_from_another(tun
     state, told = tune(entries(), PETS, *BATCHFORMER)
     plain = {name: tensor for name, tensor in state.items() if not name.startswith("transformer.bf.")}
     require_equal(plain, trained()[0].state_dict())
-    assert f"BatchFormerV2: {len(state) - len(plain)} tensors made anew" in told
+    assert f"BatchFormerV2: {len(state) - len(plain)} tensors initialised" in told
     state, told = tune(entries(*BATCHFORMER), PETS)
     require_equal(state, {n: t for n, t in trained(*BATCHFORMER)[0].state_dict().items() if n in state})
     assert "tensors skipped, which this run does not use" in told
@@ -337,7 +337,7 @@ def test_a_run_starts_with_the_weights_and_goes_on_after_the_same_command(tmp_pa
         "1 of 3 classes copied by name: three; initialised: one, two; 1 of the checkpoint skipped: "
         "other" in first.stdout
     )
-    assert "BatchFormerV2: 12 tensors made anew" in first.stdout
+    assert "BatchFormerV2: 12 tensors initialised" in first.stdout
     saved, before = read_checkpoint(out / "checkpoint.pth"), trained(*frozen, classes=classes)[0].state_dict()
     assert saved["args"]["finetune"] == str(tmp_path / "a.pth")
     for name, tensor in rest(before).items():  # with rates of 0 all is as it was

@@ -252,7 +252,7 @@ def test_a_second_run_is_refused_while_an_evaluation_is_not_and_after_a_kill_the
     command = [sys.executable, "-u", "main.py", *flags, "--epochs", "1000", "--output_dir", str(out)]
     with running(command) as first:
         for line in first.stdout:
-            if line.startswith("epoch 1"):
+            if "epoch 1 (" in line:
                 break
         saved = (out / "resume_0001_000000000.pth").read_bytes()
         told = (

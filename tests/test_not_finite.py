@@ -48,7 +48,7 @@ def test_a_bad_step_is_skipped_counted_bounded_and_replayed(tmp_path, flags):
     stopped = run_main_forked(*flags, *BATCHFORMER, *EXPLODING)
     assert stopped.returncode == 2
     assert f"first wrong: {module} (forward)" in stopped.stderr, "the run itself found the same"
-    assert "go on with --resume auto" in stopped.stderr
+    assert "resume with --resume auto" in stopped.stderr
 
 
 def test_a_gradient_that_overflows_is_replayed_to_the_bit(tmp_path, flags):

@@ -94,7 +94,7 @@ def test_leaving_in_the_middle_of_an_epoch_and_going_on_is_never_having_stopped(
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run_main_forked(*flags, *extra, "--output_dir", str(whole)).returncode == 0
     run = (*flags, *extra, "--output_dir", str(parts), "--resume", "auto")
-    code, output = interrupt(start(*run), r"epoch 0 \[ *3/", signal.SIGUSR1)
+    code, output = interrupt(start(*run), r"epoch 0 \S+ \[ *3/", signal.SIGUSR1)
     assert code == EXIT_PREEMPTED, output
     told = (
         r"^asked to leave by SIGUSR1; saved in epoch 0, after [3-9] of 9 images; "
@@ -111,7 +111,7 @@ def test_leaving_in_the_middle_of_an_epoch_and_going_on_is_never_having_stopped(
         "auto\n" in output
     )
     assert read_checkpoint(parts / "checkpoint.pth")["history"]["unfinished"] is not None
-    code, output = interrupt(start(*run), r"epoch 1 \[ *5/", signal.SIGKILL)
+    code, output = interrupt(start(*run), r"epoch 1 \S+ \[ *5/", signal.SIGKILL)
     assert code == -signal.SIGKILL
     resumed = run_main_forked(*run)
     assert resumed.returncode == 0, resumed.stderr
@@ -128,7 +128,7 @@ def test_one_of_two_processes_is_signalled_and_both_leave_together(tmp_path, fla
         *flags, "--ema_decay", "0.9", "--output_dir", str(whole), processes=2, output=tmp_path / "printed"
     )
     run = (*flags, "--ema_decay", "0.9", "--output_dir", str(parts), "--resume", "auto")
-    code, output = interrupt(start(*run, processes=2), r"epoch 0 \[ *2/", signal.SIGUSR1, rank=1)
+    code, output = interrupt(start(*run, processes=2), r"epoch 0 \S+ \[ *2/", signal.SIGUSR1, rank=1)
     assert code == EXIT_PREEMPTED, output
     assert len(list(parts.glob("resume_*.pth"))) == 1, "saved once"
     run_main_together(*run, processes=2, output=tmp_path / "printed")
@@ -140,7 +140,7 @@ def test_ctrl_c_saves_says_so_in_one_line_and_nobody_has_failed(tmp_path, flags)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run_main_together(*flags, "--output_dir", str(whole), processes=2, output=tmp_path / "printed")
     run = (*flags, "--output_dir", str(parts), "--resume", "auto")
-    code, output = interrupt(start(*run, processes=2), r"epoch 0 \[ *2/", signal.SIGINT, rank=1)
+    code, output = interrupt(start(*run, processes=2), r"epoch 0 \S+ \[ *2/", signal.SIGINT, rank=1)
     assert code == EXIT_INTERRUPTED, output
     (last,) = re.findall(r"^interrupted; .*\n", output, re.MULTILINE)
     images = re.fullmatch(
@@ -162,7 +162,7 @@ def test_ctrl_c_saves_says_so_in_one_line_and_nobody_has_failed(tmp_path, flags)
 
 
 def test_ctrl_c_in_one_process_and_without_a_folder(flags, tmp_path):
-    code, output = interrupt(start(*flags), r"epoch 0 \[ *3/", signal.SIGINT)
+    code, output = interrupt(start(*flags), r"epoch 0 \S+ \[ *3/", signal.SIGINT)
     assert code == EXIT_INTERRUPTED, output
     assert "warning: nothing is saved without --output_dir" in output
     assert output.endswith("interrupted; nothing is saved without --output_dir\n")
@@ -214,12 +214,12 @@ def test_another_number_of_processes_goes_on_and_says_what_changes(tmp_path, fla
         "--accumulate_steps",
         "2",
     )
-    code, output = interrupt(start(*run), r"epoch 0 \[ *3/", signal.SIGUSR1)
+    code, output = interrupt(start(*run), r"epoch 0 \S+ \[ *3/", signal.SIGUSR1)
     assert code == EXIT_PREEMPTED, output
     seen = read_checkpoint(tmp_path / "checkpoint.pth")["position"]["images"]
     printed = run_main_together(*run, processes=2, output=tmp_path / "printed")
     assert "No longer exact" in printed
-    steps = int(re.search(r"epoch 0 \[ *\d+/(\d+)\]", printed)[1])
+    steps = int(re.search(r"epoch 0 \S+ \[ *\d+/(\d+)\]", printed)[1])
     assert steps == (9 - seen) // 2, "only the images that are left"
 
 

@@ -626,7 +626,7 @@ def test_a_broken_record_is_written_anew(tmp_path, broken):
 def test_a_record_that_can_t_be_written_is_a_warning(tmp_path, caplog):
     (tmp_path / ".run.json.tmp").mkdir()
     write_record(tmp_path, {}, {}, {"epoch": 0})
-    assert "training goes on" in caplog.text and read_record(tmp_path) == {}
+    assert "training continues" in caplog.text and read_record(tmp_path) == {}
 
 
 def test_thumbnails_are_of_the_place(made, data):

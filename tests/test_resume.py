@@ -302,7 +302,7 @@ def test_damaged_files_are_named(tmp_path, content):
             b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 10\n",
             "is a pointer of Git LFS; .* git lfs pull",
         ),
-        (b"\n<!DOCTYPE html><html>", "is a web page.*; download it anew"),
+        (b"\n<!DOCTYPE html><html>", "is a web page.*; download it again"),
     ],
 )
 def test_what_came_in_place_of_a_checkpoint_is_told(tmp_path, content, told):

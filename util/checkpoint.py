@@ -86,7 +86,7 @@ class LoadReport:
         """What became of the weights of BatchFormerV2, if not all of them were loaded."""
         lines = []
         for names, what in (
-            (self.missing, "made anew, which the checkpoint lacks"),
+            (self.missing, "initialised, not in the checkpoint"),
             (self.unexpected, "skipped, which this run does not use"),
         ):
             if count := sum(name.startswith(BATCHFORMER) for name in names):
@@ -347,5 +347,5 @@ def unreadable(flag: str, path: Path) -> UserError:
     if start.startswith(b"version https://git-lfs"):
         what = "is a pointer of Git LFS; fetch the file itself with git lfs pull"
     elif start.startswith(b"<"):
-        what = "is a web page, which a server sends to ask for a login or a confirmation; download it anew"
+        what = "is a web page, which a server sends to ask for a login or a confirmation; download it again"
     return UserError(f"{flag} {path} {what}")

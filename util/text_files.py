@@ -30,7 +30,7 @@ def read_text(path: Path) -> str:
 
     All line ends are \n. Raises UserError if the file can't be read or is no text.
     """
-    # a pipe would block for ever
+    # a pipe would block forever
     try:
         content = read_regular_file(path)
     except OSError as error:

@@ -32,7 +32,7 @@ _NAME = {"images": "file_name", "categories": "name"}
 _OBJECTS_GONE = "objects of images or categories that were left out"
 _AREAS = "areas that could not be right, replaced by their boxes'"
 _NO_CROWD = "annotations whose iscrowd was null, taken for 0"
-_ANNOTATION_IDS = "ids of annotations that were double, missing or no whole numbers, numbered anew"
+_ANNOTATION_IDS = "ids of annotations that were double, missing or no whole numbers, renumbered"
 
 
 # ---- what can be mended without loss, and ids
@@ -44,7 +44,7 @@ def mend(contents: Mapping[Path, Entry], problems: Problems) -> None:
     Null stands for a value that may be missing, and an area that can't be right is deleted. A size
     that is missing becomes 0.
 
-    Ids of annotations that are double, missing or no whole numbers are numbered anew, because
+    Ids of annotations that are double, missing or no whole numbers are renumbered, because
     nothing refers to them. Ids of images and of categories may be text or floats: 7.0 and "7" are
     the number 7, and others get numbers that are free, a category the same one in all files.
     Different entries with one id are left out with their objects.
@@ -169,7 +169,7 @@ def _leave_out_ambiguous(content: Entry, section: str, path: Path, problems: Pro
         if any(name != names[0] for name in names):
             ambiguous += same
             different = f"{len(same)} different {section} have the id {number}"
-            message = f"{path}: {different}; number them anew, and what refers to them"
+            message = f"{path}: {different}; renumber them, and what refers to them"
             for _ in same:  # each entry is lost
                 problems.add(message, "ambiguous_id")
     leave_out(content, section, ambiguous, problems)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from datasets.synthetic.paint import CLASS_NAMES
 from datasets.synthetic.scene import SceneObject, render_scene
 
-# increase with every change of the pictures: a data set of another version is made anew
+# increase with every change of the pictures: a data set of another version is created again
 VERSION = 1
 SETTINGS_FILE = "synthetic.json"
 SPLITS = ("train2017", "val2017")

@@ -62,7 +62,7 @@ INSTRUCTIONS = (
 # what a line of the output says of the moment
 MOMENTS = (
     (r"trainable parameters", "training"),
-    (r"^epoch \d+ \[", "training"),
+    (r"epoch \d+ \S+ \[", "training"),
     (r"^evaluate", "evaluation"),
     (r"^AP ", "evaluation"),
     (r"training time", "end"),

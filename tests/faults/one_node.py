@@ -96,7 +96,7 @@ class Trial:
     """A run, disturbed in its first epoch. `wrong` says what is not as it should be; "" if all is."""
 
     def __init__(self, run: Run, strike: Callable[[Run], None], timeout: int) -> None:
-        wait_for(run, r"^(\[0\] )?epoch 0 \[ *3/")
+        wait_for(run, r"epoch 0 \S+ \[ *3/")
         at_fault = run.trainers()[1]
         strike(run)
         start = time.monotonic()
@@ -119,7 +119,7 @@ class Trial:
 
 def ends_alike(flags: list[str], folder: Path, whole: Path, strike: Callable[[Run], None]) -> list[str]:
     run = Run(flags, restarts=1)
-    wait_for(run, r"^(\[0\] )?epoch 1 \[ *6/")
+    wait_for(run, r"epoch 1 \S+ \[ *6/")
     strike(run)
     code = run.wait()
     return differences(whole, folder) if code == 0 else [f"exit code {code}:\n{run.output()}"]

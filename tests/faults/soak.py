@@ -84,7 +84,7 @@ def run(work: Path, epochs: int) -> list[tuple[int, int, int]]:
     samples, output = [], []
     for line in process.stdout or ():
         output.append(line)
-        middle = re.match(rf"epoch (\d+) \[{STEPS // 2}/{STEPS}\]", line)
+        middle = re.search(rf"epoch (\d+) \S+ \[{STEPS // 2}/{STEPS}\]", line)
         if middle:
             family = processes(process.pid)
             iteration = int(middle[1]) * STEPS + STEPS // 2

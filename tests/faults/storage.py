@@ -153,7 +153,7 @@ def fills_up(work: Path, sound: Path, size: int) -> str:
 def read_only(work: Path, sound: Path, size: int) -> str:
     folder = mount(work / "readonly", "2g")
     # the second step's line comes before its save
-    code, output = run(work, folder, r"epoch 0 \[3/", lambda: remount(folder, "ro"))
+    code, output = run(work, folder, r"epoch 0 \S+ \[3/", lambda: remount(folder, "ro"))
     found = checked("a disk that turns read-only", folder, code, output)
     return found + finished(work, sound, folder, lambda: remount(folder, "rw"))
 
@@ -164,7 +164,7 @@ def cannot_rename(work: Path, sound: Path, size: int) -> str:
     source.write_text(RENAME)
     subprocess.run(["cc", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"], check=True)
     code, output = run(
-        work, folder, r"epoch 0 \[3/", flag.touch, LD_PRELOAD=str(library), RENAME_FAILS=str(flag)
+        work, folder, r"epoch 0 \S+ \[3/", flag.touch, LD_PRELOAD=str(library), RENAME_FAILS=str(flag)
     )
     return checked("a disk where renaming fails", folder, code, output) + finished(
         work, sound, folder, flag.unlink

@@ -33,7 +33,7 @@ from tests.helpers import ROOT, environment
 from util.errors import EXIT_LOST_PROCESS
 
 ADDRESSES = ["10.77.0.1", "10.77.0.2"]
-MIDDLE = r"epoch 1 \[ *6/"
+MIDDLE = r"epoch 1 \S+ \[ *6/"
 
 
 def main() -> int:

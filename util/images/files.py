@@ -52,7 +52,7 @@ class BadImageError(UserError):
 def read_regular_file(path: Path) -> bytes:
     """The content of a regular file, or of one that a link leads to.
 
-    Raises OSError; also for a pipe or a device, which could block the reader for ever.
+    Raises OSError; also for a pipe or a device, which could block the reader forever.
     """
     _require_regular(path)
     return path.read_bytes()

@@ -83,7 +83,7 @@ class CheckpointFolder:
             left = self._keep - self._failed
             if must or left <= 0:
                 raise NotSavedError(f"{error}; {self._remedy()}") from None
-            log.warning("%s; training goes on, and ends if %d more can't be written", error, left)
+            log.warning("%s; training continues, and ends if %d more can't be written", error, left)
             return None
 
         # the other names are links, so only the oldest rolling files free room

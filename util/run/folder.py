@@ -6,7 +6,7 @@
 | left behind | `.held` names a process that has ended | takes the hold over, then as below |
 | being moved | `earlier-<n>/.moving` lists files | moves the rest of them, then as below |
 | empty | no file of a run | begins a new run |
-| announced | `.new_run`; the files are of the run before | as begun, but a restart begins anew |
+| announced | `.new_run`; the files are of the run before | as begun; a restart begins a new run |
 | begun | files of a run, no `.new_run` | resumes, or begins a new run: see below |
 
 A start resumes from the newest good checkpoint with --resume auto, and by itself if a launcher has

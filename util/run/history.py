@@ -17,7 +17,7 @@ class History:
     """The lines of log.txt, one JSON object an epoch. Checkpoints hold them too, and a resumed run
     writes the file from its checkpoint.
 
-    If the file can't be written, a warning says so and the next epoch tries again; the run goes on.
+    If the file can't be written, a warning says so and the next epoch tries again; the run continues.
 
     Args:
         path: log.txt, or None to keep the lines only.
@@ -54,7 +54,7 @@ class History:
         try:
             replace_text(self._path, "".join(f"{line}\n" for line in self._lines))
         except OSError as error:
-            text = "%s could not be written (%s); training goes on, the next epoch tries again"
+            text = "%s could not be written (%s); training continues, the next epoch tries again"
             log.warning(text, self._path, error.strerror)
 
     def lines_beyond(self) -> bool:

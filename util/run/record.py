@@ -67,7 +67,7 @@ def write_record(
         before = read_record(folder)
         starts, flags_before = list(before.get("starts", [])), dict(before.get("flags", {}))
     except (TypeError, ValueError) as error:
-        log.warning("%s; %s is written anew", error, NAME)
+        log.warning("%s; %s is written again", error, NAME)
 
     # the earlier values of flags that have changed since
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -84,7 +84,7 @@ def write_record(
     try:
         replace_text(folder / NAME, json.dumps(record, indent=1) + "\n")
     except OSError as error:
-        log.warning("%s could not be written (%s); training goes on", folder / NAME, error.strerror)
+        log.warning("%s could not be written (%s); training continues", folder / NAME, error.strerror)
 
 
 def environment(device: torch.device) -> dict[str, Any]:

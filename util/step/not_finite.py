@@ -183,7 +183,7 @@ class FiniteWatch:
             raise UserError(
                 f"{where}: this is step {self.skipped} that is not finite, more than "
                 f"--max_nan_steps {self._max_steps}; "
-                "run tools/replay.py on what was saved, lower --lr, and go on with --resume auto"
+                "run tools/replay.py on what was saved, lower --lr, and resume with --resume auto"
             )
 
     def _run_again(self, step: StepInputs, outcome: StepOutcome) -> Rerun:

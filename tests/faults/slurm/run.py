@@ -29,7 +29,7 @@ from tests.test_docs import blocks
 from util.errors import EXIT_PREEMPTED, EXIT_USER_ERROR
 
 SETUP = Path(__file__).with_name("setup.sh")
-MIDDLE = r"epoch 1 \[ *5/15\]"
+MIDDLE = r"epoch 1 \S+ \[ *5/15\]"
 START_UP = r"device: "
 SIGNAL_SECONDS = 120  # of the scripts; Slurm may send the signal a minute earlier
 UNDISTURBED_PARTITION = ("preemptmode=requeue", "gracetime=0")
@@ -350,7 +350,7 @@ class Case:
         self.disturb(run)
         end = self.end(run)
         if self.identical and self.when == MIDDLE and self.disturb is not nothing:
-            expect("resuming from" in run.text, f"{run.output} does not say that the run goes on")
+            expect("resuming from" in run.text, f"{run.output} does not say that the run continues")
         if not self.asked:
             return end
         found = re.search(
