@@ -38,16 +38,16 @@ class OptimConfig:
 
     lr: float = flag(2e-4, "learning rate of the transformer and the heads")
     lr_backbone_names: tuple[str, ...] = flag(
-        ("backbone.0",), "parameters whose name contains one of these use lr_backbone", "NAME"
+        ("backbone.0",), "parameters whose name contains one of these use --lr_backbone", "NAME"
     )
     lr_backbone: float = flag(2e-5, "learning rate of the backbone; 0 freezes it", "LR")
     # as published: the points of attention move slowly
     lr_linear_proj_names: tuple[str, ...] = flag(
         ("reference_points", "sampling_offsets"),
-        "parameters whose name contains one of these use lr x lr_linear_proj_mult",
+        "parameters whose name contains one of these use --lr x --lr_linear_proj_mult",
         "NAME",
     )
-    lr_linear_proj_mult: float = flag(0.1, "factor on lr for lr_linear_proj_names", "FACTOR")
+    lr_linear_proj_mult: float = flag(0.1, "factor on --lr for --lr_linear_proj_names", "FACTOR")
     # evaluation has batches too
     batch_size: int = flag(
         2,
@@ -65,10 +65,10 @@ class OptimConfig:
     )
     weight_decay: float = flag(1e-4, "weight decay of AdamW or SGD")
     # a finished run may be continued
-    epochs: int = flag(50, "train up to this epoch", above=0, free_on_resume=True)
+    epochs: int = flag(50, "number of epochs of the whole run", above=0, free_on_resume=True)
     lr_drop: int = flag(40, "divide the learning rates by 10 every so many epochs", "EPOCHS", above=0)
     lr_drop_epochs: tuple[int, ...] = flag(
-        (), "divide the learning rates by 10 after these epochs instead", "EPOCH", above=0
+        (), "divide the learning rates by 10 from these epochs on (counted from 0) instead", "EPOCH", above=0
     )
     clip_max_norm: float = flag(0.1, "clip the norm of the gradient to this; 0 does not clip")
     sgd: bool = flag(False, "SGD with momentum 0.9 instead of AdamW")
@@ -96,21 +96,21 @@ class DataConfig:
     )
     train_images: str = flag(
         "",
-        "folder of the images to train on, instead of train2017 in coco_path",
+        "folder of the images to train on, instead of train2017 in --coco_path",
         "FOLDER",
         free_on_resume=True,
     )
     train_annotations: str = flag(
-        "", "annotations of train_images: a COCO instances file", "FILE", free_on_resume=True
+        "", "annotations of --train_images: a COCO instances file", "FILE", free_on_resume=True
     )
     val_images: str = flag(
         "",
-        "folder of the images to evaluate on, instead of val2017 in coco_path",
+        "folder of the images to evaluate on, instead of val2017 in --coco_path",
         "FOLDER",
         free_on_resume=True,
     )
     val_annotations: str = flag(
-        "", "annotations of val_images: a COCO instances file", "FILE", free_on_resume=True
+        "", "annotations of --val_images: a COCO instances file", "FILE", free_on_resume=True
     )
     coco_panoptic_path: str = flag("", "folder of COCO panoptic", "FOLDER", refused=NO_MASKS)
     remove_difficult: bool = flag(
@@ -118,7 +118,7 @@ class DataConfig:
     )
     num_classes: int | str = flag(
         AUTO,
-        "class logits. auto: as many as the annotations have categories, whatever their ids; 91 "
+        "number of class logits. auto: as many as the annotations have categories, whatever their ids; 91 "
         "for COCO's own categories, as published. A number: category ids are labels, in [0, "
         "num_classes)",
         "N|auto",
@@ -220,23 +220,23 @@ class RunConfig:
     resume: str = flag(
         "",
         "a checkpoint to resume from or to evaluate, which decides the architecture: a path, an https "
-        "address, or auto: the newest good one in output_dir",
-        "FILE",
+        "address, or auto: the newest good one in --output_dir",
+        "FILE|URL|auto",
     )
     finetune: str = flag(
         "",
         "start from the weights of this checkpoint (ours, published, or Hugging Face's), which "
         "decides the architecture; a path or an https address",
-        "FILE",
+        "FILE|URL",
     )
     # these five concern only a training
-    start_epoch: int = flag(0, "first epoch, for a checkpoint that does not say", of="training")
+    start_epoch: int = flag(0, "first epoch, counted from 0, for a checkpoint without one", of="training")
     eval_every: int = flag(
         1, "evaluate after every so many epochs, and after the last", "EPOCHS", above=0, of="training"
     )
     save_every: int = flag(
         0,
-        "save every so many iterations too; 0: after every epoch and on a signal only",
+        "save every so many steps too; 0: after every epoch and on a signal only",
         "STEPS",
         of="training",
     )
@@ -268,9 +268,7 @@ class RunConfig:
     tensorboard: bool = flag(
         False, "write losses, rates, metrics and pictures for TensorBoard to <output_dir>/tensorboard"
     )
-    log_every: int = flag(
-        10, "steps between log lines; only then are the losses read back from the device", "STEPS", above=0
-    )
+    log_every: int = flag(10, "steps between log lines", "STEPS", above=0)
 
     @property
     def starts_from_weights(self) -> bool:

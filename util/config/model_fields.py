@@ -21,11 +21,16 @@ class BatchFormerConfig:
     of = "architecture"
 
     # 1 and 7 are the values of the published program
-    bf: int = flag(0, "0 off, 1 two streams, 7 one stream", choices=(0, 1, 7))
-    share_bf: int = flag(1, "1: one module for all insertions; 0: one module for each", choices=(0, 1))
+    bf: int = flag(
+        0, "in training: 0 off, 1 two streams (plain and mixed), 7 the mixed stream only", choices=(0, 1, 7)
+    )
+    share_bf: int = flag(1, "1: one module for all insertions; 0, as published: one for each", choices=(0, 1))
     bt_num_layers: int = flag(1, "transformer layers in a module", above=0)
     insert_idx: tuple[int, ...] = flag(
-        (), "encoder layer after which the module is inserted; repeatable", "LAYER", repeat=True
+        (),
+        "encoder layers after which the module acts, counted from 0; needed with --bf",
+        "LAYER",
+        repeat=True,
     )
     # off as published: a detection should not depend on the other images of its batch
     eval_bf: bool = flag(
@@ -60,7 +65,9 @@ class BackboneConfig:
         2 * math.pi, "scale of the sine position encoding", above=0, in_tools=True
     )
     num_feature_levels: int = flag(
-        4, "1 (the last map of the backbone) or 3 and more (strides 8, 16, 32, then halved)", above=0
+        4,
+        "1 (the last map of the backbone), or 3 and more (strides 8, 16, 32; further maps halve the size)",
+        above=0,
     )
 
 
@@ -91,7 +98,7 @@ class TransformerConfig:
     dec_n_points: int = flag(4, "sampling points per head and level in the decoder", above=0)
     enc_n_points: int = flag(4, "sampling points per head and level in the encoder", above=0)
     with_box_refine: bool = flag(False, "iterative bounding box refinement")
-    two_stage: bool = flag(False, "queries from the encoder's proposals; needs with_box_refine")
+    two_stage: bool = flag(False, "queries from the encoder's proposals; needs --with_box_refine")
     # the gradients stay bit-identical
     checkpoint_encoder: bool = flag(
         False,

@@ -25,7 +25,11 @@ _DESCRIPTION = "Train and evaluate Deformable DETR with BatchFormerV2 on COCO-fo
 _EXAMPLE = """\
   python main.py --coco_path data/coco --output_dir exps/batchformer \\
       --batch_size 3 --bf 1 --share_bf 0 --insert_idx 0
-  python main.py --coco_path data/coco --resume exps/batchformer/checkpoint.pth --eval"""
+  python main.py --coco_path data/coco --output_dir exps/batchformer --resume auto [the same flags]
+  python main.py --coco_path data/coco --resume exps/batchformer/checkpoint.pth --eval
+
+Ranges of all flags: docs/flags.md. Several GPUs: tools/run_dist_launch.sh. Own data: tools/convert_dataset.py.
+Error messages and exit codes: docs/troubleshooting.md, docs/reliability.md."""
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -51,7 +55,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(
             prog,
             description=description,
-            epilog=f"example:\n  {example.strip()}" if example else None,
+            epilog=f"examples:\n  {example.strip()}" if example else None,
             formatter_class=_HelpFormatter,
             allow_abbrev=False,  # with a typing error something else would be trained
         )
