@@ -263,10 +263,10 @@ class RunConfig:
         above=0,
     )
     save_predictions: bool = flag(
-        False, "write the detections to predictions.json in output_dir (COCO results format)"
+        False, "write the detections to predictions.json in --output_dir (COCO results format)"
     )
     tensorboard: bool = flag(
-        False, "write losses, rates, metrics and pictures for TensorBoard to <output_dir>/tensorboard"
+        False, "write losses, rates, metrics and pictures for TensorBoard to tensorboard/ in --output_dir"
     )
     log_every: int = flag(10, "steps between log lines", "STEPS", above=0)
 

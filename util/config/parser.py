@@ -28,7 +28,7 @@ _EXAMPLE = """\
   python main.py --coco_path data/coco --output_dir exps/batchformer --resume auto [the same flags]
   python main.py --coco_path data/coco --resume exps/batchformer/checkpoint.pth --eval
 
-Ranges of all flags: docs/flags.md. Several GPUs: tools/run_dist_launch.sh. Own data: tools/convert_dataset.py.
+Ranges: docs/flags.md. Several GPUs: tools/run_dist_launch.sh. Own data: tools/convert_dataset.py.
 Error messages and exit codes: docs/troubleshooting.md, docs/reliability.md."""
 
 
@@ -55,7 +55,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(
             prog,
             description=description,
-            epilog=f"examples:\n  {example.strip()}" if example else None,
+            epilog=f"example:\n  {example.strip()}" if example else None,
             formatter_class=_HelpFormatter,
             allow_abbrev=False,  # with a typing error something else would be trained
         )
