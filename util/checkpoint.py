@@ -55,9 +55,7 @@ _FLAGS = {
 
 @dataclass(frozen=True)
 class LoadReport:
-    """Names of tensors: `loaded`; `missing` in the file; `unexpected`, only in the file. `flag`
-    named the file `source`.
-    """
+    """Names of tensors: `missing` in the file, or `unexpected`, only in it. `flag` named `source`."""
 
     source: str
     loaded: tuple[str, ...]
@@ -171,10 +169,9 @@ def weights_of(checkpoint: Mapping[str, Any], source: str, flag: str = "--resume
 
 
 def read_checkpoint(path_or_url: str | os.PathLike, flag: str = "--resume") -> dict[str, Any]:
-    """The dict in a checkpoint file, on the CPU. Nothing in the file is executed.
+    """The dict in a checkpoint file, on the CPU, with the weights of any program in `model`.
 
-    Weights that other programs keep elsewhere are in the entry `model`. Raises UserError, which
-    names `flag`.
+    Nothing in the file is executed. Raises UserError, which names `flag`.
     """
     given = str(path_or_url)
     if given.endswith(".safetensors") or Path(given, "config.json").is_file():
