@@ -152,10 +152,7 @@ def train(config: Config, device: torch.device, stop: StopRequest, folder: RunFo
 
 
 class Training:
-    """The epochs of a run. Everything that must survive an interruption is in `state`.
-
-    restore() must be called before run().
-    """
+    """The epochs of a run; `state` is what survives an interruption. Call restore(), then run()."""
 
     def __init__(
         self,
@@ -227,9 +224,11 @@ class Training:
             self._nothing_left()
             return
         for epoch in range(self._first_epoch(), epochs):
-            # An epoch that was interrupted in its evaluation is trained already.
             if self.history.unfinished is None:
                 self._train(epoch)
+            else:
+                # The run was interrupted in the evaluation.
+                log.info("epoch %d is trained already; it is evaluated now", epoch)
             self._evaluate(epoch)
         # Save again, now with the results of the last evaluation.
         self._save(must=True)
