@@ -42,7 +42,7 @@ class Targets:
         labels = torch.cat([target["labels"] for target in targets])
         # made on the host, which knows the counts, so that the device need not be asked
         count = torch.tensor(counts, dtype=torch.int64)
-        image = torch.arange(len(counts)).repeat_interleave(count)
+        image = torch.from_numpy(np.arange(len(counts)).repeat(counts))
         device = boxes.device
         return Targets(boxes, labels, to_device(image, device), to_device(count, device), counts)
 
