@@ -193,7 +193,7 @@ def test_between_epochs_changed_images_are_said_and_nothing_is_repeated(interrup
     assert result.returncode == 0, result.stderr
     assert "now 5 images instead of 6" in result.stdout
     assert "starts again" not in result.stdout
-    assert "epoch 0 (" not in result.stdout
+    assert "epoch 0 (1/2) [" not in result.stdout
     assert "epoch 1 (2/2) [5/5]" in result.stdout
 
 
