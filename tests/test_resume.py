@@ -93,7 +93,7 @@ def test_resume_says_what_changed_and_ends_clearly(tmp_path, data):
         "resume: --lr was 0.0002 in the checkpoint and is 1e-05 in this run; the new value is used"
         in changed.stdout
     )
-    assert "resume: --epochs was 1 in the checkpoint and is 2 in this run" in changed.stdout
+    assert "resume: --epochs" not in changed.stdout, "a finished run may be continued"
     lines = [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
     assert [line["train_lr"] for line in lines] == pytest.approx([2e-4, 1e-5])
 

@@ -63,7 +63,7 @@ INSTRUCTIONS = (
 MOMENTS = (
     (r"trainable parameters", "training"),
     (r"epoch \d+ \S+ \[", "training"),
-    (r"^evaluate", "evaluation"),
+    (r"  evaluate \[", "evaluation"),
     (r"^AP ", "evaluation"),
     (r"training time", "end"),
     (r"flags:", "start-up"),
