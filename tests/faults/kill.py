@@ -66,7 +66,7 @@ MOMENTS = (
     (r"  evaluate \[", "evaluation"),
     (r"^AP ", "evaluation"),
     (r"training time", "end"),
-    (r"flags:", "start-up"),
+    (r"^flags that differ", "start-up"),
 )
 
 
