@@ -559,7 +559,7 @@ def test_the_command_makes_the_page(made, tmp_path, capsys):
     [
         (["--num_pictures", "-1"], "--num_pictures -1"),
         (["--score_threshold", "2"], "--score_threshold: 2 must be"),
-        (["--score_threshold", "half"], "--score_threshold: half must be"),
+        (["--score_threshold", "half"], "--score_threshold: invalid score value: 'half'"),
         (["--annotations", "/no/such.json"], "/no/such.json"),
         (["--images", "/no/such"], "--images /no/such"),
         (["--output", "/proc/no/report.html"], "--output /proc/no/report.html"),
