@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import math
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 from util.backbones import BACKBONES
 from util.config.fields import FLAGS, RunConfig
 from util.config.model_fields import LEARNED_POSITIONS
 from util.errors import UserError
 
-if TYPE_CHECKING:
-    from util.config.config import Config
+# The class imports this module, so that it is valid by construction; this module cannot import it.
+Config: TypeAlias = Any
 
 
 def require(condition: object, message: str) -> None:
