@@ -94,7 +94,9 @@ def main(config: Config) -> None:
                 evaluate_checkpoint(config, device, folder)
         else:
             with RunFolder.open(config) as folder:
-                train(config, device, stop, folder)
+                training = prepare_training(config, device, stop, folder)
+                with contextlib.closing(training.board):
+                    training.run()
 
 
 def evaluate_checkpoint(config: Config, device: torch.device, folder: RunFolder) -> None:
@@ -110,7 +112,7 @@ def evaluate_checkpoint(config: Config, device: torch.device, folder: RunFolder)
     record_start(folder.path, config, device, {"checkpoint": source}, val=dataset)
 
     model, criterion, postprocessors = build_model(config, pretrained=False)
-    model.to(device)
+    check_precision(model.to(device), config.run.amp)
     weights = {"": checkpoint}
     if "ema" in checkpoint:
         # Written to eval_ema.pth and predictions_ema.json.
@@ -118,7 +120,6 @@ def evaluate_checkpoint(config: Config, device: torch.device, folder: RunFolder)
     for suffix, state in weights.items():
         # In evaluation no weight may be missing.
         load_checkpoint(model, state, source, "averaged weights: " if suffix else "", may_lack=())
-        check_precision(model, config.run.amp)
         evaluation = evaluate(model, criterion, postprocessors, batches, dataset, config.run)
         evaluation.print_metrics()
         if folder.path:
@@ -130,8 +131,8 @@ def evaluate_checkpoint(config: Config, device: torch.device, folder: RunFolder)
         log.info("the evaluation is in %s", folder.path / "eval.pth")
 
 
-def train(config: Config, device: torch.device, stop: StopRequest, folder: RunFolder) -> None:
-    """A training in four stages: folder (where it starts), data, learner, state."""
+def prepare_training(config: Config, device: torch.device, stop: StopRequest, folder: RunFolder) -> Training:
+    """Four stages: folder (where it starts), data, learner, state. The result holds no checkpoint."""
     # Folder: the checkpoint that the run resumes, or the weights that it starts from.
     start = find_start(config, folder.checkpoint, folder.source)
     check_trainable(start.config)
@@ -147,8 +148,7 @@ def train(config: Config, device: torch.device, stop: StopRequest, folder: RunFo
     # State: everything that an interrupted run restores.
     training = Training(config, device, stop, folder, data, learner)
     training.restore()
-    with contextlib.closing(training.board):
-        training.run()
+    return training
 
 
 class Training:
