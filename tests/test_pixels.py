@@ -19,8 +19,8 @@ from PIL import Image
 from datasets import build_dataset
 from tests.helpers import SMALL_IMAGES, write_coco
 from util.config import parse_config
-from util.images.files import BadImageError, read_header, to_8_bits
-from util.images.prepare import as_picture, normalize, read_picture
+from util.images.files import BadImageError, read_header, read_picture, to_8_bits
+from util.images.prepare import as_picture, normalize
 
 RAMP = np.tile(np.linspace(0, 1, 64, dtype=np.float32), (48, 1))
 GREYS = {

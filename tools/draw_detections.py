@@ -19,7 +19,7 @@ from util.config import DataConfig, add_score_threshold_flag, make_parser
 from util.draw.boxes import contact_sheet, draw_coco, side_by_side
 from util.errors import UserError, run_as_command
 from util.images import evenly_chosen
-from util.images.prepare import read_picture
+from util.images.files import read_picture
 
 EXAMPLE = """\
   python tools/draw_detections.py --images coco/val2017 \\

@@ -230,7 +230,7 @@ class Prediction:
         picture.save(self._output(shot.file), quality=92, subsampling=0)
 
     def _read_pictures(self, files: Sequence[InputFile]) -> Generator[Shot]:
-        from util.images.prepare import read_picture
+        from util.images.files import read_picture
 
         upright = self.args.annotations is None
         for file in files:

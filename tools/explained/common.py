@@ -14,7 +14,7 @@ from models.detector import Detector
 from models.ops.reference import Shapes
 from util.config import DataConfig, detector_flags
 from util.errors import UserError
-from util.images.prepare import read_picture
+from util.images.files import read_picture
 
 QUALITY = 80  # of JPEG
 

@@ -98,6 +98,15 @@ def decode(
         return picture
 
 
+def read_picture(path: Path, megapixels: float, otherwise: str, *, upright: bool = True) -> Image.Image:
+    """The RGB picture in a file; by default as viewers show it. Raises BadImageError.
+
+    The arguments are those of `decode`.
+    """
+    content = read_image_file(path, megapixels, otherwise)
+    return decode(content, path, megapixels, otherwise, upright=upright)
+
+
 class Header(NamedTuple):
     """size: (width, height) in pixels as stored, as `decode` returns it by default.
 

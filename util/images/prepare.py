@@ -14,22 +14,13 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from util.errors import UserError
-from util.images.files import as_rgb, decode, read_image_file, to_8_bits
+from util.images.files import as_rgb, read_picture, to_8_bits
 
 ImageLike = str | os.PathLike | Image.Image | np.ndarray | Tensor
 
 _SEVERAL = "give several as a list"
 # of ImageNet, which the backbones were trained on
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def read_picture(path: Path, megapixels: float, otherwise: str, *, upright: bool = True) -> Image.Image:
-    """The RGB picture in a file; by default as viewers show it. Raises BadImageError.
-
-    The arguments are those of util.images.files.decode.
-    """
-    content = read_image_file(path, megapixels, otherwise)
-    return decode(content, path, megapixels, otherwise, upright=upright)
 
 
 def as_picture(image: ImageLike, megapixels: float) -> Image.Image:

@@ -21,7 +21,7 @@ from PIL import Image
 from util.draw.curves import FIGURES
 from util.errors import UserError
 from util.images import evenly_chosen
-from util.images.prepare import read_picture
+from util.images.files import read_picture
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
