@@ -59,34 +59,22 @@ def recognise(shapes: Shapes) -> str | None:
 # ---- ResNets of torchvision
 
 
-def _basic(name: str, blocks: Sequence[int]) -> BackboneEntry:
-    """A ResNet of basic blocks, which torchvision cannot dilate."""
-    return BackboneEntry(
-        name=name,
-        build=partial(_build_resnet, name),
-        stages=RESNET_STAGES,
-        channels=(128, 256, 512),
-        trains=RESNET_STAGES,
-        looks_like=partial(_is_resnet, blocks, None),
-        hugging_face=name,
-        can_dilate=False,
-    )
+def _resnet(name: str, blocks: Sequence[int], bottleneck: tuple[int, int] | None = None) -> BackboneEntry:
+    """A ResNet of basic blocks, which torchvision cannot dilate, or of bottlenecks.
 
-
-def _bottleneck(name: str, blocks: Sequence[int], width: int = 64, inputs: int = 64) -> BackboneEntry:
-    """A ResNet of bottlenecks.
-
-    `width` and `inputs` are the channels of the first 3x3 convolution and of one of its groups.
+    bottleneck: channels of the first 3x3 convolution, and of one of its groups.
     """
+    width = 512 if bottleneck else 128
     return BackboneEntry(
         name=name,
         build=partial(_build_resnet, name),
         stages=RESNET_STAGES,
-        channels=(512, 1024, 2048),
+        channels=(width, 2 * width, 4 * width),
         # conv1 and layer1 stay as they are, as published
         trains=RESNET_STAGES,
-        looks_like=partial(_is_resnet, blocks, (width, inputs)),
+        looks_like=partial(_is_resnet, blocks, bottleneck),
         hugging_face=name,
+        can_dilate=bottleneck is not None,
     )
 
 
@@ -111,15 +99,15 @@ def _is_resnet(blocks: Sequence[int], bottleneck: tuple[int, int] | None, shapes
 
 
 _ENTRIES = (
-    _basic("resnet18", (2, 2, 2, 2)),
-    _basic("resnet34", (3, 4, 6, 3)),
-    _bottleneck("resnet50", (3, 4, 6, 3)),
-    _bottleneck("resnet101", (3, 4, 23, 3)),
-    _bottleneck("resnet152", (3, 8, 36, 3)),
-    _bottleneck("resnext50_32x4d", (3, 4, 6, 3), width=128, inputs=4),
-    _bottleneck("resnext101_32x8d", (3, 4, 23, 3), width=256, inputs=8),
-    _bottleneck("resnext101_64x4d", (3, 4, 23, 3), width=256, inputs=4),
-    _bottleneck("wide_resnet50_2", (3, 4, 6, 3), width=128, inputs=128),
-    _bottleneck("wide_resnet101_2", (3, 4, 23, 3), width=128, inputs=128),
+    _resnet("resnet18", (2, 2, 2, 2)),
+    _resnet("resnet34", (3, 4, 6, 3)),
+    _resnet("resnet50", (3, 4, 6, 3), (64, 64)),
+    _resnet("resnet101", (3, 4, 23, 3), (64, 64)),
+    _resnet("resnet152", (3, 8, 36, 3), (64, 64)),
+    _resnet("resnext50_32x4d", (3, 4, 6, 3), (128, 4)),
+    _resnet("resnext101_32x8d", (3, 4, 23, 3), (256, 8)),
+    _resnet("resnext101_64x4d", (3, 4, 23, 3), (256, 4)),
+    _resnet("wide_resnet50_2", (3, 4, 6, 3), (128, 128)),
+    _resnet("wide_resnet101_2", (3, 4, 23, 3), (128, 128)),
 )
 BACKBONES = {entry.name: entry for entry in _ENTRIES}
