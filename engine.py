@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 from datasets import DetectionData
-from datasets.coco_eval import coco_results, evaluate_results, metrics_table, precision_tables
+from datasets.coco_eval import IOU_TYPES, coco_results, evaluate_results, metrics_table, precision_tables
 from datasets.loader import DeviceBatches
 from models import build_model
 from models.criterion import SetCriterion
@@ -217,9 +217,10 @@ class Evaluation:
         return self.stats["coco_eval_bbox"][0]
 
     def print_metrics(self) -> None:
-        """Log the twelve metrics, in two lines."""
-        for line in metrics_table(self.stats["coco_eval_bbox"]).splitlines():
-            log.info("%s", line)
+        """Log the twelve metrics of each IoU type, in two lines."""
+        for kind in IOU_TYPES:
+            for line in metrics_table(self.stats[f"coco_eval_{kind}"]).splitlines():
+                log.info("%s", line)
 
 
 @torch.no_grad()
@@ -260,7 +261,8 @@ def evaluate(
         # Boxes in pixels of the image as it is stored.
         losses = criterion(outputs, targets)
         sizes = torch.stack([target["orig_size"] for target in targets])
-        pending = PendingResult(targets, postprocessors["bbox"](outputs, sizes), losses, dataset.classes)
+        detections = postprocessors["bbox"](outputs, sizes)
+        pending = PendingResult(targets, detections, losses, dataset.classes)
         throughput.add(len(images) * world_size())
         progress.step([f"{throughput.rate():.2f} images/s"] if progress.due() else [])
     if pending:
@@ -326,11 +328,14 @@ def _summarise(
 
     # The metrics take minutes for large data: a note for the watchdog.
     note("COCO metrics of %d detections", len(results))
-    evaluation = evaluate_results(ground_truth, results, evaluator)
+    evaluations = {kind: evaluate_results(ground_truth, results, evaluator, kind) for kind in IOU_TYPES}
     # fsum: the mean must not depend on which process had which batch.
     means = {
         name: math.fsum(batch.losses[name] for batch in in_order) / len(in_order)
         for name in in_order[0].losses
     }
-    stats = published_names(means, weights) | {"coco_eval_bbox": evaluation.stats.tolist()}
-    return Evaluation(broadcast_from_main(stats), results, precision_tables(evaluation))
+    stats: dict[str, Any] = published_names(means, weights)
+    for kind, evaluation in evaluations.items():
+        stats[f"coco_eval_{kind}"] = evaluation.stats.tolist()
+    # The published tables are those of boxes.
+    return Evaluation(broadcast_from_main(stats), results, precision_tables(evaluations["bbox"]))
