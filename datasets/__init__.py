@@ -1,4 +1,6 @@
-"""Data sets, transforms, loading and COCO evaluation; knows nothing of models.
+"""Data sets, transforms, loading and COCO evaluation. It knows nothing of models.
+
+The training loop, main.py and the tools use this room.
 
 A format of data sets is one module and one entry of FORMATS. The module has a function
 `build(image_set, config.data, seed, classes)`, which returns a DetectionData.

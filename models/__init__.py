@@ -1,4 +1,4 @@
-"""The detector and its losses.
+"""The detector and its losses. The training loop, main.py and the tools use this room.
 
 build_model(config)          model, criterion and postprocessors of a Config
 load_model(checkpoint)       the same of a checkpoint, and its Config

@@ -1,1 +1,1 @@
-"""What every other layer stands on; imports nothing of the project outside itself."""
+"""What every other layer uses. It imports nothing of the project outside itself."""
