@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # datasets.synthetic starts without torch
     from torch import Tensor
 
     from util.class_map import ClassMap
-    from util.run.data_identity import DataIdentity
+    from util.data_identity import DataIdentity
 
 # --dataset_file -> module
 FORMATS = {"coco": "datasets.coco"}

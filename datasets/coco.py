@@ -20,9 +20,9 @@ from datasets.respell import respell
 from datasets.transforms import Area, eval_transform, train_transform
 from util.class_map import AUTO, ClassMap
 from util.config import DataConfig
+from util.data_identity import DataIdentity
 from util.errors import UserError
 from util.images.files import BadImageError, decode, read_image_file
-from util.run.data_identity import DataIdentity
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import torch
 from tests.helpers import SMALL_IMAGES, SMALL_MODEL, write_coco
 from tests.processes import run_main_forked, run_main_together
 from util.checkpoint import read_checkpoint, write_atomically
-from util.run.data_identity import DataIdentity
+from util.data_identity import DataIdentity
 
 IMAGES = [{"id": 3, "file_name": "a.png"}, {"id": 7, "file_name": "ä.png"}]
 OBJECTS = [{"image_id": 3, "category_id": 1, "iscrowd": 0, "bbox": [1, 2, 3.5, 4]}]

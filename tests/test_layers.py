@@ -16,6 +16,7 @@ LEVELS = (
     (
         "util.backbones",
         "util.class_map",
+        "util.data_identity",
         "util.config",
         "util.checkpoint",
         "util.other_layouts",

@@ -50,9 +50,9 @@ from tests.faults.fuzz_watch import Misbehaviour, Watch
 from util.checkpoint import load_state, read_checkpoint, write_atomically
 from util.class_map import ClassMap
 from util.config import DataConfig, parse_config
+from util.data_identity import DataIdentity
 from util.errors import UserError
 from util.optim import build_schedule
-from util.run.data_identity import DataIdentity
 from util.run.history import History
 from util.run.state import TrainingPosition, TrainingState
 from util.step.metrics import EpochSums

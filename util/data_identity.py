@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -30,12 +30,12 @@ class DataIdentity:
         """Of COCO's `images` and `annotations` in the order of the items."""
         # the line ends keep "1 2" + "3" apart from "1" + "23"
         names = [f"{image['id']} {image['file_name']}\n" for image in images]
-        fields, boxes = [], []
+        numbers, boxes = [], []
         for item in annotations:
-            fields.append((item["image_id"], item["category_id"], item["iscrowd"]))
+            numbers.append((item["image_id"], item["category_id"], item["iscrowd"]))
             boxes.append(item["bbox"])
         # fixed types: how a number is written in the file does not matter
-        objects = np.array(fields, np.int64).tobytes() + np.array(boxes, np.float64).tobytes()
+        objects = np.array(numbers, np.int64).tobytes() + np.array(boxes, np.float64).tobytes()
         sums = [hashlib.sha256(data).hexdigest() for data in ("".join(names).encode(), objects)]
         return cls(len(names), len(boxes), *sums)
 
@@ -46,7 +46,8 @@ class DataIdentity:
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> DataIdentity:
         """The reverse of `to_plain`. Raises TypeError for damaged entries."""
-        return cls(**plain)
+        # a later version may have more
+        return cls(**{item.name: plain[item.name] for item in fields(cls)})
 
     def changes_since(self, before: DataIdentity) -> list[str]:
         """What is different, for a message after the word "now"."""
