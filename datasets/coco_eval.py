@@ -21,7 +21,7 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 from util.class_map import ClassMap
-from util.draw.curves import FIGURES
+from util.draw.curves import FIGURES, percent
 
 log = logging.getLogger(__name__)
 
@@ -128,10 +128,7 @@ def precision_tables(evaluation: COCOeval) -> dict[str, Any]:
 
 def metrics_table(stats: Sequence[float]) -> str:
     """The twelve metrics in two lines, in percent."""
-    cells = []
-    for name, value in zip(FIGURES, stats, strict=True):
-        shown = f"{value * 100:.1f}" if value >= 0 else "-"
-        cells.append(f"{name} {shown}")
+    cells = [f"{name} {percent(value)}" for name, value in zip(FIGURES, stats, strict=True)]
     first, second = "  ".join(cells[:6]), "  ".join(cells[6:])
     if min(stats) < 0:
         second += "  (-: no such objects)"

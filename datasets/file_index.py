@@ -249,7 +249,8 @@ def _home(fitting: Mapping[str, list[_Option]], prefers: Callable[[Path], int]) 
         for base, path in bases.items():
             likely[base] = prefers(path), not IMAGE_FOLDERS.isdisjoint(base[-1:])
     ranks = {base: (count, likely[base]) for base, count in votes.items()}
-    best = [base for base in ranks if ranks[base] == max(ranks.values())]
+    highest = max(ranks.values(), default=None)
+    best = [base for base, rank in ranks.items() if rank == highest]
     return best[0] if len(best) == 1 else None
 
 

@@ -17,8 +17,7 @@ from typing import TypeVar
 
 from torch.utils.data import DataLoader
 
-from util.errors import LostProcessError, UserError
-from util.run.stop import SIGNALS
+from util.errors import SIGNALS, LostProcessError, UserError
 
 Batch = TypeVar("Batch")
 

@@ -4,6 +4,7 @@ not split yet.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Sequence
@@ -168,10 +169,15 @@ def _find_images(content: Entry, path: Path, root: Path, problems: Problems) -> 
     # an annotation file of one split doesn't use images of another split
     split = _split_of(path, root)
 
-    def prefers(file: Path) -> int:
-        if not split or file.parent == root or not _split_of(file.parent, root):
+    @functools.cache  # a folder has thousands of files
+    def prefers_folder(folder: Path) -> int:
+        other = "" if folder == root else _split_of(folder, root)
+        if not split or not other:
             return 0
-        return 1 if _split_of(file.parent, root) == split else -1
+        return 1 if other == split else -1
+
+    def prefers(file: Path) -> int:
+        return prefers_folder(file.parent)
 
     findings = Index.below(root).find(sizes, prefers=prefers)
     problems.notes.update(findings.notes())

@@ -2,7 +2,7 @@
 counted and left out.
 
 `mend` comes first, then the images' files are found, and `check_export` does the rest. What
-training would refuse (coco_format.py) or leave out (preflight.py) is a problem here, unless nothing
+training would refuse (coco_format.py) or leave out (preflight) is a problem here, unless nothing
 is lost by mending it.
 """
 
@@ -252,7 +252,7 @@ def _read_sizes(content: Entry, files: Mapping[str, Path], problems: Problems) -
 
 
 def _check_boxes(content: Entry, path: Path, problems: Problems) -> None:
-    """Areas and boxes by the rules of preflight.py, which accept rounding."""
+    """Areas and boxes by the rules of datasets/preflight, which accept rounding."""
     # areas
     images = {image["id"]: image for image in content["images"]}
     annotations = content["annotations"]

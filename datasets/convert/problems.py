@@ -38,7 +38,7 @@ class Problems:
     """The problems of a source, which end the conversion or are left out and counted.
 
     on_bad: "stop"; "skip", leave out; "clip", cut boxes that reach out of their image, and leave
-    out the rest. kinds: number of problems of each kind, named as in the check (preflight.py).
+    out the rest. kinds: number of problems of each kind, named as in the check (datasets/preflight).
     notes: number of things that were mended or found in an unusual way.
     """
 

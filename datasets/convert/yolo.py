@@ -36,7 +36,10 @@ _LINE_OF_LABELS = re.compile(r"\d+(\s+[-+.\deE]+){4,}$")
 
 def is_yolo(source: Path) -> bool:
     """Whether it is a data.yaml, or a folder with a data.yaml or a classes.txt."""
-    source = _unpacked(source)
+    return _looks_yolo(_unpacked(source))
+
+
+def _looks_yolo(source: Path) -> bool:
     if source.is_dir():
         return bool(_usual_file(source, *YAML) or _classes_in(source))
     return source.suffix.lower() in YAML
@@ -44,7 +47,10 @@ def is_yolo(source: Path) -> bool:
 
 def is_darknet(source: Path) -> bool:
     """Whether it is an obj.data, or a folder with an obj.data or an obj.names."""
-    source = _unpacked(source)
+    return _looks_darknet(_unpacked(source))
+
+
+def _looks_darknet(source: Path) -> bool:
     if source.is_dir():
         return bool(_usual_file(source, DARKNET) or _usual_file(source, ".names"))
     return source.suffix.lower() == DARKNET
@@ -56,7 +62,9 @@ def _unpacked(source: Path) -> Path:
         return source
     inside = [path for path in source.iterdir() if not is_left_behind(path.name)]
     # files of the file manager do not count
-    if len(inside) == 1 and inside[0].is_dir() and (is_yolo(inside[0]) or is_darknet(inside[0])):
+    if len(inside) != 1 or not inside[0].is_dir():
+        return source
+    if _looks_yolo(inside[0]) or _looks_darknet(inside[0]):
         return inside[0]
     return source
 

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from tqdm import tqdm
 
 from datasets.coco_format import Problem
@@ -23,13 +22,11 @@ from datasets.file_index import shown_size
 from datasets.preflight.annotations import CheckedSplit
 from datasets.respell import respell
 from util.errors import UserError
-from util.images.files import BadImageError, decode, read_header, read_image_file
+from util.images.files import BadImageError, decode, read_header, read_image_file, rgb_extrema
 
 # levels of 256 by which the pixels of a picture differ: below, almost nothing is visible in it
 _FLAT = 16
 _FEW_FILES = 64  # are read faster than processes start
-
-warnings.filterwarnings("ignore", module="PIL")  # of metadata that nobody uses
 
 
 class _Seen(NamedTuple):
@@ -141,6 +138,12 @@ def _in_processes(look: Callable[..., _Seen], workers: int, *arguments: list[Any
 
 
 def _look(path: Path, size: tuple[int, int], otherwise: str, *, whole: bool, megapixels: float) -> _Seen:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of metadata that nobody uses
+        return _look_at(path, size, otherwise, whole, megapixels)
+
+
+def _look_at(path: Path, size: tuple[int, int], otherwise: str, whole: bool, megapixels: float) -> _Seen:
     """What the file of an image is that has a `size` (width, height) in the annotations."""
     if not path.exists():
         return _Seen("missing_image", f"{path} is missing; add the file, or {otherwise}")
@@ -150,7 +153,7 @@ def _look(path: Path, size: tuple[int, int], otherwise: str, *, whole: bool, meg
             content = read_image_file(path, megapixels, otherwise)
             digest = hashlib.blake2b(content, digest_size=16).digest()
             picture = decode(content, path, megapixels, otherwise)
-            levels = int(np.ptp(np.asarray(picture), axis=(0, 1)).max())
+            levels = max(high - low for low, high in rgb_extrema(picture))
             found = picture.size
             seen = _Seen(identity=digest, levels=levels, bits=picture.info.get("bits"))
         # the header alone: a link has the same place

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from datasets.synthetic.paint import CLASS_NAMES
 from datasets.synthetic.scene import SceneObject, render_scene
 
-# increase with every change of the pictures: a data set of another version is created again
+# increase with every change of the pictures: a data set of another version counts as another one
 VERSION = 1
 SETTINGS_FILE = "synthetic.json"
 SPLITS = ("train2017", "val2017")
@@ -167,6 +167,18 @@ def _is_there(folder: Path, description: dict[str, Any], force: bool) -> bool:
     raise FileExistsError(f"{folder} holds a data set of other settings; --force replaces it")
 
 
+def _replace(folder: Path, new: Path, aside: Path) -> None:
+    """Move `new` to `folder`, and what was there to `aside`. A failure changes nothing."""
+    if folder.exists():
+        folder.rename(aside)
+    try:
+        new.rename(folder)
+    except BaseException:
+        if aside.exists():
+            aside.rename(folder)
+        raise
+
+
 def generate(output_dir: str | Path, *, workers: int = 1, force: bool = False, **settings: int) -> bool:
     """Write a data set in COCO's layout, whole or not at all.
 
@@ -202,7 +214,5 @@ def generate(output_dir: str | Path, *, workers: int = 1, force: bool = False, *
         for split in range(len(SPLITS)):
             _write_split(new, split, chosen, workers)
         (new / SETTINGS_FILE).write_text(json.dumps(description, indent=2) + "\n")
-        if folder.exists():
-            folder.rename(Path(temporary, "old"))
-        new.rename(folder)
+        _replace(folder, new, Path(temporary, "old"))
     return True
