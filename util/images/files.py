@@ -13,7 +13,7 @@ import stat
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -91,10 +91,11 @@ def decode(
         image = Image.open(io.BytesIO(content), formats=FORMATS)
         _check_size(image, megapixels)
         picture = as_rgb(image)
-        # after decoding, which may turn the picture and change its metadata
-        turn = _UPRIGHT.get(_orientation(image))
-        if upright and turn is not None:
-            return picture.transpose(turn)
+        if upright:
+            # after decoding, which may turn the picture and change its metadata
+            turn = _UPRIGHT.get(_orientation(image))
+            if turn is not None:
+                return picture.transpose(turn)
         return picture
 
 
@@ -215,12 +216,17 @@ def as_rgb(image: Image.Image) -> Image.Image:
     upper_half = any(";16" in str(tile) for tile in getattr(image, "tile", ()))
     picture = image.convert("RGB")
     if upper_half:
-        if np.asarray(picture).max() < 2**6:
+        if max(high for _, high in rgb_extrema(picture)) < 2**6:
             raise _wrong_numbers(
                 "colours of 16 bits but no number above 16383, so what can be read of it is nearly black"
             )
         picture.info["bits"] = 16
     return picture
+
+
+def rgb_extrema(picture: Image.Image) -> list[tuple[int, int]]:
+    """The lowest and the highest number of each channel of an RGB picture."""
+    return cast(list[tuple[int, int]], picture.getextrema())
 
 
 def to_8_bits(numbers: np.ndarray) -> np.ndarray:
@@ -231,13 +237,13 @@ def to_8_bits(numbers: np.ndarray) -> np.ndarray:
 
     Raises BadImageError for any others.
     """
+    if not np.issubdtype(numbers.dtype, np.floating) and not np.issubdtype(numbers.dtype, np.integer):
+        raise _wrong_numbers(f"numbers of type {numbers.dtype}", "give uint8, or floats in [0, 1]")
     low, high = numbers.min(), numbers.max()
     if np.issubdtype(numbers.dtype, np.floating):
         if not (low >= 0 and high <= 1):  # NaN does not lie in [0, 1] either
             raise _wrong_numbers(f"floats outside of [0, 1], from {low:g} to {high:g}")
         return (numbers * 255).round().astype(np.uint8)
-    if not np.issubdtype(numbers.dtype, np.integer):
-        raise _wrong_numbers(f"numbers of type {numbers.dtype}", "give uint8, or floats in [0, 1]")
     if low < 0 or high >= 2**16:
         raise _wrong_numbers(f"numbers of {numbers.dtype} outside of 0 to 65535, from {low} to {high}")
     return (numbers >> (bit_depth(numbers) - 8)).astype(np.uint8)
