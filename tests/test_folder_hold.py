@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT, SMALL_IMAGES, SMALL_MODEL, environment, write_coco
+from tests.helpers import ROOT, SMALL_IMAGES, SMALL_MODEL, environment, run_main, write_coco
 from tests.processes import run_main_forked
 from util.errors import NotSavedError, UserError
 from util.run import hold as folder_hold
@@ -110,13 +110,18 @@ def test_another_machines_process_that_gives_signs_of_life_is_left_alone(tmp_pat
     assert holder_in(tmp_path) == holder
 
 
-def test_another_machines_process_without_a_sign_of_life_is_taken_for_dead(tmp_path, caplog):
+def test_another_machines_process_without_a_sign_of_life_is_taken_for_dead(tmp_path, caplog, monkeypatch):
     write(tmp_path, elsewhere())
     with caplog.at_level(logging.WARNING), FolderHold(tmp_path) as hold:
         hold.check()
     assert "on node9 since" in caplog.text
     assert "waiting up to" in caplog.text
     assert "without a sign of life" in caplog.text
+    monkeypatch.setattr(folder_hold, "LOOKS", 10**9)  # a silence of days needs no watching
+    path = write(tmp_path, elsewhere())
+    os.utime(path, (1, 1))
+    with FolderHold(tmp_path) as hold:
+        hold.check()
 
 
 def test_a_clock_that_is_ahead_makes_nobody_alive(tmp_path):
@@ -259,9 +264,13 @@ def test_a_second_run_is_refused_while_an_evaluation_is_not_and_after_a_kill_the
             rf"error: --output_dir {out} is held by process {first.pid} on {os.uname().nodename} "
             rf"since \d{{4}}-.*"
         )
-        second = run_main_forked(*flags, "--resume", "auto", "--output_dir", str(out))
-        assert second.returncode == 2
-        assert re.fullmatch(told, second.stderr.strip()), second.stderr
+        for extra in ((), ("--resume", "auto")):
+            second = run_main_forked(*flags, *extra, "--output_dir", str(out))
+            assert second.returncode == 2
+            assert re.fullmatch(told, second.stderr.strip()), second.stderr
+        together = run_main(*flags, "--output_dir", str(out), processes=2)
+        assert together.returncode == 2
+        assert re.search(told, together.stderr)
         assert not list(out.glob("earlier-*"))
         evaluated = run_main_forked(
             *flags, "--resume", str(out / "checkpoint.pth"), "--eval", "--output_dir", str(out)
@@ -331,10 +340,10 @@ def test_one_process_of_slurm_works_alone(tmp_path, variables):
     assert "--coco_path" in result.stderr, "it came as far as the data"
 
 
-def test_the_older_launcher_of_pytorch_is_understood(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node", "2", "main.py"]
+def test_the_older_launcher_of_pytorch_is_understood(tmp_path, flags):
+    command = [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node", "2", "main.py", *flags]
     result = subprocess.run(
-        [*command, "--device", "cpu", "--coco_path", str(tmp_path / "none")],
+        [*command, "--epochs", "1", "--output_dir", str(tmp_path / "out")],
         cwd=ROOT,
         env=environment(),
         capture_output=True,
@@ -342,8 +351,8 @@ def test_the_older_launcher_of_pytorch_is_understood(tmp_path):
         timeout=300,
         check=False,
     )
+    assert result.returncode == 0, result.stderr
     assert "2 process(es)" in result.stdout
-    assert "--coco_path" in result.stderr, "it came as far as the data"
     alone = run_main_forked("--local_rank", "1")
     assert alone.returncode == 2
     assert "start with torchrun" in alone.stderr

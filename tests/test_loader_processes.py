@@ -18,9 +18,8 @@ from datasets import loader, workers
 from datasets.loader import build_loader
 from tests.helpers import ROOT, run
 from tests.processes import wait_until
-from util.errors import LostProcessError, UserError
+from util.errors import SIGNALS, LostProcessError, UserError
 from util.images.files import BadImageError
-from util.run.stop import SIGNALS
 
 CPU = torch.device("cpu")
 

@@ -17,8 +17,8 @@ from tests.faults.compare import differences
 from tests.helpers import BATCHFORMER, PATIENCE, ROOT, SMALL_IMAGES, SMALL_MODEL, environment, write_coco
 from tests.processes import run_main_forked, run_main_together, training_processes
 from util.checkpoint import read_checkpoint
-from util.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, Preempted
-from util.run.stop import SIGNALS, StopRequest, StopVote
+from util.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, SIGNALS, Preempted
+from util.run.stop import StopRequest, StopVote
 
 # two epochs of 9 steps; mid-epoch states have dropout, augmentation, loader workers, unfinished
 # accumulation, averages, a scaler
@@ -135,12 +135,12 @@ def test_one_of_two_processes_is_signalled_and_both_leave_together(tmp_path, fla
     assert differences(whole, parts) == []
 
 
-def test_ctrl_c_saves_says_so_in_one_line_and_nobody_has_failed(tmp_path, flags):
-    """In training one process gets it, in the evaluation the launcher does."""
+@pytest.mark.parametrize("rank", [None, 1], ids=["the launcher", "one process"])
+def test_ctrl_c_saves_says_so_in_one_line_and_nobody_has_failed(tmp_path, flags, rank):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run_main_together(*flags, "--output_dir", str(whole), processes=2, output=tmp_path / "printed")
     run = (*flags, "--output_dir", str(parts), "--resume", "auto")
-    code, output = interrupt(start(*run, processes=2), r"epoch 0 \S+ \[ *2/", signal.SIGINT, rank=1)
+    code, output = interrupt(start(*run, processes=2), r"epoch 0 \S+ \[ *2/", signal.SIGINT, rank=rank)
     assert code == EXIT_INTERRUPTED, output
     (last,) = re.findall(r"^interrupted; .*\n", output, re.MULTILINE)
     images = re.fullmatch(
@@ -150,7 +150,7 @@ def test_ctrl_c_saves_says_so_in_one_line_and_nobody_has_failed(tmp_path, flags)
     )[1]
     assert [path.name for path in parts.glob("resume_*.pth")] == [f"resume_0000_{int(images):09}.pth"]
     assert output.endswith(last), "the launcher has nothing to add"
-    code, output = interrupt(start(*run, processes=2), r"  evaluate \[", signal.SIGINT)
+    code, output = interrupt(start(*run, processes=2), r"  evaluate \[", signal.SIGINT, rank=rank)
     assert code == EXIT_INTERRUPTED, output
     assert output.endswith(
         "interrupted; epoch 0 is saved, its evaluation is next; start again with --resume auto\n"

@@ -33,8 +33,14 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a whole text file in UTF-8. Raises OSError."""
-    with written_aside(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="replace")
+    with (
+        written_aside(path) as temporary,
+        open(temporary, "w", encoding="utf-8", errors="replace") as file,
+    ):
+        file.write(text)
+        file.flush()
+        # before the rename: after a power failure the name must not lead to an empty file
+        os.fsync(file.fileno())
 
 
 def temporary_name(path: Path) -> Path:

@@ -129,13 +129,17 @@ def load_state(
     # names of one tensor in the model must have one value in the file
     first_names: dict[int, str] = {}
     for name, tensor in known.items():
-        differ = f"probably {_flags_for(name)} differ"
         there, here = list(tensor.shape), list(own[name].shape)
         if there != here:
-            raise UserError(f"{refused} {name} is {there} there and {here} here; {differ}")
+            raise UserError(
+                f"{refused} {name} is {there} there and {here} here; probably {_flags_for(name)} differ"
+            )
         twin = first_names.setdefault(id(own[name]), name)
         if twin != name and not torch.equal(known[twin], tensor):
-            raise UserError(f"{refused} {twin} and {name} differ there and are one tensor here; {differ}")
+            raise UserError(
+                f"{refused} {twin} and {name} differ there and are one tensor here; "
+                f"probably {_flags_for(name)} differ"
+            )
 
     # the caller decides what may be missing
     model.load_state_dict(known, strict=False)

@@ -125,10 +125,12 @@ class ClassMap:
 
     def _is_sound(self) -> bool:
         """Whether all types are right, labels lie below `num_classes`, and nothing is there twice."""
+        # a bool is an int to isinstance
+        if type(self.num_classes) is not int:
+            return False
         for label, number, name in self.categories:
-            # a bool is an int to isinstance
-            types = type(self.num_classes), type(label), type(number), type(name)
-            if types != (int, int, int, str) or not 0 <= label < self.num_classes:
+            types = type(label), type(number), type(name)
+            if types != (int, int, str) or not 0 <= label < self.num_classes:
                 return False
         return len(self._ids) == len(self._labels) == len(self.categories)
 

@@ -27,6 +27,7 @@ T = TypeVar("T")
 
 # sent by schedulers, launchers and a closed terminal; main.py saves and leaves (util/run/stop.py)
 ASK_TO_LEAVE = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+SIGNALS = (*ASK_TO_LEAVE, signal.SIGINT)
 EXIT_USER_ERROR = 2
 EXIT_NOT_SAVED = 74  # EX_IOERR of sysexits.h
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: the same command again resumes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 import torch
@@ -10,8 +9,6 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from util.config import Config, OptimConfig
-
-log = logging.getLogger(__name__)
 
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:

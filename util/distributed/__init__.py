@@ -6,11 +6,8 @@ Every layer above may use this room; it knows nothing of training.
 from util.distributed.processes import (
     broadcast_from_main,
     equalise_buffers,
-    gather_on_main,
-    is_main,
     process_group,
     rank,
     sum_over_processes,
-    world_size,
 )
 from util.distributed.watchdog import note

@@ -14,6 +14,7 @@ import signal
 import socket
 import struct
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -73,9 +74,11 @@ def process_group(device_flag: str, timeout: float = 1800) -> Iterator[torch.dev
     except BaseException as error:
         reason: BaseException = error
         if isinstance(error, RuntimeError) and _lost_a_process(error):
-            # a launcher asks to leave while this process still finds out what has failed
-            for number in ASK_TO_LEAVE:
-                signal.signal(number, signal.SIG_IGN)
+            # a launcher asks to leave while this process still finds out what has failed; only the main
+            # thread may set handlers
+            if threading.current_thread() is threading.main_thread():
+                for request in ASK_TO_LEAVE:
+                    signal.signal(request, signal.SIG_IGN)
             reason = watchdog.explain(_first_sentence(error))
         # the watchdog of the others will quote it
         code, last_words = getattr(reason, "exit_code", 1), str(reason)
@@ -209,7 +212,7 @@ def choose_device(flag: str) -> torch.device:
     if not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no CUDA device on this machine; use --device cpu")
     # --device cuda:1 names one by itself
-    index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+    index = number("LOCAL_RANK") if device.index is None else device.index
     count = torch.cuda.device_count()
     if index >= count:
         raise UserError(

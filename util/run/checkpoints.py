@@ -23,6 +23,7 @@ from typing import Any
 from util.atomic import written_aside
 from util.checkpoint import read_checkpoint, write_atomically
 from util.errors import NotSavedError, UserError
+from util.optim import lr_factor
 from util.run.state import TrainingPosition, position_of
 
 log = logging.getLogger(__name__)
@@ -38,16 +39,14 @@ def scheduled_names(epoch: int, lr_drop: int, lr_drop_epochs: Sequence[int]) -> 
 
     It keeps those before a drop of the learning rates, and one every 5 epochs.
     """
-    before_drop = (epoch + 1) % lr_drop == 0
-    if lr_drop_epochs:
-        before_drop = epoch + 1 in lr_drop_epochs
-    if before_drop or (epoch + 1) % 5 == 0:
+    drops = lr_factor(epoch + 1, lr_drop, lr_drop_epochs) != lr_factor(epoch, lr_drop, lr_drop_epochs)
+    if drops or (epoch + 1) % 5 == 0:
         return [f"checkpoint{epoch:04}.pth"]
     return []
 
 
 class CheckpointFolder:
-    """Writes and finds the checkpoints in `folder`. Only the main process has one.
+    """Writes and finds the checkpoints in `folder`. Only the main process uses it.
 
     Args:
         keep: how many `resume_*` files are kept. After as many failed saves in a row the run ends.
@@ -170,17 +169,14 @@ class CheckpointFolder:
 
     def _rolling(self) -> list[Path]:
         """The good ones among the `resume_*` files, oldest first."""
-        rolling = []
-        for path in reversed(self._candidates()):
-            # a damaged file must not push out a good one
-            if _ROLLING.fullmatch(path.name) and path not in self._damaged:
-                rolling.append(path)
-        return rolling
+        # a damaged file must not push out a good one
+        files = [path for path in self.folder.glob("resume_*.pth") if _ROLLING.fullmatch(path.name)]
+        return sorted((path for path in files if path not in self._damaged), key=lambda path: path.name)
 
     def _remedy(self) -> str:
         last = "there is none yet"
-        for path in self._rolling():
-            last = f"the last good one is {path}"
+        if rolling := self._rolling():
+            last = f"the last good one is {rolling[-1]}"
         return f"{last}. Make room or choose another --output_dir, and start again with --resume auto"
 
 

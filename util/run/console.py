@@ -6,12 +6,15 @@ import logging
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from util.config import Config, plain_text
+from util.config import Config, as_typed
 from util.distributed.processes import is_main, rank, world_size
+from util.draw.curves import percent
+from util.run.checkpoints import BEST
 from util.run.record import device_name
 from util.step.progress import duration
 
@@ -37,8 +40,8 @@ def start_logging(device: torch.device) -> None:
 
 def announce(config: Config) -> None:
     """Print the flags that differ from their defaults, and warn about those that can't work."""
-    flags = [f"--{name} {plain_text(value)}" for name, value in config.non_default_flags().items()]
-    log.info("flags that differ from their defaults: %s", " ".join(flags) or "none")
+    flags = as_typed(config.non_default_flags())
+    log.info("flags that differ from their defaults: %s", flags or "none")
     if names := config.without_effect():
         off = "--bf 0"
         if config.run.eval:
@@ -80,14 +83,20 @@ class EpochSummary:
 
     def __init__(self, epochs: int, folder: str) -> None:
         self._epochs, self._folder = epochs, folder
+        self.start(whole_epoch=True)
+
+    def start(self, whole_epoch: bool) -> None:
+        """Start the clocks. whole_epoch: the first epoch is trained and evaluated from its beginning."""
+        self._whole_epoch = whole_epoch
         self._run_start = self._epoch_start = time.perf_counter()
 
-    def epoch(self, line: Mapping[str, Any], best: Mapping[str, Any] | None) -> None:
+    def epoch(self, line: Mapping[str, Any], best: Mapping[str, Any] | None, saved: str) -> None:
         """Print the result of an epoch.
 
         Args:
             line: the epoch's entries of log.txt.
             best: AP, epoch and weights of the best evaluation so far.
+            saved: the checkpoint that was written after the training of this epoch, or "".
         """
         # both the training and the evaluation of the epoch
         now = time.perf_counter()
@@ -100,14 +109,16 @@ class EpochSummary:
             fields.append(f"loss {line['train_loss']:.4f}")
         if "test_loss" in line:
             fields.append(f"validation loss {line['test_loss']:.4f}")
-            fields.append(f"AP {100 * line['test_coco_eval_bbox'][0]:.1f}")
+            fields.append(f"AP {percent(line['test_coco_eval_bbox'][0])}")
         if best:
-            fields.append(f"best AP {100 * best['AP']:.1f} (epoch {best['epoch']})")
+            fields.append(f"best AP {percent(best['AP'])} (epoch {best['epoch']})")
         left = self._epochs - epoch - 1
-        if left > 0:
+        # a part of an epoch says nothing about a whole one
+        if left > 0 and self._whole_epoch:
             fields.append(f"about {duration(seconds * left)} left")
-        if self._folder:
-            fields.append(f"saved {self._folder}/checkpoint.pth")
+        self._whole_epoch = True
+        if saved:
+            fields.append(f"saved {saved}")
         log.info("%s", "  ".join(fields))
 
     def finish(self, best: Mapping[str, Any] | None) -> None:
@@ -117,7 +128,7 @@ class EpochSummary:
             return
         # the averaged ones were evaluated too
         weights = ", averaged weights" if best["weights"] == "ema" else ""
-        path = f"{self._folder}/checkpoint_best.pth"
-        log.info("best AP %.1f (epoch %d%s): %s", 100 * best["AP"], best["epoch"], weights, path)
+        path = Path(self._folder) / BEST
+        log.info("best AP %s (epoch %d%s): %s", percent(best["AP"]), best["epoch"], weights, path)
         log.info("next: python tools/report.py %s", self._folder)
         log.info("      python tools/predict.py --resume %s <images> --output_dir predictions", path)

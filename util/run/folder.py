@@ -32,7 +32,7 @@ from util.config import Config, RunConfig
 from util.distributed.launchers import number, slurm_restarts
 from util.distributed.processes import broadcast_from_main, gather_on_main, is_main
 from util.errors import UserError
-from util.run.checkpoints import CheckpointFolder
+from util.run.checkpoints import NEWEST, CheckpointFolder
 from util.run.history import History
 from util.run.hold import FolderHold
 from util.run.state import TrainingPosition, position_of
@@ -127,10 +127,15 @@ class RunFolder:
         position: TrainingPosition,
         also: Sequence[str] = (),
         must: bool = False,
-    ) -> None:
-        """Write a checkpoint (`CheckpointFolder.save`). Raises NotSavedError."""
+    ) -> str:
+        """Write a checkpoint (`CheckpointFolder.save`); its name as the newest one, or "" after a failure.
+
+        Raises NotSavedError.
+        """
         self.check()
-        self.checkpoints.save(content, position, also, must)
+        if self.checkpoints.save(content, position, also, must) is None:
+            return ""
+        return str(self.checkpoints.folder / NEWEST)
 
     def set_aside_after(self, position: TrainingPosition) -> None:
         """Move the checkpoints aside that are newer than `position`."""
@@ -161,15 +166,17 @@ class RunFolder:
             self.source, self.checkpoint = newest
             self.from_folder = True
             log.info("%s %s", "evaluating" if run.eval else "resuming from", self.source)
-        elif explicit:
-            self.source, self.checkpoint = explicit, read(explicit)
-        elif run.eval:
+            return
+        if run.eval and not explicit:
             raise UserError(
                 f"--resume auto: there is no checkpoint in --output_dir {run.output_dir} to evaluate"
             )
-        elif self.resumes:
-            start = f"starting with {run.finetune}" if run.finetune else "starting a new run"
+        if self.resumes and not run.eval:
+            first = explicit or run.finetune
+            start = f"starting with {first}" if first else "starting a new run"
             log.info("no checkpoint in %s yet: %s", run.output_dir, start)
+        if explicit:
+            self.source, self.checkpoint = explicit, read(explicit)
 
     def _newest(self) -> tuple[str, dict[str, Any]] | None:
         """Path and content of the newest good checkpoint in the folder."""

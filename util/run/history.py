@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 class History:
     """The lines of log.txt, one JSON object an epoch. Checkpoints hold them too, and a resumed run
-    writes the file from its checkpoint.
+    writes the file from its checkpoint; after that, lines are appended.
 
     If the file can't be written, a warning says so and the next epoch tries again; the run continues.
 
@@ -29,6 +29,8 @@ class History:
         # the entries of an epoch that is trained and not evaluated yet
         self.unfinished: dict[str, Any] | None = None
         self.best: dict[str, Any] | None = None
+        # lines that the file has; 0: it must be written as a whole
+        self._written = 0
 
     def finish_epoch(self, entries: Mapping[str, Any]) -> dict[str, Any]:
         """Complete the line of the unfinished epoch with `entries`, write it, and return it."""
@@ -48,14 +50,24 @@ class History:
         return True
 
     def write(self) -> None:
-        """Write all lines: the file may have lines that a resumed run does not have, or a part of one."""
+        """Append the lines that the file does not have.
+
+        After a resume or a failure all lines are written: the file may have others, or a part of one.
+        """
         if self._path is None:
             return
+        text = "".join(f"{line}\n" for line in self._lines[self._written :])
         try:
-            replace_text(self._path, "".join(f"{line}\n" for line in self._lines))
+            if self._written:
+                with open(self._path, "a", encoding="utf-8") as file:
+                    file.write(text)
+            else:
+                replace_text(self._path, text)
+            self._written = len(self._lines)
         except OSError as error:
-            text = "%s could not be written (%s); training continues, the next epoch tries again"
-            log.warning(text, self._path, error.strerror)
+            self._written = 0
+            warning = "%s could not be written (%s); training continues, the next epoch tries again"
+            log.warning(warning, self._path, error.strerror)
 
     def lines_beyond(self) -> bool:
         """Whether the file has more lines than this history and the epoch that it is in."""
@@ -71,3 +83,4 @@ class History:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._lines, self.unfinished, self.best = list(state["lines"]), state["unfinished"], state["best"]
+        self._written = 0

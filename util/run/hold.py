@@ -36,6 +36,7 @@ TURN = 5.0  # seconds after which a process that is taking over, which takes mil
 # threads for a minute. Looks are counted and not seconds: a file server that is down for a while
 # blocks both sides.
 LOOKS = 24
+LONG = 600.0  # seconds: more than clocks differ and a process can be silent, so that nothing needs watching
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class FolderHold:
         self.folder = folder
         self._path = folder / NAME
         self._own = Holder.this_process()
+        self._aside = folder / f"{NAME}.{self._own.host}.{self._own.pid}.tmp"
         self._text = json.dumps(asdict(self._own))
         self._left = threading.Event()
         self._beating = threading.Thread(target=self._beat, name="hold of the folder", daemon=True)
@@ -149,8 +151,8 @@ class FolderHold:
                 return "which has ended"
         elif holder.job and holder.job == self._own.job and holder.attempt < self._own.attempt:
             return "before this job was requeued"
-        elif self._is_silent(holder):
-            return f"without a sign of life for {LOOKS * LOOK_EVERY:.0f} s"
+        elif reason := self._silence(holder):
+            return reason
         elif _holder_in(self._path) != holder:
             return ""
         raise UserError(
@@ -158,17 +160,28 @@ class FolderHold:
             "wait for its end, or give another --output_dir"
         )
 
-    def _is_silent(self, holder: Holder) -> bool:
-        """Watch the file of a process on another machine: whether it is not touched."""
+    def _silence(self, holder: Holder) -> str:
+        """Why a process on another machine counts as dead; "" if it touches its file, or it is gone."""
+        before = self._touched()
+        if not before:
+            return ""
+        if self._server_time() - before > LONG:
+            return f"without a sign of life for more than {LONG / 60:.0f} minutes"
         waiting = "%s is held by %s: waiting up to %.0f s for a sign of life"
         log.warning(waiting, self.folder, holder, LOOKS * LOOK_EVERY)
-        before = self._touched()
         for look in range(LOOKS):
             note("waiting for a sign of life of the process that holds the folder, look %d", look)
             time.sleep(LOOK_EVERY)
             if self._touched() != before:
-                return False
-        return True
+                return ""
+        return f"without a sign of life for {LOOKS * LOOK_EVERY:.0f} s"
+
+    def _server_time(self) -> float:
+        """The clock of the file server: clocks of two machines are never compared."""
+        with open(self._aside, "wb") as file:
+            now = os.fstat(file.fileno()).st_mtime
+        self._aside.unlink()
+        return now
 
     def _touched(self) -> float:
         """When the file was touched, by the server's clock; 0 if it does not exist."""
@@ -197,9 +210,8 @@ class FolderHold:
         try:
             if _holder_in(self._path) != holder:
                 return False
-            aside = self.folder / f"{NAME}.{self._own.host}.{self._own.pid}.tmp"
-            aside.write_text(self._text)
-            os.replace(aside, self._path)
+            self._aside.write_text(self._text)
+            os.replace(self._aside, self._path)
             return True
         finally:
             turn.unlink(missing_ok=True)

@@ -51,14 +51,14 @@ def record_start(
 
 
 def write_record(
-    folder: Path, content: Mapping[str, Any], environment: Mapping[str, Any], start: Mapping[str, Any]
+    folder: Path, content: Mapping[str, Any], machine: Mapping[str, Any], start: Mapping[str, Any]
 ) -> None:
     """Replace the record, and keep its list of starts. A failure is a warning.
 
     Args:
         folder: the folder of the run.
         content: plain data about the run as it is now: flags, classes, data.
-        environment: of this start: versions, device, processes.
+        machine: of this start: versions, device, processes.
         start: where this start resumes: epoch, images, checkpoint.
     """
     # a person may have edited it; it never stops a run
@@ -71,7 +71,7 @@ def write_record(
 
     # the earlier values of flags that have changed since
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    this = {"at": now, **start, **environment}
+    this = {"at": now, **start, **machine}
     flags = content.get("flags", {})
     changed = {name: old for name, old in flags_before.items() if flags.get(name, old) != old}
     if changed:
@@ -80,7 +80,7 @@ def write_record(
     # the first start is the beginning of the run: it stays
     starts.append(this)
     starts = starts[:1] + starts[1:][-KEPT_STARTS:]
-    record = {**content, "environment": environment, "starts": starts}
+    record = {**content, "environment": dict(machine), "starts": starts}
     try:
         replace_text(folder / NAME, json.dumps(record, indent=1) + "\n")
     except OSError as error:

@@ -28,14 +28,16 @@ def save_evaluation(
     folder = run / "eval"
     try:
         folder.mkdir(exist_ok=True)
-        _write_detections(folder / f"{prefix}latest.json", results)
+        # hundreds of thousands of detections take seconds: once for both files
+        text = json.dumps(results)
+        _write_text(folder / f"{prefix}latest.json", text)
         write_atomically(tables, folder / f"{prefix}latest.pth")
         # kept, so that the course of a training can be seen
         if epoch % 50 == 0:
             write_atomically(tables, folder / f"{prefix}{epoch:03}.pth")
         if predictions:
             name = "predictions_ema.json" if prefix else "predictions.json"
-            _write_detections(run / name, results)
+            _write_text(run / name, text)
             log.info("%d detections in %s", len(results), name)
     except (OSError, NotSavedError) as error:
         log.warning("%s; training continues", error)
@@ -51,13 +53,13 @@ def write_evaluation(
     # the detections first: they can't be computed from the tables
     if predictions:
         path = folder / f"predictions{suffix}.json"
-        _write_detections(path, results)
+        _write_text(path, json.dumps(results))
         log.info("%d detections in %s", len(results), path)
     write_atomically(tables, folder / f"eval{suffix}.pth")
 
 
-def _write_detections(path: Path, results: Sequence[Any]) -> None:
+def _write_text(path: Path, text: str) -> None:
     try:
-        path.write_text(json.dumps(results))
+        path.write_text(text)
     except OSError as error:
         raise NotSavedError(f"{path} could not be written ({error.strerror})") from None

@@ -18,10 +18,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from util.class_map import ClassMap
 from util.config import FLAGS, Config
+from util.data_identity import DataIdentity
 from util.distributed.processes import gather_on_main, is_main, rank, world_size
 from util.errors import UserError
 from util.optim import go_to_epoch
-from util.run.data_identity import DataIdentity
 from util.step.updater import Updater
 
 log = logging.getLogger(__name__)
@@ -143,7 +143,6 @@ class TrainingState:
         self._schedule.base_lrs = base_lrs
         go_to_epoch(self._schedule, self._schedule.last_epoch)
 
-        # before the entries: these follow from the position and the data
         self._position.load_state_dict(checkpoint["position"])
         self._compare_data(checkpoint.get("data", {}))
         for name, entry in self._shared.items():
@@ -153,7 +152,8 @@ class TrainingState:
     def _why_it_does_not_fit(self, saved: Mapping[str, Any], error: Exception) -> str:
         remedy = "resume with the flags that it was trained with"
         for name in _OF_OPTIMISER:
-            if name in saved and saved[name] != self._flags[name]:
+            # of a rate only the step from or to 0, which freezes the backbone, changes the parameters
+            if name in saved and bool(saved[name]) != bool(self._flags[name]):
                 return (
                     f"--{name} was {saved[name]} in the checkpoint and is {self._flags[name]} in this run; "
                     f"{remedy}, or start from its weights with --finetune"

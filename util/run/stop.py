@@ -20,9 +20,7 @@ import torch
 import torch.distributed as dist
 
 from util.distributed.processes import world_size
-from util.errors import ASK_TO_LEAVE, EXIT_INTERRUPTED, Preempted
-
-SIGNALS = (*ASK_TO_LEAVE, signal.SIGINT)
+from util.errors import EXIT_INTERRUPTED, SIGNALS, Preempted
 
 
 class StopRequest:

@@ -7,6 +7,7 @@ resumed run can remove exactly the points that it will write again. No error her
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import re
@@ -65,10 +66,10 @@ class Board:
 
     def window(self, means: Mapping[str, float], rates: Mapping[str, float], images: int) -> None:
         """Means of weighted losses, and learning rates by group, after so many images."""
-        self.step({f"lr/{name}": rate for name, rate in rates.items()}, images)
+        values = {f"lr/{name}": rate for name, rate in rates.items()}
         # the unscaled losses have the shape of the scaled ones
-        losses = {f"steps/{name}": mean for name, mean in means.items() if not name.endswith("_unscaled")}
-        self.step(losses, images)
+        values |= {f"steps/{name}": mean for name, mean in means.items() if not name.endswith("_unscaled")}
+        self.step(values, images)
 
     def epoch(self, row: Mapping[str, Any]) -> None:
         """The metrics of an epoch, a line of log.txt."""
@@ -149,12 +150,12 @@ def detection_pictures(dataset: Any, results: Sequence[Mapping[str, Any]]) -> di
         path = dataset.file_of(image_id)
         try:
             picture = read_picture(path, MEGAPIXELS, "it has no picture", upright=False)
-        except UserError as error:
+            # equal sizes, so that the eye can compare
+            left = draw_coco(picture, dataset.coco.imgToAnns.get(image_id, []), names)
+            right = draw_coco(picture, detections, names)
+        except (OSError, ValueError) as error:
             log.warning("no picture for TensorBoard: %s", error)
             continue
-        # equal sizes, so that the eye can compare
-        left = draw_coco(picture, dataset.coco.imgToAnns.get(image_id, []), names)
-        right = draw_coco(picture, detections, names)
         for drawn in (left, right):
             drawn.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
         titles = "Ground truth", f"Detections, score >= {THRESHOLD}"
@@ -170,11 +171,17 @@ def _add_scalars(writer: SummaryWriter, values: Mapping[str, float], at: int) ->
 def _new_writer(folder: Path, first: int) -> SummaryWriter:
     from torch.utils.tensorboard import SummaryWriter  # takes a second
 
-    threading.excepthook = _writers_are_quiet
+    _quiet_writer_threads()
     return SummaryWriter(str(folder), purge_step=first, flush_secs=FLUSH_SECONDS)
 
 
-def _writers_are_quiet(args: threading.ExceptHookArgs) -> None:
+@functools.cache  # once
+def _quiet_writer_threads() -> None:
     """Hide tracebacks of the writers' threads: `Board` gets the same error when it writes next."""
-    if type(args.thread).__name__ != "_AsyncWriterThread":
-        threading.__excepthook__(args)
+    before = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if type(args.thread).__name__ != "_AsyncWriterThread":
+            before(args)
+
+    threading.excepthook = hook
