@@ -294,8 +294,10 @@ class PendingResult:
         self._loss_names = list(losses)
         # The constructor starts the copies; one copy for all losses.
         self._losses = HostCopy(torch.stack([loss.float() for loss in losses.values()]))
+        # What coco_results reads; the detector returns more.
+        names = {"scores", "labels"} | {kind.output for kind in IOU_TYPES.values()}
         self._detections = {
-            name: HostCopy(torch.stack([image[name] for image in detections])) for name in detections[0]
+            name: HostCopy(torch.stack([image[name] for image in detections])) for name in names
         }
 
     def collect(self) -> BatchResult:

@@ -26,6 +26,7 @@ from datasets.splits import (
     open_evaluation_data,
     open_training_data,
 )
+from datasets.workers import end_workers
 from engine import Learner, build_learner, build_watch, check_operator, evaluate, train_one_epoch
 from models import build_model
 from models.weights import adopt, find_start, load_checkpoint, read_trained
@@ -56,15 +57,11 @@ from util.run import (
     write_evaluation,
 )
 from util.run.tensorboard import Board, check_tensorboard, detection_pictures
-from util.step import (
-    EpochSums,
-    RandomGenerators,
-    StepLog,
-    check_precision,
-    explaining_refusals,
-    make_deterministic,
-    seed_everything,
-)
+from util.step.deterministic import explaining_refusals, make_deterministic
+from util.step.log import StepLog
+from util.step.metrics import EpochSums
+from util.step.precision_check import check_precision
+from util.step.random_state import RandomGenerators, seed_everything
 
 log = logging.getLogger("main")
 
@@ -81,22 +78,26 @@ def main(config: Config) -> None:
         make_deterministic()
     request = StopRequest(what_is_kept(config, "nothing was trained since the start"))
     processes = process_group(config.run.device, config.run.dist_timeout)
-    with request.installed() as stop, processes as device, explaining_refusals():
-        # What would stop the run later stops it now, before data is read.
-        start_logging(device)
-        seed_everything(config.run.seed + rank())
-        check_operator(device)
-        check_tensorboard(config.run.tensorboard)
+    try:
+        with request.installed() as stop, processes as device, explaining_refusals():
+            # What would stop the run later stops it now, before data is read.
+            start_logging(device)
+            seed_everything(config.run.seed + rank())
+            check_operator(device)
+            check_tensorboard(config.run.tensorboard)
 
-        if config.run.eval:
-            # Evaluation also takes Hugging Face's layout.
-            with RunFolder.open(config, lambda source: read_trained(source, "--resume")) as folder:
-                evaluate_checkpoint(config, device, folder)
-        else:
-            with RunFolder.open(config) as folder:
-                training = prepare_training(config, device, stop, folder)
-                with contextlib.closing(training.board):
-                    training.run()
+            if config.run.eval:
+                # Evaluation also takes Hugging Face's layout.
+                with RunFolder.open(config, lambda source: read_trained(source, "--resume")) as folder:
+                    evaluate_checkpoint(config, device, folder)
+            else:
+                with RunFolder.open(config) as folder:
+                    training = prepare_training(config, device, stop, folder)
+                    with contextlib.closing(training.board):
+                        training.run()
+    finally:
+        # An error inside a loop would leave workers to a process that lives on.
+        end_workers()
 
 
 def evaluate_checkpoint(config: Config, device: torch.device, folder: RunFolder) -> None:
@@ -189,6 +190,8 @@ class Training:
         # True if the rest of an interrupted epoch has the same batches as without the interruption.
         self.exact = True
         self.board = Board(None)
+        # The checkpoint of the epoch, once its training is saved.
+        self.saved = ""
 
     def restore(self) -> None:
         """Restore the checkpoint's state, and make the folder this run's own."""
@@ -212,17 +215,13 @@ class Training:
 
     def run(self) -> None:
         """Train and evaluate the epochs that are left."""
-        data = self.data
-        log.info(
-            "%d trainable parameters, %d + %d images",
-            self.learner.num_parameters,
-            len(data.train),
-            len(data.val),
-        )
+        train, val = len(self.data.train), len(self.data.val)
+        log.info("%d trainable parameters, %d + %d images", self.learner.num_parameters, train, val)
         epochs = self.config.optim.epochs
         if self._first_epoch() >= epochs:
             self._nothing_left()
             return
+        self.summary.start(whole_epoch=self.position.images == 0 and self.history.unfinished is None)
         for epoch in range(self._first_epoch(), epochs):
             if self.history.unfinished is None:
                 self._train(epoch)
@@ -276,7 +275,7 @@ class Training:
             entries = stats | self._skipped()
             self.history.unfinished = {f"train_{name}": value for name, value in entries.items()}
             optim = self.config.optim
-            self._save(scheduled_names(epoch, optim.lr_drop, optim.lr_drop_epochs))
+            self.saved = self._save(scheduled_names(epoch, optim.lr_drop, optim.lr_drop_epochs))
             self.stop.saved = what_is_kept(self.config, f"epoch {epoch} is saved, its evaluation is next")
             # All processes must leave together, or the others would wait for this one.
             if self.votes.agreed_now():
@@ -307,7 +306,7 @@ class Training:
         return self.position.epoch * self.data.order.images + self.position.images
 
     def _evaluate(self, epoch: int) -> None:
-        entries: dict[str, Any] = {"epoch": epoch, "n_parameters": self.learner.num_parameters}
+        results: dict[str, Any] = {}
         last = epoch + 1 == self.config.optim.epochs
         if last or (epoch + 1) % self.config.run.eval_every == 0:
             results = self._evaluate_weights(self.learner.model, epoch, "")
@@ -316,10 +315,10 @@ class Training:
                 # Buffers are not averaged: copy the model's.
                 averaged.take_buffers()
                 results |= self._evaluate_weights(averaged.model, epoch, "ema_")
-            entries = results | entries
-        line = self.history.finish_epoch(entries)
+        facts = {"epoch": epoch, "n_parameters": self.learner.num_parameters}
+        line = self.history.finish_epoch(results | facts)
         self.board.epoch(line)
-        self.summary.epoch(line, self.history.best)
+        self.summary.epoch(line, self.history.best, self.saved)
 
     def _evaluate_weights(self, model: nn.Module, epoch: int, prefix: str) -> dict[str, Any]:
         """Evaluate `model`, the averaged one with the prefix "ema_", and return its entries of log.txt."""
@@ -351,17 +350,19 @@ class Training:
             skipped["bad_images"] = int(sum_over_processes(count))
         return skipped
 
-    def _save(self, also: list[str] | None = None, must: bool = False) -> None:
-        """Write a checkpoint on the main process. Every process must call; all wait until it is written."""
+    def _save(self, also: list[str] | None = None, must: bool = False) -> str:
+        """Write a checkpoint on the main process, and give its path there. Every process must call."""
+        saved = ""
         if not self.config.run.output_dir:
-            return
+            return saved
         note("saving after %d images of epoch %d", self.position.images, self.position.epoch)
         # Random states and sums are of each process, so all of them take part.
         content = self.state.gather()
         if content:
-            self.folder.save(content, self.position, also or [], must=must)
+            saved = self.folder.save(content, self.position, also or [], must=must)
         # All processes wait until the file is written.
         broadcast_from_main(None)
+        return saved
 
     def _handle_changed_data(self) -> bool:
         """Adapt to data that are not the checkpoint's; whether an interrupted epoch starts again.

@@ -18,7 +18,7 @@ from tests.golden import recipe
 from tests.helpers import BATCHFORMER, SMALL_IMAGES, SMALL_MODEL, write_coco
 from tests.processes import run_forked, run_main_forked
 from util.checkpoint import read_checkpoint
-from util.config import FLAGS, flags_of, parse_config
+from util.config import parse_config
 from util.errors import UserError
 
 TWO_STAGE = ("--with_box_refine", "--two_stage")
@@ -55,7 +55,21 @@ ARCHITECTURES = [
     ("--nheads", "2", "--enc_n_points", "1"),
     ("--backbone_norm", "frozen_bn", "--position_embedding_scale", "3"),
 ]
-NAMES = [name for name in flags_of("architecture") if FLAGS[name].group != "batchformer"]
+NAMES = (
+    "backbone",
+    "backbone_norm",
+    "position_embedding_scale",
+    "num_feature_levels",
+    "enc_layers",
+    "dec_layers",
+    "nheads",
+    "dim_feedforward",
+    "hidden_dim",
+    "num_queries",
+    "enc_n_points",
+    "with_box_refine",
+    "two_stage",
+)
 
 
 @pytest.mark.parametrize("flags", ARCHITECTURES, ids=" ".join)

@@ -111,7 +111,7 @@ def test_a_config_is_frozen_and_plain():
 def test_the_flags_that_differ_from_their_defaults():
     assert parse_config([]).non_default_flags() == {}
     flags = ["--lr_drop_epochs", "3", "--eval_size", "800", "--sgd"]
-    assert parse_config(flags).non_default_flags() == {"lr_drop_epochs": [3], "sgd": True}
+    assert parse_config(flags).non_default_flags() == {"lr_drop_epochs": (3,), "sgd": True}
 
 
 def test_help_shows_every_flag_once_and_needs_no_torch():

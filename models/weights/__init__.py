@@ -5,6 +5,6 @@ The builder, load_detector and the tools use this room; modules of the network d
 
 from models.weights.architecture import adopt
 from models.weights.load import read_trained
-from models.weights.start import Start, find_start, load_checkpoint
+from models.weights.start import find_start, load_checkpoint
 
-__all__ = ["Start", "adopt", "find_start", "load_checkpoint", "read_trained"]
+__all__ = ["adopt", "find_start", "load_checkpoint", "read_trained"]

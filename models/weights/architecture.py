@@ -20,7 +20,7 @@ from torch import Tensor
 
 from util.backbones import recognise
 from util.checkpoint import weights_of
-from util.config import FLAGS, Config, RunConfig, flags_of
+from util.config import FLAGS, Config, RunConfig, as_typed, flags_of
 from util.errors import UserError
 from util.other_layouts import kind_of
 
@@ -156,7 +156,7 @@ def adopt(
         if logged and name in taken and value != before[name]:
             changed[name] = value
     if changed:
-        log.info("taken from %s: %s", source, _as_typed(changed))
+        log.info("taken from %s: %s", source, as_typed(changed))
     if not saved:
         _warn_of_guesses(settled, source)
     return settled
@@ -172,6 +172,8 @@ def flags_in(checkpoint: Mapping[str, Any], names: Collection[str], named: str) 
     flags = {name: args[name] for name in sorted(names) if args.get(name) is not None}
     defaults = Config().flags()
     for name, value in flags.items():
+        if isinstance(value, tuple):
+            flags[name] = value = list(value)
         kind = type(defaults[name])
         # 1 may stand for 1.0 and for a switch that is on
         if not isinstance(value, kind) and not (kind in (float, bool) and isinstance(value, int)):
@@ -203,7 +205,7 @@ def _require_same(there: Mapping[str, Any], given: Mapping[str, Any], named: str
     differ = {name: there.get(name, 0) for name in names}
     # a switch that is off can't be given
     remedies = []
-    if give := _as_typed(differ):
+    if give := as_typed(differ):
         remedies.append(f"give {give}")
     if leave_out := " ".join(f"--{name}" for name, value in differ.items() if value is False):
         remedies.append(f"leave out {leave_out}")
@@ -252,18 +254,6 @@ def _warn_of_guesses(config: Config, source: str) -> None:
     if config.run.eval:
         guessed += f", eval_size {config.data.eval_size}"
     log.warning("%s does not say how it was trained; assumed: %s", source, guessed)
-
-
-def _as_typed(flags: Mapping[str, Any]) -> str:
-    """Flags as on a command line, without switches that are off."""
-    words = []
-    for name, value in flags.items():
-        if value is False:
-            continue
-        words.append(f"--{name}")
-        if value is not True:
-            words += map(str, value if isinstance(value, list | tuple) else [value])
-    return " ".join(words)
 
 
 def _flags_shown_by(state: Mapping[str, Tensor], flags: Mapping[str, Any], named: str) -> dict[str, Any]:

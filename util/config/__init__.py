@@ -7,7 +7,7 @@ fields.py has the table of flags, checks.py what may be combined, config.py the 
 command line. `python -m util.config` prints docs/flags.md.
 """
 
-from util.config.checks import check_trainable, plain_text
+from util.config.checks import as_typed, check_trainable, plain_text
 from util.config.config import Config, with_classes
 from util.config.fields import FLAGS, DataConfig, OptimConfig, RunConfig, flags_of
 from util.config.model_fields import (

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from util.backbones import BACKBONES
+from util.class_map import AUTO
 from util.config.fields import FLAGS, RunConfig
 from util.config.model_fields import LEARNED_POSITIONS
 from util.errors import UserError
@@ -30,8 +32,23 @@ def plain_text(value: Any) -> str:
     return str(value)
 
 
+def as_typed(flags: Mapping[str, Any]) -> str:
+    """Flags as on a command line, without switches that are off."""
+    words = []
+    for name, value in flags.items():
+        if value is False:
+            continue
+        words.append(f"--{name}")
+        if value is not True:
+            words += map(str, value if isinstance(value, list | tuple) else [value])
+    return " ".join(words)
+
+
 def check_values(config: Config) -> None:
     """The rules of the table: what is available, choices and ranges."""
+    classes = config.data.num_classes
+    whole = type(classes) is int
+    require(whole or classes == AUTO, f"--num_classes {classes!r} must be auto or a whole number")
     for name, value in config.flags().items():
         flag, given = FLAGS[name], f"--{name} {plain_text(value)}"
         # a flag without effect would let a user believe that it had one

@@ -64,9 +64,13 @@ class Config:
         return values
 
     def non_default_flags(self) -> dict[str, Any]:
-        """The flags whose value is not the default, as `flags` gives them."""
-        defaults = Config().flags()
-        return {name: value for name, value in self.flags().items() if value != defaults[name]}
+        """The flags whose value is not the default."""
+        changed = {}
+        for name, flag in FLAGS.items():
+            value = getattr(getattr(self, flag.group), name)
+            if value != flag.default:
+                changed[name] = value
+        return changed
 
     def with_flags(self, flags: Mapping[str, Any], **fields: Any) -> Config:
         """The Config with other values for some flags, and for `fields` of its own; names that are

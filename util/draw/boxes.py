@@ -92,8 +92,10 @@ def draw_boxes(
 
     found = sv.Detections(lines[order], class_id=colors[order])
     tinted = order[crowds[order]]
-    tint = sv.ColorAnnotator(PALETTE, opacity=0.35)
-    tint.annotate(canvas, sv.Detections(lines[tinted], class_id=colors[tinted]))
+    # even without a box it would blend the whole picture
+    if len(tinted):
+        tint = sv.ColorAnnotator(PALETTE, opacity=0.35)
+        tint.annotate(canvas, sv.Detections(lines[tinted], class_id=colors[tinted]))
     sv.BoxAnnotator(sv.Color.BLACK, thickness=line + 2 * casing).annotate(canvas, found)
     sv.BoxAnnotator(PALETTE, thickness=line).annotate(canvas, found)
 

@@ -35,6 +35,11 @@ FIGURES = (
 )
 
 
+def percent(metric: float) -> str:
+    """A metric of COCO in percent; -1 means that it is undefined."""
+    return f"{100 * metric:.1f}" if metric >= 0 else "-"
+
+
 @dataclass(frozen=True)
 class Panel:
     """One chart over the epochs.

@@ -117,6 +117,8 @@ class StepLog:
         """
         self._watch.check()
         self._progress.close()
+        # The batch need not stay in the memory of the device.
+        self._inputs = None
         return {"lr": lr} | published_names(self._sums.totals(), self._weights)
 
 

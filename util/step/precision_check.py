@@ -103,12 +103,9 @@ class Call:
 
 def _try_small_calls(model: nn.Module, amp: str) -> None:
     # equal layers once
-    calls: dict[str, dict[Call, None]] = {operator: {} for operator in SIZES}
-    for module in model.modules():
-        for call in _small_calls(module):
-            calls[call.operator][call] = None
-
-    for operator, own in calls.items():
+    calls = dict.fromkeys(call for module in model.modules() for call in _small_calls(module))
+    for operator in SIZES:
+        own = [call for call in calls if call.operator == operator]
         wrong = next((call for call in own if not _is_right(call, amp)), None)
         if wrong is None:
             continue
