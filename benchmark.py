@@ -140,13 +140,16 @@ def _measure(
 
     # a line for each, and its ratio to the one before
     for i, variant in enumerate(variants):
-        ratio = f"{variant.added} takes {middles[i] / middles[i - 1]:.2f} times as long as {variant.without}"
         if training:
             speeds[i] += f", {memory[i] / 2**20:.1f} MiB"
-            ratio += f", and {memory[i] / memory[i - 1]:.2f} times the memory"
         print(speeds[i], flush=True)
-        if i:
-            print(ratio)
+        if i == 0:
+            continue
+        longer = middles[i] / middles[i - 1]
+        ratio = f"{variant.added} takes {longer:.2f} times as long as {variant.without}"
+        if training:
+            ratio += f", and {memory[i] / memory[i - 1]:.2f} times the memory"
+        print(ratio)
     if training:
         counted = "resident memory of the process (nan: not measurable here)"
         if device.type == "cuda":

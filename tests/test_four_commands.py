@@ -126,7 +126,7 @@ def test_real_images_of_three_classes(tiny_coco, tmp_path):
         "--output_dir",
         data,
     )
-    assert "faults: 0" in command("check_data.py", "--coco_path", data)
+    assert "problems: 0" in command("check_data.py", "--coco_path", data)
     content = json.loads((data / "annotations/instances_val2017.json").read_text())
     assert {category["id"] for category in content["categories"]} == {1, 3, 18}
 

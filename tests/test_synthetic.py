@@ -288,19 +288,29 @@ def test_foreign_files_are_never_replaced(tmp_path, capsys, add_settings):
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-def test_an_interrupted_run_changes_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("stage", ["_write_split", "_replace"])
+def test_an_interrupted_run_changes_nothing(tmp_path, monkeypatch, stage):
     run_main(tmp_path / "set")
     before = files_of(tmp_path)
 
     def interrupt(*arguments, **named):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(write, "_write_split", interrupt)
+    monkeypatch.setattr(write, stage, interrupt)
     for folder in (tmp_path / "set", tmp_path / "new"):
         with pytest.raises(KeyboardInterrupt):
             generate(folder, force=True, **SMALL)
     assert files_of(tmp_path) == before
     assert os.listdir(tmp_path) == ["set"]
+
+
+def test_a_failed_exchange_puts_the_old_set_back(tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "old").write_text("old")
+    with pytest.raises(FileNotFoundError):
+        write._replace(folder, tmp_path / "missing", aside=tmp_path / "aside")
+    assert files_of(tmp_path) == {"set/old": b"old"}
 
 
 # --- command line ---

@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
 
     # both have the same order: what is shown, files, and what a checkpoint does not say
     text = "sampling points and weights over an image"
-    about = "Sampling points and weights over an image."
+    about = f"{text.capitalize()}."
     command = commands.add_parser("attention", help=text, description=about, example=ATTENTION_EXAMPLE)
     command.add_argument("image", type=Path, help="a picture")
     _add_common(command)
@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
 
     # several images: a batch as in training
     text = "attention across a batch, and both streams"
-    about = "Attention across a batch, and both streams."
+    about = f"{text.capitalize()}."
     command = commands.add_parser("batchformer", help=text, description=about, example=BATCHFORMER_EXAMPLE)
     add = command.add_argument
     add("images", type=Path, nargs="+", help="the pictures of one batch, in its order")

@@ -19,6 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from util.distributed.launchers import number
 from util.errors import EXIT_INTERRUPTED, EXIT_LOST_PROCESS, EXIT_PREEMPTED, EXIT_USER_ERROR
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
@@ -32,7 +33,7 @@ def main(nodes: int, node: int, processes: int, command: list[str]) -> int:
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = os.environ.get("PREEMPT_SECONDS", "120")
     # a store in the launcher would keep the keys of earlier processes (PyTorch issue 135712)
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    restarts, join_seconds = _number("MAX_RESTARTS", 0), _number("JOIN_SECONDS", 1800)
+    restarts, join_seconds = number("MAX_RESTARTS"), number("JOIN_SECONDS", 1800)
     # what this process ignores stays ignored, as under nohup
     handled = [name for name in SIGNALS if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN]
     # the lines below say what ends the job; PyTorch's say why it starts again
@@ -76,10 +77,6 @@ def main(nodes: int, node: int, processes: int, command: list[str]) -> int:
     return 0
 
 
-def _number(variable: str, default: int) -> int:
-    return int(os.environ.get(variable, default))
-
-
 def after_signal(number: signal.Signals, notes: Path, processes: int) -> int:
     """The exit code after a signal to the launcher: that of the processes if all have saved."""
     attempt = max(notes.glob("*/attempt_*"), key=os.path.getmtime)
@@ -109,7 +106,7 @@ def after_failure(error: ChildFailedError) -> int:
 
 def address_of_this_node(node: int, seconds: float) -> str:
     """The address from which this node reaches node 0; waits until node 0 is there."""
-    address, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT", 0)
+    address, port = os.environ["MASTER_ADDR"], number("MASTER_PORT")
     if node == 0:
         return address
     # the nodes of a job need not start at the same time

@@ -106,15 +106,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         files = with_annotated_ids(files, args.annotations, detector.classes)
     # the frames of a video are added when it is opened
     pictures = sum(not file.is_video for file in files)
+    # the ids of predictions.json mean the images and categories of images.json
+    categories = json.dumps([{"id": one.id, "name": one.name} for one in detector.classes.categories])
+    head = f'{{"annotations": [], "categories": {categories},\n"images": '
     try:
         args.output_dir.mkdir(parents=True, exist_ok=True)
         # disable=None: no bar if the output is not a terminal
-        with tqdm(total=pictures, unit="picture", disable=None) as progress:
-            prediction = Prediction(detector, args, progress)
-            try:
-                prediction.run(files)
-            finally:  # an error leaves what was predicted before it
-                prediction.write_json()
+        with (
+            JsonRows(args.output_dir / "predictions.json") as results,
+            JsonRows(args.output_dir / "images.json", head, "}") as images,
+            tqdm(total=pictures, unit="picture", disable=None) as progress,
+        ):
+            prediction = Prediction(detector, args, progress, results, images)
+            prediction.run(files)
     except OSError as error:
         path = error.filename or args.output_dir
         raise UserError(f"{path} can't be written ({error.strerror or error})") from None
@@ -139,15 +143,15 @@ class Prediction:
     """Detects, draws and writes. Reading, detecting and drawing run at the same time, with a few
     pictures in memory.
 
-    args: the command's flags. results, images: entries of predictions.json and images.json. bad: files
-    that could not be used. best_score: of all detections, also those below the threshold.
+    args: the command's flags. results, images: predictions.json and images.json. bad: files that
+    could not be used. best_score: of all detections, also those below the threshold.
     """
 
     detector: Detector
     args: argparse.Namespace
     progress: tqdm
-    results: list[dict[str, Any]] = field(default_factory=list)
-    images: list[dict[str, Any]] = field(default_factory=list)
+    results: JsonRows
+    images: JsonRows
     bad: list[BadImageError] = field(default_factory=list)
     best_score: float = 0.0
     _next_id: Iterator[int] = field(default_factory=lambda: itertools.count(1))
@@ -165,26 +169,16 @@ class Prediction:
                 with self._skipping_bad():
                     self._predict_video(file)
 
-    def write_json(self) -> None:
-        # the ids of predictions.json mean the images and categories of images.json
-        folder = self.args.output_dir
-        categories = [{"id": one.id, "name": one.name} for one in self.detector.classes.categories]
-        content = {"annotations": [], "categories": categories, "images": self.images}
-        (folder / "images.json").write_text(json.dumps(content))
-        # one detection a line
-        lines = ",\n".join(map(json.dumps, self.results))
-        (folder / "predictions.json").write_text(f"[\n{lines}\n]\n")
-
     def report(self) -> None:
         """Print what was done and which files were left out. Raises UserError if those are all."""
         # the files that were left out, one a line, then the counts
         for error in self.bad:
             print(f"left out: {error.path} {error.reason}", file=sys.stderr)
-        if not self.images:
+        if not self.images.count:
             raise UserError(f"none of the {len(self.bad)} files could be used")
-        line = f"pictures: {len(self.images)}; "
-        line += f"detections that score {self.args.score_threshold:g} and more: {len(self.results)}"
-        if not self.results:
+        line = f"pictures: {self.images.count}; "
+        line += f"detections that score {self.args.score_threshold:g} and more: {self.results.count}"
+        if not self.results.count:
             line += f" (the best scores {self.best_score:.2g}; lower --score_threshold to see it)"
         if self.bad:
             line += f"; files left out: {len(self.bad)}"
@@ -200,8 +194,9 @@ class Prediction:
             for shot, found in predicted:
                 # noted first, so that a picture that can't be written is in the JSON files
                 detections = {"boxes": found.boxes, "scores": found.scores, "labels": found.labels}
-                self.results += coco_results([shot.entry["id"]], [detections], self.detector.classes)
-                self.images.append(shot.entry)
+                for result in coco_results([shot.entry["id"]], [detections], self.detector.classes):
+                    self.results.add(result)
+                self.images.add(shot.entry)
                 self.progress.update()
                 if not self.args.no_pictures:
                     write(shot, found)
@@ -285,6 +280,30 @@ class Prediction:
             if self.args.on_bad_image == "stop":
                 raise
             self.bad.append(error)
+
+
+class JsonRows:
+    """A JSON list that is written as it grows, one entry a line. An error leaves a complete list.
+
+    head, tail: what stands before and after the list. count: number of entries.
+    """
+
+    def __init__(self, path: Path, head: str = "", tail: str = "") -> None:
+        self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
+        self._file.write(f"{head}[")
+        self._tail, self.count = tail, 0
+
+    def add(self, entry: dict[str, Any]) -> None:
+        separator = ",\n" if self.count else "\n"
+        self._file.write(separator + json.dumps(entry))
+        self.count += 1
+
+    def __enter__(self) -> JsonRows:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._file:
+            self._file.write(f"\n]{self._tail}\n")
 
 
 def ahead(items: Generator[T], depth: int) -> Generator[T]:

@@ -26,14 +26,14 @@ from datasets.detection_errors import (
     Errors,
     Objects,
 )
-from util.images.files import as_rgb
+from util.images.files import BadImageError, read_picture
 
 PICTURE_SIDE = 420  # pixels of the longer side
 PICTURE_BYTES = 5_500_000  # of all pictures together, as text of the page
 SURROUNDINGS = 2.2  # sides of a picture, relative to the boxes that it shows
 # Part of the image's longer side: an object of ten pixels says nothing without its surroundings.
 SMALLEST_VIEW = 0.25
-MAX_PIXELS = 200_000_000
+MEGAPIXELS = 200.0
 CONTEXT = 30  # other objects shown in a picture
 
 Box = tuple[float, float, float, float]  # x, y, width, height
@@ -64,7 +64,7 @@ class Album:
         name = self.coco.imgs[image_id].get("file_name", "")
         try:
             uri = _data_uri(self.folder / name, view)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # SyntaxError: a broken PNG
+        except BadImageError:
             self.unreadable[name] = None
             return None
         self._places[key] = len(self.uris)
@@ -74,10 +74,8 @@ class Album:
 
 def _data_uri(path: Path, view: Box) -> str:
     left, top, width, height = view
-    with Image.open(path) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise OSError("too large")
-        cut = as_rgb(image).crop((round(left), round(top), round(left + width), round(top + height)))
+    picture = read_picture(path, MEGAPIXELS, "it is not shown", upright=False)
+    cut = picture.crop((round(left), round(top), round(left + width), round(top + height)))
     # small enough for hundreds of pictures on a page
     cut.thumbnail((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
@@ -207,8 +205,9 @@ def _elsewhere(errors: Errors, entry: Mapping[str, Any], target: int, threshold:
         return f"found it ({score:.2f})" if score >= threshold else "missed it too"
     found, mine = errors.detections, entry["detection"]
     same = (found.image == entry["image"]) & (found.category == mine["class"]) & (found.score >= threshold)
+    near = np.flatnonzero(same)
     # a correct detection there is no mistake
-    near = np.flatnonzero(same & ~np.isin(found.kind, (CORRECT, IGNORED)))
+    near = near[~np.isin(found.kind[near], (CORRECT, IGNORED))]
     if len(near):
         iou = np.asarray(mask_utils.iou(found.box[near], np.array([mine["box"]]), [0]))[:, 0]
         near = near[iou >= FOUND_IOU]

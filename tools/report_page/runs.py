@@ -154,7 +154,7 @@ def _record_of_checkpoint(run: Run) -> dict[str, Any]:
             continue
         flags = checkpoint.get("args", {})
         if not isinstance(flags, dict):  # published checkpoints hold a Namespace
-            flags = vars(flags)
+            flags = getattr(flags, "__dict__", {})
         source = f"its flags are those in {file.name}, and what it ran on is not known"
         run.notes.append(f"has no run.json; {source}")
         return {"flags": flags, "classes": checkpoint.get("classes")}
