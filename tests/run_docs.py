@@ -44,7 +44,7 @@ ELSEWHERE = {
 }
 # replacements that make a command small; their order matters
 REPLACED = (
-    (r"<ip of node 1>", "127.0.0.1"),
+    (r"<ip of node \d>", "127.0.0.1"),
     (r"<path to a checkpoint>", "exps/small/checkpoint.pth"),
     (r"<your data>|<COCO layout>", "data/small"),
     (r"<partition>", "gpu"),
