@@ -10,6 +10,7 @@ ruff check .
 ruff format --check --quiet . || { echo "run: ruff format ." >&2; exit 1; }
 mypy
 
-# Two processes, each with one thread: most tests start programs, which takes one core. Tests of a file share fixtures.
+# One process more than cores, because programs that the tests start often wait; each with one thread. Processes take tests
+# from each other at the end, so that none is left with a long file.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-python -m pytest -n 2 --dist loadfile "$@"
+python -m pytest -n 3 --dist worksteal "$@"
