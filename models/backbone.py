@@ -5,6 +5,7 @@ Shape letters: B images, H x W pixels; level l has C_l channels and stride s_l.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,16 +23,63 @@ from util.nested_tensor import NestedTensor
 
 
 class FrozenBatchNorm(FrozenBatchNorm2d):
-    """torchvision's FrozenBatchNorm2d, but the output has the type of the input.
+    """torchvision's FrozenBatchNorm2d, which in evaluation the convolution before it may apply.
 
-    torchvision's gives float32 for bfloat16 and float16. Maps twice as large would undo most of
-    what mixed precision saves.
+    By itself it gives the type of the input. torchvision's gives float32 for bfloat16 and float16.
     """
 
+    # whether the convolution before it is a NormedConv2d
+    follows_normed = False
+
+    @property
+    def is_applied(self) -> bool:
+        """Whether the convolution applies it. In training it does not: there each rounding is published."""
+        return self.follows_normed and not self.training
+
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        if self.is_applied:
+            return x_BCHW
         if x_BCHW.dtype == self.weight.dtype:
             return super().forward(x_BCHW)
         return F.batch_norm(x_BCHW, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """[C], [C]: the output is the input times the first, plus the second."""
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        return scale, torch.addcmul(self.bias, self.running_mean, scale, value=-1)
+
+
+class NormedConv2d(nn.Conv2d):
+    """A convolution without bias that in evaluation applies the frozen norm behind it.
+
+    Scaling a kernel is cheaper than scaling its output: this saves two passes over every map. The
+    norm keeps its place in the network and its names in the state dict.
+    """
+
+    norm: tuple[FrozenBatchNorm]  # in a tuple it is no submodule
+
+    @property
+    def shapes(self) -> list[torch.Size]:
+        """Of the kernel and the bias that the convolution is computed with."""
+        return [self.weight.shape, self.norm[0].bias.shape]
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        if not self.norm[0].is_applied:
+            return super().forward(x_BCHW)
+        scale, shift = self.norm[0].scale_and_shift()
+        return self._conv_forward(x_BCHW, self.weight * scale[:, None, None, None], shift)
+
+
+def apply_norms_in_convolutions(network: nn.Module) -> None:
+    """Let every convolution apply the frozen norm that is registered right behind it."""
+    for parent in network.modules():
+        for layer, norm in itertools.pairwise(parent.children()):
+            if isinstance(layer, nn.Conv2d) and isinstance(norm, FrozenBatchNorm):
+                # as torch.nn.utils.parametrize does: the parameters stay the same objects
+                layer.__class__ = NormedConv2d
+                assert isinstance(layer, NormedConv2d)
+                layer.norm = (norm,)
+                norm.follows_normed = True
 
 
 # by --backbone_norm
@@ -62,8 +110,14 @@ class Body(nn.Module):
 
     def forward(self, images_B3HW: Tensor) -> list[Tensor]:
         """Images [B, 3, H, W] -> per stage a map [B, C_l, H / s_l, W / s_l]."""
-        # no map but those of the stages is kept
         x = images_B3HW
+        # convolutions on a CPU are faster when channels lie beside each other, and all maps follow;
+        # training keeps the published order, in which every sum was compared
+        layout = (
+            torch.channels_last if x.device.type == "cpu" and not self.training else torch.contiguous_format
+        )
+        x = x.contiguous(memory_format=layout)
+        # no map but those of the stages is kept
         maps = []
         for name, layer in self.named_children():
             x = layer(x)
@@ -124,7 +178,10 @@ def build_body(name: str, norm: str, weights: str, *, dilation: bool, multi_scal
     entry = BACKBONES[name]
     # a single scale is the last stage
     first = 0 if multi_scale else 2
-    body = Body(entry.build(NORMS[norm], dilation), entry.stages[first:], entry.channels[first:])
+    network = entry.build(NORMS[norm], dilation)
+    if entry.norms_follow_convolutions:
+        apply_norms_in_convolutions(network)
+    body = Body(network, entry.stages[first:], entry.channels[first:])
     if weights == "imagenet":
         _load(body, _imagenet_weights(name), weights)
     elif weights != "none":

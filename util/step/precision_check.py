@@ -138,7 +138,9 @@ def _small_calls(module: nn.Module) -> Iterator[Call]:
 
 def _parameter_shapes(module: nn.Module) -> list[tuple[int, ...]]:
     """Of the weight, and of the bias if there is one."""
-    return [tuple(parameter.shape) for parameter in module.parameters(recurse=False)]
+    # a convolution that applies a norm has a bias that is no parameter
+    shapes = getattr(module, "shapes", None) or [p.shape for p in module.parameters(recurse=False)]
+    return [tuple(shape) for shape in shapes]
 
 
 def _is_right(call: Call, amp: str) -> bool:
