@@ -28,8 +28,9 @@ FORMATS = {"coco": "datasets.coco"}
 class DetectionData(Protocol):
     """What training and evaluation use of a data set: (image, target) items, and the attributes here.
 
-    An item is a float image [3, H, W] and a target with `boxes` [n, 4] cxcywh in [0, 1], `labels`
-    [n] int64, `area` [n], `iscrowd` [n], `image_id` [1], `orig_size` and `size` [2] (height, width).
+    An item is an RGB image [3, H, W] of uint8, which the detector normalises on its device, or of
+    normalised floats; and a target with `boxes` [n, 4] cxcywh in [0, 1], `labels` [n] int64, `area` [n],
+    `iscrowd` [n], `image_id` [1], `orig_size` and `size` [2] (height, width).
     It raises BadImageError for a file that can't be used.
 
     epoch: set before each epoch; random choices depend on it, the seed and the index alone.

@@ -37,8 +37,8 @@ class CocoDetection(Dataset):
         images: folder of the images. A name that no file in it has may be spelled otherwise, or have
             other folders before it.
         annotations: COCO JSON.
-        transform: maps (PIL image, {"boxes", "labels", "area", "iscrowd"}) to the same with a [3,
-            H, W] float image.
+        transform: maps (PIL image, {"boxes", "labels", "area", "iscrowd"}) to the same with an image
+            [3, H, W] of uint8, or of normalised floats.
         classes: labels of the category ids; without it the annotations' categories and
             `num_classes` (see ClassMap.of) make it.
         seed: with the epoch and the index it decides the random choices of `transform` in any

@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 from torchvision.tv_tensors import TVTensor
 
 from util.config import DataConfig
-from util.images.prepare import normalize, resize, resized
+from util.images.prepare import resize, resized
 
 # matters only for images more than 50 times as long as wide: one of a single column would grow to
 # gigabytes
@@ -33,13 +33,13 @@ def train_transform(data: DataConfig) -> v2.Transform:
         steps = [v2.RandomChoice([scale, crop])]
     if data.augmentation != "none":
         steps.insert(0, v2.RandomHorizontalFlip())
-    # further augmentations go here: before the normalisation, on a PIL image
-    return v2.Compose([*steps, normalize()])
+    # further augmentations go here, on a PIL image
+    return v2.Compose([*steps, v2.ToImage()])
 
 
 def eval_transform(size: int, max_size: int) -> v2.Transform:
     """The shorter side to `size`, the longer at most about `max_size`."""
-    return v2.Compose([RandomShorterSide([size], max_size), normalize()])
+    return v2.Compose([RandomShorterSide([size], max_size), v2.ToImage()])
 
 
 class Area(TVTensor):

@@ -8,12 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from models.backbone import Backbone, resize_mask
 from models.deformable_transformer import Decoded, DeformableTransformer
 from util.nested_tensor import NestedTensor
 from util.step.precision import widened
+
+# of ImageNet's pixels in [0, 1], which the backbones were trained on
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class DeformableDETR(nn.Module):
@@ -30,6 +34,9 @@ class DeformableDETR(nn.Module):
         aux_loss: whether outputs of all decoder layers are given.
         with_box_refine: iterative box refinement.
     """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
 
     def __init__(
         self,
@@ -54,12 +61,16 @@ class DeformableDETR(nn.Module):
         # a container of the two, for their published names
         self.backbone = nn.Sequential(backbone, position)
         self.aux_loss, self.with_box_refine = aux_loss, with_box_refine
+        # on the device with the model: copying them each step would block
+        self.register_buffer("pixel_mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(STD).view(3, 1, 1), persistent=False)
 
     def forward(self, images: NestedTensor | Sequence[Tensor]) -> dict[str, Any]:
         """Detect.
 
         Args:
-            images: normalised RGB, a NestedTensor or a list of [3, H, W] tensors.
+            images: RGB, a NestedTensor or a list of [3, H, W] tensors: uint8, or floats that are
+                normalised already.
 
         Returns:
             pred_logits: [B, Q, K]; pred_boxes: [B, Q, 4] cxcywh in [0, 1] of the unpadded image;
@@ -70,13 +81,21 @@ class DeformableDETR(nn.Module):
         """
         if not isinstance(images, NestedTensor):
             images = NestedTensor.from_images(images)
-        maps, masks = self._project(images)
+        maps, masks = self._project(self._normalized(images))
         positions = [self.backbone[1](mask).to(x.dtype) for x, mask in zip(maps, masks, strict=True)]
         queries = None if self.transformer.two_stage else self.query_embed.weight
         decoded = self.transformer(
             maps, masks, positions, queries, self.class_embed, self.bbox_embed, self.with_box_refine
         )
         return self._outputs(decoded)
+
+    def _normalized(self, images: NestedTensor) -> NestedTensor:
+        """Bytes normalised, with zeros on padding, to the same bits as torchvision's transforms."""
+        if images.tensors.dtype != torch.uint8:
+            return images
+        pixels = images.tensors.to(self.pixel_mean.dtype).mul_(1 / 255)
+        pixels.sub_(self.pixel_mean).div_(self.pixel_std)
+        return NestedTensor(pixels.masked_fill_(images.mask[:, None], 0.0), images.mask)
 
     def _project(self, images: NestedTensor) -> tuple[list[Tensor], list[Tensor]]:
         """The L maps [B, C, H, W] at the transformer's width, and their masks [B, H, W]."""

@@ -104,14 +104,14 @@ class Detections:
 
 @dataclass(frozen=True)
 class Prepared:
-    """An image for the network, float32 [3, H, W] on the CPU, and its original (height, width)."""
+    """An image for the network, uint8 [3, H, W] on the CPU, and its original (height, width)."""
 
     pixels: Tensor
     size: tuple[int, int]
 
 
 class Detector:
-    """Images to detections, with the resizing, normalisation and 100 best of evaluation.
+    """Images to detections, with the resizing and 100 best of evaluation.
 
     Images of a batch are padded to the largest, which changes their detections a little. With
     batch_size 1 the detections of an image do not depend on the others.
@@ -170,7 +170,7 @@ class Detector:
         return found
 
     def prepare(self, image: ImageLike) -> Prepared:
-        """An image resized and normalised; several threads may do this."""
+        """An image resized; several threads may do this."""
         picture = as_picture(image, self.max_image_megapixels)
         # the size of evaluation
         data = self.config.data

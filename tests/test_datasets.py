@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import torchvision.transforms.v2.functional as F
 from PIL import Image
 from torchvision.ops import box_convert
 from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
@@ -15,14 +16,36 @@ from datasets import build_dataset
 from datasets.loader import build_loader, collate
 from datasets.samplers import EvalBatches, TrainBatches
 from datasets.transforms import Area, RandomCrop, RandomShorterSide
+from models import build_model
+from models.deformable_detr import MEAN, STD
 from tests.golden_cases import FOLDER
-from tests.helpers import SMALL_IMAGES, write_coco
+from tests.helpers import SMALL_IMAGES, SMALL_MODEL, write_coco
+from util.class_map import COCO_CLASSES
 from util.config import parse_config
-from util.images.prepare import MEAN, STD, resized
+from util.images.prepare import resized
+from util.nested_tensor import NestedTensor
 
 
 def config_for(folder, *flags):
     return parse_config(["--coco_path", str(folder), *flags])
+
+
+def normalized(image):
+    """Bytes as the published transforms normalise them."""
+    return F.normalize(F.to_dtype(image, torch.float32, scale=True), MEAN, STD)
+
+
+def test_the_detector_normalises_bytes_to_the_bits_of_the_transforms():
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((3, 40, 64), (3, 48, 32))
+    images = [torch.randint(256, size, generator=generator, dtype=torch.uint8) for size in sizes]
+    model, *_ = build_model(parse_config([*SMALL_MODEL]), COCO_CLASSES)
+    found = model._normalized(NestedTensor.from_images(images))
+    wanted = NestedTensor.from_images([normalized(image) for image in images])
+    assert torch.equal(found.tensors, wanted.tensors)
+    assert torch.equal(found.mask, wanted.mask)
+    with pytest.raises(ValueError, match="2 dtypes"):
+        model([images[0], normalized(images[1])])
 
 
 def test_eval_transform_gives_the_published_numbers(tiny_coco):
@@ -34,6 +57,7 @@ def test_eval_transform_gives_the_published_numbers(tiny_coco):
     for fact in facts["val"]:
         image, target = dataset[fact["index"]]
         assert list(image.shape) == fact["shape"]
+        image = normalized(image)
         assert image.mean().item() == pytest.approx(fact["mean"], abs=1e-5)
         assert image.std().item() == pytest.approx(fact["std"], abs=1e-5)
         for channel, y, x, value in fact["pixels"]:
@@ -161,7 +185,7 @@ def test_every_colour_mode_becomes_rgb(tmp_path, mode):
     path.write_text(json.dumps(content))
     pixels, _ = build_dataset("val", config_for(tmp_path, *SMALL_IMAGES))[0]
     assert pixels.shape[0] == 3
-    colour = pixels.mean((1, 2)) * torch.tensor(STD) + torch.tensor(MEAN)
+    colour = pixels.float().mean((1, 2)) / 255
     assert colour.max() - colour.min() < 0.02, "gray stays gray"
     assert colour.mean().item() == pytest.approx(200 / 255, abs=0.02), "and as bright as it was"
 

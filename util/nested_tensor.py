@@ -13,7 +13,7 @@ from torch import Tensor
 class NestedTensor:
     """A batch padded at the right and the bottom.
 
-    tensors: [B, 3, H, W], zero on padding; mask: [B, H, W] bool, True on padding.
+    tensors: [B, 3, H, W], floats or uint8, zero on padding; mask: [B, H, W] bool, True on padding.
     """
 
     tensors: Tensor
@@ -21,11 +21,19 @@ class NestedTensor:
 
     @staticmethod
     def from_images(images: Sequence[Tensor]) -> NestedTensor:
-        """A list of [3, h, w] images, padded to the largest h and w among them."""
+        """A list of [3, h, w] images, padded to the largest h and w among them.
+
+        Raises ValueError if they have several dtypes.
+        """
+        if len(dtypes := {image.dtype for image in images}) > 1:
+            raise ValueError(f"the images of a batch have {len(dtypes)} dtypes: {dtypes}")
         height = max(image.shape[-2] for image in images)
         width = max(image.shape[-1] for image in images)
-        # all of it is padding, until an image is copied into its corner
+        # all of it is padding, until an image is copied into its corner; channels lie beside each
+        # other where they do in the images, as decoders give them
         tensors = images[0].new_zeros(len(images), images[0].shape[0], height, width)
+        if images[0].stride(0) == 1:
+            tensors = tensors.contiguous(memory_format=torch.channels_last)
         mask = torch.ones(len(images), height, width, dtype=torch.bool, device=tensors.device)
         for image, row, row_mask in zip(images, tensors, mask, strict=True):
             h, w = image.shape[-2:]

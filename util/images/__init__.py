@@ -1,4 +1,4 @@
-"""Pictures and videos from files: read safely, turned upright, resized and normalised.
+"""Pictures and videos from files: read safely, turned upright and resized.
 
 Data sets, prediction and tools use this room; it knows nothing of detectors.
 """

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torchvision.transforms.v2.functional as F
 from PIL import Image
 from torch import Tensor
@@ -19,8 +18,6 @@ from util.images.files import as_rgb, read_picture, to_8_bits
 ImageLike = str | os.PathLike | Image.Image | np.ndarray | Tensor
 
 _SEVERAL = "give several as a list"
-# of ImageNet, which the backbones were trained on
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def as_picture(image: ImageLike, megapixels: float) -> Image.Image:
@@ -70,19 +67,14 @@ def _picture_of_array(image: np.ndarray) -> Image.Image:
 
 
 def prepare(image: Image.Image, size: int, max_size: int) -> Tensor:
-    """An RGB picture as evaluation gives it to the detector: float32 [3, H, W], normalised.
+    """An RGB picture as evaluation gives it to the detector: uint8 [3, H, W].
 
     Args:
         size: the shorter side, in pixels.
         max_size: limit of the longer side (see `resized`).
     """
     height, width = resized(image.height, image.width, size, max_size)
-    return normalize()(resize(image, [height, width])).as_subclass(Tensor)
-
-
-def normalize() -> v2.Transform:
-    """PIL image -> float32 [3, H, W], normalised."""
-    return v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+    return F.pil_to_tensor(resize(image, [height, width]))
 
 
 def resize(inpt: Any, size: list[int]) -> Any:
