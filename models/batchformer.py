@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from models.dropout import Dropout
 from models.token_batch import TokenBatch
 
 OFF, TWO_STREAMS, ONE_STREAM = 0, 1, 7  # the published values of --bf
@@ -92,6 +93,8 @@ def build_modules(
 
 def _build_module(hidden_dim: int, num_layers: int) -> nn.Module:
     layer = nn.TransformerEncoderLayer(hidden_dim, NUM_HEADS, dim_feedforward=hidden_dim, dropout=DROPOUT)
+    for name in ("dropout", "dropout1", "dropout2"):
+        setattr(layer, name, Dropout(DROPOUT))
     # Published checkpoints of one layer have no `layers.0.` in their names.
     if num_layers == 1:
         return layer

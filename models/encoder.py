@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
+from models.dropout import Dropout
 from models.ops.linear import TokenLinear
 from models.ops.modules import MSDeformAttn
 from models.token_batch import TokenBatch
@@ -34,12 +35,12 @@ class DeformableTransformerEncoderLayer(nn.Module):
         super().__init__()
         # TokenLinear: there are many more tokens than queries
         self.self_attn = MSDeformAttn(d_model, n_levels, n_heads, n_points)
-        self.dropout1 = nn.Dropout(dropout)
+        self.dropout1 = Dropout(dropout)
         self.norm1 = nn.LayerNorm(d_model)
         self.linear1 = TokenLinear(d_model, d_ffn)
-        self.dropout2 = nn.Dropout(dropout)
+        self.dropout2 = Dropout(dropout)
         self.linear2 = TokenLinear(d_ffn, d_model)
-        self.dropout3 = nn.Dropout(dropout)
+        self.dropout3 = Dropout(dropout)
         self.norm2 = nn.LayerNorm(d_model)
         self.drop_path = StochasticDepth(drop_path, "row")
 
