@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from models.ops import linear
 from models.ops.linear import MANY, TokenLinear
 
 
@@ -14,7 +15,9 @@ from models.ops.linear import MANY, TokenLinear
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
-def test_it_is_a_linear_layer(size, dtype, bias):
+@pytest.mark.parametrize("amd", [True, False])
+def test_it_is_a_linear_layer(size, dtype, bias, amd, monkeypatch):
+    monkeypatch.setattr(linear, "on_amd", lambda: amd)
     torch.manual_seed(0)
     plain = nn.Linear(24, 40, bias=bias, dtype=dtype)
     ours = TokenLinear(24, 40, bias=bias, dtype=dtype)

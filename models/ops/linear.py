@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,12 +12,22 @@ from torch import Tensor, nn
 MANY = 1000  # tokens from which on it pays
 
 
+@cache
+def on_amd() -> bool:
+    """Whether the processor is one of AMD, as far as Linux says."""
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
 class TokenLinear(nn.Linear):
     """nn.Linear for many tokens: the same parameters, and the same results up to rounding.
 
     On a CPU, PyTorch computes products in float32 with MKL, which takes twice the time needed on
-    processors that are not Intel's. A 1x1 convolution over the same memory is the same product, and
-    PyTorch computes it with oneDNN, which is fast on all (docs/ops.md has measurements).
+    processors of AMD. A 1x1 convolution over the same memory is the same product, and PyTorch
+    computes it with oneDNN. On processors of Intel this takes longer than MKL (docs/ops.md has
+    measurements).
     """
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -28,6 +41,8 @@ class TokenLinear(nn.Linear):
 
     def _pays(self, tokens: Tensor) -> bool:
         if torch.compiler.is_compiling():  # which chooses for itself
+            return False
+        if not on_amd():
             return False
         in_float32_on_cpu = tokens.device.type == "cpu" and tokens.dtype == self.weight.dtype == torch.float32
         if (
