@@ -36,6 +36,7 @@ from models.deformable_detr import DeformableDETR
 from models.ops import backends
 from models.ops import benchmark as op_benchmark
 from models.weights.architecture import Purpose, adopt
+from util.allocator import keep_freed_memory
 from util.checkpoint import load_weights, read_checkpoint, weights_of
 from util.class_map import AUTO, COCO_CLASSES, ClassMap, classes_of, unnamed_classes
 from util.config import BatchFormerConfig, Config, make_parser, parse_with_config, with_classes
@@ -54,6 +55,8 @@ def main() -> int | None:
         return op_benchmark.main(sys.argv[2:])
     args, config = _parse()
     device = choose_device(config.run.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(config.run.seed)
     images, targets, config = _batch(args, config, device)
     height, width = images.tensors.shape[-2:]

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from torch.utils.data import DataLoader
 
+from util.allocator import keep_freed_memory
 from util.errors import SIGNALS, LostProcessError, UserError
 
 Batch = TypeVar("Batch")
@@ -54,6 +55,7 @@ def begin_worker(worker: int) -> None:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    keep_freed_memory()
     # objects of the training process are never collected here, see _undisturbed
     gc.freeze()
     gc.enable()

@@ -12,7 +12,7 @@ from tests.helpers import ROOT
 PACKAGES = ("models", "datasets", "util", "engine", "main", "benchmark", "tools")
 # The rooms, lowest first. A room imports from its own level and from those below.
 LEVELS = (
-    ("util.errors", "util.atomic"),
+    ("util.errors", "util.atomic", "util.allocator"),
     (
         "util.backbones",
         "util.class_map",

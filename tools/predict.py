@@ -29,6 +29,7 @@ from tqdm import tqdm
 # a script sees only its own folder, not the project
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from util.allocator import keep_freed_memory
 from util.config import (
     DataConfig,
     add_detector_flags,
@@ -92,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from models import load_detector
 
+    if args.device in ("", "cpu"):
+        keep_freed_memory()
     # a published checkpoint may need some flags of main.py
     detector = load_detector(
         args.resume,

@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from util.allocator import keep_freed_memory
 from util.distributed.launchers import number, require_single_process
 from util.distributed.watchdog import Watchdog, waiting
 from util.errors import ASK_TO_LEAVE, LostProcessError, UserError
@@ -61,6 +62,8 @@ def process_group(device_flag: str, timeout: float = 1800) -> Iterator[torch.dev
     device = choose_device(device_flag)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    elif device.type == "cpu":
+        keep_freed_memory()
     if "WORLD_SIZE" not in os.environ:
         require_single_process()
         yield device
