@@ -15,17 +15,13 @@ if __name__ == "__main__":
 import contextlib
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import nn
 
-from datasets.splits import (
-    TrainingData,
-    evaluation_loader,
-    open_evaluation_data,
-    open_training_data,
-)
+from datasets.splits import TrainingData, evaluation_loader, open_evaluation_data, open_training_data
 from datasets.workers import end_workers
 from engine import Learner, build_learner, build_watch, check_operator, evaluate, train_one_epoch
 from models import build_model
@@ -198,15 +194,22 @@ class Training:
         folder = self.folder
         # The order matters: a kill before `begin` must leave the earlier run as it was.
         self.exact = self.state.restore(folder.checkpoint, folder.source)
+        if self._is_finished() and not folder.resumes:
+            raise UserError(
+                f"--resume {folder.source} has trained {self.position.epoch} epochs already; "
+                f"raise --epochs {self.config.optim.epochs}"
+            )
         epoch_restarts = self._handle_changed_data()
         folder.begin(self.history)
 
         # TensorBoard continues after the images that the checkpoint knows.
         if self.config.run.tensorboard and folder.path:
             self.board = Board(folder.path / "tensorboard", self._images_trained(), self._first_epoch())
-        start = {"epoch": self.position.epoch, "images": self.position.images, "checkpoint": folder.source}
-        train, val = self.data.train, self.data.val
-        record_start(folder.path, self.config, self.device, start, train=train, val=val)
+        # A start that trains nothing leaves the record as it is.
+        if not self._is_finished():
+            start = asdict(self.position) | {"checkpoint": folder.source}
+            train, val = self.data.train, self.data.val
+            record_start(folder.path, self.config, self.device, start, train=train, val=val)
 
         if epoch_restarts:
             self._save(must=True)
@@ -218,8 +221,9 @@ class Training:
         train, val = len(self.data.train), len(self.data.val)
         log.info("%d trainable parameters, %d + %d images", self.learner.num_parameters, train, val)
         epochs = self.config.optim.epochs
-        if self._first_epoch() >= epochs:
-            self._nothing_left()
+        if self._is_finished():
+            trained = "%d epochs have been trained and evaluated, --epochs is %d: nothing is left to do"
+            log.info(trained, self.position.epoch, epochs)
             return
         self.summary.start(whole_epoch=self.position.images == 0 and self.history.unfinished is None)
         for epoch in range(self._first_epoch(), epochs):
@@ -238,6 +242,9 @@ class Training:
         if self.history.unfinished is not None:
             return self.position.epoch - 1
         return self.position.epoch
+
+    def _is_finished(self) -> bool:
+        return self._first_epoch() >= self.config.optim.epochs
 
     def _train(self, epoch: int) -> None:
         data, learner, run = self.data, self.learner, self.config.run
@@ -384,16 +391,6 @@ class Training:
         # Gradients of an unfinished accumulation.
         self.learner.updater.optimizer.zero_grad()
         return True
-
-    def _nothing_left(self) -> None:
-        epochs = self.config.optim.epochs
-        if self.folder.resumes:
-            log.info("all %d epochs have been trained and evaluated: nothing is left to do", epochs)
-            return
-        raise UserError(
-            f"--resume {self.config.run.resume} has trained {self.position.epoch} epochs already; "
-            f"raise --epochs {epochs}"
-        )
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def test_stop_and_resume_is_bit_identical_to_never_stopping(tmp_path, data, extr
 def test_resume_says_what_changed_and_ends_clearly(tmp_path, data):
     out = tmp_path / "out"
     assert run_main_forked(*data, "--epochs", "1", "--output_dir", str(out)).returncode == 0
-    before = (out / "checkpoint.pth").read_bytes()
+    before = [(out / name).read_bytes() for name in ("checkpoint.pth", "run.json")]
     done = run_main_forked(
         *data, "--epochs", "1", "--output_dir", str(out), "--resume", str(out / "checkpoint.pth")
     )
@@ -76,7 +76,10 @@ def test_resume_says_what_changed_and_ends_clearly(tmp_path, data):
     )
     assert told in other.stderr
     assert "ValueError" not in other.stderr
-    assert (out / "checkpoint.pth").read_bytes() == before
+    nothing_left = run_main_forked(*data, "--epochs", "1", "--output_dir", str(out), "--resume", "auto")
+    assert "1 epochs have been trained and evaluated, --epochs is 1" in nothing_left.stdout
+    after = [(out / name).read_bytes() for name in ("checkpoint.pth", "run.json")]
+    assert after == before, "starts that train nothing leave no trace"
     changed = run_main_forked(
         *data,
         "--lr",
