@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import pty
@@ -16,6 +17,8 @@ import pytest
 import torch
 
 from tests.helpers import BATCHFORMER, ROOT, SMALL_IMAGES, SMALL_MODEL, run_main, write_coco
+from util.errors import UserError, run_as_command
+from util.step import progress
 from util.step.metrics import MeanOnDevice
 
 LINE = re.compile(
@@ -96,6 +99,33 @@ def test_a_bar_on_a_terminal(flags):
         r"images/s  mem [\d.]+ GiB"
     )
     assert re.search(bar, shown.decode()), shown.decode()
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_without_a_width_gets_lines(monkeypatch, caplog):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(progress, "_columns", lambda: 0)
+    with caplog.at_level("INFO"):
+        progress.Progress("epoch 0 (1/1)", 1, 1).step(["loss 1.0"])
+    assert "epoch 0 (1/1) [1/1]  loss 1.0" in caplog.text
+
+
+def test_the_last_line_clears_the_bar_before_it(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(progress, "_columns", lambda: 100)
+
+    def fail():
+        progress.Progress("epoch 0 (1/1)", 2, 1).step(["loss 1.0"])
+        raise UserError("a mistake")
+
+    with pytest.raises(SystemExit):
+        run_as_command(fail)
+    assert "\r\033[Kerror: a mistake\n" in terminal.getvalue()
 
 
 def test_means_are_kept_for_windows_and_for_the_whole():

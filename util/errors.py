@@ -6,7 +6,7 @@ schedulers get.
 | 0 | done |
 | 2 | a mistake in flags, files or data, described in one line |
 | 74 | checkpoints can't be written any more; the earlier ones are intact |
-| 75 | a signal asked to leave: all is saved, start again with --resume auto |
+| 75 | a signal stopped the run: all is saved, start again with --resume auto |
 | 76 | another process died, hangs or can't be reached; start again with --resume auto |
 | 130 | interrupted from the keyboard; a training run has saved first, as with 75 |
 """
@@ -95,7 +95,9 @@ def _leave(message: str, code: int, silent: bool = False) -> NoReturn:
         with contextlib.suppress(OSError):
             Path(path).write_text(json.dumps({"message": reason}))
     if not silent:
+        # a bar of progress may be on this line
+        clear = "\r\033[K" if sys.stderr.isatty() else ""
         # print() would write the line's end separately, between the words of other processes
-        sys.stderr.write(f"{message}\n")
+        sys.stderr.write(f"{clear}{message}\n")
         sys.stderr.flush()
     sys.exit(code)

@@ -34,8 +34,10 @@ class Progress:
         self._start, self._done, self._done_before = time.perf_counter(), done, done
         self._bar = None
         # A bar in a log file would be a thousand lines of noise.
-        if is_main() and sys.stderr.isatty():
-            self._bar = tqdm(total=steps, initial=done, desc=title, bar_format=_layout(_columns()))
+        if is_main() and sys.stderr.isatty() and (columns := _columns()):
+            # A bar that an error leaves open is cleared at the end, not drawn once more.
+            layout = _layout(columns)
+            self._bar = tqdm(total=steps, initial=done, desc=title, bar_format=layout, leave=False)
 
     def due(self) -> bool:
         """Whether the current step ends an interval, so that its numbers are worth a copy to the host."""
@@ -53,6 +55,7 @@ class Progress:
 
     def close(self) -> None:
         if self._bar is not None:
+            self._bar.leave = True
             self._bar.close()
 
     def _update_bar(self, bar: tqdm, fields: Sequence[str]) -> None:
@@ -75,9 +78,9 @@ class Progress:
 
 
 def _columns() -> int:
-    """Width of the terminal on stderr, where the bar is."""
+    """Width of the terminal on stderr, where the bar is; 0 if it has none."""
     try:
-        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+        return os.get_terminal_size(sys.stderr.fileno()).columns
     except OSError:
         return 80
 
