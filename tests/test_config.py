@@ -126,6 +126,13 @@ def test_help_shows_every_flag_once_and_needs_no_torch():
             assert f"(default: {flag.default})" in shown
 
 
+def test_help_of_a_script_shows_its_values_as_defaults():
+    code = "from util.config import parse_config; parse_config(['--lr', '0.5', '--epochs', '7', '--help'])"
+    shown = " ".join(output_of("-c", code).split())
+    assert "the heads (default: 0.5)" in shown
+    assert "whole run (default: 7)" in shown
+
+
 @pytest.mark.parametrize(
     ("wrong", "meant"),
     [("--batch_sise", "--batch_size"), ("--batch-siz=3", "--batch_size"), ("--epoch", "--epochs")],

@@ -9,6 +9,7 @@ import argparse
 import copy
 import difflib
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -104,6 +105,11 @@ def parse_with_config(
     # launchers pass it, and no user
     parser.add_argument("--local_rank", "--local-rank", type=_local_rank, help=argparse.SUPPRESS)
     parser.set_defaults(**defaults)
+
+    # a script in configs/ gives its flags before --help, which shows them as defaults
+    words = sys.argv[1:] if argv is None else list(argv)
+    if "--help" in words[1:]:
+        parser.set_defaults(**vars(parser.parse_args(words[: words.index("--help")])))
 
     # argparse keeps the values of a namespace for flags that are absent
     not_given: list[Any] = []
