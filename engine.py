@@ -137,7 +137,8 @@ def build_learner(config: Config, device: torch.device, start: Start, classes: C
     if start.weights is not None and start.resumed:
         load_checkpoint(model, start.weights, start.source)
     elif start.weights is not None:
-        log.info("%s", fine_tune(model, config, classes, start.weights, start.source))
+        for line in fine_tune(model, config, classes, start.weights, start.source).splitlines():
+            log.info("%s", line)
     # Move the model first: the optimiser keeps references to its parameters.
     check_precision(model.to(device), config.run.amp)
 

@@ -198,14 +198,21 @@ class TrainingState:
         if any(process["gradients"] for process in processes):
             dropped = ". Dropped: the gradients of an unfinished accumulation"
         log.warning(
-            "resume: the checkpoint is of %d process(es), this run has %d or other batches. Kept: the "
-            "epoch continues with the images that it has not seen, and its means include those that it "
-            "has seen. No longer exact: which images share a batch, and random numbers (dropout)%s",
-            len(processes),
-            world_size(),
+            "resume: the checkpoint is of %s, this run of %s. Kept: the epoch continues with the images "
+            "that it has not seen, and its means include those that it has seen. No longer exact: which "
+            "images share a batch, and random numbers (dropout)%s",
+            _batches(saved, len(processes)),
+            _batches(self._flags, world_size()),
             dropped,
         )
         return False
+
+
+def _batches(flags: Mapping[str, Any], processes: int) -> str:
+    text = f"{processes} x {flags['batch_size']} images a step (processes x --batch_size)"
+    if flags["accumulate_steps"] > 1:
+        text += f" and --accumulate_steps {flags['accumulate_steps']}"
+    return text
 
 
 def is_own(checkpoint: Mapping[str, Any]) -> bool:
@@ -222,7 +229,9 @@ def position_of(checkpoint: Mapping[str, Any]) -> TrainingPosition:
 
 
 def warn_about_changes(saved: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
-    """Warn about flags whose value differs from the checkpoint's."""
+    """Warn about flags whose value differs from the checkpoint's, on the main process."""
+    if not is_main():
+        return
     for name, value in flags.items():
         if name in saved and saved[name] != value and not FLAGS[name].free_on_resume:
             log.warning(
