@@ -231,6 +231,11 @@ def test_the_checkpoint_of_a_plain_arm_is_as_good_as_any():
         assert config.batchformer.bf == 0
 
 
+def test_a_detector_without_the_module_is_not_evaluated_with_it():
+    with pytest.raises(UserError, match="was trained without BatchFormerV2; leave --eval_bf out"):
+        evaluated(checkpoint(), "--eval_bf")
+
+
 def test_evaluation_does_without_the_module_unless_it_is_asked_for():
     content = checkpoint(*BATCHFORMER)
     assert evaluated(content).batchformer.bf == 0

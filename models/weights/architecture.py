@@ -129,6 +129,8 @@ def adopt(
 
     # BatchFormerV2 acts in evaluation only with --eval_bf
     evaluate = purpose is Purpose.EVALUATE
+    if evaluate and given.get("eval_bf") and not {**there, **given}.get("bf"):
+        raise UserError(f"{named} was trained without BatchFormerV2; leave --eval_bf out")
     acts = evaluate and {**there, **given}.get("eval_bf") and given.get("bf") != 0
     is_own_run = purpose is Purpose.RESUME and "processes" in checkpoint
     _require_same(there, given, named, modules=bool(acts or is_own_run))
