@@ -97,7 +97,7 @@ def test_leaving_in_the_middle_of_an_epoch_and_going_on_is_never_having_stopped(
     code, output = interrupt(start(*run), r"epoch 0 \S+ \[ *3/", signal.SIGUSR1)
     assert code == EXIT_PREEMPTED, output
     told = (
-        r"^asked to leave by SIGUSR1; saved in epoch 0, after [3-9] of 9 images; "
+        r"^stopped by SIGUSR1; saved in epoch 0, after [3-9] of 9 images; "
         r"start again with --resume auto$"
     )
     assert re.search(told, output, re.MULTILINE)
@@ -107,7 +107,7 @@ def test_leaving_in_the_middle_of_an_epoch_and_going_on_is_never_having_stopped(
     code, output = interrupt(start(*run), r"  evaluate \[", signal.SIGTERM)
     assert code == EXIT_PREEMPTED, output
     assert (
-        "asked to leave by SIGTERM; epoch 0 is saved, its evaluation is next; start again with --resume "
+        "stopped by SIGTERM; epoch 0 is saved, its evaluation is next; start again with --resume "
         "auto\n" in output
     )
     assert read_checkpoint(parts / "checkpoint.pth")["history"]["unfinished"] is not None

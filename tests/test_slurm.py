@@ -204,10 +204,7 @@ def test_submitit_requeued_job_knows_that_it_is_started_again(project: Path, tmp
         runs = [json.loads(line) for line in (project / f"exps/x/rank{rank}").read_text().splitlines()]
         same = common | {"RANK": rank, "LOCAL_RANK": rank, "resume": "start.pth"}
         assert runs == [same | {"SLURM_RESTART_COUNT": count} for count in "01"]
-    assert (
-        "asked to leave by SIGUSR2; saved"
-        in next((project / "exps/x/submitit").glob("*_0_log.err")).read_text()
-    )
+    assert "stopped by SIGUSR2; saved" in next((project / "exps/x/submitit").glob("*_0_log.err")).read_text()
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
@@ -221,7 +218,7 @@ def test_submitit_requeues_for_its_own_signal_only(project: Path, tmp_path: Path
     assert output.splitlines()[1:] == [
         f"error: job {log.name.split('_')[0]} has ended early, see the last line of {log}"
     ]
-    assert log.read_text().splitlines()[-1] == f"asked to leave by {name}; saved"
+    assert log.read_text().splitlines()[-1] == f"stopped by {name}; saved"
     assert len((project / "exps/x/rank0").read_text().splitlines()) == 1
 
 

@@ -89,11 +89,9 @@ def test_a_killed_process_is_no_request_to_leave(explained):
 
 @pytest.mark.parametrize("code", [EXIT_PREEMPTED, EXIT_INTERRUPTED])
 def test_where_another_process_was_asked_to_leave_this_one_leaves_alike(explained, code):
-    end = explained(
-        working(0), working(1, left=code, doing="asked to leave by SIGTERM; saved"), silent=(0, 6)
-    )
+    end = explained(working(0), working(1, left=code, doing="stopped by SIGTERM; saved"), silent=(0, 6))
     assert isinstance(end, Preempted)
-    assert (end.exit_code, str(end)) == (code, "asked to leave by SIGTERM; saved")
+    assert (end.exit_code, str(end)) == (code, "stopped by SIGTERM; saved")
 
 
 def test_of_those_that_make_no_progress_the_one_furthest_behind_is_at_fault(explained):
@@ -227,7 +225,7 @@ FAULTS = {
     "killed": "os.kill(os.getpid(), signal.SIGKILL)",
     "hangs": "time.sleep(1000)",
     "fails": "raise UserError('x.jpg is bad')",
-    "asked to leave": "raise Preempted('asked to leave by SIGUSR1')",
+    "asked to leave": "raise Preempted('stopped by SIGUSR1')",
 }
 
 
@@ -296,7 +294,7 @@ def test_a_process_that_leaves_alone_on_request_takes_the_other_along(jobs):
     for rank in (0, 1):
         ended = jobs["asked to leave", rank]
         assert ended.status == EXIT_PREEMPTED, ended.output
-        assert ended.output.count("asked to leave by SIGUSR1") == (rank == 0), "one process says it"
+        assert ended.output.count("stopped by SIGUSR1") == (rank == 0), "one process says it"
         assert "error" not in ended.output
 
 

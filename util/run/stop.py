@@ -81,7 +81,7 @@ class StopRequest:
         if self.interrupted:
             raise Preempted(f"interrupted; {saved}", EXIT_INTERRUPTED)
         asked_by = self.signal or "a signal to another process"
-        raise Preempted(f"asked to leave by {asked_by}; {saved}", signal=self.signal)
+        raise Preempted(f"stopped by {asked_by}; {saved}", signal=self.signal)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:

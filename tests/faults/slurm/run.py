@@ -354,7 +354,7 @@ class Case:
         if not self.asked:
             return end
         found = re.search(
-            rf"asked to leave by {self.asked}; (saved in epoch \d+, after \d+ of \d+ "
+            rf"stopped by {self.asked}; (saved in epoch \d+, after \d+ of \d+ "
             rf"images)",
             run.text,
         )
