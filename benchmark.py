@@ -1,8 +1,9 @@
-"""Speed of the detector, with main's flags, and of the attention operator, on any device.
+"""Speed of the detector, with main's flags, of its data, and of the attention operator, on any device.
 
     python benchmark.py --num_iters 300 --warm_iters 5 --batch_size 1  # an image of the data set
     python benchmark.py --num_iters 20 --size 800 1333  # noise of a size, no data set
     python benchmark.py train --num_iters 10 --size 320 320 --bf 1 --insert_idx 0  # against --bf 0
+    python benchmark.py loader --num_iters 50  # training and evaluation images, from file to tensor
     python benchmark.py op  # the operator's backends, see op --help
 
 --amp bf16 and, of a training step, --bf and --checkpoint_encoder are timed beside the same without
@@ -20,6 +21,7 @@ import statistics
 import sys
 import timeit
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -54,6 +56,9 @@ def main() -> int | None:
     if sys.argv[1:2] == ["op"]:
         return op_benchmark.main(sys.argv[2:])
     args, config = _parse()
+    if args.what == "loader":
+        _measure_items(args, config)
+        return None
     device = choose_device(config.run.device)
     if device.type == "cpu":
         keep_freed_memory()
@@ -64,6 +69,21 @@ def main() -> int | None:
     print(f"{machine}, torch {torch.__version__}; batch {len(images)} of {height} x {width}", flush=True)
     _measure(args, config, device, images, targets)
     return None
+
+
+def _measure_items(args: argparse.Namespace, config: Config) -> None:
+    """Time the items of both splits in this process, as a worker of the loader makes them."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    print(f"{op_benchmark.machine_name(torch.device('cpu'))}, torch {torch.__version__}", flush=True)
+    for split in ("train", "val"):
+        dataset = build_dataset(split, config)
+        turns = [i % len(dataset) for i in range(args.warm_iters + args.num_iters)]
+        times = [1000 * timeit.timeit(partial(dataset.__getitem__, i), number=1) for i in turns]
+        kept = times[args.warm_iters :]
+        mean, fastest, slowest = statistics.mean(kept), min(kept), max(kept)
+        counted = f"in the mean of {len(kept)} ({fastest:.1f} to {slowest:.1f})"
+        print(f"{split}: {mean:.1f} ms an image from file to tensor {counted}", flush=True)
 
 
 class Variant(NamedTuple):
@@ -250,16 +270,23 @@ def _batch(
 def _noise(height: int, width: int, num_classes: int) -> tuple[Tensor, dict[str, Tensor]]:
     # cxcywh, all within the image
     boxes = torch.cat([torch.rand(OBJECTS, 2) * 0.5 + 0.25, torch.rand(OBJECTS, 2) * 0.4 + 0.05], 1)
-    return torch.randn(3, height, width), {"boxes": boxes, "labels": torch.randint(num_classes, (OBJECTS,))}
+    pixels = torch.randint(256, (3, height, width), dtype=torch.uint8)
+    return pixels, {"boxes": boxes, "labels": torch.randint(num_classes, (OBJECTS,))}
 
 
 def _parse() -> tuple[argparse.Namespace, Config]:
     parser = make_parser("benchmark.py", __doc__)
-    parser.usage = "python benchmark.py [inference|train|op] [flags]"
+    parser.usage = "python benchmark.py [inference|train|loader|op] [flags]"
     own = parser.add_argument_group("benchmark")
     # spelled as the published program's
     add = own.add_argument
-    add("what", nargs="?", default="inference", choices=("inference", "train", "op"), help="what to time")
+    add(
+        "what",
+        nargs="?",
+        default="inference",
+        choices=("inference", "train", "loader", "op"),
+        help="what to time",
+    )
     add("--num_iters", "--num-iters", type=int, default=300, help="timed iterations")
     text = "iterations before that are not counted"
     add("--warm_iters", "--warm-iters", type=int, default=5, help=text)

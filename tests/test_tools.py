@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import pytest
@@ -49,6 +50,15 @@ def test_benchmark_with_a_size(flags):
     assert "batch 2 of 64 x 80" in result.stdout
     assert "images/s" in result.stdout
     assert ("times as long as --bf 0" in result.stdout) == ("train" in flags)
+
+
+def test_benchmark_of_the_loader(tmp_path):
+    write_coco(tmp_path, num_train=2)
+    flags = ("--num_iters", "3", "--warm_iters", "1", "--coco_path", str(tmp_path), *SMALL_IMAGES)
+    result = run(sys.executable, "benchmark.py", "loader", *flags)
+    assert result.returncode == 0, result.stderr
+    for split in ("train", "val"):
+        assert re.search(rf"^{split}: [\d.]+ ms an image .* mean of 3 ", result.stdout, re.MULTILINE)
 
 
 def test_benchmark_of_the_operator():
