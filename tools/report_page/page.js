@@ -212,7 +212,7 @@ function addSummary() {
     { title: "Best AP (epoch)", cell: (r) => (r.best ? `${percent(r.best.AP)} (${r.best.epoch})` : "–") },
     { title: "Loss", cell: (r) => short(r.loss) },
     { title: "Parameters", cell: (r) => (known(r.parameters) ? `${(r.parameters / 1e6).toFixed(2)} M` : "–") },
-    some((r) => r.batch) && { title: "Total batch", cell: (r) => thousands(r.batch) },
+    some((r) => r.batch) && { title: "Total batch", cell: (r) => r.batch ?? "–" },
     rows.some((r) => r.environment.device_name) && { title: "Device", kind: "text", cell: (r) => deviceOf(r.environment) },
   ].filter(Boolean);
   section.append(table(columns, rows, { label: "Runs" }).node);
@@ -221,6 +221,8 @@ function addSummary() {
     section.append(el("h3", { style: { margin: "1.4rem 0 .5rem" } }, "Flags that differ"));
     section.append(other.length ? flagTable(other, "Flags that differ").node : el("p", { class: "muted" }, "None but the output folder."));
   }
+  for (const r of rows.filter((row) => row.changed))
+    section.append(el("p", { class: "small" }, runLabel(r.index, r.name), ` changed during the run: ${r.changed}`));
 }
 
 function deviceOf({ device, device_name: name, processes }) {

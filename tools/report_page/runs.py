@@ -89,6 +89,11 @@ class Run:
         return self.recorded("flags")
 
     @property
+    def starts(self) -> list[dict[str, Any]]:
+        starts = self.record.get("starts")
+        return [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
+
+    @property
     def num_epochs(self) -> int:
         return len({row["epoch"] for row in self.rows})
 
