@@ -290,7 +290,7 @@ def test_everything_is_there_of_two_runs(made):
     ):
         assert result["stats"] == read_checkpoint(folder / "eval" / f"{prefix}latest.pth")["stats"]
     assert told["runs"][1]["batch"] == "16" and told["runs"][1]["environment"]["device_name"] == "Some GPU"
-    differ = {flag["name"] for flag in told["flags"] if len(set(flag["values"])) > 1}
+    differ = {flag["name"] for flag in told["flags"] if flag["differs"]}
     assert differ == {"bf", "insert_idx", "output_dir"}
     assert [one["name"] for one in told["classes"]["classes"]] == [*CATEGORIES.values()]
     json.dumps(told, allow_nan=False)
@@ -374,9 +374,11 @@ def test_a_real_run_and_an_evaluation_by_itself(trained_run, tmp_path):
     result = run_main_forked(*flags, "--resume", str(trained_run / "checkpoint.pth"))
     assert result.returncode == 0, result.stderr
     told = page_data(trained_run, alone, threshold=0.0)
-    assert told["notes"] == [
-        "alone: has no log.txt yet, so it has no curves; they appear after its first epoch."
-    ]
+    assert told["notes"] == []
+    evaluation = told["runs"][1]
+    assert evaluation["evaluated"] == str(trained_run / "checkpoint.pth") and evaluation["batch"] is None
+    assert not [flag["name"] for flag in told["flags"] if flag["differs"]]
+    assert next(flag["values"][1] for flag in told["flags"] if flag["name"] == "lr") == ""
     last = json.loads((trained_run / "log.txt").read_text().splitlines()[-1])
     ours, averaged, evaluated, _ = (result["stats"] for result in told["results"])
     assert ours == evaluated == last["test_coco_eval_bbox"] and averaged == last["test_ema_coco_eval_bbox"]

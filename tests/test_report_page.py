@@ -324,16 +324,25 @@ def test_flags_are_folded_and_filtered(show, report):
 
 
 def test_runs_that_have_only_begun(show, runs, tmp_path):
-    for name, kept in (("begun", ["run.json"]), ("young", ["log.txt"])):
+    for name, kept in (("begun", ["run.json"]), ("young", ["log.txt"]), ("alone", ["run.json"])):
         (tmp_path / name).mkdir()
         for file in kept:
             shutil.copy(runs[0] / file, tmp_path / name)
     (tmp_path / "young" / "log.txt").write_text(
         json.dumps({k: v for k, v in log_row(0).items() if "test" not in k}) + '\n{"epo'
     )
-    make_page([tmp_path / "begun", tmp_path / "young"], tmp_path / "report.html")
+    record = json.loads((tmp_path / "alone" / "run.json").read_text())
+    record["starts"].append({"changed_flags": {"lr": 1.0}, "processes": 4})
+    (tmp_path / "begun" / "run.json").write_text(json.dumps(record))
+    record["flags"]["eval"], record["starts"] = True, [{"checkpoint": "exps/plain/checkpoint.pth"}]
+    (tmp_path / "alone" / "run.json").write_text(json.dumps(record))
+    make_page([tmp_path / name for name in ("begun", "young", "alone")], tmp_path / "report.html")
     page = show(tmp_path / "report.html")
     assert any(note.startswith("begun: has no log.txt yet") for note in texts(page, ".notes li"))
+    summary = rows(page, "#summary")
+    assert summary[2][1] == "evaluation of exps/plain/checkpoint.pth"
+    assert ["–", "16, then 8"] == [summary[2][-2], summary[0][-2]]
+    assert "begun changed during the run: --lr 1.0, then 0.0002" in texts(page, "#summary p")
     assert all(page.locator(f"#{name} .note").count() for name in ("metrics", "classes", "mistakes"))
     young = lines(page, "#curves")
     assert {line["meta"] for line in young} == {1} and [10] in [line["y"] for line in young]

@@ -51,12 +51,13 @@ def summary(run: Run) -> dict[str, Any]:
         "folder": str(run.folder),
         "epochs": run.num_epochs,
         "of": run.flags.get("epochs"),
+        "evaluated": run.evaluated,
         "basis": _basis(run),
         "best": best,
         "loss": _number(last.get("train_loss")),
         "parameters": _number(last.get("n_parameters")),
-        "batch": _total_batch(run),
-        "changed": _changed_flags(run),
+        "batch": None if run.evaluated else _total_batch(run),
+        "changed": "" if run.evaluated else _changed_flags(run),
         "environment": run.recorded("environment"),
         "data": run.recorded("data"),
         "started": starts[0].get("at") if starts else None,
@@ -112,15 +113,22 @@ def _in_turn(values: Sequence[str]) -> str:
 
 
 def flag_table(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Every flag, its meaning and its value in each run, in the order of --help."""
+    """Every flag, its meaning and its value in each run, in the order of --help.
+
+    An evaluation is compared by the flags that it uses; its values of a training's flags are "".
+    """
     # runs may be of different versions, with different flags: those of other versions come last
     given = {name for run in runs for name in run.flags}
     names = [name for name in FLAGS if name in given] + sorted(given - FLAGS.keys())
     table = []
     for name in names:
         help = FLAGS[name].help if name in FLAGS else ""
-        values = [_flag(run.flags.get(name)) for run in runs]
-        table.append({"name": name, "help": help, "values": values})
+        role = FLAGS[name].of if name in FLAGS else ""
+        values = ["" if run.evaluated and role == "training" else _flag(run.flags.get(name)) for run in runs]
+        # of the flags of a process, only the precision changes an AP
+        matters = role not in ("training", "run") or name == "amp"
+        compared = {value for value, run in zip(values, runs, strict=True) if matters or not run.evaluated}
+        table.append({"name": name, "help": help, "values": values, "differs": len(compared) > 1})
     return table
 
 

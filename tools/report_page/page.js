@@ -201,8 +201,8 @@ function addSummary() {
   const some = (get) => rows.some((row) => known(get(row)));
   const columns = [
     { title: "Run", kind: "text", cell: (r) => runLabel(r.index, r.name) },
-    { title: "State", kind: "text", cell: (r) => el("span", { class: "badge" + (r.of && r.epochs < r.of ? " live" : "") },
-      r.of ? `${r.epochs} of ${r.of} epochs` : `${r.epochs} epochs`) },
+    { title: "State", kind: "text", wrap: true, cell: (r) => (r.evaluated ? `evaluation of ${r.evaluated}` :
+      el("span", { class: "badge" + (r.of && r.epochs < r.of ? " live" : "") }, r.of ? `${r.epochs} of ${r.of} epochs` : `${r.epochs} epochs`)) },
     // beside AP: without it a toy run could be taken for a result
     some((r) => r.data.train?.num_images) && { title: "Images (train + val)",
       cell: (r) => `${thousands(r.data.train?.num_images)} + ${thousands(r.data.val?.num_images)}` },
@@ -230,7 +230,7 @@ function deviceOf({ device, device_name: name, processes }) {
   return (processes > 1 ? `${processes} × ` : "") + (device === "cpu" ? `CPU, ${name}` : name);
 }
 
-const differs = (flag) => flag.values.some((value) => value !== flag.values[0]);
+const differs = (flag) => flag.differs;
 
 function flagTable(flags, label) {
   const columns = [
@@ -260,7 +260,8 @@ function tiles(evaluated) {
 async function addCurves() {
   const section = byId("curves");
   if (!data.curves)
-    return note(section, "No run has finished an epoch yet: curves appear with the first line of log.txt.");
+    return note(section, data.runs.every((run) => run.evaluated) ? "An evaluation has no curves."
+      : "No run has finished an epoch yet: curves appear with the first line of log.txt.");
   section.append(el("p", { class: "muted small" }, "Point at a chart for its values. Drag across it to zoom all of them to ",
     "these epochs, double-click for the whole range. Click a run's name to hide it, double-click to see it alone."));
   await addChart(section, data.curves);
