@@ -148,7 +148,8 @@ def test_the_figures_are_those_that_were_put_in(show, report, runs):
             value, *change = cell.split()
             assert value == percent(values[i])
             if values[i] >= 0:
-                expected = f"{100 * (values[i] - given[0][i]):+.1f}".replace("-", "−")
+                shown_change = float(value) - float(percent(given[0][i]))
+                expected = f"{shown_change:+.1f}".replace("-", "−")
                 assert change == ["±0.0" if expected in ("+0.0", "−0.0") else expected]
     tile = page.locator(".tile .value").first.inner_text()
     assert tile.split()[0] in (percent(given[1][0]), percent(given[2][0]))
@@ -341,7 +342,7 @@ def test_runs_that_have_only_begun(show, runs, tmp_path):
     assert any(note.startswith("begun: has no log.txt yet") for note in texts(page, ".notes li"))
     summary = rows(page, "#summary")
     assert summary[2][1] == "evaluation of exps/plain/checkpoint.pth"
-    assert ["–", "16, then 8"] == [summary[2][-2], summary[0][-2]]
+    assert [summary[2][-2], summary[0][-2]] == ["–", "16, then 8"]
     assert "begun changed during the run: --lr 1.0, then 0.0002" in texts(page, "#summary p")
     assert all(page.locator(f"#{name} .note").count() for name in ("metrics", "classes", "mistakes"))
     young = lines(page, "#curves")

@@ -23,7 +23,8 @@ function el(tag, attributes = {}, ...children) {
 
 const percent = (value) => (value === null || value === undefined || value < 0 ? "–" : (100 * value).toFixed(1));
 const known = (value) => value !== null && value !== undefined && !(value < 0);
-const difference = (value, base) => (known(value) && known(base) ? value - base : null);
+// of the values as shown, or "0.1 −0.1" could follow from 0.1
+const difference = (value, base) => (known(value) && known(base) ? (percent(value) - percent(base)) / 100 : null);
 
 function meanOf(list) {
   const some = list.filter(known);
@@ -387,7 +388,7 @@ function costTable(rows) {
   const columns = [{ title: "Kind", kind: "text", wrap: true, cell: (k) => [KINDS[k][0], el("span", { class: "muted small" }, ` · ${KINDS[k][1]}`)] },
     ...results.flatMap((result, i) => {
       const base = results[0];
-      const change = (k) => (i === 0 ? null : result.row.costs[k] - base.row.costs[k]);
+      const change = (k) => (i === 0 ? null : difference(result.row.costs[k], base.row.costs[k]));
       return [
         { title: result.name, head: el("span", {}, resultLabel(result), el("br"), "costs AP50"), tint: (k) => tintOf(change(k) === null ? null : -change(k)),
           cell: (k) => [percent(result.row.costs[k]), change(k) === null ? null : [" ", el("span", { class: "delta " + (change(k) > 5e-4 ? "down" : change(k) < -5e-4 ? "up" : "muted") }, signed(change(k)))],
