@@ -223,7 +223,7 @@ function addSummary() {
     section.append(other.length ? flagTable(other, "Flags that differ").node : el("p", { class: "muted" }, "None but the output folder."));
   }
   for (const r of rows.filter((row) => row.changed))
-    section.append(el("p", { class: "small" }, runLabel(r.index, r.name), ` changed during the run: ${r.changed}`));
+    section.append(el("p", { class: "small", style: { "margin-top": ".5rem" } }, runLabel(r.index, r.name), ` changed during the run: ${r.changed}`));
 }
 
 function deviceOf({ device, device_name: name, processes }) {
