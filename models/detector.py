@@ -95,7 +95,7 @@ class Detections:
         # a table: name, score, box
         width = max(map(len, self.names), default=0)
         plural = "" if len(self) == 1 else "s"
-        lines = [f"{len(self)} detection{plural} on {self.size[1]} x {self.size[0]} pixels"]
+        lines = [f"{len(self)} detection{plural} on {self.size[1]} x {self.size[0]} pixels (width x height)"]
         for found in self:
             box = ", ".join(f"{x:.1f}" for x in found.box)
             lines.append(f"  {found.name:{width}}  {found.score:.2f}  [{box}]")

@@ -19,7 +19,7 @@ from PIL import Image
 
 from datasets import build_dataset
 from datasets.coco_format import read_annotations
-from datasets.preflight.annotations import CheckedSplit, check_annotations, check_classes
+from datasets.preflight.annotations import CheckedSplit, check_annotations, check_classes, check_unused
 from datasets.preflight.quick import quick_check
 from datasets.preflight.report import write_report
 from tests.faults.fuzz_mutate import json_text, mutate_json
@@ -334,7 +334,7 @@ def test_what_may_be_meant_is_a_warning_and_no_fault(data, kind):
 
 SAID = {
     "only_crowds": "instances_val2017.json: all 8 objects are crowd regions (iscrowd 1)",
-    "class_of_crowds": "train2017.json: 1 categories have but crowd regions (iscrowd 1), "
+    "class_of_crowds": "train2017.json: 1 category has but crowd regions (iscrowd 1), "
     "which neither train nor count: 'dog'",
     "no_objects": "instances_val2017.json: no object in 4 images: there is nothing to measure",
     "more_than_queries": "1 images have more objects, up to 301 (image 103), than the 300 of "
@@ -353,6 +353,17 @@ def test_what_can_neither_be_learnt_nor_measured_nor_seen_is_told_with_its_numbe
     _, (finding,) = data.check("--workers", "1", code=0)
     assert SAID[kind] in finding["message"]
     assert len(finding["message"].splitlines()) == 1
+
+
+def test_objects_of_a_class_that_training_lacks_are_counted(data):
+    train, val = (data.content[split]["annotations"] for split in ("train", "val"))
+    for annotation in train:
+        annotation["category_id"] = {17: 1000}.get(annotation["category_id"], annotation["category_id"])
+    count = sum(annotation["category_id"] == 17 for annotation in val)
+    data.write()
+    _, (finding,) = data.check("--no_images", code=0)
+    wanted = "1 category has no object and can never be learned: 'dog'; but validation has "
+    assert finding["message"].endswith(f": {wanted}{count}: the AP will be 0 for 'dog'") and count
 
 
 def test_limits_are_met_by_as_many_objects(data):
@@ -481,6 +492,8 @@ def test_real_annotations_have_no_fault(tiny_coco):
     for split in ("train", "val"):
         annotations = tiny_coco / f"annotations/instances_{split}2017.json"
         checked = check_annotations(split, tiny_coco / f"{split}2017", annotations)
+        assert checked.problems == []
+        check_unused([checked])
         assert [problem.kind for problem in checked.problems] == ["unused_category"]
 
 

@@ -143,7 +143,7 @@ def test_voc_is_converted_by_one_command(tmp_path):
     assert boxes(val) == {"2007_c.jpg": []}
     assert {image["id"] for image in train["images"]}.isdisjoint(image["id"] for image in val["images"])
     assert "difficult objects (crowd): 1" in said
-    assert "3 classes; nothing left out;" in said
+    assert "3 classes; no problems;" in said
     source, target = (tmp_path / place / "2007_a.jpg" for place in ("VOC2007/JPEGImages", "out/train2017"))
     assert source.samefile(target), "linked"
 
@@ -385,6 +385,7 @@ def test_a_fault_of_a_line_is_named_or_left_out(tmp_path, wanted):
     assert wanted in message
     parts, faults = read(tmp_path, on_bad="skip")
     assert len(faults.messages) == 1
+    assert ("unknown_class" in faults.kinds) == (" has class " in wanted)
     assert len(parts["val"]["c.png"]) == len(text.splitlines()) - 1
 
 

@@ -76,6 +76,7 @@ def test_a_folder_of_images_becomes_a_detector_a_report_and_pictures(given, tmp_
         "0",
     )
     assert "3 of 3 classes copied by name" in done
+    assert done.splitlines()[-1] == f"{out / 'report.html'}: open it in a browser"
     annotations = data / "annotations/instances_val2017.json"
     ids = {category["id"]: category["name"] for category in json.loads(annotations.read_text())["categories"]}
     assert set(ids) == set(IDS.values())

@@ -302,6 +302,12 @@ def test_launch_refuses_in_one_line(
     assert reason in output
 
 
+def test_launch_help_has_an_example(tmp_path: Path) -> None:
+    status, output = run(["./tools/run_dist_launch.sh", "--help"], environment(tmp_path))
+    assert status == 0
+    assert [line.split(":")[0] for line in output.splitlines()] == ["usage", "example"]
+
+
 # What rank 1 does at its first start, once both are there, is in $FAULT; a later start ends well.
 # Every process notes each start, with the launcher's count.
 FAULTY_COMMAND = """#!/usr/bin/env bash

@@ -82,7 +82,7 @@ def test_what_a_detection_is(detector):
     first = next(iter(found))
     assert first[:3] == (found.names[0], found.scores[0].item(), tuple(found.boxes[0].tolist()))
     assert first[3:] == (found.labels[0], found.category_ids[0])
-    assert str(found).splitlines()[0] == "48 detections on 80 x 60 pixels"
+    assert str(found).splitlines()[0] == "48 detections on 80 x 60 pixels (width x height)"
     assert found.names[0] in str(found).splitlines()[1]
 
 

@@ -289,11 +289,23 @@ def test_everything_is_there_of_two_runs(made):
         told["results"], (made[0], made[1], made[1]), ("", "", "ema_"), strict=True
     ):
         assert result["stats"] == read_checkpoint(folder / "eval" / f"{prefix}latest.pth")["stats"]
-    assert told["runs"][1]["batch"] == 16 and told["runs"][1]["environment"]["device_name"] == "Some GPU"
-    differ = {flag["name"] for flag in told["flags"] if len(set(flag["values"])) > 1}
+    assert told["runs"][1]["batch"] == "16" and told["runs"][1]["environment"]["device_name"] == "Some GPU"
+    differ = {flag["name"] for flag in told["flags"] if flag["differs"]}
     assert differ == {"bf", "insert_idx", "output_dir"}
     assert [one["name"] for one in told["classes"]["classes"]] == [*CATEGORIES.values()]
     json.dumps(told, allow_nan=False)
+
+
+def test_what_later_starts_changed_is_said(made, tmp_path):
+    folder = shutil.copytree(made[0], tmp_path / "changed")
+    flags = read_record(folder)["flags"]
+    for lr, size, processes in ((1e-4, 2, 3), (1e-4, 2, 4), (5e-5, 1, 4)):
+        new = {"lr": lr, "batch_size": size, "resume": f"{lr}.pth"}
+        write_record(folder, {"flags": flags | new}, {"processes": processes}, {"epoch": 3})
+    (told,) = page_data(folder)["runs"]
+    assert told["changed"] == "--lr 0.0002, then 0.0001, then 5e-05; --batch_size 2, then 1"
+    assert told["batch"] == "16, then 6, then 8, then 4" and told["continued"] == 3
+    assert page_data(made[0])["runs"][0]["changed"] == ""
 
 
 def test_the_worst_come_first_and_are_what_they_say(made, data):
@@ -362,9 +374,11 @@ def test_a_real_run_and_an_evaluation_by_itself(trained_run, tmp_path):
     result = run_main_forked(*flags, "--resume", str(trained_run / "checkpoint.pth"))
     assert result.returncode == 0, result.stderr
     told = page_data(trained_run, alone, threshold=0.0)
-    assert told["notes"] == [
-        "alone: has no log.txt yet, so it has no curves; they appear after its first epoch."
-    ]
+    assert told["notes"] == []
+    evaluation = told["runs"][1]
+    assert evaluation["evaluated"] == str(trained_run / "checkpoint.pth") and evaluation["batch"] is None
+    assert not [flag["name"] for flag in told["flags"] if flag["differs"]]
+    assert next(flag["values"][1] for flag in told["flags"] if flag["name"] == "lr") == ""
     last = json.loads((trained_run / "log.txt").read_text().splitlines()[-1])
     ours, averaged, evaluated, _ = (result["stats"] for result in told["results"])
     assert ours == evaluated == last["test_coco_eval_bbox"] and averaged == last["test_ema_coco_eval_bbox"]

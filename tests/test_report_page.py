@@ -148,7 +148,8 @@ def test_the_figures_are_those_that_were_put_in(show, report, runs):
             value, *change = cell.split()
             assert value == percent(values[i])
             if values[i] >= 0:
-                expected = f"{100 * (values[i] - given[0][i]):+.1f}".replace("-", "−")
+                shown_change = float(value) - float(percent(given[0][i]))
+                expected = f"{shown_change:+.1f}".replace("-", "−")
                 assert change == ["±0.0" if expected in ("+0.0", "−0.0") else expected]
     tile = page.locator(".tile .value").first.inner_text()
     assert tile.split()[0] in (percent(given[1][0]), percent(given[2][0]))
@@ -324,16 +325,25 @@ def test_flags_are_folded_and_filtered(show, report):
 
 
 def test_runs_that_have_only_begun(show, runs, tmp_path):
-    for name, kept in (("begun", ["run.json"]), ("young", ["log.txt"])):
+    for name, kept in (("begun", ["run.json"]), ("young", ["log.txt"]), ("alone", ["run.json"])):
         (tmp_path / name).mkdir()
         for file in kept:
             shutil.copy(runs[0] / file, tmp_path / name)
     (tmp_path / "young" / "log.txt").write_text(
         json.dumps({k: v for k, v in log_row(0).items() if "test" not in k}) + '\n{"epo'
     )
-    make_page([tmp_path / "begun", tmp_path / "young"], tmp_path / "report.html")
+    record = json.loads((tmp_path / "alone" / "run.json").read_text())
+    record["starts"].append({"changed_flags": {"lr": 1.0}, "processes": 4})
+    (tmp_path / "begun" / "run.json").write_text(json.dumps(record))
+    record["flags"]["eval"], record["starts"] = True, [{"checkpoint": "exps/plain/checkpoint.pth"}]
+    (tmp_path / "alone" / "run.json").write_text(json.dumps(record))
+    make_page([tmp_path / name for name in ("begun", "young", "alone")], tmp_path / "report.html")
     page = show(tmp_path / "report.html")
     assert any(note.startswith("begun: has no log.txt yet") for note in texts(page, ".notes li"))
+    summary = rows(page, "#summary")
+    assert summary[2][1] == "evaluation of exps/plain/checkpoint.pth"
+    assert [summary[2][-2], summary[0][-2]] == ["–", "16, then 8"]
+    assert "begun changed during the run: --lr 1.0, then 0.0002" in texts(page, "#summary p")
     assert all(page.locator(f"#{name} .note").count() for name in ("metrics", "classes", "mistakes"))
     young = lines(page, "#curves")
     assert {line["meta"] for line in young} == {1} and [10] in [line["y"] for line in young]

@@ -5,7 +5,7 @@ All flags of main.py are understood, so the command of a run serves with this to
 of main.py; those of the data are used. Prints what the data set holds and what is wrong with it,
 each with its file and id.
 
-Exit code: 0 without problems (warnings are none), 1 with problems, 2 for a mistake in the flags.
+Exit code: 0 without problems (warnings do not count), 1 with problems, 2 for a mistake in the flags.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ from pathlib import Path
 # run as a script, Python searches only this folder
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from datasets.preflight.annotations import CheckedSplit, check_annotations, check_classes, check_objects
+from datasets.preflight.annotations import (
+    CheckedSplit,
+    check_annotations,
+    check_classes,
+    check_objects,
+    check_unused,
+)
 from datasets.preflight.boxes import BOX_TOLERANCE
 from datasets.preflight.files import check_files, check_paths
 from datasets.preflight.report import class_table, problem_lines, split_table, summary, write_report
@@ -63,6 +69,7 @@ def check(config: Config, args: argparse.Namespace) -> list[CheckedSplit]:
         print(f"reading {annotations}", flush=True)
         splits.append(check_annotations(name, data.images_folder(name), annotations, args.box_tolerance))
     check_classes(splits, data.num_classes)
+    check_unused(splits)
     for split in splits:
         check_objects(split, config.transformer.num_queries)
     if args.no_images:

@@ -15,11 +15,11 @@ Give the folder of an export as it was unpacked, images included:
                   VOC: ImageSets/Main/<subset>.txt         train, val, test; default is split
                   YOLO 1.1: obj.data, obj.names, lists     lists with or without data/ before the paths
                   Ultralytics YOLO: data.yaml, lists       the same
-  Label Studio    COCO: result.json                        \\ in names, addresses, uploads' names
+  Label Studio    COCO: result.json                        names with backslashes, addresses, upload prefixes
                   YOLO: classes.txt, notes.json            classes.txt
   Roboflow        COCO: <split>/_annotations.coco.json     train and valid, or test without valid
                   YOLO: data.yaml with ../train/images     the folders beside data.yaml
-  labelme2coco    annotations.json, JPEGImages             \\ in names, absolute names
+  labelme2coco    annotations.json, JPEGImages             names with backslashes, absolute names
   COCO            annotations of several kinds             the instances files
 
 Only files of the given folder are used. A name that is not there as written is searched in another
@@ -77,7 +77,7 @@ def print_summary(folder: Path, splits: dict[str, CocoSplit], problems: Problems
         print(f"{split}: {len(content['images'])} images with {len(content['annotations'])} objects")
 
     # the closing line
-    left_out = "nothing left out"
+    left_out = "no problems"
     if count:
         left_out = f"left out by --on_bad {problems.on_bad}: {count} ({problems.counted()})"
     classes = len(splits["train"].content["categories"])

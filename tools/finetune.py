@@ -7,6 +7,7 @@ tools/report.py. All flags are main.py's; a flag that is given replaces the defa
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -47,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
     if os.environ.get("RANK", "0") == "0":  # one process makes the page
         folder = Path(config.run.output_dir)
         make_page([folder], folder / "report.html")
-        print(f"{folder / 'report.html'}: open it in a browser")
+        logging.info("%s: open it in a browser", folder / "report.html")
 
 
 if __name__ == "__main__":

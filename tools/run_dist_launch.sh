@@ -8,7 +8,12 @@ set -euo pipefail
 # shellcheck source=tools/dev/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/dev/env.sh"
 
-(($# >= 2)) || die "usage: [GPUS_PER_NODE=8] [MAX_RESTARTS=0] [PREEMPT_SECONDS=120] [JOIN_SECONDS=1800] [MASTER_ADDR=<node 0> MASTER_PORT=29500 NODE_RANK=<0, 1, ...>] $0 <processes> <command> [arguments]"
+usage="usage: [GPUS_PER_NODE=8] [MAX_RESTARTS=0] [PREEMPT_SECONDS=120] [JOIN_SECONDS=1800] [MASTER_ADDR=<node 0> MASTER_PORT=29500 NODE_RANK=<0, 1, ...>] $0 <processes> <command> [arguments]"
+if [[ ${1-} == -h || ${1-} == --help ]]; then
+  printf '%s\n' "$usage" "example: $0 2 main.py --coco_path data/mine --output_dir exps/mine --resume auto"
+  exit 0
+fi
+(($# >= 2)) || die "$usage"
 split_over_nodes "$1"
 shift
 [[ $1 != *.py ]] || set -- python -u "$@"

@@ -228,6 +228,9 @@ def _read_objects(
         except ValueError as error:
             problems.add(f"{where} {error}")
             continue
+        except LookupError as error:
+            problems.add(f"{where} {error}", "unknown_class")
+            continue
         corners = Corners(x0 * width, y0 * height, x1 * width, y1 * height)
         placed = problems.placed(as_stored(corners, header), header.size, where)
         if placed:
@@ -236,8 +239,8 @@ def _read_objects(
 
 
 def _read_line(line: str, num_classes: int, boxes_first: bool, problems: Problems) -> tuple[int, Corners]:
-    """Class and box of a line, as shares of the image. Raises ValueError; its message continues a
-    sentence that begins with the line's number.
+    """Class and box of a line, as shares of the image. Raises ValueError, or LookupError for an unknown
+    class; its message continues a sentence that begins with the line's number.
     """
     columns = line.partition("#")[0].split()
     try:
@@ -245,7 +248,7 @@ def _read_line(line: str, num_classes: int, boxes_first: bool, problems: Problem
     except ValueError:
         raise ValueError(f"has {shown(line)}, which are not numbers") from None
     if label not in range(num_classes):
-        raise ValueError(f"has class {columns[0][:40]}; classes are 0 to {num_classes - 1}")
+        raise LookupError(f"has class {columns[0][:40]}; classes are 0 to {num_classes - 1}")
 
     # centre and size; or an outline x, y, x, y, ...
     if boxes_first:

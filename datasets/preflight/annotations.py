@@ -133,7 +133,7 @@ def object_warnings(split: CheckedSplit, num_queries: int) -> Iterator[tuple[str
         yield "only_crowds", message
     elif len(crowds_only):
         names = [category["name"] for category in split.categories if category["id"] in crowds_only]
-        message = f"{len(names)} categories have but {_CROWDS}: {_listed(names)}; {_UNCROWD}"
+        message = f"{_have(names)} but {_CROWDS}: {_listed(names)}; {_UNCROWD}"
         yield "class_of_crowds", message
 
     # more objects in an image than can be found
@@ -147,6 +147,29 @@ def object_warnings(split: CheckedSplit, num_queries: int) -> Iterator[tuple[str
         if counts.max() > limit:
             most = f"up to {counts.max()} (image {split.images[counts.argmax()]['id']})"
             yield kind, f"{(counts > limit).sum()} images have more objects, {most}, than {meaning}"
+
+
+def check_unused(splits: Sequence[CheckedSplit]) -> None:
+    """Add a warning for the categories without objects of each split."""
+    for split in splits:
+        # without any object at all, only that is reported
+        used = set(split.category_id.tolist())
+        unused = {one["id"]: one["name"] for one in split.categories if one["id"] not in used}
+        if not used or not unused:
+            continue
+        names = [*unused.values()]
+        meaning = "can never be learned" if split.name == "train" else "cannot be measured"
+        message = f"{_have(names)} no object and {meaning}: {_listed(names)}"
+        for other in splits:
+            counted = other.category_id[~other.crowd & np.isin(other.category_id, [*unused])]
+            if len(counted) and other.name == "val":
+                measured = _listed([unused[number] for number in np.unique(counted).tolist()])
+                message += f"; but validation has {len(counted)}: the AP will be 0 for {measured}"
+        split.add(Problem("unused_category", f"{split.annotations}: {message}"))
+
+
+def _have(names: Sequence[str]) -> str:
+    return "1 category has" if len(names) == 1 else f"{len(names)} categories have"
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -175,14 +198,6 @@ def _check_categories(split: CheckedSplit) -> None:
             same = f"categories {other} and {number} are both named {shown(name)}"
             message = f"{split.annotations}: {same}; rename or merge them"
             split.add(Problem("duplicate_category_name", message, "categories", category))
-
-    # without any object at all, only that is reported
-    used = set(split.category_id.tolist())
-    unused = [category["name"] for category in split.categories if category["id"] not in used]
-    if used and unused:
-        meaning = "can never be learned" if split.name == "train" else "are not measured"
-        message = f"{len(unused)} categories have no object and {meaning}: {_listed(unused)}"
-        split.add(Problem("unused_category", f"{split.annotations}: {message}"))
 
 
 def _check_boxes(split: CheckedSplit, tolerance: float) -> None:

@@ -117,7 +117,9 @@ def _difference(plain: Tensor, mixed: Tensor, threshold: float) -> str:
     plain, mixed = plain.float().sigmoid().amax(-1), mixed.float().sigmoid().amax(-1)
     found = (plain >= threshold) | (mixed >= threshold)
     if not found.any():
-        return f"no query scores {threshold:g} or more in either stream"
+        none = f"no query scores {threshold:g} or more in either stream"
+        best = max(plain.max().item(), mixed.max().item())
+        return f"{none} (the best scores {best:.2g}; lower --score_threshold to see it)"
     apart = (plain - mixed).abs()[found]
     scoring = f"{len(apart)} queries that score at least {threshold:g} in one of the streams"
     return f"{scoring}: their scores differ by {apart.mean():.3f} on average, at most {apart.max():.3f}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -44,17 +45,19 @@ def summary(run: Run) -> dict[str, Any]:
 
     # A run that has only begun has neither rows nor a complete record.
     last = run.rows[-1] if run.rows else {}
-    starts = [start for start in run.record.get("starts") or () if isinstance(start, dict)]
+    starts = run.starts
     return {
         "name": run.name,
         "folder": str(run.folder),
         "epochs": run.num_epochs,
         "of": run.flags.get("epochs"),
+        "evaluated": run.evaluated,
         "basis": _basis(run),
         "best": best,
         "loss": _number(last.get("train_loss")),
         "parameters": _number(last.get("n_parameters")),
-        "batch": _total_batch(run),
+        "batch": None if run.evaluated else _total_batch(run),
+        "changed": "" if run.evaluated else _changed_flags(run),
         "environment": run.recorded("environment"),
         "data": run.recorded("data"),
         "started": starts[0].get("at") if starts else None,
@@ -77,24 +80,55 @@ def _basis(run: Run) -> str:
     return ", ".join(words)
 
 
-def _total_batch(run: Run) -> int | None:
-    """Images of one update, over all processes."""
-    size, processes = run.flags.get("batch_size"), run.recorded("environment").get("processes")
-    if not isinstance(size, int) or not isinstance(processes, int):
-        return None
-    return size * processes * int(run.flags.get("accumulate_steps") or 1)
+def _total_batch(run: Run) -> str | None:
+    """Images of one update, over all processes: "16", or "6, then 8" if a later start changed it."""
+    machines = run.starts or [run.recorded("environment")]
+    batches = []
+    for flags, machine in zip(_flags_of_starts(run), machines, strict=True):
+        size, processes = flags.get("batch_size"), machine.get("processes")
+        if isinstance(size, int) and isinstance(processes, int):
+            batches.append(f"{size * processes * int(flags.get('accumulate_steps') or 1):,}")
+    return _in_turn(batches) or None
+
+
+def _changed_flags(run: Run) -> str:
+    """Flags that later starts changed: "--lr 0.0005, then 0.0001; --seed 1, then 2"."""
+    of_starts = _flags_of_starts(run)
+    values = {name: [_flag(flags.get(name)) or "–" for flags in of_starts] for name in run.flags}
+    changed = [name for name in values if len(set(values[name])) > 1 and name not in ("output_dir", "resume")]
+    return "; ".join(f"--{name} {_in_turn(values[name])}" for name in changed)
+
+
+def _flags_of_starts(run: Run) -> list[dict[str, Any]]:
+    """The flags of each start. The record has the last ones, and what each start replaced."""
+    flags = [run.flags]
+    for start in run.starts[:0:-1]:
+        changed = start.get("changed_flags")
+        flags.append(flags[-1] | (changed if isinstance(changed, dict) else {}))
+    return flags[::-1]
+
+
+def _in_turn(values: Sequence[str]) -> str:
+    return ", then ".join(value for value, _ in groupby(values))
 
 
 def flag_table(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Every flag, its meaning and its value in each run, in the order of --help."""
+    """Every flag, its meaning and its value in each run, in the order of --help.
+
+    An evaluation is compared by the flags that it uses; its values of a training's flags are "".
+    """
     # runs may be of different versions, with different flags: those of other versions come last
     given = {name for run in runs for name in run.flags}
     names = [name for name in FLAGS if name in given] + sorted(given - FLAGS.keys())
     table = []
     for name in names:
         help = FLAGS[name].help if name in FLAGS else ""
-        values = [_flag(run.flags.get(name)) for run in runs]
-        table.append({"name": name, "help": help, "values": values})
+        role = FLAGS[name].of if name in FLAGS else ""
+        values = ["" if run.evaluated and role == "training" else _flag(run.flags.get(name)) for run in runs]
+        # of the flags of a process, only the precision changes an AP
+        matters = role not in ("training", "run") or name == "amp"
+        compared = {value for value, run in zip(values, runs, strict=True) if matters or not run.evaluated}
+        table.append({"name": name, "help": help, "values": values, "differs": len(compared) > 1})
     return table
 
 

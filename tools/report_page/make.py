@@ -203,7 +203,7 @@ def _errors(
         result.tables = Tables.from_plain(precision_tables(evaluate_results(coco, detections)))
         result.stats = result.stats or result.tables.stats
     # hundreds of thousands take half a minute
-    log.info("%s: %d detections to sort", result.name, len(detections))
+    log.info("%s: sorting %d detections into kinds of mistakes", result.name, len(detections))
     errors = find_errors(coco, detections)
 
     # Both come from the same evaluation, unless somebody has replaced a file.

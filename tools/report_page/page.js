@@ -23,7 +23,8 @@ function el(tag, attributes = {}, ...children) {
 
 const percent = (value) => (value === null || value === undefined || value < 0 ? "–" : (100 * value).toFixed(1));
 const known = (value) => value !== null && value !== undefined && !(value < 0);
-const difference = (value, base) => (known(value) && known(base) ? value - base : null);
+// of the values as shown, or "0.1 −0.1" could follow from 0.1
+const difference = (value, base) => (known(value) && known(base) ? (percent(value) - percent(base)) / 100 : null);
 
 function meanOf(list) {
   const some = list.filter(known);
@@ -201,8 +202,8 @@ function addSummary() {
   const some = (get) => rows.some((row) => known(get(row)));
   const columns = [
     { title: "Run", kind: "text", cell: (r) => runLabel(r.index, r.name) },
-    { title: "State", kind: "text", cell: (r) => el("span", { class: "badge" + (r.of && r.epochs < r.of ? " live" : "") },
-      r.of ? `${r.epochs} of ${r.of} epochs` : `${r.epochs} epochs`) },
+    { title: "State", kind: "text", wrap: true, cell: (r) => (r.evaluated ? `evaluation of ${r.evaluated}` :
+      el("span", { class: "badge" + (r.of && r.epochs < r.of ? " live" : "") }, r.of ? `${r.epochs} of ${r.of} epochs` : `${r.epochs} epochs`)) },
     // beside AP: without it a toy run could be taken for a result
     some((r) => r.data.train?.num_images) && { title: "Images (train + val)",
       cell: (r) => `${thousands(r.data.train?.num_images)} + ${thousands(r.data.val?.num_images)}` },
@@ -212,7 +213,7 @@ function addSummary() {
     { title: "Best AP (epoch)", cell: (r) => (r.best ? `${percent(r.best.AP)} (${r.best.epoch})` : "–") },
     { title: "Loss", cell: (r) => short(r.loss) },
     { title: "Parameters", cell: (r) => (known(r.parameters) ? `${(r.parameters / 1e6).toFixed(2)} M` : "–") },
-    some((r) => r.batch) && { title: "Total batch", cell: (r) => thousands(r.batch) },
+    some((r) => r.batch) && { title: "Total batch", cell: (r) => r.batch ?? "–" },
     rows.some((r) => r.environment.device_name) && { title: "Device", kind: "text", cell: (r) => deviceOf(r.environment) },
   ].filter(Boolean);
   section.append(table(columns, rows, { label: "Runs" }).node);
@@ -221,6 +222,8 @@ function addSummary() {
     section.append(el("h3", { style: { margin: "1.4rem 0 .5rem" } }, "Flags that differ"));
     section.append(other.length ? flagTable(other, "Flags that differ").node : el("p", { class: "muted" }, "None but the output folder."));
   }
+  for (const r of rows.filter((row) => row.changed))
+    section.append(el("p", { class: "small", style: { "margin-top": ".5rem" } }, runLabel(r.index, r.name), ` changed during the run: ${r.changed}`));
 }
 
 function deviceOf({ device, device_name: name, processes }) {
@@ -228,7 +231,7 @@ function deviceOf({ device, device_name: name, processes }) {
   return (processes > 1 ? `${processes} × ` : "") + (device === "cpu" ? `CPU, ${name}` : name);
 }
 
-const differs = (flag) => flag.values.some((value) => value !== flag.values[0]);
+const differs = (flag) => flag.differs;
 
 function flagTable(flags, label) {
   const columns = [
@@ -258,7 +261,8 @@ function tiles(evaluated) {
 async function addCurves() {
   const section = byId("curves");
   if (!data.curves)
-    return note(section, "No run has finished an epoch yet: curves appear with the first line of log.txt.");
+    return note(section, data.runs.every((run) => run.evaluated) ? "An evaluation has no curves."
+      : "No run has finished an epoch yet: curves appear with the first line of log.txt.");
   section.append(el("p", { class: "muted small" }, "Point at a chart for its values. Drag across it to zoom all of them to ",
     "these epochs, double-click for the whole range. Click a run's name to hide it, double-click to see it alone."));
   await addChart(section, data.curves);
@@ -384,7 +388,7 @@ function costTable(rows) {
   const columns = [{ title: "Kind", kind: "text", wrap: true, cell: (k) => [KINDS[k][0], el("span", { class: "muted small" }, ` · ${KINDS[k][1]}`)] },
     ...results.flatMap((result, i) => {
       const base = results[0];
-      const change = (k) => (i === 0 ? null : result.row.costs[k] - base.row.costs[k]);
+      const change = (k) => (i === 0 ? null : difference(result.row.costs[k], base.row.costs[k]));
       return [
         { title: result.name, head: el("span", {}, resultLabel(result), el("br"), "costs AP50"), tint: (k) => tintOf(change(k) === null ? null : -change(k)),
           cell: (k) => [percent(result.row.costs[k]), change(k) === null ? null : [" ", el("span", { class: "delta " + (change(k) > 5e-4 ? "down" : change(k) < -5e-4 ? "up" : "muted") }, signed(change(k)))],

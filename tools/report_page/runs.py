@@ -89,6 +89,19 @@ class Run:
         return self.recorded("flags")
 
     @property
+    def starts(self) -> list[dict[str, Any]]:
+        starts = self.record.get("starts")
+        return [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
+
+    @property
+    def evaluated(self) -> str:
+        """Of main.py --eval: the checkpoint. Of a training: ""."""
+        if self.rows or self.flags.get("eval") is not True:
+            return ""
+        last = self.starts[-1] if self.starts else {}
+        return str(last.get("checkpoint") or self.flags.get("resume"))
+
+    @property
     def num_epochs(self) -> int:
         return len({row["epoch"] for row in self.rows})
 
@@ -112,16 +125,17 @@ def _read_run(name: str, folder: Path) -> Run:
         raise UserError(f"{folder} is no folder; give the --output_dir of a run")
     run = Run(name, folder)
 
-    # A run that has just started has no log yet.
+    # Runs of older versions have no run.json.
+    run.record = read_record(folder) or _record_of_checkpoint(run)
+
+    # A run that has just started has no log yet, and an evaluation never has one.
     try:
         run.rows = [row for row in read_log(folder / "log.txt") if is_finite(row.get("epoch"))]
     except FileNotFoundError:
-        run.notes.append("has no log.txt yet, so it has no curves; they appear after its first epoch")
+        if not run.evaluated:
+            run.notes.append("has no log.txt yet, so it has no curves; they appear after its first epoch")
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}") from None
-
-    # Runs of older versions have no run.json.
-    run.record = read_record(folder) or _record_of_checkpoint(run)
 
     # main.py --eval writes tables and no log
     for weights, (table_files, detection_files) in _FILES.items():
