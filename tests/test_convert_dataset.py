@@ -385,7 +385,7 @@ def test_a_fault_of_a_line_is_named_or_left_out(tmp_path, wanted):
     assert wanted in message
     parts, faults = read(tmp_path, on_bad="skip")
     assert len(faults.messages) == 1
-    assert ("unknown_class" in faults.kinds) == (" has class " in wanted)
+    assert ("unknown_category" in faults.kinds) == (" has class " in wanted)
     assert len(parts["val"]["c.png"]) == len(text.splitlines()) - 1
 
 

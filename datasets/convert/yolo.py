@@ -229,7 +229,7 @@ def _read_objects(
             problems.add(f"{where} {error}")
             continue
         except LookupError as error:
-            problems.add(f"{where} {error}", "unknown_class")
+            problems.add(f"{where} {error}", "unknown_category")
             continue
         corners = Corners(x0 * width, y0 * height, x1 * width, y1 * height)
         placed = problems.placed(as_stored(corners, header), header.size, where)
