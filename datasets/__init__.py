@@ -34,8 +34,9 @@ class DetectionData(Protocol):
     It raises BadImageError for a file that can't be used.
 
     epoch: set before each epoch; random choices depend on it, the seed and the index alone.
-    classes: labels <-> category ids. coco: ground truth, as evaluation compares it. images,
-    annotations: folder and file, for messages. image_ids: in the order of the items.
+    classes: labels <-> category ids. coco: ground truth, as evaluation compares it; a training
+    deletes that of its training split. images, annotations: folder and file, for messages. image_ids:
+    in the order of the items.
     """
 
     epoch: int

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +72,19 @@ class CocoDetection(Dataset):
         self.image_ids = sorted(self.coco.imgs)
         if not self.image_ids:
             raise UserError(f"{annotations} has no images: {_FLAGS}")
+        self._names = [self.coco.imgs[image_id]["file_name"] for image_id in self.image_ids]
 
         # classes: those given must know all categories
         categories = list(self.coco.cats.values())
         self.classes = classes or ClassMap.of(categories, num_classes, str(annotations))
         if classes:
             classes.check(categories, str(annotations))
+
+        # from here on items need `coco` no more
+        entries = [self.coco.imgToAnns[image_id] for image_id in self.image_ids]
+        objects = [entry for of_image in entries for entry in of_image]
+        self._identity = DataIdentity.of([self.coco.imgs[i] for i in self.image_ids], objects)
+        self._objects = _Objects.of(entries, self.classes)
 
         self.epoch = 0
         self._transform, self._seed, self._max_megapixels = transform, seed, max_megapixels
@@ -86,51 +95,49 @@ class CocoDetection(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         # the image, and its objects in pixels
-        image_id = self.image_ids[index]
-        info = self.coco.imgs[image_id]
-        image = decode(self._bytes(info), self.file_of(image_id), self._max_megapixels, self._remedy(info))
+        path = self.images / self._names[index]
+        image = decode(self._bytes(index), path, self._max_megapixels, self._remedy(index))
         width, height = image.size
-        target = _target(self.coco.imgToAnns[image_id], self.classes, height, width)
+        target = self._objects.target(index, height, width)
 
         # seeded per item: the same augmentation for any number of processes and workers, and after
         # a resume
         with _random_choices(_item_seed(self._seed, self.epoch, index)):
             image, target = self._transform(image, target)
         target = _normalized(target, *image.shape[-2:])
-        target["image_id"] = torch.tensor([image_id])
+        target["image_id"] = torch.tensor([self.image_ids[index]])
         target["orig_size"] = torch.tensor([height, width])
         return image.as_subclass(torch.Tensor), target
 
     def identity(self) -> DataIdentity:
         """What a checkpoint says of these data."""
-        objects = [item for image_id in self.image_ids for item in self.coco.imgToAnns[image_id]]
-        return DataIdentity.of([self.coco.imgs[image_id] for image_id in self.image_ids], objects)
+        return self._identity
 
     def file_of(self, image_id: int) -> Path:
         """The path of an image."""
-        return self.images / self.coco.imgs[image_id]["file_name"]
+        return self.images / self._names[bisect.bisect_left(self.image_ids, image_id)]
 
     def fill_cache(self, leave_out_bad: bool) -> None:
         """Read every file into memory now, because worker processes share what is there.
 
         Files that can't be read raise BadImageError here or, with `leave_out_bad`, as items.
         """
-        for info in self.coco.imgs.values():
+        for index, name in enumerate(self._names):
             # an item of a bad file raises again, and is then skipped
             try:
-                self._cache[info["file_name"]] = self._bytes(info)
+                self._cache[name] = self._bytes(index)
             except BadImageError:
                 if not leave_out_bad:
                     raise
 
-    def _bytes(self, info: dict[str, Any]) -> bytes:
-        name = info["file_name"]
+    def _bytes(self, index: int) -> bytes:
+        name = self._names[index]
         if name in self._cache:
             return self._cache[name]
-        return read_image_file(self.images / name, self._max_megapixels, self._remedy(info))
+        return read_image_file(self.images / name, self._max_megapixels, self._remedy(index))
 
-    def _remedy(self, info: dict[str, Any]) -> str:
-        return f"take image {info['id']} out of {self.annotations}, or add --on_bad_image skip"
+    def _remedy(self, index: int) -> str:
+        return f"take image {self.image_ids[index]} out of {self.annotations}, or add --on_bad_image skip"
 
 
 def build(image_set: str, data: DataConfig, seed: int, classes: ClassMap | None = None) -> CocoDetection:
@@ -180,23 +187,49 @@ def _random_choices(seed: int) -> Iterator[None]:
         np.random.set_state(numpy)  # noqa: NPY002
 
 
-def _target(annotations: list[dict[str, Any]], classes: ClassMap, height: int, width: int) -> dict[str, Any]:
-    """Boxes clamped to the image, without crowds."""
-    # a crowd's box is not one object; evaluation ignores crowds too
-    kept = [annotation for annotation in annotations if not annotation["iscrowd"]]
-    boxes = torch.tensor([annotation["bbox"] for annotation in kept], dtype=torch.float32).reshape(-1, 4)
-    labels = [classes.label_of(annotation["category_id"]) for annotation in kept]
-    target = {
-        "boxes": clip_boxes_to_image(box_convert(boxes, "xywh", "xyxy"), (height, width)),
-        "labels": torch.tensor(labels, dtype=torch.int64),
-        "area": torch.tensor([annotation["area"] for annotation in kept], dtype=torch.float32),
-        "iscrowd": torch.zeros(len(kept), dtype=torch.int64),
-    }
-    target = _without_empty(target)
+@dataclass(frozen=True)
+class _Objects:
+    """The objects of all images, without crowds, in four arrays.
 
-    # types by which transforms know what to do with them
-    boxes = BoundingBoxes(target["boxes"], format=BoundingBoxFormat.XYXY, canvas_size=(height, width))
-    return target | {"boxes": boxes, "area": Area(target["area"])}
+    A dictionary for each of COCO's 860,000 objects takes gigabytes, in every process: a loader worker
+    that only reads one changes its count of references, and so copies its page.
+
+    starts: [images + 1], the first object of each image. boxes: [N, 4] xywh in pixels.
+    """
+
+    starts: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+    areas: np.ndarray
+
+    @classmethod
+    def of(cls, entries: Sequence[Sequence[dict[str, Any]]], classes: ClassMap) -> _Objects:
+        """Of COCO's annotations of each image."""
+        # a crowd's box is not one object; evaluation ignores crowds too
+        kept = [[entry for entry in of_image if not entry["iscrowd"]] for of_image in entries]
+        objects = [entry for of_image in kept for entry in of_image]
+        return cls(
+            np.cumsum([0, *map(len, kept)]),
+            np.array([entry["bbox"] for entry in objects], np.float32).reshape(-1, 4),
+            np.array([classes.label_of(entry["category_id"]) for entry in objects], np.int64),
+            np.array([entry["area"] for entry in objects], np.float32),
+        )
+
+    def target(self, index: int, height: int, width: int) -> dict[str, Any]:
+        """The objects of an image, with boxes clamped to it."""
+        here = slice(self.starts[index], self.starts[index + 1])
+        boxes, labels, areas = (torch.from_numpy(x[here]) for x in (self.boxes, self.labels, self.areas))
+        target = {
+            "boxes": clip_boxes_to_image(box_convert(boxes, "xywh", "xyxy"), (height, width)),
+            "labels": labels,
+            "area": areas,
+            "iscrowd": torch.zeros(len(labels), dtype=torch.int64),
+        }
+        target = _without_empty(target)
+
+        # types by which transforms know what to do with them
+        boxes = BoundingBoxes(target["boxes"], format=BoundingBoxFormat.XYXY, canvas_size=(height, width))
+        return target | {"boxes": boxes, "area": Area(target["area"])}
 
 
 def _without_empty(target: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -54,6 +54,8 @@ def open_training_data(
     val = build_dataset("val", config, train.classes)
     _check(train, val, config)
     check_classes(train.classes, checkpoint, source)
+    # only an evaluation compares with it, and loader workers would inherit it
+    del train.coco
 
     # one record of bad images, which a checkpoint keeps
     bad_images = BadImages(config.data.on_bad_image, config.data.max_bad_images)

@@ -240,3 +240,20 @@ def test_loader_pads_and_masks(tmp_path):
         batches = list(loader)
         assert [len(b[0]) for b in batches] == [3, 1]
         assert torch.equal(batches[1][0].tensors[0], dataset[3][0])
+
+
+def test_items_need_no_ground_truth_and_are_those_of_the_file(tmp_path):
+    write_coco(tmp_path, num_train=4, size=(40, 64))
+    config = config_for(tmp_path, *SMALL_IMAGES)
+    dataset = build_dataset("val", config)
+    truth, identity = dataset.coco, dataset.identity()
+    del dataset.coco
+    for i, image_id in enumerate(dataset.image_ids):
+        image, target = dataset[i]
+        entries = [entry for entry in truth.imgToAnns[image_id] if not entry["iscrowd"]]
+        assert target["labels"].tolist() == [dataset.classes.label_of(e["category_id"]) for e in entries]
+        sides = target["orig_size"].flip(0).repeat(2)
+        boxes = box_convert(torch.tensor([e["bbox"] for e in entries]), "xywh", "cxcywh") / sides
+        torch.testing.assert_close(target["boxes"], boxes)
+        assert dataset.file_of(image_id) == tmp_path / "val2017" / truth.imgs[image_id]["file_name"]
+    assert dataset.identity() == identity
