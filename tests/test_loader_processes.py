@@ -224,7 +224,7 @@ def test_what_was_skipped_passes_the_pinning_of_memory(monkeypatch):
     pin_memory = pytest.importorskip(
         "torch.utils.data._utils.pin_memory", reason="a part of PyTorch that may move"
     ).pin_memory
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self + 1)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, *device: self + 1)
     skipped = [BadImageError("path", "reason", "remedy")]
     images, targets = loader.collate([(torch.zeros(3, 2, 2), {"labels": torch.zeros(1)})])
     pinned = pin_memory(loader.LoadedBatch(images, targets, skipped))
