@@ -229,6 +229,8 @@ def test_the_cuda_source_compiles_without_warnings(copy):
         MS_DEFORM_ATTN_NVCC_FLAGS=f"-Xcompiler={','.join(warnings.split())}",
     )
     log = (copy / "build" / "cuda.log").read_text()
+    if "mismatches the version that was used to compile" in log:
+        pytest.skip("PyTorch was built for another CUDA than the toolkit's")
     assert done.returncode == 0, log[-4000:]
     warned = {(copy / name).resolve() for name in re.findall(r"^(\S+?)[:(]\d+.*warning", log, re.MULTILINE)}
     assert {path for path in warned if path.is_relative_to(copy.resolve())} == {planted.resolve()}, log[
