@@ -30,11 +30,15 @@ def test_it_is_a_linear_layer(size, dtype, bias, amd, monkeypatch):
     grads = [torch.autograd.grad(out, [tokens, *layer.parameters()], grad) for out, layer in both]
     bound = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(outs[1], outs[0], atol=bound, rtol=bound)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), outs[0], atol=bound, rtol=bound)
     for one, two in zip(*grads, strict=True):
         torch.testing.assert_close(two, one, atol=40 * bound, rtol=bound)
 
 
-def test_transposed_tokens_and_autocast():
+@torch.no_grad()
+def test_transposed_tokens_and_autocast(monkeypatch):
+    monkeypatch.setattr(linear, "on_amd", lambda: True)
     layer, plain = TokenLinear(24, 40), nn.Linear(24, 40)
     plain.load_state_dict(layer.state_dict())
     tokens = torch.randn(24, MANY).t()

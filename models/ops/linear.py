@@ -22,7 +22,8 @@ def on_amd() -> bool:
 
 
 class TokenLinear(nn.Linear):
-    """nn.Linear for many tokens: the same parameters, and the same results up to rounding.
+    """nn.Linear for many tokens: the same parameters, and in evaluation the same results up to
+    rounding.
 
     On a CPU, PyTorch computes products in float32 with MKL, which takes twice the time needed on
     processors of AMD. A 1x1 convolution over the same memory is the same product, and PyTorch
@@ -42,7 +43,8 @@ class TokenLinear(nn.Linear):
     def _pays(self, tokens: Tensor) -> bool:
         if torch.compiler.is_compiling():  # which chooses for itself
             return False
-        if not on_amd():
+        # with its backward it takes longer for large images
+        if torch.is_grad_enabled() or not on_amd():
             return False
         in_float32_on_cpu = tokens.device.type == "cpu" and tokens.dtype == self.weight.dtype == torch.float32
         if (
