@@ -3,17 +3,22 @@
     python tests/faults/large_annotations.py /tmp/large
     /usr/bin/time -v python tools/check_data.py --coco_path /tmp/large --no_images
     python tests/faults/large_annotations.py /tmp/large --evaluate faster                  # or pycocotools
+    python tests/faults/large_annotations.py /tmp/large --workers 4
 
 Without pictures: 118,287 training images with 860,001 objects and 5,000 validation images with
 36,781, in 80 categories with COCO's ids, polygons of COCO's length and its other fields, which
 makes files of about 450 and 19 MB. No object has a fault. --evaluate computes COCO's figures of 100
-detections for each validation image of a folder that is there.
+detections for each validation image of a folder that is there. --workers opens its training set and
+shows the memory of this process and of loader workers that read 20,000 items, all of one picture.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import multiprocessing
+import os
 import resource
 import sys
 import time
@@ -26,10 +31,17 @@ sys.path.insert(
 )  # run as a script, this folder would be searched instead
 
 import numpy as np
+import torch
+from PIL import Image
 
+from datasets import build_dataset
 from datasets.coco_eval import evaluate_results, metrics_table
 from datasets.coco_format import read_annotations
+from datasets.loader import build_loader
+from datasets.samplers import EvalBatches
+from tests.faults.soak import memory
 from util.class_map import COCO_CLASSES
+from util.config import parse_config
 
 COUNTS = {"train2017": (118_287, 860_001), "val2017": (5_000, 36_781)}
 _POINTS = 23  # of an object's polygons on average: 46 numbers, as in COCO
@@ -133,6 +145,27 @@ def evaluate(path: Path, evaluator: str) -> None:
     print(metrics_table(stats))
 
 
+def load(folder: Path, workers: int) -> None:
+    """Print the seconds to open the training set, and the memory (proportional set size) of all processes."""
+    start = time.perf_counter()
+    config = parse_config(["--coco_path", str(folder), "--augmentation", "none", "--train_sizes", "32"])
+    dataset = build_dataset("train", config)
+    del dataset.coco  # as a training does once it has checked it
+    print(f"{len(dataset)} images opened in {time.perf_counter() - start:.1f} s")
+
+    picture = io.BytesIO()
+    Image.new("RGB", (64, 48)).save(picture, "JPEG")
+    dataset._bytes = lambda _: picture.getvalue()
+    loader = build_loader(dataset, EvalBatches(len(dataset), 8, 0, 1), workers, torch.device("cpu"))
+    for batch, _ in enumerate(loader, 1):
+        if batch in (50, 2500):
+            family = [os.getpid(), *(process.pid for process in multiprocessing.active_children())]
+            shares = [memory(pid, "Pss") / 1024 for pid in family]
+            print(f"after {8 * batch} items: {sum(shares):.0f} MiB in {len(family)} processes", flush=True)
+        if batch == 2500:
+            return
+
+
 def _peak_mebibytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
@@ -144,7 +177,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="folder to write, in COCO's layout")
     parser.add_argument("--scale", type=float, default=1.0, help="share of COCO's size (default: 1)")
     parser.add_argument("--evaluate", choices=("faster", "pycocotools"), help="what computes COCO's figures")
+    parser.add_argument("--workers", type=int, help="loader workers that read the training set")
     args = parser.parse_args()
+    if args.workers:
+        load(args.folder, args.workers)
+        return
     if args.evaluate:
         evaluate(args.folder / "annotations/instances_val2017.json", args.evaluate)
         return
