@@ -60,8 +60,6 @@ def main() -> int | None:
         _measure_items(args, config)
         return None
     device = choose_device(config.run.device)
-    if device.type == "cpu":
-        keep_freed_memory()
     torch.manual_seed(config.run.seed)
     images, targets, config = _batch(args, config, device)
     height, width = images.tensors.shape[-2:]
@@ -141,6 +139,15 @@ def _measure(
         names = [f"inference {variant.name}".strip() for variant in variants]
         calls = [_inference(variant.config, device, images) for variant in variants]
 
+    # memory comes first: what is kept after a call would count as used by the next
+    memory = []
+    if training:
+        for step in calls:
+            step()  # the first call has costs of its own
+        memory = [op_benchmark.peak_memory(step, device)[0] for step in calls]
+    if device.type == "cpu":
+        keep_freed_memory()
+
     # the reference takes its turns among the others: a slow moment strikes all
     timed = list(calls)
     if args.against_reference:
@@ -156,10 +163,6 @@ def _measure(
         f"{len(times)}, {min(times) * 1000:.1f} to {max(times) * 1000:.1f})"
         for name, middle, times in zip(names, middles, seconds, strict=True)
     ]
-    # after the timing, so that no first call counts
-    memory = []
-    if training:
-        memory = [op_benchmark.peak_memory(step, device)[0] for step in calls]
 
     # a line for each, and its ratio to the one before
     for i, variant in enumerate(variants):
