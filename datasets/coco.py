@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import logging
 import random
@@ -115,7 +114,7 @@ class CocoDetection(Dataset):
 
     def file_of(self, image_id: int) -> Path:
         """The path of an image."""
-        return self.images / self._names[bisect.bisect_left(self.image_ids, image_id)]
+        return self.images / self._names[self.image_ids.index(image_id)]
 
     def fill_cache(self, leave_out_bad: bool) -> None:
         """Read every file into memory now, because worker processes share what is there.

@@ -93,8 +93,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from models import load_detector
 
-    if args.device in ("", "cpu"):
-        keep_freed_memory()
     # a published checkpoint may need some flags of main.py
     detector = load_detector(
         args.resume,
@@ -105,6 +103,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         max_image_megapixels=args.max_image_megapixels,
         **detector_flags(args),
     )
+    if detector.device.type == "cpu":
+        keep_freed_memory()
     if args.annotations:
         files = with_annotated_ids(files, args.annotations, detector.classes)
     # the frames of a video are added when it is opened
