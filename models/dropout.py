@@ -9,7 +9,7 @@ from torch import Tensor, nn
 class Dropout(nn.Dropout):
     """nn.Dropout, which on a CPU draws bits instead of floats.
 
-    There PyTorch's `bernoulli_` takes a quarter of a training step, and the backward keeps a float
+    There PyTorch's `bernoulli_` takes a sixth of a training step, and the backward keeps a float
     for each number. Here a draw of 64 bits decides for four numbers, and a byte is kept for each.
     The probability is rounded to a multiple of 2**-16.
     """
