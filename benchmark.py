@@ -177,10 +177,7 @@ def _measure(
             ratio += f", and {memory[i] / memory[i - 1]:.2f} times the memory"
         print(ratio)
     if training:
-        counted = "resident memory of the process (nan: not measurable here)"
-        if device.type == "cuda":
-            counted = "what is allocated on the GPU"
-        print(f"memory: {counted} at the peak of a step, beyond what there was before it")
+        print("memory: PyTorch's tensors at the peak of a step, beyond what there was before it")
 
     # the last variant with the other operator
     if args.against_reference:

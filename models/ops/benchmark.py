@@ -17,11 +17,11 @@ P points.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import dataclasses
 import gc
 import itertools
 import math
+import os
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 
 if __name__ == "__main__":
@@ -244,21 +245,21 @@ def _recorded(function: Callable) -> Callable[[], None]:
     return graph.replay
 
 
-def _extra_memory(step: Callable, device: torch.device) -> float:
-    """Bytes at the peak of a step beyond what was there before and what it returns, or NaN."""
+def _extra_memory(step: Callable, device: torch.device) -> int:
+    """Bytes at the peak of a step beyond what was there before and what it returns."""
     step()
     peak, results = peak_memory(step, device)
-    if math.isnan(peak):
-        return peak
     return max(peak - sum(one.nbytes for one in results), 0)
 
 
-def peak_memory(step: Callable, device: torch.device) -> tuple[float, Any]:
-    """Bytes at the peak of a call beyond what was there before, and what it returned.
+def peak_memory(step: Callable, device: torch.device) -> tuple[int, Any]:
+    """Bytes of tensors at the peak of a call beyond what was there before, and what it returned.
 
-    Of PyTorch's allocator on a GPU; of the whole process elsewhere. NaN and None, without a call,
-    where the system does not measure that.
+    They are those of PyTorch's allocator: what a library or a kernel allocates for itself on a CPU
+    is not counted.
     """
+    # garbage that is collected during the call would lower the peak
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -266,25 +267,14 @@ def peak_memory(step: Callable, device: torch.device) -> tuple[float, Any]:
         results = step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before, results
-    # garbage that is collected during the call would lower the peak
-    gc.collect()
-    try:
-        # freed memory goes back to the system, so that it counts when it is used again
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-        before = _resident("VmRSS")
-    except (OSError, AttributeError):
-        return math.nan, None
-    # the peak of the process since
-    results = step()
-    return _resident("VmHWM") - before, results
 
-
-def _resident(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    return 0
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler complains where there is no GPU
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        results = step()
+    # every allocation and, with a negative size, every release
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in events), initial=0)), results
 
 
 @dataclasses.dataclass(frozen=True)
