@@ -6,7 +6,8 @@ Shape letters: B images, H x W pixels; level l has C_l channels and stride s_l.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +31,8 @@ class FrozenBatchNorm(FrozenBatchNorm2d):
 
     # whether the convolution before it is a NormedConv2d
     follows_normed = False
+    # of this forward, where the network computed those of all its norms
+    scale_and_shift: tuple[Tensor, Tensor] | None = None
 
     @property
     def is_applied(self) -> bool:
@@ -40,13 +43,9 @@ class FrozenBatchNorm(FrozenBatchNorm2d):
         if self.is_applied:
             return x_BCHW
         if x_BCHW.dtype == self.weight.dtype:
-            return super().forward(x_BCHW)
+            scale, shift = self.scale_and_shift or scales_and_shifts([self])[0]
+            return torch.addcmul(shift[:, None, None], x_BCHW, scale[:, None, None])
         return F.batch_norm(x_BCHW, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-
-    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """[C], [C]: the output is the input times the first, plus the second."""
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
-        return scale, torch.addcmul(self.bias, self.running_mean, scale, value=-1)
 
 
 class NormedConv2d(nn.Conv2d):
@@ -66,8 +65,21 @@ class NormedConv2d(nn.Conv2d):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         if not self.norm[0].is_applied:
             return super().forward(x_BCHW)
-        scale, shift = self.norm[0].scale_and_shift()
+        norm = self.norm[0]
+        scale, shift = norm.scale_and_shift or scales_and_shifts([norm])[0]
         return self._conv_forward(x_BCHW, self.weight * scale[:, None, None, None], shift)
+
+
+def scales_and_shifts(norms: Sequence[FrozenBatchNorm]) -> list[tuple[Tensor, Tensor]]:
+    """[C], [C] of each norm: its output is its input times the first, plus the second.
+
+    All at once, because a call for each of 53 norms takes longer than its arithmetic.
+    """
+    names = ("weight", "bias", "running_mean", "running_var")
+    weight, bias, mean, variance = (torch.cat([getattr(norm, name) for norm in norms]) for name in names)
+    scale = weight * (variance + norms[0].eps).rsqrt()
+    channels = [len(norm.weight) for norm in norms]
+    return list(zip(scale.split(channels), (bias - mean * scale).split(channels), strict=True))
 
 
 def apply_norms_in_convolutions(network: nn.Module) -> None:
@@ -117,13 +129,25 @@ class Body(nn.Module):
             torch.channels_last if x.device.type == "cpu" and not self.training else torch.contiguous_format
         )
         x = x.contiguous(memory_format=layout)
-        # no map but those of the stages is kept
-        maps = []
-        for name, layer in self.named_children():
-            x = layer(x)
-            if name in self._stages:
-                maps.append(x)
-        return maps
+        with self._frozen_norms_prepared():
+            # no map but those of the stages is kept
+            maps = []
+            for name, layer in self.named_children():
+                x = layer(x)
+                if name in self._stages:
+                    maps.append(x)
+            return maps
+
+    @contextmanager
+    def _frozen_norms_prepared(self) -> Iterator[None]:
+        norms = [module for module in self.modules() if isinstance(module, FrozenBatchNorm)]
+        for norm, both in zip(norms, scales_and_shifts(norms) if norms else [], strict=True):
+            norm.scale_and_shift = both
+        try:
+            yield
+        finally:  # the weights may be others in the next forward
+            for norm in norms:
+                norm.scale_and_shift = None
 
 
 class Backbone(nn.Module):
@@ -158,7 +182,8 @@ class Backbone(nn.Module):
 
 def resize_mask(mask_BHW: Tensor, size: Sequence[int]) -> Tensor:
     """Nearest resize of a bool mask to (height, width)."""
-    return F.interpolate(mask_BHW[:, None].float(), size=tuple(size)).to(torch.bool)[:, 0]
+    # as bytes, which need no conversion
+    return F.interpolate(mask_BHW[:, None].view(torch.uint8), size=tuple(size)).view(torch.bool)[:, 0]
 
 
 def build_body(name: str, norm: str, weights: str, *, dilation: bool, multi_scale: bool) -> Body:

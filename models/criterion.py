@@ -21,6 +21,7 @@ from models.matcher import HungarianMatcher, Targets
 from util.box_ops import generalized_iou
 from util.distributed.processes import average_number
 from util.step.precision import full_precision, widened
+from util.step.transfer import to_device
 
 # name of a loss -> the flag with its weight
 WEIGHT_FLAGS = {
@@ -80,7 +81,9 @@ class SetCriterion(nn.Module):
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         """The weighted sum of the losses of weight_dict, a scalar: what is differentiated."""
-        return torch.stack([losses[name] * weight for name, weight in self.weight_dict.items()]).sum()
+        values = torch.stack([losses[name] for name in self.weight_dict])
+        weights = torch.tensor([*self.weight_dict.values()], dtype=values.dtype)
+        return (values * to_device(weights, values.device)).sum()
 
     def _losses(self, groups: list[OutputGroup], flat: Targets) -> dict[str, Tensor]:
         num_boxes = self._num_boxes(flat)

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from models.dropout import Dropout
+from models.dropout import Dropout, ReLUDropout
 from models.heads import decode_boxes
 from models.ops.modules import MSDeformAttn
 from models.token_batch import TokenBatch
@@ -52,7 +52,7 @@ class DeformableTransformerDecoderLayer(nn.Module):
         self.dropout2 = Dropout(dropout)
         self.norm2 = nn.LayerNorm(d_model)
         self.linear1 = nn.Linear(d_model, d_ffn)
-        self.dropout3 = Dropout(dropout)
+        self.dropout3 = ReLUDropout(dropout)
         self.linear2 = nn.Linear(d_ffn, d_model)
         self.dropout4 = Dropout(dropout)
         self.norm3 = nn.LayerNorm(d_model)
@@ -74,10 +74,8 @@ class DeformableTransformerDecoderLayer(nn.Module):
             input_padding_mask=memory.padding_mask,
         )
         x = self.norm1(x + self.drop_path(self.dropout1(attended)))
-        return self.norm3(x + self.drop_path(self.dropout4(self._feed_forward(x))))
-
-    def _feed_forward(self, x: Tensor) -> Tensor:
-        return self.linear2(self.dropout3(F.relu(self.linear1(x))))
+        hidden = self.linear2(self.dropout3(self.linear1(x)))
+        return self.norm3(x + self.drop_path(self.dropout4(hidden)))
 
 
 class DeformableTransformerDecoder(nn.Module):
@@ -89,22 +87,26 @@ class DeformableTransformerDecoder(nn.Module):
 
     def forward(
         self, queries: Queries, memory: TokenBatch, box_heads: nn.ModuleList, with_box_refine: bool
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Per layer the queries' contents [B, Q, C] and their boxes [B, Q, 4] (cxcywh in [0, 1]).
+    ) -> tuple[Tensor, Tensor]:
+        """Of all N layers the queries' contents [N, B, Q, C] and boxes [N, B, Q, 4] (cxcywh in [0, 1]).
 
         With refinement the detached boxes of a layer are the references of the next ("Deformable
         DETR", appendix A.4).
         """
         x, reference = queries.content, queries.reference
-        outputs = []
+        contents, refined = [], []
         # in two-stage there is one head more, for the proposals
         for layer, box_head in zip(self.layers, box_heads, strict=False):
             x = layer(x, queries.position, _per_level(reference, memory.valid_ratios), memory)
-            boxes = decode_boxes(box_head(x), reference)
-            outputs.append((x, boxes))
+            contents.append(x)
             if with_box_refine:
-                reference = boxes.detach()
-        return outputs
+                refined.append(decode_boxes(box_head(x), reference))
+                reference = refined[-1].detach()
+        if with_box_refine:
+            return torch.stack(contents), torch.stack(refined)
+        # the layers share head and reference
+        stacked = torch.stack(contents)
+        return stacked, decode_boxes(box_heads[0](stacked), reference)
 
 
 def _per_level(reference: Tensor, valid_ratios_BL2: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ class DeformableDETR(nn.Module):
 
     Args:
         backbone: gives the feature maps.
-        position: maps a padding mask [B, H, W] to a position encoding [B, C, H, W].
+        position: maps the padding masks of the levels [B, H, W] to a position encoding [B, S, C].
         transformer: encoder and decoder.
         class_heads, box_heads: one per decoder layer (the same module repeated without refinement),
             one more in two-stage.
@@ -82,10 +82,10 @@ class DeformableDETR(nn.Module):
         if not isinstance(images, NestedTensor):
             images = NestedTensor.from_images(images)
         maps, masks = self._project(self._normalized(images))
-        positions = [self.backbone[1](mask).to(x.dtype) for x, mask in zip(maps, masks, strict=True)]
+        position = self.backbone[1](masks).to(maps[0].dtype)
         queries = None if self.transformer.two_stage else self.query_embed.weight
         decoded = self.transformer(
-            maps, masks, positions, queries, self.class_embed, self.bbox_embed, self.with_box_refine
+            maps, masks, position, queries, self.class_embed, self.bbox_embed, self.with_box_refine
         )
         return self._outputs(decoded)
 
@@ -113,11 +113,14 @@ class DeformableDETR(nn.Module):
         return [widened(x) for x in maps], masks
 
     def _outputs(self, decoded: Decoded) -> dict[str, Any]:
-        # in two-stage there is one head more, for the proposals
-        layers = [
-            {"pred_logits": head(content), "pred_boxes": boxes}
-            for head, (content, boxes) in zip(self.class_embed, decoded.layers, strict=False)
-        ]
+        if self.with_box_refine:
+            # in two-stage there is one head more, for the proposals
+            heads = zip(self.class_embed, decoded.contents, strict=False)
+            logits = torch.stack([head(content) for head, content in heads])
+        else:  # the layers share a head
+            logits = self.class_embed[0](decoded.contents)
+        both = zip(logits, decoded.boxes, strict=True)
+        layers = [{"pred_logits": some, "pred_boxes": boxes} for some, boxes in both]
         out: dict[str, Any] = {**layers[-1], "num_streams": decoded.num_streams}
         if self.aux_loss:
             out["aux_outputs"] = layers[:-1]

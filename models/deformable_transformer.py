@@ -14,8 +14,15 @@ from models.batchformer import BatchFormerV2
 from models.decoder import DeformableTransformerDecoder, DeformableTransformerDecoderLayer, Queries
 from models.encoder import DeformableTransformerEncoder, DeformableTransformerEncoderLayer, drop_path_rates
 from models.ops.modules import MSDeformAttn
-from models.position_encoding import sine_features
-from models.token_batch import TokenBatch, encoder_reference_points, pixel_centres, valid_extent, valid_ratio
+from models.position_encoding import sine_features, wavelengths
+from models.token_batch import (
+    TokenBatch,
+    encoder_reference_points,
+    per_token,
+    pixel_centres,
+    valid_extents,
+    valid_ratios,
+)
 from util.errors import UserError
 from util.step.precision import full_precision, widened
 
@@ -34,11 +41,12 @@ class Proposals:
 class Decoded:
     """What the transformer gives; B counts the images of all streams.
 
-    layers: per decoder layer contents [B, Q, C] and boxes [B, Q, 4] cxcywh in [0, 1]; proposals: in
-    two-stage; num_streams: 1 or 2.
+    contents: [N, B, Q, C] of the N decoder layers; boxes: [N, B, Q, 4] cxcywh in [0, 1]; proposals:
+    in two-stage; num_streams: 1 or 2.
     """
 
-    layers: list[tuple[Tensor, Tensor]]
+    contents: Tensor
+    boxes: Tensor
     proposals: Proposals | None
     num_streams: int
 
@@ -56,6 +64,8 @@ class DeformableTransformer(nn.Module):
         checkpoint_encoder: compute the encoder's activations again in the backward instead of
             keeping them.
     """
+
+    proposal_wavelengths: Tensor
 
     def __init__(
         self,
@@ -105,6 +115,8 @@ class DeformableTransformer(nn.Module):
         if two_stage:
             self.enc_output = nn.Linear(d_model, d_model)
             self.enc_output_norm = nn.LayerNorm(d_model)
+            # C / 2 features for each of the four coordinates
+            self.register_buffer("proposal_wavelengths", wavelengths(d_model // 2), persistent=False)
             self.pos_trans = nn.Linear(2 * d_model, 2 * d_model)
             self.pos_trans_norm = nn.LayerNorm(2 * d_model)
         else:
@@ -127,7 +139,7 @@ class DeformableTransformer(nn.Module):
         self,
         maps: list[Tensor],
         masks: list[Tensor],
-        positions: list[Tensor],
+        position: Tensor,
         query_embed: Tensor | None,
         class_heads: nn.ModuleList,
         box_heads: nn.ModuleList,
@@ -136,8 +148,8 @@ class DeformableTransformer(nn.Module):
         """Encode and decode.
 
         Args:
-            maps, positions: per level [B, C, H, W]; masks: per level [B, H, W] bool, True on
-                padding.
+            maps, masks: per level [B, C, H, W], and [B, H, W] bool, True on padding; position: [B,
+                S, C].
             query_embed: [Q, 2C] learned positions and contents; None in two-stage.
             class_heads, box_heads: the heads; the decoder uses the box heads, the proposals the
                 last of each.
@@ -147,7 +159,7 @@ class DeformableTransformer(nn.Module):
             UserError: two-stage is to choose more queries than there are proposals.
         """
         # BatchFormerV2 may double the batch within the encoder
-        memory = self.encoder(self._flatten(maps, masks, positions))
+        memory = self.encoder(self._flatten(maps, masks, position))
         proposals = None
         if self.two_stage:
             proposals = self._propose(memory, class_heads[-1], box_heads[-1])
@@ -156,19 +168,20 @@ class DeformableTransformer(nn.Module):
         else:
             assert query_embed is not None
             queries = self._learned_queries(query_embed, len(memory.tokens))
-        layers = self.decoder(queries, memory, box_heads, with_box_refine)
-        return Decoded(layers, proposals, memory.num_streams)
+        contents, boxes = self.decoder(queries, memory, box_heads, with_box_refine)
+        return Decoded(contents, boxes, proposals, memory.num_streams)
 
-    def _flatten(self, maps: list[Tensor], masks: list[Tensor], positions: list[Tensor]) -> TokenBatch:
+    def _flatten(self, maps: list[Tensor], masks: list[Tensor], position: Tensor) -> TokenBatch:
         """All levels in one sequence, the finest first."""
         shapes = tuple((x.shape[-2], x.shape[-1]) for x in maps)
-        ratios = torch.stack([valid_ratio(mask) for mask in masks], 1)
-        # the level is a part of the position
-        position = [_tokens(x) + self.level_embed[level] for level, x in enumerate(positions)]
+        padding_mask = torch.cat([mask.flatten(1) for mask in masks], 1)
+        ratios = valid_ratios(padding_mask, shapes)
         return TokenBatch(
-            tokens=torch.cat([_tokens(x) for x in maps], 1),
-            position=torch.cat(position, 1),
-            padding_mask=torch.cat([mask.flatten(1) for mask in masks], 1),
+            # row after row
+            tokens=torch.cat([x.flatten(2).transpose(1, 2) for x in maps], 1),
+            # the level is a part of the position
+            position=position + per_token(self.level_embed[None], shapes),
+            padding_mask=padding_mask,
             valid_ratios=ratios,
             reference_points=encoder_reference_points(shapes, ratios),
             spatial_shapes=shapes,
@@ -206,8 +219,7 @@ class DeformableTransformer(nn.Module):
         box_logits = proposals.box_logits.gather(1, best[..., None].expand(-1, -1, 4)).detach()
         boxes = box_logits.sigmoid()
 
-        # C / 2 features for each of the four coordinates
-        features = sine_features(boxes * 2 * torch.pi, self.d_model // 2).flatten(-2)
+        features = sine_features(boxes * 2 * torch.pi, self.proposal_wavelengths).flatten(-2)
         position, content = self.pos_trans_norm(widened(self.pos_trans(features))).split(self.d_model, -1)
         return Queries(content, position, boxes)
 
@@ -219,22 +231,16 @@ def _anchors(memory: TokenBatch) -> tuple[Tensor, Tensor]:
         boxes [B, S, 4] cxcywh, and [B, S, 1] True where the square can't be used: on padding, or
         nearer than 0.01 to the border.
     """
-    padding = memory.padding_mask.split([h * w for h, w in memory.spatial_shapes], 1)
-    boxes = []
-    for level, (shape, mask) in enumerate(zip(memory.spatial_shapes, padding, strict=True)):
-        # in [0, 1] of the unpadded image
-        extent = valid_extent(mask.unflatten(1, shape))
-        centre = pixel_centres(shape, mask.device) / extent[:, None]
-        boxes.append(torch.cat([centre, torch.full_like(centre, PROPOSAL_SIZE * 2**level)], -1))
+    shapes, device = memory.spatial_shapes, memory.padding_mask.device
+    # in [0, 1] of the unpadded image
+    extents_BL2 = valid_extents(memory.padding_mask, shapes)
+    centres_BS2 = pixel_centres(shapes, device) / per_token(extents_BL2, shapes)
+    sides_L = PROPOSAL_SIZE * 2.0 ** torch.arange(len(shapes), device=device)
+    sides_S1 = per_token(sides_L[None, :, None], shapes)[0]
+    anchors_BS4 = torch.cat([centres_BS2, sides_S1.expand_as(centres_BS2)], -1)
     # beyond these bounds the logits grow without end
-    anchors = torch.cat(boxes, 1)
-    inside = ((anchors > 0.01) & (anchors < 0.99)).all(-1, keepdim=True)
-    return anchors, ~inside | memory.padding_mask[..., None]
-
-
-def _tokens(map_BCHW: Tensor) -> Tensor:
-    # row after row
-    return map_BCHW.flatten(2).transpose(1, 2)
+    inside = ((anchors_BS4 > 0.01) & (anchors_BS4 < 0.99)).all(-1, keepdim=True)
+    return anchors_BS4, ~inside | memory.padding_mask[..., None]
 
 
 def _unchanged(layer: int, batch: TokenBatch) -> TokenBatch:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from models.deformable_detr import DeformableDETR
 from models.ops.modules import MSDeformAttn
 from models.ops.reference import Shapes, locate
-from models.token_batch import TokenBatch, valid_ratio
+from models.token_batch import TokenBatch, valid_ratios
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,7 @@ class SampledAttention:
     @property
     def valid_ratios(self) -> Tensor:
         """[B, L, 2]: width and height of an image's own part of a level over the padded one."""
-        shapes = self.spatial_shapes
-        maps = self.padding_mask.split([height * width for height, width in shapes], 1)
-        ratios = [valid_ratio(mask.unflatten(1, shape)) for mask, shape in zip(maps, shapes, strict=True)]
-        return torch.stack(ratios, 1)
+        return valid_ratios(self.padding_mask, self.spatial_shapes)
 
     def locations_in_image(self) -> Tensor:
         """The locations in [0, 1] of the image without its padding, [B, Q, M, L, P, 2]."""

@@ -10,6 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from models.ops.reference import Shapes
+from util.step.transfer import to_device
+
 
 @dataclass(frozen=True)
 class TokenBatch:
@@ -60,42 +63,48 @@ class TokenBatch:
         return self.with_tokens(torch.cat([plain, mixed]))
 
 
-def encoder_reference_points(spatial_shapes: tuple[tuple[int, int], ...], valid_ratios_BL2: Tensor) -> Tensor:
+def encoder_reference_points(spatial_shapes: Shapes, valid_ratios_BL2: Tensor) -> Tensor:
     """The centre of every token's pixel, as a point of every (padded) level: [B, S, L, 2]."""
+    device = valid_ratios_BL2.device
     # in [0, 1] of the unpadded image, then of each padded level
-    centres = [
-        pixel_centres(shape, valid_ratios_BL2.device)
-        / (valid_ratios_BL2[:, None, level] * _size(shape, valid_ratios_BL2))
-        for level, shape in enumerate(spatial_shapes)
-    ]
-    return torch.cat(centres, 1)[:, :, None] * valid_ratios_BL2[:, None]
+    extents_BL2 = valid_ratios_BL2 * level_sizes(spatial_shapes, device)
+    centres_BS2 = pixel_centres(spatial_shapes, device) / per_token(extents_BL2, spatial_shapes)
+    return centres_BS2[:, :, None] * valid_ratios_BL2[:, None]
 
 
-def pixel_centres(shape: tuple[int, int], device: torch.device) -> Tensor:
-    """[H * W, 2]: x + 0.5, y + 0.5 of every pixel, row after row."""
-    height, width = shape
-    # made on the device
-    y = torch.arange(height, dtype=torch.float32, device=device) + 0.5
-    x = torch.arange(width, dtype=torch.float32, device=device) + 0.5
-    return torch.stack([x.expand(height, width), y[:, None].expand(height, width)], -1).flatten(0, 1)
+def pixel_centres(spatial_shapes: Shapes, device: torch.device) -> Tensor:
+    """[S, 2]: x + 0.5, y + 0.5 of every pixel of every level, row after row."""
+    centres = []
+    for height, width in spatial_shapes:
+        # made on the device
+        y = torch.arange(0.5, height, device=device)
+        x = torch.arange(0.5, width, device=device)
+        centres.append(torch.stack([x.expand(height, width), y[:, None].expand(height, width)], -1))
+    return torch.cat([centre.flatten(0, 1) for centre in centres])
 
 
-def valid_extent(mask_BHW: Tensor) -> Tensor:
-    """[B, 2]: width and height of the unpadded part, in pixels."""
+def per_token(levels_BLC: Tensor, spatial_shapes: Shapes) -> Tensor:
+    """[B, L, C], one row a level -> [B, S, C], the row of its level for each token."""
+    rows = zip(levels_BLC.unbind(1), spatial_shapes, strict=True)
+    return torch.cat([row[:, None].expand(-1, height * width, -1) for row, (height, width) in rows], 1)
+
+
+def level_sizes(spatial_shapes: Shapes, device: torch.device) -> Tensor:
+    """[L, 2] float32: width and height of the padded levels, in pixels."""
+    sizes = torch.tensor([[width, height] for height, width in spatial_shapes], dtype=torch.float32)
+    return to_device(sizes, device)
+
+
+def valid_extents(padding_mask_BS: Tensor, spatial_shapes: Shapes) -> Tensor:
+    """[B, L, 2] float32: width and height of the unpadded part of each level, in pixels."""
+    levels = padding_mask_BS.split([height * width for height, width in spatial_shapes], 1)
+    masks = [mask.unflatten(1, shape) for mask, shape in zip(levels, spatial_shapes, strict=True)]
     # padding lies right and below: the first row and the first column tell
-    return torch.stack([(~mask_BHW[:, 0]).sum(1), (~mask_BHW[:, :, 0]).sum(1)], -1).float()
+    padded = [padding.sum(1) for mask in masks for padding in (mask[:, 0], mask[:, :, 0])]
+    return level_sizes(spatial_shapes, padding_mask_BS.device) - torch.stack(padded, -1).unflatten(1, (-1, 2))
 
 
-def valid_ratio(mask_BHW: Tensor) -> Tensor:
-    """[B, 2]: width and height of the unpadded part over the padded."""
-    extent = valid_extent(mask_BHW)
-    # column by column: a tensor of (width, height) would be a copy from the host
-    height, width = mask_BHW.shape[1:]
-    return torch.stack([extent[:, 0] / width, extent[:, 1] / height], -1)
-
-
-def _size(shape: tuple[int, int], like: Tensor) -> Tensor:
-    """(width, height) as a tensor."""
-    height, width = shape
-    # filled on the device: a copy from the host would synchronise
-    return torch.cat([like.new_full((1,), width), like.new_full((1,), height)])
+def valid_ratios(padding_mask_BS: Tensor, spatial_shapes: Shapes) -> Tensor:
+    """[B, L, 2] float32: width and height of the unpadded part of each level over the padded."""
+    sizes_L2 = level_sizes(spatial_shapes, padding_mask_BS.device)
+    return valid_extents(padding_mask_BS, spatial_shapes) / sizes_L2

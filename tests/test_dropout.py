@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from models.dropout import Dropout
+from models.dropout import Dropout, ReLUDropout
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -47,3 +48,23 @@ def test_the_seed_decides_and_the_edges_are_those_of_pytorch():
     assert Dropout(0.3)(x[:0]).shape == (0, 13)
     transposed = Dropout(0.3)(x.t())
     assert transposed.shape == (13, 7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.0, 0.1, 1.0])
+def test_relu_and_dropout_together_are_the_one_after_the_other(p, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 50, 7, dtype=dtype, generator=generator).requires_grad_()
+    grad = torch.randn(3, 50, 7, dtype=dtype, generator=generator)
+    outs, grads, counts = [], [], []
+    for function in (ReLUDropout(p), lambda x: Dropout(p)(F.relu(x))):
+        torch.manual_seed(3)
+        kept: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            outs.append(function(x))
+        grads += torch.autograd.grad(outs[-1], x, grad)
+        counts.append(len(kept))
+    assert torch.equal(*outs)
+    assert torch.equal(*grads)
+    assert counts[0] == 1
+    torch.testing.assert_close(ReLUDropout(p).eval()(x), F.relu(x), rtol=0, atol=0)

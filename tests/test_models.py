@@ -248,18 +248,19 @@ def test_position_encodings():
     mask = torch.zeros(2, 6, 8, dtype=torch.bool)
     mask[1, 4:] = True
     mask[1, :, 5:] = True
-    sine = PositionEmbeddingSine(8)(mask)
-    assert sine.shape == (2, 16, 6, 8)
+    levels = [mask[:, ::2, ::2], mask]
+    assert PositionEmbeddingSine(8)(levels).shape == (2, 12 + 48, 16)
+    sine = PositionEmbeddingSine(8)(levels)[:, 12:].mT.unflatten(-1, (6, 8))
     # the slowest pair of y's features turns 1 / 10 of a circle's 2 pi over the unpadded height
     y = (torch.arange(4) + 0.5) / 4 * 2 * math.pi
     torch.testing.assert_close(sine[1, 0, :4, 0], y.sin(), atol=1e-5, rtol=0)
     torch.testing.assert_close(sine[1, 1, :4, 0], y.cos(), atol=1e-5, rtol=0)
     learned = PositionEmbeddingLearned(8, 10)
-    out = learned(mask)
+    out = learned(levels)[:, 12:].mT.unflatten(-1, (6, 8))
     assert torch.equal(out[0, :8, 3, 5], learned.col_embed.weight[5])
     assert torch.equal(out[0, 8:, 3, 5], learned.row_embed.weight[3])
     with pytest.raises(UserError, match="--position_embedding"):
-        learned(torch.zeros(1, 4, 11, dtype=torch.bool))
+        learned([torch.zeros(1, 4, 11, dtype=torch.bool)])
 
 
 def test_positions_are_counted_in_integers():
@@ -275,7 +276,7 @@ def test_positions_are_counted_in_integers():
             return out
 
     with Cumsum():
-        PositionEmbeddingSine(8)(torch.zeros(1, 6, 8, dtype=torch.bool))
+        PositionEmbeddingSine(8)([torch.zeros(1, 6, 8, dtype=torch.bool)])
     assert counted == [torch.int32, torch.int32]
 
 
