@@ -56,6 +56,7 @@ from util.run.tensorboard import Board, check_tensorboard, detection_pictures
 from util.step.deterministic import explaining_refusals, make_deterministic
 from util.step.log import StepLog
 from util.step.metrics import EpochSums
+from util.step.precision import use_float32_matmul
 from util.step.precision_check import check_precision
 from util.step.random_state import RandomGenerators, seed_everything
 
@@ -80,6 +81,7 @@ def main(config: Config) -> None:
             start_logging(device)
             seed_everything(config.run.seed + rank())
             check_operator(device)
+            use_float32_matmul(config.run.float32_matmul, device)
             check_tensorboard(config.run.tensorboard)
 
             if config.run.eval:

@@ -23,7 +23,7 @@ from tests.golden import recipe
 from tests.helpers import BATCHFORMER, SMALL_MODEL
 from util.config import parse_config
 from util.nested_tensor import NestedTensor
-from util.step.precision import LOW_TYPES, autocast, full_precision, widened
+from util.step.precision import LOW_TYPES, autocast, full_precision, use_float32_matmul, widened
 
 CPU = torch.device("cpu")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -299,5 +299,14 @@ def test_full_precision_ends_where_it_says():
         assert F.linear(x, weight).dtype == torch.float32
     with full_precision(torch.device("meta")):  # where there is no autocast to be off
         assert not torch.is_autocast_enabled("cpu")
+    try:
+        use_float32_matmul("high", CPU)
+        assert torch.get_float32_matmul_precision() == "highest", "there is no TF32 on a CPU"
+        use_float32_matmul("high", torch.device("cuda"))
+        with full_precision(CPU):
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
     assert widened(x) is x
     assert widened(x.double()).dtype == torch.float64

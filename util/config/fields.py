@@ -198,12 +198,18 @@ class RunConfig:
 
     output_dir: str = flag("", "folder of checkpoints and logs; nothing is saved without it", "FOLDER")
     device: str = flag("", "cuda, cpu, cuda:1, mps; default: cuda if there is one, else cpu")
-    # these four change what is learned
+    # these five change what is learned
     seed: int = flag(42, "seed of weights, data order and augmentation", free_on_resume=False)
     amp: str = flag(
         "off",
         "mixed precision: bf16, or fp16 with a gradient scaler",
         choices=("off", "bf16", "fp16"),
+        free_on_resume=False,
+    )
+    float32_matmul: str = flag(
+        "highest",
+        "float32 products on an Nvidia GPU; high: in TF32, faster and less exact, but for the heads",
+        choices=("highest", "high"),
         free_on_resume=False,
     )
     deterministic: bool = flag(

@@ -1,4 +1,4 @@
-"""Mixed precision: products in bfloat16 or float16, and what must stay in float32.
+"""Precision of products: bfloat16, float16 or TF32, and what must stay in float32.
 
 `autocast` goes around the model's forward and nothing else. PyTorch then computes convolutions,
 linear layers and attention in the low precision. What places something in an image stays in
@@ -9,7 +9,8 @@ sums along the residual branches, the matching and the losses.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -30,11 +31,36 @@ def autocast(amp: str, device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, dtype=LOW_TYPES[amp])
 
 
-def full_precision(device: torch.device) -> AbstractContextManager:
-    """A block without autocast. Its inputs are not cast: see `widened`."""
-    if not torch.amp.is_autocast_available(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
+def use_float32_matmul(precision: str, device: torch.device) -> None:
+    """Let float32 products on an Nvidia GPU use TF32 ("high"), or not ("highest").
+
+    TF32 rounds what is multiplied to 10 bits of mantissa. Convolutions use it in either case, as is
+    PyTorch's default.
+    """
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision(precision)
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """A block without autocast and, in the forward, without TF32.
+
+    Its inputs are not cast: see `widened`.
+    """
+    without_autocast: AbstractContextManager = nullcontext()
+    if torch.amp.is_autocast_available(device.type):
+        without_autocast = torch.autocast(device.type, enabled=False)
+    precision = torch.get_float32_matmul_precision()
+    if precision == "highest":
+        with without_autocast:
+            yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with without_autocast:
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def widened(tensor: Tensor) -> Tensor:
