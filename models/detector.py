@@ -17,6 +17,7 @@ from torch import Tensor
 
 from models.build import build_model
 from models.deformable_detr import DeformableDETR
+from models.inference import prepare_for_inference
 from models.postprocess import PostProcess
 from models.weights.architecture import config_of
 from models.weights.load import choose_weights, read_trained
@@ -264,6 +265,7 @@ def load_detector(
     model, _, _ = build_model(config, classes)
     load_state(model, {"model": chosen}, source).require_same_architecture()
     check_precision(model.to(where), amp)
+    prepare_for_inference(model, amp)
     return Detector(
         model,
         config,

@@ -18,6 +18,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from models import build_model
 from models.backbone import NORMS
+from models.inference import prepare_for_inference
 from models.matcher import Targets
 from tests.golden import recipe
 from tests.helpers import BATCHFORMER, SMALL_MODEL
@@ -310,3 +311,29 @@ def test_full_precision_ends_where_it_says():
         torch.set_float32_matmul_precision("highest")
     assert widened(x) is x
     assert widened(x.double()).dtype == torch.float64
+
+
+class Calls(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["off", "bf16"])
+@pytest.mark.parametrize("flags", [(), TWO_STAGE, (*BATCHFORMER, "--eval_bf")], ids=" ".join)
+@torch.no_grad()
+def test_a_detector_prepared_for_inference_gives_the_bits_of_evaluation(flags, precision):
+    model, images = build(*flags, "--backbone_norm", "frozen_bn")[0].eval(), batch()[0]
+    counts, outputs = [], []
+    for prepare in (lambda *_: None, prepare_for_inference):
+        prepare(model, precision)
+        with autocast(precision, CPU), Calls() as calls:
+            outputs.append(all_outputs(model(images)))
+        counts.append(calls.names.count("aten::_to_copy" if precision == "bf16" else "aten::mul"))
+    for a, b in zip(*outputs, strict=True):
+        assert torch.equal(a, b)
+    assert counts[1] < counts[0] / 2
