@@ -12,7 +12,7 @@ import pytest
 from tests.helpers import ROOT, run
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SOURCES = ["main.py", "engine.py", "benchmark.py", "models", "datasets", "util", "tools"]
+SOURCES = ["main.py", "engine.py", "benchmark.py", "benchmarks", "models", "datasets", "util", "tools"]
 
 
 def by_name(path: Path) -> str:
