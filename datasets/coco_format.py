@@ -148,6 +148,14 @@ def read_json(path: Path, without: Collection[str] = ()) -> Any:
 # ---- checking
 
 
+def restrict(content: dict[str, Any], image_ids: set[int]) -> dict[str, Any]:
+    """The same annotations for some images only."""
+    return content | {
+        "images": [image for image in content["images"] if image["id"] in image_ids],
+        "annotations": [entry for entry in content["annotations"] if entry["image_id"] in image_ids],
+    }
+
+
 def _check(content: Any, path: Path, **options: bool) -> None:
     for problem in format_problems(content, path, **options):
         raise UserError(problem.message)

@@ -177,12 +177,16 @@ class DeviceBatches:
             left_out += len(errors)
             # None: all images of the batch were left out
             if images is not None:
-                images = images.to(self.device, non_blocking=self.loader.pin_memory)
-                yield images, [self._moved(target) for target in targets]
+                yield self.on_device(images, targets)
         if left_out and not self.replace:
             log.warning(
                 "%d images of this pass were left out; they count as images without detections", left_out
             )
+
+    def on_device(self, images: NestedTensor, targets: list[dict[str, Tensor]]) -> Batch:
+        """A batch of the loader, copied to the device."""
+        images = images.to(self.device, non_blocking=self.loader.pin_memory)
+        return images, [self._moved(target) for target in targets]
 
     def _moved(self, target: dict[str, Tensor]) -> dict[str, Tensor]:
         """A target on the device, except `image_id`, which only the host reads."""

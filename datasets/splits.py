@@ -92,12 +92,16 @@ def open_evaluation_data(config: Config, checkpoint: Mapping[str, Any], source: 
 
 
 def evaluation_loader(
-    dataset: DetectionData, config: Config, device: torch.device, bad_images: BadImages | None = None
+    dataset: DetectionData,
+    config: Config,
+    device: torch.device,
+    bad_images: BadImages | None = None,
+    num_images: int | None = None,
 ) -> DeviceBatches:
-    """The batches of `dataset` that this process evaluates."""
+    """The batches of `dataset`, or of its first `num_images`, that this process evaluates."""
     bad_images = bad_images or BadImages(config.data.on_bad_image, config.data.max_bad_images)
     # without replacement: every image counts once
-    batches = EvalBatches(len(dataset), config.optim.batch_size, rank(), world_size())
+    batches = EvalBatches(num_images or len(dataset), config.optim.batch_size, rank(), world_size())
     return build_loader(
         dataset,
         batches,

@@ -17,7 +17,7 @@ from typing import Any
 # run as a script, Python searches only this folder
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from datasets.coco_format import read_annotations
+from datasets.coco_format import read_annotations, restrict
 from datasets.convert.layout import WAYS, write_split
 from datasets.respell import respell
 from util.config import make_parser
@@ -87,14 +87,6 @@ def choose_images(content: dict[str, Any], count: int, max_objects: int) -> set[
             f"raise --max_objects"
         )
     return set(fitting[:count])
-
-
-def restrict(content: dict[str, Any], image_ids: set[int]) -> dict[str, Any]:
-    """The same annotations for some images only."""
-    return content | {
-        "images": [image for image in content["images"] if image["id"] in image_ids],
-        "annotations": [entry for entry in content["annotations"] if entry["image_id"] in image_ids],
-    }
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -153,16 +153,22 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 def refuse_unknown_to_transformers(config: Config) -> None:
     """Raise UserError for a detector that transformers can't compute."""
+    if unknown := unknown_to_transformers(config):
+        raise UserError(
+            f"transformers has no Deformable DETR with {unknown}: this checkpoint can't be converted"
+        )
+
+
+def unknown_to_transformers(config: Config) -> str:
+    """The flag with which transformers can't compute the detector; "" if it can."""
     scale = config.backbone.position_embedding_scale
     if config.backbone.backbone_norm == "gn":
-        unknown = "--backbone_norm gn (its backbones are normalised by frozen statistics)"
-    elif scale != BackboneConfig.position_embedding_scale:
-        unknown = f"--position_embedding_scale {scale}"
-    elif config.batchformer.eval_bf:
-        unknown = "--eval_bf (nothing that relates the images of a batch)"
-    else:
-        return
-    raise UserError(f"transformers has no Deformable DETR with {unknown}: this checkpoint can't be converted")
+        return "--backbone_norm gn (its backbones are normalised by frozen statistics)"
+    if scale != BackboneConfig.position_embedding_scale:
+        return f"--position_embedding_scale {scale}"
+    if config.batchformer.eval_bf:
+        return "--eval_bf (nothing that relates the images of a batch)"
+    return ""
 
 
 def json_of(config: Config, classes: ClassMap | None, num_classes: int) -> dict[str, Any]:

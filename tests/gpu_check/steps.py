@@ -130,7 +130,7 @@ TIMINGS = (
         "training step, TF32",
         25,
         35,
-        "env TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 " + TRAIN_STEP,
+        TRAIN_STEP + " --float32_matmul high",
         BENCHMARK_LINES,
         DETECTOR,
     ),

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -48,9 +48,7 @@ def plot_run(logs: Mapping[str, Sequence[Row]], output: str | Path) -> None:
     # Matplotlib's own messages would not say what to do.
     if not any(logs.values()):
         raise UserError("there is nothing to plot: no run has a row")
-    output, known = Path(output), FigureCanvasAgg.get_supported_filetypes()
-    if output.suffix.lower().lstrip(".") not in known:
-        raise UserError(f"{output} must end in one of {', '.join('.' + suffix for suffix in sorted(known))}")
+    check_format(output)
 
     # The legend has as many columns as fit with the longest name.
     names, colors = [_legend_name(name) for name in logs], run_colors(len(logs))
@@ -64,6 +62,43 @@ def plot_run(logs: Mapping[str, Sequence[Row]], output: str | Path) -> None:
             _draw_panel(axes, panel, curves_of(panel, list(logs.values())), colors)
         samples = [Line2D([], [], color=color, linewidth=3) for color in colors]
         figure.legend(samples, names, loc="outside upper center", ncols=columns)
+        figure.savefig(output)
+
+
+def check_format(output: str | Path) -> None:
+    """Raise UserError if matplotlib does not know the suffix of a picture."""
+    known = FigureCanvasAgg.get_supported_filetypes()
+    if Path(output).suffix.lower().lstrip(".") not in known:
+        raise UserError(f"{output} must end in one of {', '.join('.' + suffix for suffix in sorted(known))}")
+
+
+class Chart(NamedTuple):
+    """Lines over one axis. lines: name in the legend -> x, y."""
+
+    title: str
+    axis: str
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+
+
+def plot_charts(charts: Sequence[Chart], output: str | Path) -> None:
+    """Draw charts in rows of two into a picture. Raises as `plot_run` does."""
+    check_format(output)
+    rows = math.ceil(len(charts) / 2)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(11, 3.6 * rows), layout="constrained")
+        places = figure.subplots(rows, 2, squeeze=False).flat
+        for chart, axes in zip(charts, places, strict=False):
+            for color, (name, (x, y)) in zip(run_colors(len(chart.lines)), chart.lines.items(), strict=True):
+                axes.plot(x, y, color=color, marker="o", label=name)
+                axes.set_xticks(x)
+            axes.set(title=chart.title, xlabel=chart.axis)
+            # the ratio of two values must show
+            axes.set_ylim(0, 1.05 * max(max(y) for _, y in chart.lines.values()))
+            if len(chart.lines) > 1:
+                axes.legend()
+        # an odd number leaves a place over
+        for axes in places:
+            axes.set_axis_off()
         figure.savefig(output)
 
 
