@@ -35,7 +35,7 @@ from util.optim import build_schedule
 from util.step.log import StepLog
 from util.step.metrics import published_names
 from util.step.not_finite import FiniteWatch, Targets
-from util.step.precision import autocast
+from util.step.precision import autocast, use_float32_matmul
 from util.step.precision_check import check_precision
 from util.step.progress import Progress, Throughput
 from util.step.transfer import HostCopy
@@ -140,7 +140,7 @@ def build_learner(config: Config, device: torch.device, start: Start, classes: C
         for line in fine_tune(model, config, classes, start.weights, start.source).splitlines():
             log.info("%s", line)
     # Move the model first: the optimiser keeps references to its parameters.
-    check_precision(model.to(device), config.run.amp)
+    move_to_device(model, device, config.run)
 
     updater = build_updater(model, config)
     wrapped: nn.Module = model
@@ -148,6 +148,15 @@ def build_learner(config: Config, device: torch.device, start: Start, classes: C
         wrapped = data_parallel(model, config, device)
     schedule = build_schedule(updater.optimizer, config)
     return Learner(model, wrapped, criterion, postprocessors, updater, schedule)
+
+
+def move_to_device(model: nn.Module, device: torch.device, run: RunConfig) -> None:
+    """Move a detector where products have the precision of --amp and --float32_matmul.
+
+    Raises UserError if the device does not have it.
+    """
+    use_float32_matmul(run.float32_matmul, device)
+    check_precision(model.to(device), run.amp)
 
 
 def build_watch(config: Config, learner: Learner) -> FiniteWatch:

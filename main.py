@@ -23,7 +23,15 @@ from torch import nn
 
 from datasets.splits import TrainingData, evaluation_loader, open_evaluation_data, open_training_data
 from datasets.workers import end_workers
-from engine import Learner, build_learner, build_watch, check_operator, evaluate, train_one_epoch
+from engine import (
+    Learner,
+    build_learner,
+    build_watch,
+    check_operator,
+    evaluate,
+    move_to_device,
+    train_one_epoch,
+)
 from models import build_model
 from models.weights import adopt, find_start, load_checkpoint, read_trained
 from util.distributed import (
@@ -56,8 +64,6 @@ from util.run.tensorboard import Board, check_tensorboard, detection_pictures
 from util.step.deterministic import explaining_refusals, make_deterministic
 from util.step.log import StepLog
 from util.step.metrics import EpochSums
-from util.step.precision import use_float32_matmul
-from util.step.precision_check import check_precision
 from util.step.random_state import RandomGenerators, seed_everything
 
 log = logging.getLogger("main")
@@ -81,7 +87,6 @@ def main(config: Config) -> None:
             start_logging(device)
             seed_everything(config.run.seed + rank())
             check_operator(device)
-            use_float32_matmul(config.run.float32_matmul, device)
             check_tensorboard(config.run.tensorboard)
 
             if config.run.eval:
@@ -111,7 +116,7 @@ def evaluate_checkpoint(config: Config, device: torch.device, folder: RunFolder)
     record_start(folder.path, config, device, {"checkpoint": source}, val=dataset)
 
     model, criterion, postprocessors = build_model(config, pretrained=False)
-    check_precision(model.to(device), config.run.amp)
+    move_to_device(model, device, config.run)
     weights = {"": checkpoint}
     if "ema" in checkpoint:
         # Written to eval_ema.pth and predictions_ema.json.
@@ -253,9 +258,7 @@ class Training:
         # Order and augmentation depend on the epoch.
         data.order.epoch = data.train.epoch = epoch
         data.order.first_image = self.position.images
-        first_step = 0
-        if self.exact:
-            first_step = self.position.images // data.order.images_per_step
+        first_step = self.position.images // data.order.images_per_step if self.exact else 0
         steps = StepLog(
             epoch,
             first_step + len(data.batches),
@@ -324,8 +327,8 @@ class Training:
                 # Buffers are not averaged: copy the model's.
                 averaged.take_buffers()
                 results |= self._evaluate_weights(averaged.model, epoch, "ema_")
-        facts = {"epoch": epoch, "n_parameters": self.learner.num_parameters}
-        line = self.history.finish_epoch(results | facts)
+        results |= {"epoch": epoch, "n_parameters": self.learner.num_parameters}
+        line = self.history.finish_epoch(results)
         self.board.epoch(line)
         self.summary.epoch(line, self.history.best, self.saved)
 
@@ -361,14 +364,12 @@ class Training:
 
     def _save(self, also: list[str] | None = None, must: bool = False) -> str:
         """Write a checkpoint on the main process, and give its path there. Every process must call."""
-        saved = ""
         if not self.config.run.output_dir:
-            return saved
+            return ""
         note("saving after %d images of epoch %d", self.position.images, self.position.epoch)
         # Random states and sums are of each process, so all of them take part.
         content = self.state.gather()
-        if content:
-            saved = self.folder.save(content, self.position, also or [], must=must)
+        saved = self.folder.save(content, self.position, also or [], must=must) if content else ""
         # All processes wait until the file is written.
         broadcast_from_main(None)
         return saved

@@ -15,7 +15,7 @@ import torch
 
 # a script sees only its own folder, not the project
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from engine import training_loss
+from engine import move_to_device, training_loss
 from models import build_model
 from util.checkpoint import load_state, read_checkpoint
 from util.config import Config, make_parser
@@ -23,7 +23,6 @@ from util.distributed.processes import choose_device
 from util.errors import UserError, run_as_command
 from util.nested_tensor import NestedTensor
 from util.step.not_finite import Rerun, run_again
-from util.step.precision_check import check_precision
 from util.step.random_state import set_torch_state
 
 EXAMPLE = "python tools/replay.py exps/run/nonfinite_0003_000120_process0.pth"
@@ -89,7 +88,7 @@ def replay(step: Mapping[str, Any], device: torch.device, source: str) -> Rerun:
     # the weights come from the file
     model, criterion, _ = build_model(config)
     load_state(model, {"model": step["model"]}, source)
-    check_precision(model.to(device).train(), config.run.amp)
+    move_to_device(model.train(), device, config.run)
     # the batch, as the loader would give it
     images = NestedTensor(step["images"], step["mask"]).to(device)
     targets = [{name: value.to(device) for name, value in target.items()} for target in step["targets"]]

@@ -13,6 +13,7 @@ from torch.utils.benchmark import timer  # synchronises with the GPU before it r
 
 from datasets import build_dataset
 from datasets.loader import Batch, collate
+from engine import move_to_device
 from models.build import build_model
 from models.criterion import SetCriterion
 from models.deformable_detr import DeformableDETR
@@ -25,8 +26,7 @@ from util.config import Config, with_classes
 from util.distributed.processes import choose_device
 from util.errors import UserError
 from util.nested_tensor import NestedTensor
-from util.step.precision import autocast, use_float32_matmul
-from util.step.precision_check import check_precision
+from util.step.precision import autocast
 from util.step.updater import build_updater
 
 OBJECTS = 7  # an image of COCO has 7.3 on average
@@ -82,8 +82,7 @@ def build(
     model, criterion, postprocessors = build_model(config)
     if config.run.resume:
         load_weights(model, config.run.resume)
-    check_precision(model.to(device), config.run.amp)
-    use_float32_matmul(config.run.float32_matmul, device)
+    move_to_device(model, device, config.run)
     return model, criterion, postprocessors
 
 
