@@ -18,6 +18,9 @@ from util.box_ops import generalized_iou
 from util.step.precision import full_precision, widened
 from util.step.transfer import to_device, to_host
 
+# queries from which on the search for the cheapest is faster than their copy to the host
+MANY = 2048
+
 
 @dataclass(frozen=True)
 class Targets:
@@ -89,8 +92,12 @@ class HungarianMatcher:
             ]
 
         # one transfer to the host, where SciPy assigns, and one back
-        host = zip(to_host(*costs), groups, strict=True)
-        matched = [_assign(cost.numpy(), targets.counts) for cost, (_, _, targets) in host]
+        given = [_cheapest(cost, targets.counts) for cost, (_, _, targets) in zip(costs, groups, strict=True)]
+        host = iter(to_host(*(tensor for of_group in given for tensor in of_group)))
+        matched = []
+        for of_group, (logits, _, targets) in zip(given, groups, strict=True):
+            arrays = [next(host).numpy() for _ in of_group]
+            matched.append(_assign(*arrays, counts=targets.counts, num_queries=logits.shape[2]))
         flat = torch.from_numpy(np.concatenate([pairs.ravel() for pairs in matched]))
         back = to_device(flat, device).split([pairs.size for pairs in matched])
 
@@ -119,21 +126,57 @@ class HungarianMatcher:
         return positive - negative
 
 
-def _assign(cost_NTQ: np.ndarray, counts: Sequence[int]) -> np.ndarray:
+def _cheapest(cost_NTQ: Tensor, counts: Sequence[int]) -> tuple[Tensor, ...]:
+    """The costs that the assignment needs: of many queries [N, T, P], with their indices behind them.
+
+    Of n targets in an image, each has a best match among its n cheapest queries, because the others
+    can't take all of them. So few of two-stage's 20,000 proposals are copied to the host.
+    """
+    # SciPy refuses NaN; the check of the loss reports it with a diagnosis
+    cost_NTQ = cost_NTQ.nan_to_num(1e6, 1e6, -1e6)
+    if cost_NTQ.shape[-1] <= MANY:
+        return (cost_NTQ,)
+    cheapest = cost_NTQ.topk(min(max(counts, default=0), cost_NTQ.shape[-1]), largest=False)
+    # one type for one copy, exact up to 2**24 queries
+    return cheapest.values, cheapest.indices.to(cost_NTQ.dtype)
+
+
+def _assign(
+    cost_NTP: np.ndarray,
+    query_NTP: np.ndarray | None = None,
+    *,
+    counts: Sequence[int],
+    num_queries: int,
+) -> np.ndarray:
     """The assignment of least cost per output and image.
+
+    Args:
+        query_NTP: the queries of these costs, without it all of them in their order.
 
     Returns:
         [2, N, T'] int64: flat query indices in [N, B, Q], and target indices.
     """
-    num_outputs, _, num_queries = cost_NTQ.shape
-    # SciPy refuses NaN; the check of the loss reports it with a diagnosis
-    cost_NTQ = np.nan_to_num(cost_NTQ, nan=1e6, posinf=1e6, neginf=-1e6)
+    num_outputs = len(cost_NTP)
     starts = np.cumsum([0, *counts])
     pairs = [[np.empty((2, 0), np.int64)] for _ in range(num_outputs)]
     for output in range(num_outputs):
         for image, (start, count) in enumerate(zip(starts, counts, strict=False)):
-            # the columns of the image's targets
-            query, target = linear_sum_assignment(cost_NTQ[output, start : start + count].T)
+            # rows of the image's targets
+            cost = cost_NTP[output, start : start + count]
+            if query_NTP is None:
+                query, target = linear_sum_assignment(cost.T)
+            else:
+                own = query_NTP[output, start : start + count, :count]
+                query, target = _assign_among(cost[:, :count], own)
             offset = (output * len(counts) + image) * num_queries
             pairs[output].append(np.stack([offset + query, start + target]))
     return np.stack([np.concatenate(columns, 1) for columns in pairs], 1)
+
+
+def _assign_among(cost_TP: np.ndarray, query_TP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Queries and targets of the assignment in which each target has one of its P queries."""
+    queries, column = np.unique(query_TP, return_inverse=True)
+    cost = np.full((len(cost_TP), len(queries)), np.inf)
+    np.put_along_axis(cost, column.reshape(query_TP.shape), cost_TP, 1)
+    chosen, target = linear_sum_assignment(cost.T)
+    return queries[chosen].astype(np.int64), target

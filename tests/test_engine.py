@@ -19,7 +19,7 @@ from datasets.coco_eval import evaluate_results
 from datasets.loader import build_loader
 from datasets.samplers import EvalBatches
 from engine import evaluate, train_one_epoch, training_loss
-from models import build_model
+from models import build_model, matcher
 from models.matcher import HungarianMatcher, Targets
 from tests.golden import recipe
 from tests.helpers import BATCHFORMER, SMALL_IMAGES, SMALL_MODEL, write_coco
@@ -223,7 +223,9 @@ def test_a_copy_from_another_than_the_current_gpu_has_arrived_when_it_is_read():
 # ---- matching
 
 
-def test_matching_is_that_of_each_image_by_itself():
+@pytest.mark.parametrize("many", [matcher.MANY, 0])
+def test_matching_is_that_of_each_image_by_itself(many, monkeypatch):
+    monkeypatch.setattr(matcher, "MANY", many)
     generator = torch.Generator().manual_seed(0)
     logits, boxes = (
         torch.randn(3, 2, 9, 5, generator=generator),
@@ -256,7 +258,22 @@ def test_generalized_iou_equals_torchvision():
     torch.testing.assert_close(generalized_iou(a[:, None], b[None]), generalized_box_iou(a, b))
 
 
-def test_matching_survives_nan():
+def test_more_targets_than_queries(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    logits, boxes = torch.randn(2, 2, 3, 5, generator=generator), torch.rand(2, 2, 3, 4, generator=generator)
+    flat = Targets.from_list(recipe.targets([(10, 10)] * 2, [0, 7], num_classes=5))
+    found = []
+    for many in (matcher.MANY, 0):
+        monkeypatch.setattr(matcher, "MANY", many)
+        ((queries, targets),) = HungarianMatcher(2, 5, 2)([(logits, boxes, flat)])
+        assert queries.tolist() == [[3, 4, 5], [9, 10, 11]]
+        found.append(targets.tolist())
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("many", [matcher.MANY, 0])
+def test_matching_survives_nan(many, monkeypatch):
+    monkeypatch.setattr(matcher, "MANY", many)
     logits, boxes = torch.full((1, 1, 4, 3), float("nan")), torch.full((1, 1, 4, 4), float("nan"))
     flat = Targets.from_list(recipe.targets([(10, 10)], [2], num_classes=3))
     ((queries, _),) = HungarianMatcher(2, 5, 2)([(logits, boxes, flat)])
