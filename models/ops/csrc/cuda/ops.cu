@@ -91,10 +91,11 @@ class Launcher {
   }
 
   template <class... Parameters, class... Arguments>
-  void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads, Arguments... arguments) const {
+  void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes,
+                  Arguments... arguments) const {
     if (blocks == 0) return;
     STD_TORCH_CHECK(blocks <= std::numeric_limits<int>::max(), "too many queries for one call: ", blocks, " blocks");
-    kernel<<<static_cast<unsigned>(blocks), threads, 0, stream_>>>(arguments...);
+    kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream_>>>(arguments...);
     check_launch(cudaGetLastError());
   }
 

@@ -23,6 +23,9 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kMaxLevels = 32;
 
 template <class T>
+constexpr int kVector = 16 / sizeof(T);  // channels in a 16-byte load
+
+template <class T>
 struct Accumulator {
   using type = float;
 };
@@ -56,7 +59,8 @@ struct Row {
   bool warp_is_idle;  // no team of this warp has a valid row
 };
 
-__device__ __forceinline__ Row find_row(const Geometry& geometry, const Teams& teams) {
+template <class G>
+__device__ __forceinline__ Row find_row(const G& geometry, const Teams& teams) {
   // One 32-bit division finds the image, whatever the batch; heads are next to each other, as they are in memory.
   const int image = blockIdx.x / teams.blocks;
   const int first = (blockIdx.x - image * teams.blocks) * (blockDim.x / teams.size);
@@ -131,11 +135,16 @@ __device__ __forceinline__ X* pixels_on(X* base, int token, int pixel_stride) {
   return reinterpret_cast<X*>(reinterpret_cast<Byte*>(base) + wide_product(static_cast<uint32_t>(token), stride));
 }
 
+template <int V, class T>
+__device__ __forceinline__ Pack<T, V> load(const T* from) {
+  return *reinterpret_cast<const Pack<T, V>*>(from);
+}
+
 /// Zeros, without a look at the memory, where `condition` does not hold.
 template <int V, class T>
 __device__ __forceinline__ Pack<T, V> load(const T* from, bool condition) {
   Pack<T, V> pack{};
-  if (condition) pack = *reinterpret_cast<const Pack<T, V>*>(from);
+  if (condition) pack = load<V>(from);
   return pack;
 }
 
@@ -148,6 +157,14 @@ __device__ __forceinline__ void store(T* to, const A (&x)[V]) {
   std::memcpy(&pack, converted, sizeof pack);
   *reinterpret_cast<Pack<T, V>*>(to) = pack;
 }
+
+#ifdef __CUDACC__
+/// The block's shared memory, of the size that the launch says.
+__device__ __forceinline__ void* shared_memory() {
+  extern __shared__ float4 memory[];
+  return memory;
+}
+#endif
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 #define DEFORMABLE_VECTOR_ATOMICS
@@ -237,9 +254,11 @@ struct Located {
   const A* weights;
   bool in_pixels;  // locations are Point's x and y, else in [0, 1] of the level
 
-  __device__ void begin(const Row&, const Geometry&, int, int) {}
+  template <class G>
+  __device__ void begin(const Row&, const G&, int, int) {}
 
-  __device__ __forceinline__ Point<A> point(const Row& row, const Geometry& geometry, int i, int level) const {
+  template <class G>
+  __device__ __forceinline__ Point<A> point(const Row& row, const G& geometry, int i, int level) const {
     const int64_t at = row.index * geometry.samples() + i;
     return place(locations[2 * at], locations[2 * at + 1], weights[at], geometry, level);
   }
@@ -263,23 +282,28 @@ struct Raw {
   int coordinates;       // 2: x, y; 4: x, y, width, height
   A maximum, normalize;  // of the row's softmax, set by begin()
 
-  __device__ __forceinline__ A logit(const Row& row, const Geometry& geometry, int i) const {
+  template <class G>
+  __device__ __forceinline__ A logit(const Row& row, const G& geometry, int i) const {
     return static_cast<A>(logits[row.index * geometry.samples() + i]);
   }
 
-  __device__ __forceinline__ void begin(const Row& row, const Geometry& geometry, int lane, int size) {
+  template <class G>
+  __device__ __forceinline__ void begin(const Row& row, const G& geometry, int lane, int size) {
     maximum = -INFINITY;
-    for (int i = lane; i < geometry.samples(); i += size) {
-      const A x = logit(row, geometry, i);
+    for (int first = 0; first < geometry.samples(); first += size) {
+      const A x = first + lane < geometry.samples() ? logit(row, geometry, first + lane) : maximum;
       maximum = x > maximum ? x : maximum;
     }
     maximum = team_max(maximum, size);
     A sum = 0;
-    for (int i = lane; i < geometry.samples(); i += size) sum += std::exp(logit(row, geometry, i) - maximum);
+    for (int first = 0; first < geometry.samples(); first += size) {
+      if (first + lane < geometry.samples()) sum += std::exp(logit(row, geometry, first + lane) - maximum);
+    }
     normalize = 1 / team_sum(sum, size);
   }
 
-  __device__ __forceinline__ Point<A> point(const Row& row, const Geometry& geometry, int i, int level) const {
+  template <class G>
+  __device__ __forceinline__ Point<A> point(const Row& row, const G& geometry, int i, int level) const {
     const int64_t at = row.index * geometry.samples() + i;
     const int64_t query = static_cast<int64_t>(row.image) * geometry.queries + row.query;
     const A* around = reference + (query * geometry.levels + level) * coordinates;
@@ -294,9 +318,8 @@ struct Raw {
 };
 
 /// Sample i of a row; nothing behind the last one.
-template <class A, class Source>
-__device__ __forceinline__ Sample<A> take_sample(const Source& source, const Row& row, const Geometry& geometry,
-                                                 int i) {
+template <class A, class Source, class G>
+__device__ __forceinline__ Sample<A> take_sample(const Source& source, const Row& row, const G& geometry, int i) {
   if (i >= geometry.samples()) return {};
   const int level = static_cast<unsigned>(i) / static_cast<unsigned>(geometry.points);
   return find_corners(source.point(row, geometry, i, level), geometry, level);
