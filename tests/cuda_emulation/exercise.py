@@ -32,7 +32,8 @@ def exercise(ops: EmulatedOps, case: Case) -> None:
         for coordinates, raw_dtype in ((2, case.dtype), (4, accumulator(case.dtype))):
             grad, value, *raw = case.raw(coordinates, raw_dtype)
             ops.fused_forward(value, case.shapes, *raw)
-            ops.fused_backward(grad, value, case.shapes, *raw, deterministic)
+            for needs_reference in (False, True):
+                ops.fused_backward(grad, value, case.shapes, *raw, needs_reference, deterministic)
 
 
 if __name__ == "__main__":

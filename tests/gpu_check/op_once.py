@@ -1,6 +1,6 @@
 """Three calls of the encoder's fused operator, forward and backward, for Nsight Compute.
 
-    ncu -k regex:'^(forward|backward)_kernel$' python -m tests.gpu_check.op_once
+    ncu -k regex:'(forward|backward)_kernel$' python -m tests.gpu_check.op_once
 
 It calls the kernels directly: otherwise the comparison with the reference would be profiled too.
 """

@@ -85,6 +85,21 @@ void forward(const Launch& launch, const T* value, const Source& source, T* out,
   });
 }
 
+/// Can published_backward run, with sums aligned as torch's memory is?
+template <class T>
+bool is_published_backward(const Geometry& geometry, const T* grad, const T* value) {
+  return is_published<Accumulate<T>>(geometry) && fits_vectors<T>(geometry.channels, {grad, value});
+}
+
+/// All gradients of `source` but that of reference points, in one kernel; sums in grad_value, which must be zero before.
+template <class T, class Source, class U, class Launch>
+void published_backward(const Launch& launch, const T* grad, const T* value, const Source& source,
+                        Accumulate<T>* grad_value, const PointGradients<U>& grads, int64_t images,
+                        const Geometry& geometry) {
+  launch_rows(launch, published_backward_kernel<T, Source, U>, kPublishedTeam<T>, kBackwardThreads,
+              Slots<Accumulate<T>>::kBytes, images, PublishedGeometry{geometry}, grad, value, source, grad_value, grads);
+}
+
 /// Gradients of locations and weights; sums in grad_value, which must be zero before, unless it is null.
 template <class T, class Launch>
 void backward(const Launch& launch, const T* grad, const T* value, const Located<Accumulate<T>>& source,
@@ -92,6 +107,9 @@ void backward(const Launch& launch, const T* grad, const T* value, const Located
               const Geometry& geometry) {
   constexpr int V = kVector<T>;
   const int channels = geometry.channels;
+  if (grad_value && is_published_backward(geometry, grad, value)) {
+    return published_backward(launch, grad, value, source, grad_value, grads, images, geometry);
+  }
   const auto run = [&](auto kernel, int team) {
     launch_rows(launch, kernel, team, kBackwardThreads, 0, images, geometry, grad, value, source, grad_value, grads);
   };
@@ -133,12 +151,14 @@ void locate(const Launch& launch, const Raw<A, U>& source, A* pixels, A* weights
               pixels, weights);
 }
 
-/// What `backward` found for pixels and weights -> the gradients of reference points, offsets and logits.
+/// What `backward` found for pixels and weights -> the gradients of offsets, logits and, unless it is null, reference
+/// points.
 template <class A, class U, class Launch>
 void raw_gradients(const Launch& launch, const Raw<A, U>& source, const A* weights, const PointGradients<A>& grads,
                    A* grad_reference, U* grad_offsets, U* grad_logits, int64_t images, const Geometry& geometry) {
   launch_rows(launch, raw_gradient_kernel<A, U>, team_for(geometry.samples()), kThreads, 0, images, geometry, source,
               weights, grads, grad_offsets, grad_logits);
+  if (!grad_reference) return;
   const int64_t threads = images * geometry.queries * geometry.levels * 2;
   launch(reference_gradient_kernel<A, U>, (threads + kThreads - 1) / kThreads, kThreads, 0, source,
          grads.locations, grad_reference, threads, geometry);

@@ -149,6 +149,12 @@ __device__ __forceinline__ Pack<T, V> load(const T* from, bool condition) {
 }
 
 template <int V, class T, class A>
+__device__ __forceinline__ void unpack(A (&x)[V], const Pack<T, V>& pack) {
+#pragma unroll
+  for (int v = 0; v < V; ++v) x[v] = pack.template get<A>(v);
+}
+
+template <int V, class T, class A>
 __device__ __forceinline__ void store(T* to, const A (&x)[V]) {
   T converted[V];
 #pragma unroll
@@ -170,20 +176,24 @@ __device__ __forceinline__ void* shared_memory() {
 #define DEFORMABLE_VECTOR_ATOMICS
 #endif
 
-/// to[v] += x[v], 16 bytes of float32 at a time where the architecture can.
+/// Numbers that one atomic addition takes, of V: 16 bytes of float32 where the architecture can.
 ///
 /// There are packed bfloat16 and float16 atomics too. They round the sum after each addition, and a pixel of a coarse
 /// level takes thousands: gradients of these types are summed in float32 and converted at the end.
+#ifdef DEFORMABLE_VECTOR_ATOMICS
+template <class A, int V>
+constexpr int kAtomic = V % 4 == 0 && sizeof(A) == sizeof(float) ? 4 : 1;
+#else
+template <class A, int V>
+constexpr int kAtomic = 1;
+#endif
+
+/// to[v] += x[v]
 template <int V, class A>
 __device__ __forceinline__ void atomic_add(A* to, const A (&x)[V]) {
-#ifdef DEFORMABLE_VECTOR_ATOMICS
-  constexpr int kStep = V % 4 == 0 && sizeof(A) == sizeof(float) ? 4 : 1;
-#else
-  constexpr int kStep = 1;
-#endif
 #pragma unroll
-  for (int v = 0; v < V; v += kStep) {
-    if constexpr (kStep == 4) {
+  for (int v = 0; v < V; v += kAtomic<A, V>) {
+    if constexpr (kAtomic<A, V> == 4) {
       atomicAdd(reinterpret_cast<float4*>(to + v), make_float4(x[v], x[v + 1], x[v + 2], x[v + 3]));
     } else {
       atomicAdd(to + v, x[v]);
@@ -250,6 +260,7 @@ __device__ __forceinline__ Sample<A> from_lane(const Sample<A>& mine, int lane, 
 /// Locations [B, Q, M, L, P, 2] and weights [B, Q, M, L, P] as they are given.
 template <class A>
 struct Located {
+  static constexpr bool kSoftmax = false;
   const A* locations;
   const A* weights;
   bool in_pixels;  // locations are Point's x and y, else in [0, 1] of the level
@@ -268,14 +279,20 @@ struct Located {
     return {x * geometry.width[level] - A(0.5), y * geometry.height[level] - A(0.5), weight};
   }
 
-  /// d x of the point / d x of the location
-  __device__ A scale(int size) const { return in_pixels ? A(1) : A(size); }
+  /// Turns the gradient of a point's x, y into that of its location.
+  template <class G>
+  __device__ __forceinline__ void through_point(A& x, A& y, const Row&, const G& geometry, int level) const {
+    if (in_pixels) return;
+    x *= geometry.width[level];
+    y *= geometry.height[level];
+  }
 };
 
 /// Reference points [B, Q, L, 2 or 4], offsets [B, Q, M, L, P, 2] and logits [B, Q, M, L, P]: locations and softmax are
 /// worked out on the way and never stored.
 template <class A, class U>
 struct Raw {
+  static constexpr bool kSoftmax = true;
   const A* reference;
   const U* offsets;
   const U* logits;
@@ -305,8 +322,7 @@ struct Raw {
   template <class G>
   __device__ __forceinline__ Point<A> point(const Row& row, const G& geometry, int i, int level) const {
     const int64_t at = row.index * geometry.samples() + i;
-    const int64_t query = static_cast<int64_t>(row.image) * geometry.queries + row.query;
-    const A* around = reference + (query * geometry.levels + level) * coordinates;
+    const A* around = reference_of(row, geometry, level);
     const A weight = std::exp(logit(row, geometry, i) - maximum) * normalize;
     const A x = static_cast<A>(offsets[2 * at]), y = static_cast<A>(offsets[2 * at + 1]);
     const int width = geometry.width[level], height = geometry.height[level];
@@ -314,6 +330,21 @@ struct Raw {
     const A part = A(0.5) / geometry.points;  // offsets are in half boxes, divided among the points
     return {(around[0] + x * part * around[2]) * width - A(0.5), (around[1] + y * part * around[3]) * height - A(0.5),
             weight};
+  }
+
+  /// Turns the gradient of a point's x, y into that of its offset.
+  template <class G>
+  __device__ __forceinline__ void through_point(A& x, A& y, const Row& row, const G& geometry, int level) const {
+    if (coordinates == 2) return;
+    const A* box = reference_of(row, geometry, level);
+    x *= geometry.width[level] * (A(0.5) / geometry.points) * box[2];
+    y *= geometry.height[level] * (A(0.5) / geometry.points) * box[3];
+  }
+
+  template <class G>
+  __device__ __forceinline__ const A* reference_of(const Row& row, const G& geometry, int level) const {
+    const int64_t query = static_cast<int64_t>(row.image) * geometry.queries + row.query;
+    return reference + (query * geometry.levels + level) * coordinates;
   }
 };
 
