@@ -247,3 +247,11 @@ def test_the_cuda_source_compiles_without_warnings_and_spills(copy):
         held = run(listing, "--list-elf", "--list-ptx", str(copy / "_cuda.so")).stdout
         for architecture in ("sm_80", "sm_90", "ptx"):
             assert architecture in held, held
+        count = [sys.executable, str(ROOT / "tools/dev/count_instructions.py"), str(copy / "_cuda.so")]
+        counted = run(*count, env={"PATH": f"{record['toolkit']}/bin:{os.environ['PATH']}"})
+        # docs/ops.md has the numbers of nvcc 13.0
+        assert (
+            700
+            < int(re.search(r"(\d+) a warp.*published_forward_kernel<float, Raw", counted.stdout)[1])
+            < 1200
+        )

@@ -155,8 +155,10 @@ __device__ __forceinline__ void put_slopes(const PointGradients<A>& grads, const
 
 /// grad [B, Q, M * D] -> the gradients of locations and weights and, unless grad_value is null, atomic sums in the
 /// zeroed grad_value [B, S, M, D].
+///
+/// ptxas chooses the registers, except for float64, where for sm_80 it would take too few and keep some in memory.
 template <class T, int V, int kChannels>
-__global__ void __launch_bounds__(kBackwardThreads, std::is_same_v<T, double> ? 2 : 1)
+__global__ void __launch_bounds__(kBackwardThreads, std::is_same_v<T, double> ? 2 : 0)
     backward_kernel(const T* __restrict__ grad, const T* __restrict__ value, Located<Accumulate<T>> source,
                     Accumulate<T>* __restrict__ grad_value, PointGradients<Accumulate<T>> grads, Teams teams,
                     const __grid_constant__ Geometry geometry) {

@@ -91,13 +91,15 @@ bool is_published_backward(const Geometry& geometry, const T* grad, const T* val
   return is_published<Accumulate<T>>(geometry) && fits_vectors<T>(geometry.channels, {grad, value});
 }
 
-/// All gradients of `source` but that of reference points, in one kernel; sums in grad_value, which must be zero before.
+/// All gradients of `source` but that of reference points, in one kernel; sums in grad_value, which must be zero
+/// before.
 template <class T, class Source, class U, class Launch>
 void published_backward(const Launch& launch, const T* grad, const T* value, const Source& source,
                         Accumulate<T>* grad_value, const PointGradients<U>& grads, int64_t images,
                         const Geometry& geometry) {
   launch_rows(launch, published_backward_kernel<T, Source, U>, kPublishedTeam<T>, kBackwardThreads,
-              Slots<Accumulate<T>>::kBytes, images, PublishedGeometry{geometry}, grad, value, source, grad_value, grads);
+              Slots<Accumulate<T>>::kBytes, images, PublishedGeometry{geometry}, grad, value, source, grad_value,
+              grads);
 }
 
 /// Gradients of locations and weights; sums in grad_value, which must be zero before, unless it is null.

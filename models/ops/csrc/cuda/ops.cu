@@ -242,8 +242,8 @@ Tensor fused_forward_op(const Tensor& value, Shapes shapes, const Tensor& refere
   return out;
 }
 
-/// For other sizes than the published, in a fixed order, or with a gradient for the reference points, points and weights
-/// are worked out once more into memory that lives for this call: more than one kernel reads them.
+/// One kernel for the published sizes. For others, in a fixed order, or with a gradient for the reference points,
+/// points and weights are worked out once more into memory that lives for this call: more than one kernel reads them.
 template <class T, class U>
 std::tuple<Tensor, Tensor, Tensor, Tensor> run_fused_backward(const Tensor& grad, const Tensor& value,
                                                               const Tensor& reference, const Tensor& offsets,
@@ -289,7 +289,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_backward_op(const Tensor& grad,
     using T = TypeOf<decltype(tag)>;
     with_raw_type<T>(offsets.scalar_type(), [&](auto raw_tag) {
       using U = TypeOf<decltype(raw_tag)>;
-      grads = run_fused_backward<T, U>(grad, value, reference, offsets, logits, needs_reference, deterministic, geometry);
+      grads = run_fused_backward<T, U>(grad, value, reference, offsets, logits, needs_reference, deterministic,
+                                       geometry);
     });
   });
   return grads;

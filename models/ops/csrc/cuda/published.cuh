@@ -1,16 +1,17 @@
 // The kernels for the published layer: 8 heads of 32 channels, 4 levels of 4 points. They do what the kernels of
-// kernels.cuh do for any sizes, in less than half of the instructions.
+// kernels.cuh do for any sizes, with fewer instructions (docs/ops.md has the counts).
 //
 // The lane that works out a sample leaves in shared memory what its team needs of it. Where the sample's pixels lie in
-// the map in all rows of the warp, loads need no condition; other samples take the functions of kernels.cuh. So the last
-// bits of a row can depend on the rows beside it, and are the same each time for the same inputs.
+// the map in all rows of the warp, loads need no condition; other samples take the functions of kernels.cuh. So the
+// last bits of a row can depend on the rows beside it. They are the same each time for the same inputs.
 #pragma once
 
 #include "kernels.cuh"
 
 namespace deformable {
 
-/// The compiler knows all sizes but those of the images, so addresses, divisions and loops cost little.
+/// The compiler knows all sizes but those of the images, so addresses, divisions and loops cost little. The constants
+/// hide the numbers of the same names in Geometry.
 struct PublishedGeometry : Geometry {
   static constexpr int heads = 8, channels = 32, levels = 4, points = 4;
   __host__ __device__ static constexpr int samples() { return levels * points; }
@@ -79,13 +80,14 @@ __device__ __forceinline__ X* map_of(X* values, const Row& row, const PublishedG
 
 // ---- forward -------------------------------------------------------------------------------------------------------
 
+/// As forward_kernel.
 template <class T, class Source>
 __global__ void __launch_bounds__(kForwardThreads, 2)
     published_forward_kernel(const T* __restrict__ value, Source source, T* __restrict__ out, Teams teams,
                              const __grid_constant__ PublishedGeometry geometry) {
   using A = Accumulate<T>;
   constexpr int V = kVector<T>, size = kPublishedTeam<T>;
-  // Samples whose loads are on their way together; where channels or sums are wide, there are registers for one.
+  // Samples whose loads are on their way together. 8 channels, or sums in float64, leave registers for one.
   constexpr int kAhead = std::is_same_v<T, float> ? 2 : 1;
   constexpr unsigned kGroup = (1u << kAhead) - 1;
   const int lane = threadIdx.x % size, team = threadIdx.x - lane, channel = lane * V;
@@ -96,7 +98,7 @@ __global__ void __launch_bounds__(kForwardThreads, 2)
   const Slots<A> slots;
 
   A total[V] = {};
-#pragma unroll 1  // the code of both turns would not fit the instruction cache
+#pragma unroll 1  // one copy of this long code is enough for the instruction cache
   for (int first = 0; first < geometry.samples(); first += size) {
     const Sample<A> mine = take_sample<A>(source, row, geometry, first + lane);
     slots.put(mine, geometry.pixel_stride() * sizeof(T));
@@ -134,8 +136,8 @@ __global__ void __launch_bounds__(kForwardThreads, 2)
 
 /// dot[j][k] of each lane, summed over the team; lane i is left with those of sample j = i % 2 in dot[0].
 ///
-/// The first exchange halves what a lane cares for: fewer shuffles than sums of both samples for all lanes. Four samples
-/// at a time would save more of them, but there are no registers for that.
+/// The first exchange halves what a lane cares for: fewer shuffles than sums of both samples for all lanes. Four
+/// samples at a time would save more of them, but there are no registers for that.
 template <int size, class A>
 __device__ __forceinline__ void sum_for_owners(A (&dot)[2][4], int lane) {
   const bool odd = lane % 2;
@@ -184,10 +186,14 @@ struct Added {
   }
 };
 
-/// Gradients of all that the source is made of, and sums in grad_value, which must be zero before. Nothing is stored in
-/// between.
+/// Blocks that a multiprocessor has registers for, without keeping some in memory.
+template <class T>
+constexpr int kBackwardBlocks = std::is_same_v<T, float> ? 4 : std::is_same_v<T, double> ? 2 : 3;
+
+/// Gradients of locations and weights, or of offsets and logits, and sums in grad_value, which must be zero before.
+/// Nothing is stored in between.
 template <class T, class Source, class U>
-__global__ void __launch_bounds__(kBackwardThreads, std::is_same_v<T, float> ? 4 : std::is_same_v<T, double> ? 2 : 3)
+__global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<T>)
     published_backward_kernel(const T* __restrict__ grad, const T* __restrict__ value, Source source,
                               Accumulate<T>* __restrict__ grad_value, PointGradients<U> grads, Teams teams,
                               const __grid_constant__ PublishedGeometry geometry) {
@@ -207,7 +213,7 @@ __global__ void __launch_bounds__(kBackwardThreads, std::is_same_v<T, float> ? 4
   const Slots<A> slots;
 
   A weights[kTurns] = {}, weight_slopes[kTurns] = {};  // of this lane's samples
-#pragma unroll 1  // the code of all turns would not fit the instruction cache
+#pragma unroll 1  // one copy of this long code is enough for the instruction cache
   for (int turn = 0; turn < kTurns; ++turn) {
     const int i = turn * size + lane;
     const Sample<A> mine = take_sample<A>(source, row, geometry, i);
