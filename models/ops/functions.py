@@ -302,7 +302,7 @@ def _gradient_by(name: str, skips_reference: bool) -> Callable:
     def gradient(ctx, grad: Tensor):
         value, *tensors = ctx.saved_tensors
         needed = ctx.needs_input_grad[2 : 2 + len(tensors)]
-        # in a detector most reference points are constants or detached
+        # those of an encoder are constants
         flags = needed[:1] if skips_reference else ()
         run = getattr(torch.ops.deformable, name)
         grad_value, *grads = run(grad, value, ctx.shapes, *tensors, ctx.backend, *flags)

@@ -27,7 +27,7 @@ def main() -> None:
     # the first launches of a process are slower
     for _ in range(3):
         compiled.fused_forward(value, load.shapes, *points)
-        # as in most calls of a training step
+        # as in the encoder
         compiled.fused_backward(grad, value, load.shapes, *points, needs_reference=False)
     if device == "cuda":
         torch.cuda.synchronize()
