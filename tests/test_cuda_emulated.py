@@ -4,6 +4,7 @@ without a GPU.
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 import shutil
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from tests.cuda_emulation import cases
-from tests.cuda_emulation.cases import POWERS_OF_TWO, Case
+from tests.cuda_emulation.cases import POWERS_OF_TWO, PUBLISHED, Case
 from tests.cuda_emulation.ops import TYPES, EmulatedOps, accumulator, build
 from tests.helpers import ROOT
 
@@ -76,10 +77,12 @@ def check_raw(ops, case, coordinates, raw_dtype) -> None:
         out, cases.fused_forward(value.double(), case.shapes, *(x.double() for x in raw)), case.dtype
     )
     wanted = cases.gradients(cases.fused_forward, grad, value, case.shapes, *raw)
-    for deterministic in (False, True):
-        grads = ops.fused_backward(grad, value, case.shapes, *raw, deterministic)
+    for needs_reference, deterministic in itertools.product((False, True), repeat=2):
+        grads = ops.fused_backward(grad, value, case.shapes, *raw, needs_reference, deterministic)
+        assert needs_reference or not grads[1].numel()
         for ours, theirs in zip(grads, wanted, strict=True):
-            assert_close(ours, theirs, case.dtype)
+            if ours.numel():
+                assert_close(ours, theirs, case.dtype)
 
 
 @pytest.mark.parametrize("channels", CHANNELS)
@@ -107,6 +110,23 @@ def test_boxes_and_raw_inputs_in_the_type_of_arithmetic(ops, channels, dtype):
     check_raw(ops, case, 4, dtype)
     check_raw(ops, case, 4, accumulator(dtype))
     check_raw(ops, case, 2, accumulator(dtype))
+
+
+@pytest.mark.parametrize("inside", ["all", "most", "few"])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_the_published_layer(ops, dtype, inside):
+    """Rows of a warp whose samples all have four pixels in the map, and others."""
+    case = PUBLISHED.with_type(dtype)
+    grad, value, locations, weights = case.located()
+    if inside != "few":
+        locations = 0.2 + 0.6 * locations.clamp(0, 1)  # all four pixels of the smallest level are there
+    if inside == "most":
+        locations.view(-1)[::29] = torch.tensor([0.0, -2.0, 0.93, NAN, INF]).repeat(200)[
+            : -(-locations.numel() // 29)
+        ]
+    check_located(ops, case, grad, value, locations, weights)
+    check_raw(ops, case, 2, dtype)
+    check_raw(ops, case, 4, accumulator(dtype))
 
 
 @pytest.mark.parametrize("empty", ["batch", "queries", "heads"])
@@ -144,8 +164,8 @@ def test_locations_that_are_no_numbers_are_outside(ops):
 
 @pytest.mark.parametrize("bad", [NAN, INF])
 @pytest.mark.parametrize("where", [0.5, 4.0], ids=["inside", "outside"])
-def test_weights_that_are_no_numbers_show(ops, bad, where):
-    case = Case(channels=32)
+@pytest.mark.parametrize("case", [Case(channels=32), PUBLISHED], ids=str)
+def test_weights_that_are_no_numbers_show(ops, case, bad, where):
     grad, value, locations, weights = case.located()
     weights[0, 0, 0, 0, 0], locations[0, 0, 0, 0, 0] = bad, where
     out = ops.forward(value, case.shapes, locations, weights)
@@ -162,17 +182,24 @@ def test_weights_that_are_no_numbers_show(ops, bad, where):
             assert_close(ours.nan_to_num(NAN, NAN, NAN), theirs.nan_to_num(NAN, NAN, NAN), case.dtype)
 
 
-@pytest.mark.parametrize("channels", [7, 32])
-def test_pixels_that_are_no_numbers_stay_where_they_are(ops, channels):
-    """Level 1 and image 1 are NaN; nothing samples them, though points lie on the very border to
-    them.
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(shapes=POWERS_OF_TWO, channels=7, points=4),
+        Case(shapes=POWERS_OF_TWO, channels=32, points=4),
+        replace(PUBLISHED, shapes=[*POWERS_OF_TWO, (1, 1), (3, 3)]),
+    ],
+    ids=str,
+)
+def test_pixels_that_are_no_numbers_stay_where_they_are(ops, case):
+    """All levels but the first, and image 1, are NaN; nothing samples them, though points lie on the
+    very border to them.
     """
-    case = Case(shapes=POWERS_OF_TWO, channels=channels, points=4)
     grad, value, locations, weights = case.located()
     height, width = case.shapes[0]
     corners = [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0)]
     locations[:, :, :, 0] = torch.tensor(corners)
-    locations[:, :, :, 1] = -1.0
+    locations[:, :, :, 1:] = -1.0
     locations[1] = -1.0
     value[:, height * width :], value[1] = NAN, NAN
     assert ops.forward(value, case.shapes, locations, weights).isfinite().all()
@@ -181,8 +208,8 @@ def test_pixels_that_are_no_numbers_stay_where_they_are(ops, channels):
             assert grad_input.isfinite().all()
 
 
-def test_gradient_that_is_no_number_keeps_to_what_was_sampled(ops):
-    case = Case(channels=32)
+@pytest.mark.parametrize("case", [Case(channels=32), PUBLISHED], ids=str)
+def test_gradient_that_is_no_number_keeps_to_what_was_sampled(ops, case):
     grad, value, locations, weights = case.located()
     grad[0, 0], locations[0, 0] = NAN, 4.0
     for deterministic in (False, True):
@@ -208,16 +235,20 @@ def test_unaligned_arrays_take_the_scalar_path(ops):
     check_located(ops, case, *shifted)
 
 
-def test_offsets_beyond_32_bits(ops):
+@pytest.mark.parametrize("published", [False, True])
+def test_offsets_beyond_32_bits(ops, published):
     """The last pixels of 2.2e9 elements; memory that is not touched costs nothing."""
-    heads, channels, side = 2, 32, 5872
-    count = side * side * heads * channels
-    assert count > 2**31
-    memory = mmap.mmap(-1, 2 * count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    value = torch.frombuffer(memory, dtype=torch.float16).view(1, side * side, heads, channels)
+    heads, channels, side = (8, 32, 2936) if published else (2, 32, 5872)
+    shapes = [(1, 1)] * 3 + [(side, side)] if published else [(side, side)]
+    points = 4 if published else 1
+    tokens = side * side + len(shapes) - 1
+    assert tokens * heads * channels > 2**31
+    memory = mmap.mmap(-1, 2 * tokens * heads * channels, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    value = torch.frombuffer(memory, dtype=torch.float16).view(1, tokens, heads, channels)
     value[0, -1, 1] = torch.arange(channels)
-    locations = torch.full((1, 1, heads, 1, 1, 2), 1 - 0.5 / side)
-    out = ops.forward(value, [(side, side)], locations, torch.ones(1, 1, heads, 1, 1)).view(heads, channels)
+    locations = torch.full((1, 1, heads, len(shapes), points, 2), 1 - 0.5 / side)
+    weights = torch.full((1, 1, heads, len(shapes), points), 1 / points)
+    out = ops.forward(value, shapes, locations, weights).view(heads, channels)
     torch.testing.assert_close(out[1], torch.arange(channels).half(), atol=0.02, rtol=0)
     assert (out[0] == 0).all()
 

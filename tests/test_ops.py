@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from models.ops import reference
+from models.ops import backends, reference
 from models.ops.functions import (
     MSDeformAttnFunction,
     ms_deform_attn,
@@ -97,6 +97,30 @@ def test_fused_gradients_equal_autograd_through_its_parts(backend, coordinates):
     wanted, got = torch.autograd.grad(plain, leaves, grad), torch.autograd.grad(out, leaves, grad)
     for ours, theirs in zip(got, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=0)
+
+
+@pytest.mark.parametrize("coordinates", [2, 4])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_the_gradient_of_reference_points_is_computed_for_those_who_need_it(
+    backend, coordinates, monkeypatch
+):
+    value, shapes, locations, weights = inputs(seed=4)
+    around = torch.rand(2, 5, 2, coordinates, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    leaves = [x.requires_grad_() for x in (value, 8 * locations - 4, 4 * weights)]
+    module = backends.choose(backend, value.device)
+    run, results = module.fused_backward, []
+    monkeypatch.setattr(
+        module, "fused_backward", lambda *args, **flags: results.append(run(*args, **flags)) or results[-1]
+    )
+    gradients = []
+    for needed in (False, True):
+        points = around.clone().requires_grad_(needed)
+        out = ms_deform_attn_fused(leaves[0], shapes, points, *leaves[1:], backend=backend)
+        wanted = [*leaves, points] if needed else leaves
+        gradients.append(torch.autograd.grad(out.sum(), wanted)[: len(leaves)])
+        assert results[-1][1].numel() == (points.numel() if needed else 0)
+    for without, with_reference in zip(*gradients, strict=True):
+        assert torch.equal(without, with_reference)
 
 
 @pytest.mark.parametrize("needs_grad", [True, False])

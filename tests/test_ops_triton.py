@@ -375,6 +375,16 @@ def test_deterministic(dtype):
 
 
 @on_device
+@pytest.mark.parametrize("coordinates", [2, 4])
+def test_without_the_gradient_of_reference_points(coordinates):
+    args = fused_inputs(coordinates)
+    wanted = ours.fused_backward(*args, deterministic=True)
+    got = ours.fused_backward(*args, deterministic=True, needs_reference=False)
+    assert got[1].numel() == 0
+    assert all(torch.equal(got[i], wanted[i]) for i in (0, 2, 3))
+
+
+@on_device
 def test_deterministic_if_torch_is(monkeypatch):
     calls = []
     monkeypatch.setattr(ours.ordered, "value_gradient", lambda *args: calls.append(args))

@@ -114,31 +114,45 @@ def _verify(backend: str, device: torch.device) -> None:
 
 
 def _probe(module: ModuleType, device: torch.device) -> list[Tensor]:
-    """All outputs and gradients of a backend, for points inside, on the border and outside."""
+    """All outputs and gradients of a backend, for two layers: any one, and the published.
+
+    CUDA has kernels of its own for the latter.
+    """
+    try:
+        small = _probe_layer(module, device, heads=2, shapes=[(4, 6), (2, 3)])
+        return small + _probe_layer(module, device, heads=8, shapes=[(9, 8), (7, 7), (6, 8), (6, 6)])
+    except Exception as error:
+        backend = module.__name__.split(".")[-1]
+        raise RuntimeError(_verdict(backend, device, f"fails there: {error}")) from error
+
+
+def _probe_layer(
+    module: ModuleType, device: torch.device, heads: int, shapes: list[tuple[int, int]]
+) -> list[Tensor]:
     type_ = torch.float64 if module is reference else torch.float32
     generator = torch.Generator().manual_seed(0)
-    shapes = [(4, 6), (2, 3)]
-    heads, channels, queries, points = 2, 32, 5, 4
+    tokens, levels = sum(h * w for h, w in shapes), len(shapes)
+    channels, queries, points = 32, 5, 4
 
     # the same numbers on every device
     def random(*size: int) -> Tensor:
         return torch.rand(*size, generator=generator, dtype=torch.float64).to(device, type_)
 
-    value = random(1, 30, heads, channels)
+    value = random(1, tokens, heads, channels)
     grad = random(1, queries, heads * channels)
-    locations = random(1, queries, heads, 2, points, 2) * 1.4 - 0.2
-    weights = random(1, queries, heads, 2, points)
-    reference_points = random(1, queries, 2, 2)
+    # points inside, on the border and outside; those of the first heads in the middle
+    locations = random(1, queries, heads, levels, points, 2) * 1.4 - 0.2
+    locations[:, :, : heads // 2] = locations[:, :, : heads // 2] * 0.2 + 0.4
+    weights = random(1, queries, heads, levels, points)
+    reference_points = random(1, queries, levels, 2) * 0.2 + 0.4
 
     # both operators; the fused one gets numbers that lead to similar locations
     ready = (value, shapes, locations, weights)
     raw = (value, shapes, reference_points, 8 * locations - 4, 4 * weights)
-    try:
-        outputs = [module.forward(*ready), module.fused_forward(*raw)]
-        return [*outputs, *module.backward(grad, *ready), *module.fused_backward(grad, *raw)]
-    except Exception as error:
-        backend = module.__name__.split(".")[-1]
-        raise RuntimeError(_verdict(backend, device, f"fails there: {error}")) from error
+    outputs = [module.forward(*ready), module.fused_forward(*raw)]
+    gradients = [*module.backward(grad, *ready), *module.fused_backward(grad, *raw)]
+    # without the gradient of the reference points
+    return outputs + gradients + list(module.fused_backward(grad, *raw, needs_reference=False))
 
 
 def _verdict(backend: str, device: torch.device, what: str) -> str:

@@ -31,7 +31,7 @@ _SCHEMAS = {
     "compiled_fused_forward": "(Tensor value, int[] shapes, Tensor reference, Tensor "
     "offsets, Tensor logits) -> Tensor",
     "compiled_fused_backward": "(Tensor grad, Tensor value, int[] shapes, Tensor reference, "
-    "Tensor offsets, Tensor logits, "
+    "Tensor offsets, Tensor logits, bool needs_reference, "
     "bool deterministic) -> (Tensor, Tensor, Tensor, Tensor)",
 }
 for _name, _schema in _SCHEMAS.items():
@@ -103,9 +103,15 @@ def fused_forward(
 
 
 def fused_backward(
-    grad: Tensor, value: Tensor, shapes: Shapes, reference: Tensor, offsets: Tensor, logits: Tensor
+    grad: Tensor,
+    value: Tensor,
+    shapes: Shapes,
+    reference: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    needs_reference: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     deterministic = torch.are_deterministic_algorithms_enabled()
     return torch.ops.deformable.compiled_fused_backward(
-        grad, value, _flat(shapes), reference, offsets, logits, deterministic
+        grad, value, _flat(shapes), reference, offsets, logits, needs_reference, deterministic
     )

@@ -254,10 +254,12 @@ def _fused_backward(
     offsets: Tensor,
     logits: Tensor,
     backend: str,
+    needs_reference: bool,
 ):
     run = backends.choose(backend, value.device)
     typed = _typed_fused(value, reference_points, offsets, logits)
-    grads = run.fused_backward(_plain(grad, value.dtype), value.contiguous(), shape_pairs(shapes), *typed)
+    inputs = (value.contiguous(), shape_pairs(shapes), *typed)
+    grads = run.fused_backward(_plain(grad, value.dtype), *inputs, needs_reference=needs_reference)
     return _like(grads, (value, reference_points, offsets, logits))
 
 
@@ -282,8 +284,10 @@ def _fake_fused_forward(
 
 
 def _fake_backward(grad: Tensor, value: Tensor, shapes: list[int], *others):
-    # the last is the backend
-    *tensors, _ = others
+    tensors = [other for other in others if isinstance(other, Tensor)]
+    # needs_reference, or else the backend
+    if others[-1] is False:
+        tensors[0] = tensors[0].new_empty(0)
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (value, *tensors))
 
 
@@ -293,13 +297,17 @@ def _save_inputs(ctx, inputs, output) -> None:
     ctx.save_for_backward(value, *tensors)
 
 
-def _gradient_by(name: str) -> Callable:
+def _gradient_by(name: str, skips_reference: bool) -> Callable:
     # shapes and backend have no gradient
     def gradient(ctx, grad: Tensor):
         value, *tensors = ctx.saved_tensors
+        needed = ctx.needs_input_grad[2 : 2 + len(tensors)]
+        # those of an encoder are constants
+        flags = needed[:1] if skips_reference else ()
         run = getattr(torch.ops.deformable, name)
-        grad_value, *grads = run(grad, value, ctx.shapes, *tensors, ctx.backend)
-        return grad_value, None, *grads, None
+        grad_value, *grads = run(grad, value, ctx.shapes, *tensors, ctx.backend, *flags)
+        wanted = [x if need else None for x, need in zip(grads, needed, strict=True)]
+        return grad_value, None, *wanted, None
 
     return gradient
 
@@ -318,24 +326,32 @@ def _autocast_for(name: str, device_type: str) -> Callable:
 
 
 def _register(
-    name: str, tensors: str, forward: Callable, backward: Callable, fake: Callable, grads: int
+    name: str,
+    tensors: str,
+    forward: Callable,
+    backward: Callable,
+    fake: Callable,
+    grads: int,
+    skips_reference: bool = False,
 ) -> None:
     """Register an operator `name`, and its gradient under `name`_backward.
 
-    `tensors` are its arguments after the shapes; `grads` the number of its gradients.
+    `tensors` are its arguments after the shapes; `grads` the number of its gradients. With
+    `skips_reference` the gradient of the first of them is computed only where it is needed.
     """
     full, full_backward = f"deformable::{name}", f"deformable::{name}_backward"
     given = f"Tensor value, SymInt[] shapes, {tensors}, str backend"
+    flags = ", bool needs_reference" if skips_reference else ""
     results = ", ".join(["Tensor"] * grads)
     torch.library.define(full, f'({given}="auto") -> Tensor')
-    torch.library.define(full_backward, f"(Tensor grad, {given}) -> ({results})")
+    torch.library.define(full_backward, f"(Tensor grad, {given}{flags}) -> ({results})")
     torch.library.impl(full, "default", forward)
     torch.library.impl(full_backward, "default", backward)
 
     # for torch.compile, autograd and autocast
     torch.library.register_fake(full, fake)
     torch.library.register_fake(full_backward, _fake_backward)
-    gradient = _gradient_by(f"{name}_backward")
+    gradient = _gradient_by(f"{name}_backward", skips_reference)
     torch.library.register_autograd(full, gradient, setup_context=_save_inputs)
     _LIBRARY.impl(name, _autocast_for(name, "cpu"), "AutocastCPU")
     _LIBRARY.impl(name, _autocast_for(name, "cuda"), "AutocastCUDA")
@@ -351,4 +367,5 @@ _register(
     _fused_backward,
     _fake_fused_forward,
     4,
+    skips_reference=True,
 )

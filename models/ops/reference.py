@@ -118,10 +118,11 @@ def fused_backward(
     reference: Tensor,
     offsets_BQMLP2: Tensor,
     logits_BQMLP: Tensor,
+    needs_reference: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `fused_forward` for value, reference, offsets and logits.
 
-    All but the first are in the reference's type.
+    All but the first are in the reference's type. Without `needs_reference` the second is empty.
     """
     weights = _softmax(logits_BQMLP, reference.dtype)
     locations = locate(shapes, reference, offsets_BQMLP2)
@@ -132,16 +133,19 @@ def fused_backward(
     grad_logits = weighted - weights * weighted.sum((-1, -2), keepdim=True)
 
     # through `locate`: around points, then around boxes
-    grad_xy = grad_locations.sum((2, 4))
     if reference.shape[-1] == 2:
         sizes_L12 = _sizes(shapes, reference)[:, None]
         # an empty level has no samples
         grad_offsets = torch.where(sizes_L12 > 0, grad_locations / sizes_L12, 0)
-        return grad_value, grad_xy, grad_offsets, grad_logits
-    shares = grad_locations * 0.5 / offsets_BQMLP2.shape[4]
-    grad_wh = (shares * offsets_BQMLP2).sum((2, 4))
-    grad_offsets = shares * reference[:, :, None, :, None, 2:]
-    return grad_value, torch.cat([grad_xy, grad_wh], -1), grad_offsets, grad_logits
+    else:
+        shares = grad_locations * 0.5 / offsets_BQMLP2.shape[4]
+        grad_offsets = shares * reference[:, :, None, :, None, 2:]
+    if not needs_reference:
+        return grad_value, reference.new_empty(0), grad_offsets, grad_logits
+    grad_reference = grad_locations.sum((2, 4))
+    if reference.shape[-1] == 4:
+        grad_reference = torch.cat([grad_reference, (shares * offsets_BQMLP2).sum((2, 4))], -1)
+    return grad_value, grad_reference, grad_offsets, grad_logits
 
 
 def locate(shapes: Shapes, reference: Tensor, offsets_BQMLP2: Tensor) -> Tensor:

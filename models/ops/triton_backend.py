@@ -105,6 +105,7 @@ def fused_backward(
     offsets: Tensor,
     logits: Tensor,
     deterministic: bool | None = None,
+    needs_reference: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `fused_forward` for value, reference, offsets and logits, each of its input's
     shape and type.
@@ -113,11 +114,13 @@ def fused_backward(
         grad: [B, Q, M * D] T.
         deterministic: sum the value's gradient in a fixed order, slower, instead of by atomics;
             None: as `torch.use_deterministic_algorithms` says.
+        needs_reference: whether the gradient of reference is wanted; without, it is empty.
     """
     scatter = not _fixed_order(deterministic)
-    grads = _backward(grad, value, shapes, reference, offsets, logits, scatter)
+    grads = _backward(grad, value, shapes, reference, offsets, logits, scatter, needs_reference)
     grad_value, grad_reference, grad_offsets, grad_weights = grads
-    assert grad_reference is not None
+    if grad_reference is None:
+        grad_reference = reference.new_empty(0)
 
     # the kernel gives the gradient of the weights
     weights = logits.to(reference.dtype).flatten(-2).softmax(-1)
@@ -157,8 +160,9 @@ def _backward(
     points: Tensor,
     scores: Tensor,
     scatter: bool,
+    needs_reference: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
-    """Gradients of value (None without `scatter`), reference (None without one), points, and
+    """Gradients of value (None without `scatter`), reference (None unless needed), points, and
     weights. That of the weights is in A, and the kernel does not differentiate the softmax.
     """
     kind, device = _accumulator(value.dtype), value.device
@@ -171,7 +175,7 @@ def _backward(
     if scatter:
         grad_value = torch.zeros_like(value, dtype=kind)
     # heads are summed afterwards, in a fixed order
-    if reference is not None:
+    if reference is not None and needs_reference:
         shape = (*scores.shape[:4], reference.shape[-1])
         grad_reference = new(shape, dtype=kind, device=device)
 
@@ -338,7 +342,7 @@ def _backward_kernel(
     """Gradients of `_forward_kernel`; a program computes R rows of all channels.
 
     grad_value [B, S, M, D] A is added to, if SCATTER. grad_reference is [B, Q, M, L, COORDS] A, to
-    be summed over M. grad_points is of points' shape and type, grad_weights [B, Q, M, L, P] A that
+    be summed over M, or None. grad_points is of points' shape and type, grad_weights [B, Q, M, L, P] A that
     of the weights, before any softmax.
     """
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
@@ -396,11 +400,12 @@ def _backward_kernel(
                 grad_x = tl.where(inside, grad_x * reach_x * step, 0.0)
                 grad_y = tl.where(inside, grad_y * reach_y * step, 0.0)
             _store_pair(grad_points, sample, grad_x, grad_y, active)
-        if COORDS == 2:
-            _store_pair(grad_reference, row * L + level, box_x, box_y, active)
-        if COORDS == 4:
-            _store_pair(grad_reference, (row * L + level) * 2, box_x, box_y, active)
-            _store_pair(grad_reference, (row * L + level) * 2 + 1, box_width, box_height, active)
+        if grad_reference is not None:
+            if COORDS == 2:
+                _store_pair(grad_reference, row * L + level, box_x, box_y, active)
+            if COORDS == 4:
+                _store_pair(grad_reference, (row * L + level) * 2, box_x, box_y, active)
+                _store_pair(grad_reference, (row * L + level) * 2 + 1, box_width, box_height, active)
 
 
 @triton.jit

@@ -2,8 +2,8 @@
 //
 // The 32 lanes of a warp are fibers of one thread. A lane runs until it meets its warp (a shuffle, a ballot), puts its
 // value on the table and gives way; when all 32 have, each goes on with what the others put there. Warps and blocks run
-// one after the other, so atomics are plain sums, and shared memory is static memory. The lanes must meet at the same
-// point: anything else is undefined on a GPU, and ends the program here.
+// one after the other, so atomics are plain sums, and shared memory is static memory, or of the size that the launch
+// says. The lanes must meet at the same point: anything else is undefined on a GPU, and ends the program here.
 #pragma once
 
 #include <ucontext.h>
@@ -39,7 +39,7 @@ inline Index threadIdx, blockIdx, blockDim, gridDim;
 
 using std::min;
 
-struct float4 {
+struct alignas(16) float4 {
   float x, y, z, w;
 };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
@@ -54,7 +54,7 @@ constexpr std::size_t kStackBytes = 1 << 18;
   std::abort();
 }
 
-enum class Meeting { kNone, kShuffle, kBallot };
+enum class Meeting { kNone, kShuffle, kBallot, kSync };
 
 /// The lanes of the warp that runs.
 class Warp {
@@ -186,11 +186,16 @@ inline Warp& warp() {
   return only;
 }
 
-/// What `kernel<<<blocks, threads>>>(arguments...)` does.
+inline void* shared_of_block = nullptr;
+
+/// What `kernel<<<blocks, threads, shared_bytes>>>(arguments...)` does.
 struct Launch {
   template <class... Parameters, class... Arguments>
-  void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads, Arguments... arguments) const {
+  void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes,
+                  Arguments... arguments) const {
     if (threads % kLanes) fail("a block must consist of whole warps");
+    std::vector<float4> shared((shared_bytes + sizeof(float4) - 1) / sizeof(float4));
+    shared_of_block = shared.data();
     blockDim.x = threads;
     gridDim.x = static_cast<unsigned>(blocks);
     const std::function<void()> body = [&] { kernel(arguments...); };
@@ -207,6 +212,8 @@ void check_aligned(const X* address) {
 }
 
 }  // namespace emulation
+
+inline void* shared_memory() { return emulation::shared_of_block; }
 
 template <class X>
 X __shfl_sync(unsigned mask, X x, int lane, int width = emulation::kLanes) {
@@ -227,6 +234,10 @@ inline unsigned __ballot_sync(unsigned mask, bool x) {
     for (int lane = 0; lane < emulation::kLanes; ++lane) bits |= static_cast<unsigned>(of(lane)) << lane;
     return bits;
   });
+}
+
+inline void __syncwarp() {
+  emulation::warp().meet(emulation::Meeting::kSync, 0xffffffffu, 0, [](int, const auto&) { return 0; });
 }
 
 inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }

@@ -19,7 +19,7 @@ struct Call {
   const Geometry* geometry;
   const void *grad, *value, *reference;
   const void *locations, *weights;  // or offsets and logits
-  void *out, *grad_value, *grad_reference, *grad_locations, *grad_weights;
+  void *out, *grad_value, *grad_reference, *grad_locations, *grad_weights;  // no grad_reference: it is not needed
 };
 
 template <class T>
@@ -34,23 +34,30 @@ Raw<A, U> raw(const Call& call) {
   return {static_cast<const A*>(call.reference), offsets, logits, call.coordinates, A(0), A(0)};
 }
 
+/// add(sums), and the sums rounded to the gradient of value.
+template <class T, class Add>
+void with_sums(const Call& call, const Add& add) {
+  using A = Accumulate<T>;
+  const int64_t count = call.images * call.geometry->tokens * call.geometry->pixel_stride();
+  // 16 bytes before the sums keep them as aligned as torch's memory is
+  std::vector<A> memory(count + 16 / sizeof(A));
+  A* sums = reinterpret_cast<A*>((reinterpret_cast<std::uintptr_t>(memory.data()) + 15) / 16 * 16);
+  add(sums);
+  for (int64_t i = 0; i < count; ++i) static_cast<T*>(call.grad_value)[i] = static_cast<T>(sums[i]);
+}
+
 template <class T>
 void run_backward(const Call& call, const Located<Accumulate<T>>& source, const PointGradients<Accumulate<T>>& grads) {
   using A = Accumulate<T>;
   const T *grad = static_cast<const T*>(call.grad), *value = static_cast<const T*>(call.value);
-  T* grad_value = static_cast<T*>(call.grad_value);
   if (call.deterministic) {
     backward<T>(launch, grad, value, source, nullptr, grads, call.images, *call.geometry);
-    ordered_value_gradient(launch, grad, source, grad_value, call.images, *call.geometry);
+    ordered_value_gradient(launch, grad, source, static_cast<T*>(call.grad_value), call.images, *call.geometry);
     return;
   }
-  const Geometry& geometry = *call.geometry;
-  const int64_t count = call.images * geometry.tokens * geometry.pixel_stride();
-  // 16 bytes before the sums keep them as aligned as torch's memory is
-  std::vector<A> memory(count + 16 / sizeof(A));
-  A* sums = reinterpret_cast<A*>((reinterpret_cast<std::uintptr_t>(memory.data()) + 15) / 16 * 16);
-  backward<T>(launch, grad, value, source, sums, grads, call.images, geometry);
-  for (int64_t i = 0; i < count; ++i) grad_value[i] = static_cast<T>(sums[i]);
+  with_sums<T>(call, [&](A* sums) {
+    backward<T>(launch, grad, value, source, sums, grads, call.images, *call.geometry);
+  });
 }
 
 template <class T>
@@ -78,11 +85,19 @@ void run_fused_backward(const Call& call) {
   const int64_t samples = call.images * geometry.rows() * geometry.samples();
   std::vector<A> pixels(2 * samples), weights(samples), grad_pixels(2 * samples), grad_weights(samples);
   const auto source = raw<A, U>(call);
+  U *grad_offsets = static_cast<U*>(call.grad_locations), *grad_logits = static_cast<U*>(call.grad_weights);
+  const T *grad = static_cast<const T*>(call.grad), *value = static_cast<const T*>(call.value);
+  if (!call.deterministic && !call.grad_reference && is_published_backward(geometry, grad, value)) {
+    return with_sums<T>(call, [&](A* sums) {
+      const PointGradients<U> grads = {grad_offsets, grad_logits};
+      published_backward(launch, grad, value, source, sums, grads, call.images, geometry);
+    });
+  }
   locate(launch, source, pixels.data(), weights.data(), call.images, geometry);
   const PointGradients<A> grads = {grad_pixels.data(), grad_weights.data()};
   run_backward<T>(call, Located<A>{pixels.data(), weights.data(), true}, grads);
   raw_gradients(launch, source, weights.data(), grads, static_cast<A*>(call.grad_reference),
-                static_cast<U*>(call.grad_locations), static_cast<U*>(call.grad_weights), call.images, geometry);
+                grad_offsets, grad_logits, call.images, geometry);
 }
 
 }  // namespace

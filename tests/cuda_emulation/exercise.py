@@ -7,7 +7,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from tests.cuda_emulation.cases import Case
+from tests.cuda_emulation.cases import PUBLISHED, Case
 from tests.cuda_emulation.ops import TYPES, EmulatedOps, accumulator
 
 
@@ -19,6 +19,7 @@ def main() -> None:
                 channels=channels, shapes=((3, 5), (0, 2), (2, 1)), batch=2, queries=2, points=3, dtype=dtype
             )
             exercise(ops, case)
+        exercise(ops, PUBLISHED.with_type(dtype))
     print("done")
 
 
@@ -31,7 +32,8 @@ def exercise(ops: EmulatedOps, case: Case) -> None:
         for coordinates, raw_dtype in ((2, case.dtype), (4, accumulator(case.dtype))):
             grad, value, *raw = case.raw(coordinates, raw_dtype)
             ops.fused_forward(value, case.shapes, *raw)
-            ops.fused_backward(grad, value, case.shapes, *raw, deterministic)
+            for needs_reference in (False, True):
+                ops.fused_backward(grad, value, case.shapes, *raw, needs_reference, deterministic)
 
 
 if __name__ == "__main__":

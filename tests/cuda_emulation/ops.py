@@ -120,12 +120,15 @@ class EmulatedOps:
         reference: Tensor,
         offsets: Tensor,
         logits: Tensor,
+        needs_reference: bool,
         deterministic: bool,
     ):
         grads = [_unwritten(torch.empty_like(x)) for x in (value, reference, offsets, logits)]
         names = ("grad_value", "grad_reference", "grad_locations", "grad_weights")
         inputs = {"grad": grad, "reference": reference, "locations": offsets, "weights": logits}
         named = dict(zip(names, grads, strict=True))
+        if not needs_reference:
+            grads[1] = named.pop("grad_reference").new_empty(0)
         self._call("fused_backward_call", value, shapes, deterministic=deterministic, **inputs, **named)
         return tuple(grads)
 

@@ -35,7 +35,7 @@ class CheckStep:
 
 SMALL_MODEL = "--backbone resnet18 --enc_layers 1 --dec_layers 2 --num_queries 20"
 NCU = (
-    "ncu --clock-control none --print-units base -k 'regex:^(forward|backward)_kernel$' -c 4"
+    "ncu --clock-control none --print-units base -k 'regex:(forward|backward)_kernel$' -c 4"
     " --section SpeedOfLight --section MemoryWorkloadAnalysis --section WarpStateStats"
     " --metrics smsp__inst_executed.sum,lts__t_sectors_op_red.sum,l1tex__t_sector_hit_rate.pct"
 )

@@ -44,7 +44,7 @@ struct Gradients {
   void* value;      // [B, S, M, D] of T
   void* locations;  // [B, Q, M, L, P, 2] of `raw`
   void* weights;    // [B, Q, M, L, P] of `raw`
-  void* reference;  // [B, Q, L, 2 or 4] of A, unless the form is `ready`
+  void* reference;  // [B, Q, L, 2 or 4] of A, unless the form is `ready`; null: not needed
   void* softmax;    // [B, Q, M, 2] of A: largest logit and sum of exponentials; left by `samples` for `value`
 };
 

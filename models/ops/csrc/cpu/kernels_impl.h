@@ -187,7 +187,7 @@ class Samples {
       for (int64_t p = 0; p < problem_.points; ++p) {
         const int64_t j = (l - first_) * problem_.points + p;
         differentiate(dots + 4 * j * kQueries, j);
-        if (problem_.form != Form::ready) add_reference(problem_.levels[l], l, j, number, reference);
+        if (reference) add_reference(problem_.levels[l], l, j, number, reference);
         for (int64_t at = j * kQueries, i = 0; i < kQueries; ++i, ++at) {
           raw_x_[at] = slope_x_[0][at] * scale_x_[(l - first_) * kQueries + i];
           raw_y_[at] = slope_y_[0][at] * scale_y_[(l - first_) * kQueries + i];
@@ -494,7 +494,7 @@ void backward_samples(const Problem& problem, const Inputs& in, const Gradients&
   Samples<A> samples(problem, 0, levels, true);
   std::vector<A> dots(4 * samples.count() * kQueries);
   A* reference = static_cast<A*>(gradients.reference);
-  if (coordinates) {
+  if (reference) {
     reference += b * problem.queries * levels * coordinates;
     std::fill(reference + begin * levels * coordinates, reference + end * levels * coordinates, A(0));
   }
@@ -515,7 +515,7 @@ void backward_samples(const Problem& problem, const Inputs& in, const Gradients&
         const T* grad = static_cast<const T*>(gradients.out) + (b * problem.queries + query + i) * width + head * problem.channels;
         over_channels<A>(problem.channels, Dots<T>{samples, i, grad, value, width, dots.data()});
       }
-      samples.gradients(dots.data(), number, reference + query * levels * coordinates);
+      samples.gradients(dots.data(), number, reference ? reference + query * levels * coordinates : nullptr);
       samples.write_gradients(in, gradients, b, query, number, head);
     }
   }

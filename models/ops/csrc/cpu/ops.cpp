@@ -115,17 +115,20 @@ Tensor fused_forward(const Tensor& value, std::vector<int64_t> shapes, const Ten
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> fused_backward(const Tensor& grad, const Tensor& value, std::vector<int64_t> shapes,
                                                           const Tensor& reference, const Tensor& offsets, const Tensor& logits,
-                                                          bool) {
+                                                          bool needs_reference, bool) {
   check_fused(value, shapes, reference, offsets, logits);
   check_grad(grad, value, offsets.size(1));
   const Problem problem = make_problem(value, shapes, offsets, form_of(reference));
   const Inputs in{value.const_data_ptr(), offsets.const_data_ptr(), logits.const_data_ptr(), reference.const_data_ptr(),
                   type_of(offsets)};
-  Tensor grad_value = torch::stable::empty_like(value), grad_reference = torch::stable::empty_like(reference),
-         grad_offsets = torch::stable::empty_like(offsets), grad_logits = torch::stable::empty_like(logits);
+  Tensor grad_value = torch::stable::empty_like(value), grad_offsets = torch::stable::empty_like(offsets),
+         grad_logits = torch::stable::empty_like(logits);
+  // an empty tensor stands for a gradient that nobody needs
+  Tensor grad_reference = needs_reference ? torch::stable::empty_like(reference) : torch::stable::new_empty(reference, {0});
   Tensor softmax = torch::stable::new_empty(reference, {problem.batch, problem.queries, problem.heads, 2});
-  const Gradients gradients{grad.const_data_ptr(),           grad_value.mutable_data_ptr(),     grad_offsets.mutable_data_ptr(),
-                            grad_logits.mutable_data_ptr(), grad_reference.mutable_data_ptr(), softmax.mutable_data_ptr()};
+  const Gradients gradients{grad.const_data_ptr(),           grad_value.mutable_data_ptr(),
+                            grad_offsets.mutable_data_ptr(), grad_logits.mutable_data_ptr(),
+                            needs_reference ? grad_reference.mutable_data_ptr() : nullptr, softmax.mutable_data_ptr()};
   run_backward(problem, in, gradients, type_of(value));
   return {grad_value, grad_reference, grad_offsets, grad_logits};
 }

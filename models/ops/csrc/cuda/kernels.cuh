@@ -86,6 +86,14 @@ __device__ __forceinline__ Slopes<A> slopes(const Sample<A>& sample, const A (&d
   return slope;
 }
 
+template <int V, class T, class A>
+__device__ __forceinline__ A inner_product(const A (&grad)[V], const Pack<T, V>& pixel) {
+  A sum = 0;
+#pragma unroll
+  for (int v = 0; v < V; ++v) sum += grad[v] * pixel.template get<A>(v);
+  return sum;
+}
+
 /// <grad, pixel> over this lane's channels for the four corners; a corner outside the map counts as zero.
 template <int V, class T, class A>
 __device__ __forceinline__ void corner_dots(A (&dot)[4], const Sample<A>& sample, const A (&grad)[V], const T* base,
@@ -95,9 +103,7 @@ __device__ __forceinline__ void corner_dots(A (&dot)[4], const Sample<A>& sample
   for (int k = 0; k < 4; ++k) pixel[k] = load<V>(pixels_on(base, sample.token_of(k), pixel_stride), sample.has(k));
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    dot[k] = 0;
-#pragma unroll
-    for (int v = 0; v < V; ++v) dot[k] += grad[v] * pixel[k].template get<A>(v);
+    dot[k] = inner_product(grad, pixel[k]);
     if (!sample.has(k)) dot[k] = 0;  // also where the gradient is not finite
   }
 }
@@ -115,22 +121,32 @@ __device__ __forceinline__ void scatter(A* base, const Sample<A>& sample, const 
   }
 }
 
-template <class A>
+/// Gradients of locations or offsets [B, Q, M, L, P, 2], and of weights or logits [B, Q, M, L, P].
+template <class U>
 struct PointGradients {
-  A* locations;  // [B, Q, M, L, P, 2]
-  A* weights;    // [B, Q, M, L, P]
+  U* locations;
+  U* weights;
 };
 
-/// Writes the gradients of sample i, or adds to those of the channels before. Outside samples get zeros, exactly.
+/// Slopes for x, y of the point -> for the location or offset that it is made of. Outside samples get zeros, exactly.
+template <class A, class Source, class G>
+__device__ __forceinline__ Slopes<A> source_slopes(const Source& source, const Row& row, const G& geometry, int i,
+                                                   const Sample<A>& sample, Slopes<A> slope) {
+  if (!sample.corners) return {};
+  slope.x *= sample.weight;
+  slope.y *= sample.weight;
+  const int level = static_cast<unsigned>(i) / static_cast<unsigned>(geometry.points);
+  source.through_point(slope.x, slope.y, row, geometry, level);
+  return slope;
+}
+
+/// Writes the gradients of sample i, or adds to those of the channels before.
 template <class A>
 __device__ __forceinline__ void put_slopes(const PointGradients<A>& grads, const Located<A>& source, const Row& row,
                                            const Geometry& geometry, int i, const Sample<A>& sample, Slopes<A> slope,
                                            bool add) {
-  const int level = static_cast<unsigned>(i) / static_cast<unsigned>(geometry.points);
+  slope = source_slopes(source, row, geometry, i, sample, slope);
   const int64_t at = row.index * geometry.samples() + i;
-  slope.x *= sample.weight * source.scale(geometry.width[level]);
-  slope.y *= sample.weight * source.scale(geometry.height[level]);
-  if (!sample.corners) slope = {};
   A* location = grads.locations + 2 * at;
   location[0] = add ? location[0] + slope.x : slope.x;
   location[1] = add ? location[1] + slope.y : slope.y;
@@ -139,8 +155,10 @@ __device__ __forceinline__ void put_slopes(const PointGradients<A>& grads, const
 
 /// grad [B, Q, M * D] -> the gradients of locations and weights and, unless grad_value is null, atomic sums in the
 /// zeroed grad_value [B, S, M, D].
+///
+/// ptxas chooses the registers, except for float64, where for sm_80 it would take too few and keep some in memory.
 template <class T, int V, int kChannels>
-__global__ void __launch_bounds__(kBackwardThreads)
+__global__ void __launch_bounds__(kBackwardThreads, std::is_same_v<T, double> ? 2 : 0)
     backward_kernel(const T* __restrict__ grad, const T* __restrict__ value, Located<Accumulate<T>> source,
                     Accumulate<T>* __restrict__ grad_value, PointGradients<Accumulate<T>> grads, Teams teams,
                     const __grid_constant__ Geometry geometry) {
@@ -153,11 +171,8 @@ __global__ void __launch_bounds__(kBackwardThreads)
   for (int chunk = 0; chunk < channels; chunk += size * V) {
     const int channel = chunk + lane * V;
     const bool has_channel = kChannels || channel < channels;
-    const Pack<T, V> pack = load<V>(grad + row.index * channels + channel, has_channel);
     A out_grad[V];
-#pragma unroll
-    for (int v = 0; v < V; ++v) out_grad[v] = pack.template get<A>(v);
-
+    unpack(out_grad, load<V>(grad + row.index * channels + channel, has_channel));
     for (int first = 0; first < geometry.samples(); first += size) {
       const Sample<A> mine = take_sample<A>(source, row, geometry, first + lane);
       Slopes<A> my_slopes;
@@ -315,16 +330,10 @@ __global__ void __launch_bounds__(kThreads)
     mean += weights[row.index * samples + i] * grads.weights[row.index * samples + i];
   }
   mean = team_sum(mean, teams.size);
-  const int64_t query = static_cast<int64_t>(row.image) * geometry.queries + row.query;
   for (int i = lane; row.valid && i < samples; i += teams.size) {
     const int64_t at = row.index * samples + i;
-    const int level = i / geometry.points;
     A x = grads.locations[2 * at], y = grads.locations[2 * at + 1];
-    if (source.coordinates == 4) {
-      const A* box = source.reference + (query * geometry.levels + level) * 4;
-      x *= geometry.width[level] * (A(0.5) / geometry.points) * box[2];
-      y *= geometry.height[level] * (A(0.5) / geometry.points) * box[3];
-    }
+    source.through_point(x, y, row, geometry, i / geometry.points);
     grad_offsets[2 * at] = static_cast<U>(x);
     grad_offsets[2 * at + 1] = static_cast<U>(y);
     grad_logits[at] = static_cast<U>(weights[at] * (grads.weights[at] - mean));

@@ -1,20 +1,20 @@
 // Which kernels run for a call, and on how many threads, given plain pointers.
 //
-// `launch(kernel, blocks, threads, arguments...)` is given by the caller; that of ops.cu uses the current stream.
+// `launch(kernel, blocks, threads, shared_bytes, arguments...)` is given by the caller; that of ops.cu uses the current
+// stream.
 #pragma once
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <initializer_list>
 #include <limits>
 #include <type_traits>
 
 #include "kernels.cuh"
+#include "published.cuh"
 
 namespace deformable {
-
-template <class T>
-constexpr int kVector = 16 / sizeof(T);  // channels in a 16-byte load
 
 /// Can V channels of these arrays be moved at once?
 template <class T>
@@ -48,13 +48,23 @@ inline int threads_for(int64_t images, int rows, int team, int most) {
   return images * rows * team < kEnoughForAll ? 64 : most;
 }
 
-template <class Launch, class... Parameters, class... Arguments>
-void launch_rows(const Launch& launch, void (*kernel)(Parameters...), int team, int most_threads, int64_t images,
-                 const Geometry& geometry, Arguments... arguments) {
+/// Can the kernels of published.cuh run? They move `kVector` channels at once, and count bytes of an image in 32 bits;
+/// X is the widest type of a value, or of its gradient.
+template <class X>
+bool is_published(const Geometry& geometry) {
+  using G = PublishedGeometry;
+  return geometry.heads == G::heads && geometry.channels == G::channels && geometry.levels == G::levels &&
+         geometry.points == G::points &&
+         static_cast<uint64_t>(geometry.tokens) * G::pixel_stride() * sizeof(X) <= std::numeric_limits<uint32_t>::max();
+}
+
+template <class Launch, class... Parameters, class G, class... Arguments>
+void launch_rows(const Launch& launch, void (*kernel)(Parameters...), int team, int most_threads, int shared_bytes,
+                 int64_t images, const G& geometry, Arguments... arguments) {
   const int threads = threads_for(images, geometry.rows(), team, most_threads);
   const int rows_per_block = threads / team;
   const int blocks = (geometry.rows() + rows_per_block - 1) / rows_per_block;
-  launch(kernel, images * blocks, threads, arguments..., Teams{team, blocks}, geometry);
+  launch(kernel, images * blocks, threads, shared_bytes * threads, arguments..., Teams{team, blocks}, geometry);
 }
 
 template <class T, class Source, class Launch>
@@ -63,12 +73,33 @@ void forward(const Launch& launch, const T* value, const Source& source, T* out,
   constexpr int V = kVector<T>;
   const int channels = geometry.channels;
   const auto run = [&](auto kernel, int team) {
-    launch_rows(launch, kernel, team, kForwardThreads, images, geometry, value, source, out);
+    launch_rows(launch, kernel, team, kForwardThreads, 0, images, geometry, value, source, out);
   };
   if (!fits_vectors<T>(channels, {value, out})) return run(forward_kernel<T, 1, 0, Source>, team_for(channels));
+  if (is_published<T>(geometry)) {
+    return launch_rows(launch, published_forward_kernel<T, Source>, kPublishedTeam<T>, kForwardThreads,
+                       Slots<Accumulate<T>>::kBytes, images, PublishedGeometry{geometry}, value, source, out);
+  }
   with_channels(channels, [&](auto known) {
     run(forward_kernel<T, V, decltype(known)::value, Source>, team_for(channels / V));
   });
+}
+
+/// Can published_backward run, with sums aligned as torch's memory is?
+template <class T>
+bool is_published_backward(const Geometry& geometry, const T* grad, const T* value) {
+  return is_published<Accumulate<T>>(geometry) && fits_vectors<T>(geometry.channels, {grad, value});
+}
+
+/// All gradients of `source` but that of reference points, in one kernel; sums in grad_value, which must be zero
+/// before.
+template <class T, class Source, class U, class Launch>
+void published_backward(const Launch& launch, const T* grad, const T* value, const Source& source,
+                        Accumulate<T>* grad_value, const PointGradients<U>& grads, int64_t images,
+                        const Geometry& geometry) {
+  launch_rows(launch, published_backward_kernel<T, Source, U>, kPublishedTeam<T>, kBackwardThreads,
+              Slots<Accumulate<T>>::kBytes, images, PublishedGeometry{geometry}, grad, value, source, grad_value,
+              grads);
 }
 
 /// Gradients of locations and weights; sums in grad_value, which must be zero before, unless it is null.
@@ -78,8 +109,11 @@ void backward(const Launch& launch, const T* grad, const T* value, const Located
               const Geometry& geometry) {
   constexpr int V = kVector<T>;
   const int channels = geometry.channels;
+  if (grad_value && is_published_backward(geometry, grad, value)) {
+    return published_backward(launch, grad, value, source, grad_value, grads, images, geometry);
+  }
   const auto run = [&](auto kernel, int team) {
-    launch_rows(launch, kernel, team, kBackwardThreads, images, geometry, grad, value, source, grad_value, grads);
+    launch_rows(launch, kernel, team, kBackwardThreads, 0, images, geometry, grad, value, source, grad_value, grads);
   };
   if (!fits_vectors<T>(channels, {grad, value, grad_value})) return run(backward_kernel<T, 1, 0>, team_for(channels));
   with_channels(channels, [&](auto known) {
@@ -109,25 +143,27 @@ void ordered_value_gradient(const Launch& launch, const T* grad, const Located<A
   const Tiles tiles = cut_tiles<Accumulate<T>>(geometry);
   const int64_t jobs = images * geometry.heads * tiles.chunks * tiles.first[geometry.levels];
   const int64_t blocks = std::min<int64_t>(jobs, std::numeric_limits<int>::max());
-  launch(ordered_value_gradient_kernel<T>, blocks, kWarp, grad, source, grad_value, jobs, tiles, geometry);
+  launch(ordered_value_gradient_kernel<T>, blocks, kWarp, 0, grad, source, grad_value, jobs, tiles, geometry);
 }
 
 template <class A, class U, class Launch>
 void locate(const Launch& launch, const Raw<A, U>& source, A* pixels, A* weights, int64_t images,
             const Geometry& geometry) {
-  launch_rows(launch, locate_kernel<A, U>, team_for(geometry.samples()), kThreads, images, geometry, source, pixels,
-              weights);
+  launch_rows(launch, locate_kernel<A, U>, team_for(geometry.samples()), kThreads, 0, images, geometry, source,
+              pixels, weights);
 }
 
-/// What `backward` found for pixels and weights -> the gradients of reference points, offsets and logits.
+/// What `backward` found for pixels and weights -> the gradients of offsets, logits and, unless it is null, reference
+/// points.
 template <class A, class U, class Launch>
 void raw_gradients(const Launch& launch, const Raw<A, U>& source, const A* weights, const PointGradients<A>& grads,
                    A* grad_reference, U* grad_offsets, U* grad_logits, int64_t images, const Geometry& geometry) {
-  launch_rows(launch, raw_gradient_kernel<A, U>, team_for(geometry.samples()), kThreads, images, geometry, source,
+  launch_rows(launch, raw_gradient_kernel<A, U>, team_for(geometry.samples()), kThreads, 0, images, geometry, source,
               weights, grads, grad_offsets, grad_logits);
+  if (!grad_reference) return;
   const int64_t threads = images * geometry.queries * geometry.levels * 2;
-  launch(reference_gradient_kernel<A, U>, (threads + kThreads - 1) / kThreads, kThreads, source, grads.locations,
-         grad_reference, threads, geometry);
+  launch(reference_gradient_kernel<A, U>, (threads + kThreads - 1) / kThreads, kThreads, 0, source,
+         grads.locations, grad_reference, threads, geometry);
 }
 
 }  // namespace deformable

@@ -65,6 +65,7 @@ X* mutable_data(const Tensor& tensor) {
 Tensor empty(const Tensor& like, ScalarType type) { return torch::stable::new_empty(like, like.sizes(), type); }
 Tensor zeros(const Tensor& like, ScalarType type) { return torch::stable::new_zeros(like, like.sizes(), type); }
 Tensor zeros(const Tensor& like) { return zeros(like, like.scalar_type()); }
+Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }  // for a gradient that nobody needs
 
 // ---- launches ------------------------------------------------------------------------------------------------------
 
@@ -91,10 +92,11 @@ class Launcher {
   }
 
   template <class... Parameters, class... Arguments>
-  void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads, Arguments... arguments) const {
+  void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes,
+                  Arguments... arguments) const {
     if (blocks == 0) return;
     STD_TORCH_CHECK(blocks <= std::numeric_limits<int>::max(), "too many queries for one call: ", blocks, " blocks");
-    kernel<<<static_cast<unsigned>(blocks), threads, 0, stream_>>>(arguments...);
+    kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream_>>>(arguments...);
     check_launch(cudaGetLastError());
   }
 
@@ -177,6 +179,11 @@ Tensor forward_op(const Tensor& value, Shapes shapes, const Tensor& locations, c
   return out;
 }
 
+/// Sums of gradients of the values, in the values' type.
+Tensor rounded(const Tensor& sums, ScalarType type) {
+  return sums.scalar_type() == type ? sums : torch::stable::to(sums, type);
+}
+
 /// The gradient of value; those of the source's locations and weights go to `grads`.
 template <class T>
 Tensor run_backward(const Launcher& launch, const Tensor& grad, const Tensor& value,
@@ -193,7 +200,7 @@ Tensor run_backward(const Launcher& launch, const Tensor& grad, const Tensor& va
   }
   Tensor sums = zeros(value, accumulator(type));
   backward<T>(launch, data<T>(grad), data<T>(value), source, mutable_data<A>(sums), grads, images, geometry);
-  return std::is_same_v<T, A> ? sums : torch::stable::to(sums, type);
+  return rounded(sums, type);
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& grad, const Tensor& value, Shapes shapes,
@@ -235,45 +242,55 @@ Tensor fused_forward_op(const Tensor& value, Shapes shapes, const Tensor& refere
   return out;
 }
 
-/// Points and weights are worked out once more into memory that lives for this call: the backward of values, in either
-/// order, reads them more than once.
+/// One kernel for the published sizes. For others, in a fixed order, or with a gradient for the reference points,
+/// points and weights are worked out once more into memory that lives for this call: more than one kernel reads them.
 template <class T, class U>
 std::tuple<Tensor, Tensor, Tensor, Tensor> run_fused_backward(const Tensor& grad, const Tensor& value,
                                                               const Tensor& reference, const Tensor& offsets,
-                                                              const Tensor& logits, bool deterministic,
-                                                              const Geometry& geometry) {
+                                                              const Tensor& logits, bool needs_reference,
+                                                              bool deterministic, const Geometry& geometry) {
   using A = Accumulate<T>;
   const Launcher launch(value);
   const int64_t images = value.size(0);
   const ScalarType wide = reference.scalar_type();
   const auto raw = raw_source<A, U>(reference, offsets, logits);
+  Tensor grad_offsets = empty(offsets, offsets.scalar_type()), grad_logits = empty(logits, logits.scalar_type());
+  Tensor grad_reference = needs_reference ? empty(reference, wide) : nothing(reference);
+
+  if (!deterministic && !needs_reference && is_published_backward(geometry, data<T>(grad), data<T>(value))) {
+    const Tensor sums = zeros(value, wide);
+    const PointGradients<U> grads = {mutable_data<U>(grad_offsets), mutable_data<U>(grad_logits)};
+    published_backward(launch, data<T>(grad), data<T>(value), raw, mutable_data<A>(sums), grads, images, geometry);
+    return {rounded(sums, value.scalar_type()), grad_reference, grad_offsets, grad_logits};
+  }
+
   const Tensor pixels = empty(offsets, wide), weights = empty(logits, wide);
   locate(launch, raw, mutable_data<A>(pixels), mutable_data<A>(weights), images, geometry);
-
   const Located<A> source = {data<A>(pixels), data<A>(weights), true};
   const Tensor grad_pixels = empty(offsets, wide), grad_weights = empty(logits, wide);
   const PointGradients<A> grads = {mutable_data<A>(grad_pixels), mutable_data<A>(grad_weights)};
   Tensor grad_value = run_backward<T>(launch, grad, value, source, grads, deterministic, geometry);
-
-  Tensor grad_reference = empty(reference, wide);
-  Tensor grad_offsets = empty(offsets, offsets.scalar_type()), grad_logits = empty(logits, logits.scalar_type());
-  raw_gradients(launch, raw, data<A>(weights), grads, mutable_data<A>(grad_reference), mutable_data<U>(grad_offsets),
-                mutable_data<U>(grad_logits), images, geometry);
+  raw_gradients(launch, raw, data<A>(weights), grads, needs_reference ? mutable_data<A>(grad_reference) : nullptr,
+                mutable_data<U>(grad_offsets), mutable_data<U>(grad_logits), images, geometry);
   return {grad_value, grad_reference, grad_offsets, grad_logits};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> fused_backward_op(const Tensor& grad, const Tensor& value, Shapes shapes,
                                                              const Tensor& reference, const Tensor& offsets,
-                                                             const Tensor& logits, bool deterministic) {
+                                                             const Tensor& logits, bool needs_reference,
+                                                             bool deterministic) {
   const Geometry geometry = measure_raw(value, shapes, reference, offsets, logits);
   check_gradient(grad, value, geometry);
-  if (grad.numel() == 0) return {zeros(value), zeros(reference), zeros(offsets), zeros(logits)};
+  if (grad.numel() == 0) {
+    return {zeros(value), needs_reference ? zeros(reference) : nothing(reference), zeros(offsets), zeros(logits)};
+  }
   std::tuple<Tensor, Tensor, Tensor, Tensor> grads;
   with_type(value.scalar_type(), [&](auto tag) {
     using T = TypeOf<decltype(tag)>;
     with_raw_type<T>(offsets.scalar_type(), [&](auto raw_tag) {
       using U = TypeOf<decltype(raw_tag)>;
-      grads = run_fused_backward<T, U>(grad, value, reference, offsets, logits, deterministic, geometry);
+      grads = run_fused_backward<T, U>(grad, value, reference, offsets, logits, needs_reference, deterministic,
+                                       geometry);
     });
   });
   return grads;

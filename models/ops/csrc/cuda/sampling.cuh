@@ -23,6 +23,9 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kMaxLevels = 32;
 
 template <class T>
+constexpr int kVector = 16 / sizeof(T);  // channels in a 16-byte load
+
+template <class T>
 struct Accumulator {
   using type = float;
 };
@@ -56,7 +59,8 @@ struct Row {
   bool warp_is_idle;  // no team of this warp has a valid row
 };
 
-__device__ __forceinline__ Row find_row(const Geometry& geometry, const Teams& teams) {
+template <class G>
+__device__ __forceinline__ Row find_row(const G& geometry, const Teams& teams) {
   // One 32-bit division finds the image, whatever the batch; heads are next to each other, as they are in memory.
   const int image = blockIdx.x / teams.blocks;
   const int first = (blockIdx.x - image * teams.blocks) * (blockDim.x / teams.size);
@@ -131,12 +135,23 @@ __device__ __forceinline__ X* pixels_on(X* base, int token, int pixel_stride) {
   return reinterpret_cast<X*>(reinterpret_cast<Byte*>(base) + wide_product(static_cast<uint32_t>(token), stride));
 }
 
+template <int V, class T>
+__device__ __forceinline__ Pack<T, V> load(const T* from) {
+  return *reinterpret_cast<const Pack<T, V>*>(from);
+}
+
 /// Zeros, without a look at the memory, where `condition` does not hold.
 template <int V, class T>
 __device__ __forceinline__ Pack<T, V> load(const T* from, bool condition) {
   Pack<T, V> pack{};
-  if (condition) pack = *reinterpret_cast<const Pack<T, V>*>(from);
+  if (condition) pack = load<V>(from);
   return pack;
+}
+
+template <int V, class T, class A>
+__device__ __forceinline__ void unpack(A (&x)[V], const Pack<T, V>& pack) {
+#pragma unroll
+  for (int v = 0; v < V; ++v) x[v] = pack.template get<A>(v);
 }
 
 template <int V, class T, class A>
@@ -149,24 +164,36 @@ __device__ __forceinline__ void store(T* to, const A (&x)[V]) {
   *reinterpret_cast<Pack<T, V>*>(to) = pack;
 }
 
+#ifdef __CUDACC__
+/// The block's shared memory, of the size that the launch says.
+__device__ __forceinline__ void* shared_memory() {
+  extern __shared__ float4 memory[];
+  return memory;
+}
+#endif
+
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 #define DEFORMABLE_VECTOR_ATOMICS
 #endif
 
-/// to[v] += x[v], 16 bytes of float32 at a time where the architecture can.
+/// Numbers that one atomic addition takes, of V: 16 bytes of float32 where the architecture can.
 ///
 /// There are packed bfloat16 and float16 atomics too. They round the sum after each addition, and a pixel of a coarse
 /// level takes thousands: gradients of these types are summed in float32 and converted at the end.
+#ifdef DEFORMABLE_VECTOR_ATOMICS
+template <class A, int V>
+constexpr int kAtomic = V % 4 == 0 && sizeof(A) == sizeof(float) ? 4 : 1;
+#else
+template <class A, int V>
+constexpr int kAtomic = 1;
+#endif
+
+/// to[v] += x[v]
 template <int V, class A>
 __device__ __forceinline__ void atomic_add(A* to, const A (&x)[V]) {
-#ifdef DEFORMABLE_VECTOR_ATOMICS
-  constexpr int kStep = V % 4 == 0 && sizeof(A) == sizeof(float) ? 4 : 1;
-#else
-  constexpr int kStep = 1;
-#endif
 #pragma unroll
-  for (int v = 0; v < V; v += kStep) {
-    if constexpr (kStep == 4) {
+  for (int v = 0; v < V; v += kAtomic<A, V>) {
+    if constexpr (kAtomic<A, V> == 4) {
       atomicAdd(reinterpret_cast<float4*>(to + v), make_float4(x[v], x[v + 1], x[v + 2], x[v + 3]));
     } else {
       atomicAdd(to + v, x[v]);
@@ -233,13 +260,16 @@ __device__ __forceinline__ Sample<A> from_lane(const Sample<A>& mine, int lane, 
 /// Locations [B, Q, M, L, P, 2] and weights [B, Q, M, L, P] as they are given.
 template <class A>
 struct Located {
+  static constexpr bool kSoftmax = false;
   const A* locations;
   const A* weights;
   bool in_pixels;  // locations are Point's x and y, else in [0, 1] of the level
 
-  __device__ void begin(const Row&, const Geometry&, int, int) {}
+  template <class G>
+  __device__ void begin(const Row&, const G&, int, int) {}
 
-  __device__ __forceinline__ Point<A> point(const Row& row, const Geometry& geometry, int i, int level) const {
+  template <class G>
+  __device__ __forceinline__ Point<A> point(const Row& row, const G& geometry, int i, int level) const {
     const int64_t at = row.index * geometry.samples() + i;
     return place(locations[2 * at], locations[2 * at + 1], weights[at], geometry, level);
   }
@@ -249,40 +279,50 @@ struct Located {
     return {x * geometry.width[level] - A(0.5), y * geometry.height[level] - A(0.5), weight};
   }
 
-  /// d x of the point / d x of the location
-  __device__ A scale(int size) const { return in_pixels ? A(1) : A(size); }
+  /// Turns the gradient of a point's x, y into that of its location.
+  template <class G>
+  __device__ __forceinline__ void through_point(A& x, A& y, const Row&, const G& geometry, int level) const {
+    if (in_pixels) return;
+    x *= geometry.width[level];
+    y *= geometry.height[level];
+  }
 };
 
 /// Reference points [B, Q, L, 2 or 4], offsets [B, Q, M, L, P, 2] and logits [B, Q, M, L, P]: locations and softmax are
 /// worked out on the way and never stored.
 template <class A, class U>
 struct Raw {
+  static constexpr bool kSoftmax = true;
   const A* reference;
   const U* offsets;
   const U* logits;
   int coordinates;       // 2: x, y; 4: x, y, width, height
   A maximum, normalize;  // of the row's softmax, set by begin()
 
-  __device__ __forceinline__ A logit(const Row& row, const Geometry& geometry, int i) const {
+  template <class G>
+  __device__ __forceinline__ A logit(const Row& row, const G& geometry, int i) const {
     return static_cast<A>(logits[row.index * geometry.samples() + i]);
   }
 
-  __device__ __forceinline__ void begin(const Row& row, const Geometry& geometry, int lane, int size) {
+  template <class G>
+  __device__ __forceinline__ void begin(const Row& row, const G& geometry, int lane, int size) {
     maximum = -INFINITY;
-    for (int i = lane; i < geometry.samples(); i += size) {
-      const A x = logit(row, geometry, i);
+    for (int first = 0; first < geometry.samples(); first += size) {
+      const A x = first + lane < geometry.samples() ? logit(row, geometry, first + lane) : maximum;
       maximum = x > maximum ? x : maximum;
     }
     maximum = team_max(maximum, size);
     A sum = 0;
-    for (int i = lane; i < geometry.samples(); i += size) sum += std::exp(logit(row, geometry, i) - maximum);
+    for (int first = 0; first < geometry.samples(); first += size) {
+      if (first + lane < geometry.samples()) sum += std::exp(logit(row, geometry, first + lane) - maximum);
+    }
     normalize = 1 / team_sum(sum, size);
   }
 
-  __device__ __forceinline__ Point<A> point(const Row& row, const Geometry& geometry, int i, int level) const {
+  template <class G>
+  __device__ __forceinline__ Point<A> point(const Row& row, const G& geometry, int i, int level) const {
     const int64_t at = row.index * geometry.samples() + i;
-    const int64_t query = static_cast<int64_t>(row.image) * geometry.queries + row.query;
-    const A* around = reference + (query * geometry.levels + level) * coordinates;
+    const A* around = reference_of(row, geometry, level);
     const A weight = std::exp(logit(row, geometry, i) - maximum) * normalize;
     const A x = static_cast<A>(offsets[2 * at]), y = static_cast<A>(offsets[2 * at + 1]);
     const int width = geometry.width[level], height = geometry.height[level];
@@ -291,12 +331,26 @@ struct Raw {
     return {(around[0] + x * part * around[2]) * width - A(0.5), (around[1] + y * part * around[3]) * height - A(0.5),
             weight};
   }
+
+  /// Turns the gradient of a point's x, y into that of its offset.
+  template <class G>
+  __device__ __forceinline__ void through_point(A& x, A& y, const Row& row, const G& geometry, int level) const {
+    if (coordinates == 2) return;
+    const A* box = reference_of(row, geometry, level);
+    x *= geometry.width[level] * (A(0.5) / geometry.points) * box[2];
+    y *= geometry.height[level] * (A(0.5) / geometry.points) * box[3];
+  }
+
+  template <class G>
+  __device__ __forceinline__ const A* reference_of(const Row& row, const G& geometry, int level) const {
+    const int64_t query = static_cast<int64_t>(row.image) * geometry.queries + row.query;
+    return reference + (query * geometry.levels + level) * coordinates;
+  }
 };
 
 /// Sample i of a row; nothing behind the last one.
-template <class A, class Source>
-__device__ __forceinline__ Sample<A> take_sample(const Source& source, const Row& row, const Geometry& geometry,
-                                                 int i) {
+template <class A, class Source, class G>
+__device__ __forceinline__ Sample<A> take_sample(const Source& source, const Row& row, const G& geometry, int i) {
   if (i >= geometry.samples()) return {};
   const int level = static_cast<unsigned>(i) / static_cast<unsigned>(geometry.points);
   return find_corners(source.point(row, geometry, i, level), geometry, level);
