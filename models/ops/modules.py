@@ -84,7 +84,8 @@ class MSDeformAttn(nn.Module):
         # padding counts as 0
         value = self.value_proj(input_flatten)
         if input_padding_mask is not None:
-            value = value.masked_fill(input_padding_mask[..., None], 0.0)
+            # in place: nothing else reads it, not even the backward of the product
+            value = value.masked_fill_(input_padding_mask[..., None], 0.0)
 
         # one value, one set of offsets and one set of logits per head
         value_BSMD = value.unflatten(-1, (self.n_heads, -1))
