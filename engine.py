@@ -23,6 +23,7 @@ from datasets.loader import DeviceBatches
 from models import build_model
 from models.criterion import SetCriterion
 from models.ops import backends
+from models.regions import compile_regions, eager
 from models.weights.finetune import fine_tune
 from models.weights.start import Start, load_checkpoint
 from util.class_map import ClassMap
@@ -143,6 +144,8 @@ def build_learner(config: Config, device: torch.device, start: Start, classes: C
     check_precision(model.to(device), config.run.amp)
 
     updater = build_updater(model, config)
+    if config.run.compile:
+        compile_regions(model)
     wrapped: nn.Module = model
     if world_size() > 1:
         wrapped = data_parallel(model, config, device)
@@ -186,7 +189,7 @@ def training_loss(
     """A function that computes the total loss of a batch as a training step does, in this process alone."""
 
     def loss_of(images: NestedTensor, targets: Targets) -> Tensor:
-        with autocast(amp, images.tensors.device):
+        with autocast(amp, images.tensors.device), eager(model):
             outputs = model(images)
         # In evaluation mode the criterion does not wait for the other processes.
         was_training = criterion.training
@@ -254,7 +257,7 @@ def evaluate(
     pending: PendingResult | None = None
     for step, (images, targets) in enumerate(batches):
         note("%s, batch %d", title, step)
-        with autocast(run.amp, images.tensors.device):
+        with autocast(run.amp, images.tensors.device), eager(model):
             outputs = model(images)
         # The device works on this batch; the host converts the detections of the previous one.
         if pending:

@@ -25,6 +25,7 @@ from datasets.splits import TrainingData, evaluation_loader, open_evaluation_dat
 from datasets.workers import end_workers
 from engine import Learner, build_learner, build_watch, check_operator, evaluate, train_one_epoch
 from models import build_model
+from models.regions import check_compiler
 from models.weights import adopt, find_start, load_checkpoint, read_trained
 from util.distributed import (
     broadcast_from_main,
@@ -81,6 +82,8 @@ def main(config: Config) -> None:
             seed_everything(config.run.seed + rank())
             check_operator(device)
             check_tensorboard(config.run.tensorboard)
+            if config.run.compile and not config.run.eval:
+                check_compiler(device)
 
             if config.run.eval:
                 # Evaluation also takes Hugging Face's layout.
