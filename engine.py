@@ -23,6 +23,7 @@ from datasets.loader import DeviceBatches
 from models import build_model
 from models.criterion import SetCriterion
 from models.ops import backends
+from models.regions import check_compiler, compile_regions, eager
 from models.weights.finetune import fine_tune
 from models.weights.start import Start, load_checkpoint
 from util.class_map import ClassMap
@@ -103,8 +104,13 @@ def _exchange_of_gradients(model: nn.Module, wanted: bool) -> contextlib.Abstrac
     return contextlib.nullcontext()
 
 
-def check_operator(device: torch.device) -> None:
-    """Compare the attention kernels with the reference before a run starts. Raises UserError."""
+def check_device(run: RunConfig, device: torch.device) -> None:
+    """Compare the attention kernels with the reference, and look for what --compile needs.
+
+    Raises UserError. Called before a run starts.
+    """
+    if run.compile and not run.eval:
+        check_compiler(device)
     try:
         backends.choose(None, device)
     except (ValueError, RuntimeError) as error:
@@ -143,6 +149,8 @@ def build_learner(config: Config, device: torch.device, start: Start, classes: C
     move_to_device(model, device, config.run)
 
     updater = build_updater(model, config)
+    if config.run.compile:
+        compile_regions(model)
     wrapped: nn.Module = model
     if world_size() > 1:
         wrapped = data_parallel(model, config, device)
@@ -195,7 +203,7 @@ def training_loss(
     """A function that computes the total loss of a batch as a training step does, in this process alone."""
 
     def loss_of(images: NestedTensor, targets: Targets) -> Tensor:
-        with autocast(amp, images.tensors.device):
+        with autocast(amp, images.tensors.device), eager(model):
             outputs = model(images)
         # In evaluation mode the criterion does not wait for the other processes.
         was_training = criterion.training
@@ -263,7 +271,7 @@ def evaluate(
     pending: PendingResult | None = None
     for step, (images, targets) in enumerate(batches):
         note("%s, batch %d", title, step)
-        with autocast(run.amp, images.tensors.device):
+        with autocast(run.amp, images.tensors.device), eager(model):
             outputs = model(images)
         # The device works on this batch; the host converts the detections of the previous one.
         if pending:

@@ -27,7 +27,7 @@ from engine import (
     Learner,
     build_learner,
     build_watch,
-    check_operator,
+    check_device,
     evaluate,
     move_to_device,
     train_one_epoch,
@@ -86,7 +86,7 @@ def main(config: Config) -> None:
             # What would stop the run later stops it now, before data is read.
             start_logging(device)
             seed_everything(config.run.seed + rank())
-            check_operator(device)
+            check_device(config.run, device)
             check_tensorboard(config.run.tensorboard)
 
             if config.run.eval:

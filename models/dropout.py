@@ -11,6 +11,22 @@ from torch.autograd.function import once_differentiable
 
 _DRAWS = 2**16  # a draw is an int16
 
+# An operator of its own: torch.compile has none for a draw of all 64 bits. The tag says that two
+# calls give different numbers, and that none may be left out.
+torch.library.define(
+    "dropout::random_bits", "(SymInt count) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,)
+)
+
+
+@torch.library.impl("dropout::random_bits", "CompositeExplicitAutograd")
+def _random_bits(count: int) -> Tensor:
+    return torch.empty(count, dtype=torch.int64).random_(-(2**63), None)
+
+
+@torch.library.register_fake("dropout::random_bits")
+def _(count: int) -> Tensor:
+    return torch.empty(count, dtype=torch.int64)
+
 
 class Dropout(nn.Dropout):
     """nn.Dropout, which on a CPU draws bits instead of floats.
@@ -59,7 +75,7 @@ def _dropped(x: Tensor, p: float) -> Tensor:
     dropped = round(p * _DRAWS)
     if x.device.type != "cpu" or dropped in (0, _DRAWS):
         return F.dropout(x, p)
-    draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    draws = torch.ops.dropout.random_bits((x.numel() + 3) // 4)
     numbers = draws.view(torch.int16)[: x.numel()].view(x.shape)
     return x.masked_fill(numbers < dropped - _DRAWS // 2, 0.0).mul_(_scale(p, x.device))
 

@@ -43,7 +43,7 @@ NUM_IMAGES = (8, 3)  # for training and for evaluation
 # flags that differ when a run of the fixtures is resumed
 CHANGED = {"coco_path", "output_dir", "epochs", "resume"}
 # flags that did not exist when the runs were written
-NEW = {"float32_matmul"}
+NEW = {"compile", "float32_matmul"}
 
 
 def table(name: str) -> list[str]:

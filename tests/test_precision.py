@@ -308,7 +308,8 @@ def test_full_precision_ends_where_it_says():
             assert torch.get_float32_matmul_precision() == "highest"
         assert torch.get_float32_matmul_precision() == "high"
     finally:
-        torch.set_float32_matmul_precision("highest")
+        use_float32_matmul("highest", CPU)
+    assert torch.get_float32_matmul_precision() == "highest"
     assert widened(x) is x
     assert widened(x.double()).dtype == torch.float64
 

@@ -55,7 +55,7 @@ class Variant(NamedTuple):
 
 def _variants(config: Config, training: bool) -> list[Variant]:
     """From the plain detector to what was asked for, with one flag more each."""
-    plain = config.with_flags({"amp": "off", "checkpoint_encoder": False})
+    plain = config.with_flags({"amp": "off", "checkpoint_encoder": False, "compile": False})
     added: list[tuple[str, dict[str, Any]]] = []
     if config.run.amp != "off":
         added.append((f"--amp {config.run.amp}", {"amp": config.run.amp}))
@@ -70,6 +70,8 @@ def _variants(config: Config, training: bool) -> list[Variant]:
             variants.append(Variant(flag, flag, "--bf 0", plain))
         if config.transformer.checkpoint_encoder:
             added.append(("--checkpoint_encoder", {"checkpoint_encoder": True}))
+        if config.run.compile:
+            added.append(("--compile", {"compile": True}))
     # each has all flags of the one before
     for flag, values in added:
         before = variants[-1]

@@ -20,6 +20,7 @@ from models.deformable_detr import DeformableDETR
 from models.inference import prepare_for_inference
 from models.ops.benchmark import in_turns, machine_name
 from models.postprocess import PostProcess
+from models.regions import compile_regions
 from util.checkpoint import load_weights
 from util.class_map import AUTO, COCO_CLASSES, ClassMap
 from util.config import Config, with_classes
@@ -41,6 +42,8 @@ class TrainingStep:
         self.config, self.images, self.targets = config, images, targets
         self.model, self.criterion, _ = build(config, device)
         self.model.train()
+        if config.run.compile:
+            compile_regions(self.model)
         self._updater = build_updater(self.model, config)
 
     def __call__(self) -> None:

@@ -77,6 +77,12 @@ def check_run(config: Config) -> None:
     if run.eval:
         require(run.resume, "--eval needs --resume: the checkpoint to evaluate; add --resume <file>")
     else:
+        # which sizes come first decides what code is made
+        require(
+            not (run.compile and run.deterministic),
+            "--compile can't be used with --deterministic: compiled code may round differently in a "
+            "resumed run; leave one of them out",
+        )
         require(
             run.start_epoch < optim.epochs,
             f"--start_epoch {run.start_epoch} must be below --epochs {optim.epochs}, else nothing is "

@@ -235,7 +235,7 @@ class RunConfig:
         "decides the architecture; a path or an https address",
         "FILE|URL",
     )
-    # these five concern only a training
+    # these six concern only a training
     start_epoch: int = flag(0, "first epoch, counted from 0, for a checkpoint without one", of="training")
     eval_every: int = flag(
         1, "evaluate after every so many epochs, and after the last", "EPOCHS", above=0, of="training"
@@ -255,6 +255,13 @@ class RunConfig:
     )
     max_nan_steps: int = flag(
         10, "with --on_nan skip: end the run after more than so many such steps", of="training"
+    )
+    # the numbers are the same up to rounding
+    compile: bool = flag(
+        False,
+        "train with torch.compile: blocks of the backbone, layers and heads; takes minutes at the start, and "
+        "does not pay on a CPU",
+        of="training",
     )
     eval: bool = flag(False, "evaluate only; image sizes that are not given are those of the checkpoint")
     coco_eval: str = flag(

@@ -31,36 +31,37 @@ def autocast(amp: str, device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, dtype=LOW_TYPES[amp])
 
 
+# whether float32 products are in TF32, for code that torch.compile can follow
+_tf32 = False
+
+
 def use_float32_matmul(precision: str, device: torch.device) -> None:
     """Let float32 products on an Nvidia GPU use TF32 ("high"), or not ("highest").
 
     TF32 rounds what is multiplied to 10 bits of mantissa. Convolutions use it in either case, as is
     PyTorch's default.
     """
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision(precision)
+    global _tf32
+    _tf32 = precision == "high" and device.type == "cuda"
+    torch.set_float32_matmul_precision("high" if _tf32 else "highest")
 
 
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """A block without autocast and, in the forward, without TF32.
-
-    Its inputs are not cast: see `widened`.
-    """
+def full_precision(device: torch.device) -> AbstractContextManager:
+    """A block without autocast and, in the forward, without TF32. Its inputs are not cast: see `widened`."""
     without_autocast: AbstractContextManager = nullcontext()
     if torch.amp.is_autocast_available(device.type):
         without_autocast = torch.autocast(device.type, enabled=False)
-    precision = torch.get_float32_matmul_precision()
-    if precision == "highest":
-        with without_autocast:
-            yield
-        return
+    return _without_tf32(without_autocast) if _tf32 else without_autocast
+
+
+@contextmanager
+def _without_tf32(also: AbstractContextManager) -> Iterator[None]:
     torch.set_float32_matmul_precision("highest")
     try:
-        with without_autocast:
+        with also:
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        torch.set_float32_matmul_precision("high")
 
 
 def widened(tensor: Tensor) -> Tensor:
