@@ -19,29 +19,25 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import pkgutil
 import sys
-from collections.abc import Callable
 
 from models.ops import benchmark as op_benchmark
 from models.weights.architecture import Purpose, adopt
-from tools.benchmarks import other_library
-from tools.benchmarks.evaluation import measure_evaluation
-from tools.benchmarks.launches import measure_launches
-from tools.benchmarks.speed import measure_items, measure_speed
-from tools.benchmarks.sweep import measure_sweep
 from util.checkpoint import read_checkpoint, weights_of
 from util.class_map import AUTO, classes_of, unnamed_classes
 from util.config import Config, make_parser, parse_with_config, with_classes
 from util.errors import UserError, run_as_command
 
 OPERATOR = "op"  # has flags of its own
-MODES: dict[str, Callable[[argparse.Namespace, Config], None]] = {
-    "inference": measure_speed,
-    "train": measure_speed,
-    "loader": measure_items,
-    "evaluation": measure_evaluation,
-    "launches": measure_launches,
-    "sweep": measure_sweep,
+# module of tools/benchmarks and function, imported when asked for: some need more packages than others
+MODES = {
+    "inference": "speed:measure_speed",
+    "train": "speed:measure_speed",
+    "loader": "speed:measure_items",
+    "evaluation": "evaluation:measure_evaluation",
+    "launches": "launches:measure_launches",
+    "sweep": "sweep:measure_sweep",
 }
 # flags that would have no effect in other modes
 OWN_MODES = {"against": ("inference", "train"), "out": ("sweep",)}
@@ -51,7 +47,7 @@ def main() -> int | None:
     if sys.argv[1:2] == [OPERATOR]:
         return op_benchmark.main(sys.argv[2:])
     args, config = _parse()
-    MODES[args.what](args, config)
+    pkgutil.resolve_name(f"tools.benchmarks.{MODES[args.what]}")(args, config)
     return None
 
 
@@ -69,7 +65,7 @@ def _parse() -> tuple[argparse.Namespace, Config]:
     text = "noise of this size instead of the data set"
     add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help=text)
     text = "inference and train: the same detector of another library too"
-    add("--against", choices=other_library.LIBRARIES, help=text)
+    add("--against", choices=("transformers",), help=text)
     text = "the same with the attention operator in plain PyTorch too"
     add("--against_reference", action="store_true", help=text)
     add("--profile", action="store_true", help="what the time of one iteration goes to")

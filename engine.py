@@ -36,8 +36,8 @@ from util.optim import build_schedule
 from util.step.log import StepLog
 from util.step.metrics import published_names
 from util.step.not_finite import FiniteWatch, Targets
-from util.step.precision import autocast, use_float32_matmul
-from util.step.precision_check import check_precision
+from util.step.precision import autocast
+from util.step.precision_check import move_to_device
 from util.step.progress import Progress, Throughput
 from util.step.transfer import HostCopy
 from util.step.updater import Updater, build_updater
@@ -156,15 +156,6 @@ def build_learner(config: Config, device: torch.device, start: Start, classes: C
         wrapped = data_parallel(model, config, device)
     schedule = build_schedule(updater.optimizer, config)
     return Learner(model, wrapped, criterion, postprocessors, updater, schedule)
-
-
-def move_to_device(model: nn.Module, device: torch.device, run: RunConfig) -> None:
-    """Move a detector where products have the precision of --amp and --float32_matmul.
-
-    Raises UserError if the device does not have it.
-    """
-    use_float32_matmul(run.float32_matmul, device)
-    check_precision(model.to(device), run.amp)
 
 
 def build_watch(config: Config, learner: Learner) -> FiniteWatch:

@@ -29,7 +29,6 @@ from engine import (
     build_watch,
     check_device,
     evaluate,
-    move_to_device,
     train_one_epoch,
 )
 from models import build_model
@@ -64,6 +63,7 @@ from util.run.tensorboard import Board, check_tensorboard, detection_pictures
 from util.step.deterministic import explaining_refusals, make_deterministic
 from util.step.log import StepLog
 from util.step.metrics import EpochSums
+from util.step.precision_check import move_to_device
 from util.step.random_state import RandomGenerators, seed_everything
 
 log = logging.getLogger("main")

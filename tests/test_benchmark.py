@@ -12,7 +12,7 @@ from PIL import Image
 
 from models.ops.benchmark import peak_memory
 from models.ops.functions import ms_deform_attn
-from tests.helpers import BATCHFORMER, SMALL_IMAGES, SMALL_MODEL, write_coco
+from tests.helpers import BATCHFORMER, SMALL_IMAGES, SMALL_MODEL, run, write_coco
 from tests.processes import run_forked
 from tools.benchmarks import evaluation, other_library, sweep
 from tools.benchmarks.launches import KeptMemory, LaunchCounter
@@ -188,6 +188,24 @@ def test_launches_by_part_of_the_step():
         assert total[0] == sum(launches for launches, _ in table.values())
         assert without[0] == total[0] - table["update"][0]
         assert min(launches for launches, _ in table.values()) > 0
+
+
+# a machine that is lent for a check has torch and little else
+FEW_PACKAGES = """
+import sys
+for package in ("matplotlib", "pycocotools", "safetensors", "transformers"):
+    sys.modules[package] = None  # an import of it fails
+sys.argv[0] = "benchmark.py"
+import benchmark
+benchmark.main()
+"""
+
+
+@pytest.mark.parametrize("what", ["train", "inference", "launches"])
+def test_speed_needs_few_packages(what):
+    flags = ("--size", "64", "64", "--num_iters", "1", "--warm_iters", "0", "--device", "cpu")
+    result = run(sys.executable, "-c", FEW_PACKAGES, what, *SMALL_MODEL, *flags)
+    assert result.returncode == 0, result.stderr
 
 
 # ---- evaluation

@@ -15,7 +15,7 @@ import torch
 
 # a script sees only its own folder, not the project
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from engine import move_to_device, training_loss
+from engine import training_loss
 from models import build_model
 from util.checkpoint import load_state, read_checkpoint
 from util.config import Config, make_parser
@@ -23,6 +23,7 @@ from util.distributed.processes import choose_device
 from util.errors import UserError, run_as_command
 from util.nested_tensor import NestedTensor
 from util.step.not_finite import Rerun, run_again
+from util.step.precision_check import move_to_device
 from util.step.random_state import set_torch_state
 
 EXAMPLE = "python tools/replay.py exps/run/nonfinite_0003_000120_process0.pth"

@@ -8,8 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from models.weights.hugging_face import read_hugging_face
-from models.weights.hugging_face_files import is_hugging_face
 from util.checkpoint import read_checkpoint, weights_of
 from util.errors import UserError
 
@@ -19,6 +17,10 @@ def read_trained(source: str, flag: str) -> dict[str, Any]:
 
     Raises UserError, which names `flag`.
     """
+    # these need safetensors, which a machine that only measures may lack
+    from models.weights.hugging_face import read_hugging_face
+    from models.weights.hugging_face_files import is_hugging_face
+
     if is_hugging_face(source):
         return read_hugging_face(source, flag)
     return read_checkpoint(source, flag)

@@ -143,6 +143,15 @@ TIMINGS = (
         BENCHMARK_LINES,
         DETECTOR,
     ),
+    # what the host has to do in a step
+    CheckStep(
+        "launches",
+        15,
+        40,
+        "python3 benchmark.py launches --device {device} {model} --batch_size 2 " + BATCHFORMER,
+        "sum|kept for the backward",
+        DETECTOR,
+    ),
     # half the bytes: is it faster?
     CheckStep(
         "operator, bfloat16",
@@ -167,6 +176,16 @@ TIMINGS = (
         45,
         "{ncu} python3 -m tests.gpu_check.op_once --device {device}",
         r" +(forward_kernel|backward_kernel|smsp__inst|lts__t_sectors_op_red|l1tex__t_sector_hit)",
+    ),
+    # last: it compiles for a minute or more
+    CheckStep(
+        "training step, compiled",
+        100,
+        180,
+        TRAIN_STEP + " --amp bf16 --compile",
+        BENCHMARK_LINES,
+        f"{DETECTOR} triton",
+        needs_gpu=True,
     ),
 )
 

@@ -19,7 +19,6 @@ from datasets import build_dataset
 from datasets.loader import Batch
 from models.ops import backends
 from models.ops.benchmark import machine_name, peak_memory
-from tools.benchmarks import other_library
 from tools.benchmarks.steps import TrainingStep, inference, prepare, seconds_in_turns
 from util.allocator import keep_freed_memory
 from util.config import BatchFormerConfig, Config
@@ -179,6 +178,8 @@ def _of_other_library(
     library: str, timed: list[Timed], device: torch.device, batch: Batch, training: bool
 ) -> Timed:
     """Beside the last variant of ours that has only what the library has."""
+    from tools.benchmarks import other_library  # needs more packages than the rest
+
     # in evaluation BatchFormerV2 and checkpointing change nothing
     ours = timed[0]
     for one in timed:

@@ -13,7 +13,6 @@ from torch.utils.benchmark import timer  # synchronises with the GPU before it r
 
 from datasets import build_dataset
 from datasets.loader import Batch, collate
-from engine import move_to_device
 from models.build import build_model
 from models.criterion import SetCriterion
 from models.deformable_detr import DeformableDETR
@@ -28,6 +27,7 @@ from util.distributed.processes import choose_device
 from util.errors import UserError
 from util.nested_tensor import NestedTensor
 from util.step.precision import autocast
+from util.step.precision_check import move_to_device
 from util.step.updater import build_updater
 
 OBJECTS = 7  # an image of COCO has 7.3 on average

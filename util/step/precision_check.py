@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from util.config import RunConfig
 from util.errors import UserError
-from util.step.precision import LOW_TYPES, autocast, full_precision
+from util.step.precision import LOW_TYPES, autocast, full_precision, use_float32_matmul
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,15 @@ SIZES: dict[str, Callable[[Tensor], int]] = {
 }
 # by operator; what is registered exists as long as its library
 _replaced: dict[str, torch.library.Library] = {}
+
+
+def move_to_device(model: nn.Module, device: torch.device, run: RunConfig) -> None:
+    """Move a detector where products have the precision of --amp and --float32_matmul.
+
+    Raises UserError if the device does not have it.
+    """
+    use_float32_matmul(run.float32_matmul, device)
+    check_precision(model.to(device), run.amp)
 
 
 def check_precision(model: nn.Module, amp: str) -> None:
