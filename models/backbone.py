@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torchvision.ops import FrozenBatchNorm2d
 
 from util.backbones import BACKBONES
@@ -44,8 +46,22 @@ class FrozenBatchNorm(FrozenBatchNorm2d):
             return x_BCHW
         if x_BCHW.dtype == self.weight.dtype:
             scale, shift = self.scale_and_shift or scales_and_shifts([self])[0]
-            return torch.addcmul(shift[:, None, None], x_BCHW, scale[:, None, None])
+            return _ScaleAndShift.apply(x_BCHW, scale[:, None, None], shift[:, None, None])
         return F.batch_norm(x_BCHW, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+
+class _ScaleAndShift(torch.autograd.Function):
+    """torch.addcmul of constants, whose backward multiplies once and not twice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        return torch.addcmul(shift, x, scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad * ctx.saved_tensors[0], None, None
 
 
 class NormedConv2d(nn.Conv2d):

@@ -94,14 +94,16 @@ class DeformableTransformerDecoder(nn.Module):
         DETR", appendix A.4).
         """
         x, reference = queries.content, queries.reference
+        reference_BQL = _per_level(reference, memory.valid_ratios)
         contents, refined = [], []
         # in two-stage there is one head more, for the proposals
         for layer, box_head in zip(self.layers, box_heads, strict=False):
-            x = layer(x, queries.position, _per_level(reference, memory.valid_ratios), memory)
+            x = layer(x, queries.position, reference_BQL, memory)
             contents.append(x)
             if with_box_refine:
                 refined.append(decode_boxes(box_head(x), reference))
                 reference = refined[-1].detach()
+                reference_BQL = _per_level(reference, memory.valid_ratios)
         if with_box_refine:
             return torch.stack(contents), torch.stack(refined)
         # the layers share head and reference
