@@ -20,9 +20,16 @@ def prepare_for_inference(model: DeformableDETR, amp: str) -> None:
         amp: "off", "bf16" or "fp16".
     """
     model.eval()
+    norms = set()
     for layer in model.modules():
         if isinstance(layer, NormedConv2d):
+            norms.add(layer.norm[0])
             _take_over(layer, layer.norm[0])
+    # or the backbone would compute the scales of all norms in every forward
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if child in norms:
+                setattr(parent, name, nn.Identity())
     if amp == "off":
         return
 
@@ -40,6 +47,5 @@ def _take_over(convolution: NormedConv2d, norm: FrozenBatchNorm) -> None:
     scale, shift = scales_and_shifts([norm])[0]
     convolution.weight.data = convolution.weight.data * scale[:, None, None, None]
     convolution.bias = nn.Parameter(shift)
-    # nothing is left of the norm but its identity in evaluation
     convolution.__class__ = nn.Conv2d  # type: ignore[assignment]
     del convolution.norm

@@ -132,8 +132,6 @@ def _cheapest(cost_NTQ: Tensor, counts: Sequence[int]) -> tuple[Tensor, ...]:
     Of n targets in an image, each has a best match among its n cheapest queries, because the others
     can't take all of them. So few of two-stage's 20,000 proposals are copied to the host.
     """
-    # SciPy refuses NaN; the check of the loss reports it with a diagnosis
-    cost_NTQ = cost_NTQ.nan_to_num(1e6, 1e6, -1e6)
     if cost_NTQ.shape[-1] <= MANY:
         return (cost_NTQ,)
     cheapest = cost_NTQ.topk(min(max(counts, default=0), cost_NTQ.shape[-1]), largest=False)
@@ -157,6 +155,8 @@ def _assign(
         [2, N, T'] int64: flat query indices in [N, B, Q], and target indices.
     """
     num_outputs = len(cost_NTP)
+    # SciPy refuses NaN; the check of the loss reports it with a diagnosis
+    cost_NTP = np.nan_to_num(cost_NTP, nan=1e6, posinf=1e6, neginf=-1e6)
     starts = np.cumsum([0, *counts])
     pairs = [[np.empty((2, 0), np.int64)] for _ in range(num_outputs)]
     for output in range(num_outputs):

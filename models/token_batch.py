@@ -97,14 +97,19 @@ def level_sizes(spatial_shapes: Shapes, device: torch.device) -> Tensor:
 
 def valid_extents(padding_mask_BS: Tensor, spatial_shapes: Shapes) -> Tensor:
     """[B, L, 2] float32: width and height of the unpadded part of each level, in pixels."""
-    levels = padding_mask_BS.split([height * width for height, width in spatial_shapes], 1)
-    masks = [mask.unflatten(1, shape) for mask, shape in zip(levels, spatial_shapes, strict=True)]
-    # padding lies right and below: the first row and the first column tell
-    padded = [padding.sum(1) for mask in masks for padding in (mask[:, 0], mask[:, :, 0])]
-    return level_sizes(spatial_shapes, padding_mask_BS.device) - torch.stack(padded, -1).unflatten(1, (-1, 2))
+    return level_sizes(spatial_shapes, padding_mask_BS.device) - _padding(padding_mask_BS, spatial_shapes)
 
 
 def valid_ratios(padding_mask_BS: Tensor, spatial_shapes: Shapes) -> Tensor:
     """[B, L, 2] float32: width and height of the unpadded part of each level over the padded."""
     sizes_L2 = level_sizes(spatial_shapes, padding_mask_BS.device)
-    return valid_extents(padding_mask_BS, spatial_shapes) / sizes_L2
+    return (sizes_L2 - _padding(padding_mask_BS, spatial_shapes)) / sizes_L2
+
+
+def _padding(padding_mask_BS: Tensor, spatial_shapes: Shapes) -> Tensor:
+    """[B, L, 2]: padded columns and rows of each level."""
+    levels = padding_mask_BS.split([height * width for height, width in spatial_shapes], 1)
+    masks = [mask.unflatten(1, shape) for mask, shape in zip(levels, spatial_shapes, strict=True)]
+    # padding lies right and below: the first row and the first column tell
+    padded = [padding.sum(1) for mask in masks for padding in (mask[:, 0], mask[:, :, 0])]
+    return torch.stack(padded, -1).unflatten(1, (-1, 2))

@@ -16,7 +16,6 @@ from util.nested_tensor import NestedTensor
 from util.step.precision import autocast
 from util.step.updater import build_updater
 
-LIBRARIES = ("transformers",)
 # --backbone -> its ResNet: kind of block, width of the first stage, blocks of each
 RESNETS = {
     "resnet18": ("basic", 64, (2, 2, 2, 2)),

@@ -184,7 +184,8 @@ def _of_other_library(
     ours = timed[0]
     for one in timed:
         config = one.variant.config
-        if not training or not (config.batchformer.bf or config.transformer.checkpoint_encoder):
+        more = config.batchformer.bf or config.transformer.checkpoint_encoder or config.run.compile
+        if not training or not more:
             ours = one
     version, call = other_library.detector(ours.variant.config, device, *batch, training)
     variant = Variant(ours.variant.name, library, f"ours ({ours.name})", ours.variant.config)

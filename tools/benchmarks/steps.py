@@ -19,7 +19,7 @@ from models.deformable_detr import DeformableDETR
 from models.inference import prepare_for_inference
 from models.ops.benchmark import in_turns, machine_name
 from models.postprocess import PostProcess
-from models.regions import compile_regions
+from models.regions import check_compiler, compile_regions
 from util.checkpoint import load_weights
 from util.class_map import AUTO, COCO_CLASSES, ClassMap
 from util.config import Config, with_classes
@@ -43,6 +43,7 @@ class TrainingStep:
         self.model, self.criterion, _ = build(config, device)
         self.model.train()
         if config.run.compile:
+            check_compiler(device)
             compile_regions(self.model)
         self._updater = build_updater(self.model, config)
 
