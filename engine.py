@@ -28,6 +28,7 @@ from models.weights.finetune import fine_tune
 from models.weights.start import Start, load_checkpoint
 from util.class_map import ClassMap
 from util.config import Config, RunConfig
+from util.distributed.exchange import apart
 from util.distributed.processes import broadcast_from_main, gather_on_main, is_main, world_size
 from util.distributed.watchdog import note
 from util.errors import UserError
@@ -194,7 +195,7 @@ def training_loss(
     """A function that computes the total loss of a batch as a training step does, in this process alone."""
 
     def loss_of(images: NestedTensor, targets: Targets) -> Tensor:
-        with autocast(amp, images.tensors.device), eager(model):
+        with autocast(amp, images.tensors.device), eager(model), apart():
             outputs = model(images)
         # In evaluation mode the criterion does not wait for the other processes.
         was_training = criterion.training

@@ -207,7 +207,7 @@ def build_position(backbone: BackboneConfig, hidden_dim: int) -> nn.Module:
 def build_transformer(config: Config) -> DeformableTransformer:
     transformer, bf = config.transformer, config.batchformer
     # one object with the weights, registered under their names, and one that applies them
-    modules = None
+    modules, batchformer = None, None
     if bf.bf != OFF:
         modules = build_modules(
             transformer.hidden_dim,
@@ -215,6 +215,18 @@ def build_transformer(config: Config) -> DeformableTransformer:
             bf.insert_idx,
             shared=bool(bf.share_bf),
             num_layers=bf.bt_num_layers,
+            num_heads=bf.bf_heads,
+            dropout=bf.bf_dropout,
+            control=bf.bf_control,
+        )
+        batchformer = BatchFormerV2(
+            modules,
+            bf.bf,
+            bf.insert_idx,
+            bf.eval_bf,
+            control=bf.bf_control,
+            mask_padding=bf.bf_mask_padding,
+            across_processes=bf.bf_across_processes,
         )
 
     return DeformableTransformer(
@@ -229,7 +241,7 @@ def build_transformer(config: Config) -> DeformableTransformer:
         enc_n_points=transformer.enc_n_points,
         dec_n_points=transformer.dec_n_points,
         batchformer_modules=modules,
-        batchformer=BatchFormerV2(modules, bf.bf, bf.insert_idx, bf.eval_bf) if modules else None,
+        batchformer=batchformer,
         two_stage=transformer.two_stage,
         num_proposals=transformer.num_queries,
         checkpoint_encoder=transformer.checkpoint_encoder,

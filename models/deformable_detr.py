@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from models.backbone import Backbone, resize_mask
 from models.deformable_transformer import Decoded, DeformableTransformer
+from util.distributed.exchange import exchanges, largest_of_processes
 from util.nested_tensor import NestedTensor
 from util.step.precision import widened
 
@@ -81,6 +82,9 @@ class DeformableDETR(nn.Module):
         """
         if not isinstance(images, NestedTensor):
             images = NestedTensor.from_images(images)
+        if self.transformer.across_processes and self.training and exchanges():
+            # one position must be one place in the images of all processes
+            images = images.padded_to(*largest_of_processes(images.mask.shape[1:]))
         maps, masks = self._project(self._normalized(images))
         position = self.backbone[1](masks).to(maps[0].dtype)
         queries = None if self.transformer.two_stage else self.query_embed.weight

@@ -90,6 +90,7 @@ class DeformableTransformer(nn.Module):
         self.d_model, self.two_stage, self.num_proposals = d_model, two_stage, num_proposals
         # the weights of BatchFormerV2 under their published name
         self.bf = batchformer_modules
+        self.across_processes = batchformer is not None and batchformer.across_processes
         sizes = {"n_levels": num_feature_levels, "n_heads": nhead}
         self.encoder = DeformableTransformerEncoder(
             [
@@ -124,8 +125,9 @@ class DeformableTransformer(nn.Module):
         self._reset_parameters()
 
     def _reset_parameters(self) -> None:
-        for parameter in self.parameters():
-            if parameter.dim() > 1:
+        for name, parameter in self.named_parameters():
+            # BatchFormerV2's have their values already
+            if parameter.dim() > 1 and not name.startswith("bf."):
                 nn.init.xavier_uniform_(parameter)
         # these layers have initial values of their own
         for module in self.modules():

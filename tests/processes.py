@@ -52,8 +52,10 @@ def run_forked(
         )
 
 
-def run_main_together(*flags: str, processes: int, output: Path, timeout: float = PATIENCE) -> str:
-    """main.py with the variables that torchrun sets, one thread a process; gives what rank 0
+def run_main_together(
+    *flags: str, processes: int, output: Path, timeout: float = PATIENCE, script: str = "main.py"
+) -> str:
+    """main.py, or another script, with the variables that torchrun sets, one thread a process; gives what rank 0
     printed.
 
     Args:
@@ -75,9 +77,7 @@ def run_main_together(*flags: str, processes: int, output: Path, timeout: float 
     for rank, log in enumerate(logs):
         own = shared | {"RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {}
         workers.append(
-            _forked(
-                "main.py", flags, environment(**{name: str(value) for name, value in own.items()}), log, log
-            )
+            _forked(script, flags, environment(**{name: str(value) for name, value in own.items()}), log, log)
         )
     for worker in workers:
         worker.start()

@@ -260,6 +260,10 @@ def test_resuming_goes_on_with_the_module_and_fine_tuning_chooses_anew():
         UserError, match=r"is of another detector: give --bf 1 --share_bf 0 --bt_num_layers 1 --insert_idx 0$"
     ):
         resumed(content, "--bf", "0")
+    with pytest.raises(UserError, match=r"give --bf 1 .* --insert_idx 0 --bf_heads 4$"):
+        resumed(content, "--bf_heads", "2")
+    with pytest.raises(UserError, match=r"give --bf 1 .* --insert_idx 0 --bf_control identity$"):
+        resumed(checkpoint(*BATCHFORMER, "--bf_control", "identity"), "--bf_control", "none")
     with pytest.raises(UserError, match=r"a\.pth is of another detector: give --bf 0"):
         resumed(checkpoint(), *BATCHFORMER)
     published = {name: content[name] for name in ("model", "args")}

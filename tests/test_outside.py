@@ -43,7 +43,15 @@ NUM_IMAGES = (8, 3)  # for training and for evaluation
 # flags that differ when a run of the fixtures is resumed
 CHANGED = {"coco_path", "output_dir", "epochs", "resume"}
 # flags that did not exist when the runs were written
-NEW = {"compile", "float32_matmul"}
+NEW = {
+    "bf_across_processes",
+    "bf_control",
+    "bf_dropout",
+    "bf_heads",
+    "bf_mask_padding",
+    "compile",
+    "float32_matmul",
+}
 
 
 def table(name: str) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -40,6 +41,12 @@ class NestedTensor:
             row[:, :h, :w].copy_(image)
             row_mask[:h, :w] = False
         return NestedTensor(tensors, mask)
+
+    def padded_to(self, height: int, width: int) -> NestedTensor:
+        """With padding up to this height and width in pixels; they must not be smaller."""
+        right_and_below = (0, width - self.mask.shape[2], 0, height - self.mask.shape[1])
+        tensors = F.pad(self.tensors, right_and_below)
+        return NestedTensor(tensors, F.pad(self.mask, right_and_below, value=True))
 
     def to(self, device: torch.device, non_blocking: bool = False) -> NestedTensor:
         tensors = self.tensors.to(device, non_blocking=non_blocking)

@@ -83,6 +83,12 @@ def config_of(
     if not batchformer:
         return config
 
+    if modules.get("bf_control", "none") != "none":
+        raise UserError(
+            f"{flag} {source} was trained with --bf_control {modules['bf_control']}: nothing in it relates "
+            "images"
+        )
+
     # as it was trained, but detections do not depend on the other images of a batch
     modules = flags_in(checkpoint, MODULES, f"{flag} {source}")
     if not modules.get("bf"):
@@ -202,9 +208,11 @@ def _require_same(there: Mapping[str, Any], given: Mapping[str, Any], named: str
     here = {**there, **given}
     # what neither weights nor saved flags show can't contradict
     names = [name for name in _ARCHITECTURE if name in there and not _alike(name, there, here)]
-    if modules and _modules_in(there) != _modules_in(here):
-        names += ["bf", *_modules_in(there)]
-    differ = {name: there.get(name, 0) for name in names}
+    differ = {name: there.get(name) for name in names}
+    theirs, ours = _modules_in(there), _modules_in(here)
+    if modules and theirs != ours:
+        differ["bf"] = there.get("bf", 0)
+        differ |= {name: theirs.get(name, FLAGS[name].default) for name in theirs | ours if theirs}
     # a switch that is off can't be given
     remedies = []
     if give := as_typed(differ):
@@ -229,7 +237,13 @@ def _modules_in(flags: Mapping[str, Any]) -> dict[str, Any]:
     """The flags that decide which weights of BatchFormerV2 there are; none without it."""
     if not flags.get("bf"):
         return {}
-    return {name: flags.get(name) for name in _MODULE_WEIGHTS}
+    seen = {name: flags.get(name) for name in _MODULE_WEIGHTS}
+    # files of older versions do not say these, and at their defaults nobody needs to
+    for name in ("bf_heads", "bf_control"):
+        value = flags.get(name, FLAGS[name].default)
+        if value != FLAGS[name].default:
+            seen[name] = value
+    return seen
 
 
 def _fitting_size(given: Mapping[str, Any], there: Mapping[str, Any], source: str) -> dict[str, Any]:

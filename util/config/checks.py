@@ -186,6 +186,16 @@ def _check_batchformer(config: Config) -> None:
     )
     require(len(set(places)) == len(places), f"--insert_idx {plain_text(places)} names a layer twice")
 
+    dim, heads = config.transformer.hidden_dim, batchformer.bf_heads
+    require(dim % heads == 0, f"--hidden_dim {dim} must be a multiple of --bf_heads {heads}")
+    # a control differs from the published setting in one thing
+    others = ("eval_bf", "bf_mask_padding", "bf_across_processes")
+    used = [f"--{name}" for name in others if getattr(batchformer, name)]
+    require(
+        batchformer.bf_control == "none" or (batchformer.bf == 1 and not used),
+        f"--bf_control {batchformer.bf_control} is for --bf 1 without {', '.join(used or others)}",
+    )
+
 
 def _check_data(config: Config) -> None:
     data, evaluate = config.data, config.run.eval

@@ -36,6 +36,21 @@ class BatchFormerConfig:
     eval_bf: bool = flag(
         False, "use the module in evaluation too, across the images of the evaluation batch (default: off)"
     )
+    # as published; with other values the module has the same weights
+    bf_heads: int = flag(4, "attention heads of the module", "HEADS", above=0)
+    bf_dropout: float = flag(0.5, "dropout of the module", "RATE", below=1, of="model")
+    bf_mask_padding: bool = flag(
+        False, "padding takes no part: it neither attends nor is attended to, and is not changed", of="model"
+    )
+    bf_across_processes: bool = flag(
+        False, "relate the images of all processes, not only those of one", of="model"
+    )
+    bf_control: str = flag(
+        "none",
+        "for comparisons. identity: two streams without a module; copies: copies of each image "
+        "instead of the other images",
+        choices=("none", "identity", "copies"),
+    )
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,10 @@ def announce(config: Config) -> None:
     # hours later it would be too late to notice
     if not (config.run.output_dir or config.run.eval):
         log.warning("warning: %s, neither weights nor log.txt", NOTHING_KEPT)
-    if config.batchformer.bf and config.optim.batch_size == 1:
+    related = config.optim.batch_size
+    if config.batchformer.bf_across_processes:
+        related *= world_size()
+    if config.batchformer.bf and related == 1:
         log.warning(
             "warning: BatchFormerV2 relates the images of a process's batch: "
             "--batch_size 1 gives it nothing to relate"

@@ -1,0 +1,53 @@
+"""A training step of one process of a job, with --bf_across_processes. What it gives is saved."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+from engine import data_parallel
+from models import build_model
+from tests.golden import recipe
+from tests.helpers import BATCHFORMER, SMALL_MODEL
+from util.config import parse_config
+from util.distributed.processes import process_group, rank, world_size
+from util.nested_tensor import NestedTensor
+
+NUM_IMAGES = 6
+SIZES = ((64, 80), (48, 96), (72, 64), (64, 64), (80, 72), (40, 56))  # (height, width)
+
+
+def images_and_targets() -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
+    generator = torch.Generator().manual_seed(0)
+    images, targets = [], []
+    for i, size in enumerate(SIZES):
+        images.append(torch.rand(3, *size, generator=generator))
+        boxes = torch.rand(i + 1, 4, generator=generator) * 0.3 + 0.2
+        targets.append({"boxes": boxes, "labels": torch.arange(i + 1) % 4})
+    return images, targets
+
+
+def main(output: str, *flags: str) -> None:
+    config = parse_config([*SMALL_MODEL, *BATCHFORMER, "--dropout", "0", "--bf_dropout", "0", *flags])
+    with process_group("cpu") as device:
+        model, criterion, _ = build_model(config)
+        recipe.fill(model)
+        wrapped: Any = model
+        if world_size() > 1:
+            wrapped = data_parallel(model, config, device)
+
+        # the images of this process
+        images, targets = images_and_targets()
+        count = NUM_IMAGES // world_size()
+        own = slice(rank() * count, (rank() + 1) * count)
+        outputs = wrapped(NestedTensor.from_images(images[own]))
+        criterion.total(criterion(outputs, targets[own])).backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        logits, boxes = outputs["pred_logits"].detach(), outputs["pred_boxes"].detach()
+        torch.save({"logits": logits, "boxes": boxes, "gradients": gradients}, f"{output}{rank()}.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
