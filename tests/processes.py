@@ -55,8 +55,8 @@ def run_forked(
 def run_main_together(
     *flags: str, processes: int, output: Path, timeout: float = PATIENCE, script: str = "main.py"
 ) -> str:
-    """main.py, or another script, with the variables that torchrun sets, one thread a process; gives what rank 0
-    printed.
+    """main.py, or another script, with the variables that torchrun sets, one thread a process; gives
+    what rank 0 printed.
 
     Args:
         output: folder for what each process prints.

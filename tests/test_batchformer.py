@@ -10,6 +10,7 @@ import torch
 from models import build_model
 from models.batchformer import BatchFormerV2, build_modules
 from models.token_batch import TokenBatch
+from models.weights.architecture import config_of
 from tests.across_processes import NUM_IMAGES, images_and_targets
 from tests.golden import recipe
 from tests.helpers import BATCHFORMER, SMALL_MODEL
@@ -220,3 +221,12 @@ def test_heads_and_dropout_are_those_of_the_flags():
     assert modules.self_attn.dropout == modules.dropout.p == modules.dropout1.p == modules.dropout2.p == 0.25
     with pytest.raises(UserError, match="--hidden_dim 64 must be a multiple of --bf_heads 3"):
         parse_config([*SMALL_MODEL, *BATCHFORMER, "--bf_heads", "3"])
+
+
+def test_of_a_control_there_is_no_attention_to_look_at():
+    flags = (*SMALL_MODEL, *BATCHFORMER, "--bf_control", "copies")
+    model, _, _ = build_model(parse_config(flags))
+    content = {"model": model.state_dict(), "args": parse_config(flags).flags()}
+    with pytest.raises(UserError, match="a.pth was trained with --bf_control copies"):
+        config_of(content, "a.pth", batchformer=True)
+    assert config_of(content, "a.pth").batchformer.bf == 0

@@ -83,17 +83,16 @@ def config_of(
     if not batchformer:
         return config
 
-    if modules.get("bf_control", "none") != "none":
-        raise UserError(
-            f"{flag} {source} was trained with --bf_control {modules['bf_control']}: nothing in it relates "
-            "images"
-        )
-
     # as it was trained, but detections do not depend on the other images of a batch
     modules = flags_in(checkpoint, MODULES, f"{flag} {source}")
     if not modules.get("bf"):
         raise UserError(
             f"{flag} {source} was trained without BatchFormerV2 (--bf), or does not say how it was trained"
+        )
+    if modules.get("bf_control", "none") != "none":
+        raise UserError(
+            f"{flag} {source} was trained with --bf_control {modules['bf_control']}, so nothing in it relates "
+            "images"
         )
     return config.with_flags({**modules, "eval_bf": False})
 
