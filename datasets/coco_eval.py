@@ -97,15 +97,16 @@ def evaluate_results(
     return evaluation
 
 
-def match_boxes(ground_truth: COCO, results: list[dict[str, Any]], iou: float) -> COCOeval:
-    """COCOeval after `evaluate` at one IoU threshold and all sizes.
+def match_boxes(ground_truth: COCO, results: list[dict[str, Any]], iou: float | None = None) -> COCOeval:
+    """COCOeval after `evaluate` at one IoU threshold, by default at COCO's ten, and all sizes.
 
     Its evalImgs tell which detection found which object. Objects have the ids 1.. in the order of
     the annotations, detections 1.. in the order of their images.
     """
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(*_prepared(ground_truth, results, "bbox"), "bbox")
-        evaluation.params.iouThrs = np.array([iou])
+        if iou is not None:
+            evaluation.params.iouThrs = np.array([iou])
         evaluation.params.areaRng, evaluation.params.areaRngLbl = evaluation.params.areaRng[:1], ["all"]
         evaluation.evaluate()
     return evaluation

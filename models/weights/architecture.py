@@ -91,7 +91,7 @@ def config_of(
         )
     if modules.get("bf_control", "none") != "none":
         raise UserError(
-            f"{flag} {source} was trained with --bf_control {modules['bf_control']}, so nothing in it relates "
+            f"{flag} {source} was trained with --bf_control {modules['bf_control']}: nothing in it relates "
             "images"
         )
     return config.with_flags({**modules, "eval_bf": False})

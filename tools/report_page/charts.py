@@ -24,6 +24,7 @@ MAX_READ = 9  # curves whose values are shown together; more would not fit besid
 MAX_VALUES = 800  # results x classes; with more, every fourth recall is kept, or the page takes megabytes
 PR_IOUS = {"IoU 0.5": slice(0, 1), "IoU 0.75": slice(5, 6), "IoU 0.5 to 0.95 (mean)": slice(None)}
 Drawn = tuple[Panel, list[Curve]]
+Banded = tuple[int, str, str, Sequence[tuple[float, float, float, float]]]
 
 
 def curves(runs: Sequence[Run]) -> dict[str, Any] | None:
@@ -112,6 +113,36 @@ def _chart(
     for run in sorted({line["meta"] for line in data}):
         empty = {"x": [None], "y": [None], "mode": "lines", "line": {"color": colors[run]}}
         data.append(empty | {"name": names[run], "meta": run, "legendgroup": str(run)})
+    return {"data": data, "layout": layout}
+
+
+def banded(over: str, panels: Sequence[tuple[str, str, Sequence[Banded]]]) -> dict[str, Any]:
+    """A chart of means with bands. panels: title, unit, and (run, name, colour, points) of each curve;
+    a point is x, mean, low and high.
+    """
+    layout: dict[str, Any] = {"over": over, "axes": {"xaxis": {}, "yaxis": {"rangemode": "normal"}}}
+    layout |= {"hovermode": "closest", "annotations": []}
+    data: list[dict[str, Any]] = []
+    for i, (title, unit, found) in enumerate(panels, start=1):
+        number = "" if i == 1 else str(i)
+        layout["annotations"].append(_heading(title, {}, number))
+        layout[f"yaxis{number}"] = {"ticksuffix": unit}
+        for run, name, color, points in found:
+            if not points:
+                continue
+            x, mean, low, high = (list(column) for column in zip(*points, strict=True))
+            shared = {"meta": run, "xaxis": f"x{number}", "yaxis": f"y{number}", "legendgroup": str(run)}
+            shared |= {"name": _shown_name(name)}
+            band = {"x": [*x, *x[::-1]], "y": [*high, *low[::-1]], "fill": "toself", "hoverinfo": "skip"}
+            band |= {"line": {"width": 0}, "mode": "lines", "fillcolor": f"{color}33", "showlegend": False}
+            line = {
+                "x": x,
+                "y": mean,
+                "mode": "lines+markers",
+                "line": {"color": color},
+                "showlegend": i == 1,
+            }
+            data += [shared | band, shared | line]
     return {"data": data, "layout": layout}
 
 

@@ -44,15 +44,22 @@ def make_page(
     images: Path | None = None,
     num_pictures: int = 12,
     threshold: float = 0.3,
+    names: Sequence[str] | None = None,
+    ablation: Mapping[str, Any] | None = None,
 ) -> int:
-    """Write the page; returns its bytes. Raises UserError for runs or data that can't be read, or a
-    page that can't be written.
+    """Write the page; returns its bytes.
+
+    Args:
+        names: of the runs; by default those of their folders.
+        ablation: what tools/ablation/page.py says of runs that are not on the page.
+
+    Raises UserError for runs or data that can't be read, or a page that can't be written.
     """
     # Notes are shown at the top of the page; every stage may add some.
-    runs = read_runs(folders)
+    runs = read_runs(folders, names)
     notes = [f"{run.name}: {note}." for run in runs for note in run.notes]
     truth = GroundTruth.find(runs, annotations, images, notes)
-    data = page_content(runs, truth, notes, num_pictures, threshold)
+    data = page_content(runs, truth, notes, num_pictures, threshold) | {"ablation": ablation}
     title = " · ".join(run.name for run in runs)
     if len(runs) > 4:
         title = f"{runs[0].name} and {len(runs) - 1} other runs"

@@ -226,6 +226,37 @@ function addSummary() {
     section.append(el("p", { class: "small", style: { "margin-top": ".5rem" } }, runLabel(r.index, r.name), ` changed during the run: ${r.changed}`));
 }
 
+// the runs of this page are one of each variant; this section is about all of them
+async function addAblation() {
+  const section = byId("ablation");
+  const { metrics, means, differences, verdicts, missing, least, chart } = data.ablation;
+  const points = (value) => (Number(value.toFixed(2)) === 0 ? "±0.00" : `${value > 0 ? "+" : "−"}${Math.abs(value).toFixed(2)}`);
+  const range = (pair) => (pair ? `${points(pair[0])} to ${points(pair[1])}` : "–");
+  const nameOf = (row) => runLabel(data.runs.findIndex((run) => run.name === row.name), row.name);
+  section.append(el("ul", { class: "notes" }, verdicts.map((text) => el("li", { class: "note" }, text))));
+  if (missing.length) section.append(el("p", { class: "muted" }, `Not done, and left out: ${missing.join("; ")}.`));
+  section.append(table([
+    { title: "Variant", kind: "text", cell: nameOf },
+    { title: "Flags", kind: "text", wrap: true, cell: (r) => el("code", {}, r.flags) },
+    { title: "Runs", cell: (r) => r.runs },
+    ...metrics.map((name) => ({ title: name, cell: (r) => (r[name] ? `${r[name][0].toFixed(1)} ± ${r[name][1].toFixed(1)}` : "–") })),
+  ], means, { label: "Mean and standard deviation of the runs of each variant" }).node);
+  section.append(el("h3", { style: { margin: "1.4rem 0 .5rem" } }, "Differences, paired by seed"));
+  section.append(table([
+    { title: "Variant", kind: "text", cell: (r) => [nameOf(r), el("span", { class: "muted small" }, ` against ${r.baseline}`)] },
+    { title: "Metric", kind: "text", cell: (r) => r.metric },
+    { title: "Pairs", cell: (r) => r.pairs },
+    { title: "Difference", cell: (r) => el("span", { class: r.claim ? `delta ${r.mean > 0 ? "up" : "down"}` : null }, points(r.mean)) },
+    { title: "95 % interval", cell: (r) => range(r.interval) },
+    { title: "p", cell: (r) => (known(r.p) ? r.p.toFixed(3) : "–") },
+    { title: "BCa interval", cell: (r) => el("span", { class: "muted" }, range(r.bca)) },
+  ], differences, { label: "Differences" }).node);
+  section.append(el("p", { class: "muted small", style: { "margin-top": ".5rem" } },
+    `Differences are in points. p and the interval are of the exact sign-flip test, which needs ${least} pairs for a claim. The BCa bootstrap `,
+    "interval is too short for few pairs. The values are not corrected for the number of metrics and variants: a claim is about the AP of one variant."));
+  if (chart) await addChart(section, chart);
+}
+
 function deviceOf({ device, device_name: name, processes }) {
   if (!name) return "–";
   return (processes > 1 ? `${processes} × ` : "") + (device === "cpu" ? `CPU, ${name}` : name);
@@ -530,6 +561,7 @@ function addConfiguration() {
   section.append(el("details", { id: "all-flags" }, el("summary", {}, `All ${data.flags.length} flags, those that differ first`), el("div", { class: "controls" }, filter), all.node));
 }
 
+if (!data.ablation) byId("ablation").remove();
 addSummary();
 addMetrics();
 addClasses();
@@ -537,6 +569,7 @@ addMistakes();
 addConfiguration();
 startBar();
 await loadPlotly();
+if (data.ablation) await addAblation();
 await addCurves();
 await addPrecisionRecall();
 document.documentElement.dataset.ready = "true";

@@ -106,9 +106,9 @@ class Run:
         return len({row["epoch"] for row in self.rows})
 
 
-def read_runs(folders: Sequence[Path]) -> list[Run]:
+def read_runs(folders: Sequence[Path], names: Sequence[str] | None = None) -> list[Run]:
     """Raises UserError for a folder that is not a run's, or has a broken log."""
-    names = [folder.resolve().name for folder in folders]
+    names = names or [folder.resolve().name for folder in folders]
     runs: dict[str, Run] = {}
     for folder, name in zip(folders, names, strict=True):
         # a/run and b/run are shown by their paths

@@ -224,6 +224,22 @@ class FolderHold:
                     os.utime(self._path)
 
 
+def holder_of(folder: Path) -> Holder | None:
+    """Who holds the folder and is not known to have ended; None if nobody does.
+
+    A process of another machine counts as alive until it was silent for LONG seconds by this clock.
+    """
+    holder = _holder_in(folder / NAME)
+    if holder is None:
+        return None
+    if holder.machine == Holder.this_process().machine:
+        return holder if still_runs(holder.pid, holder.born) else None
+    with contextlib.suppress(OSError):
+        if time.time() - (folder / NAME).stat().st_mtime < LONG:
+            return holder
+    return None
+
+
 def _holder_in(path: Path) -> Holder | None:
     """Who holds the folder; None if nobody does. An unfinished file names no process."""
     try:

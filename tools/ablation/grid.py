@@ -1,0 +1,114 @@
+"""Variants of a training from a grid over main.py's flags.
+
+bf=0,1 insert_idx=0,2      every combination
+mixed: bf=1 insert_idx=0+2      one variant with a name; + joins the values of one flag
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from util.config import FLAGS
+from util.errors import UserError
+
+# the ablation sets these itself
+OWN_FLAGS = ("seed", "output_dir", "resume", "save_predictions", "eval")
+_BATCHFORMER = {name for name, flag in FLAGS.items() if flag.group == "batchformer"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A name, which is a folder too, and the words that it adds to the command of a run."""
+
+    name: str
+    words: tuple[str, ...]
+
+
+def read_grid(grids: Sequence[str]) -> list[Variant]:
+    """The variants of all grids, in order. Each grid is a text, or a file with a text on each line.
+
+    Combinations that are the same run occur once: with bf=0 the other flags of BatchFormerV2 have
+    no effect. Raises UserError.
+    """
+    lines = []
+    for grid in grids:
+        is_file = "=" not in grid and Path(grid).is_file()
+        lines += Path(grid).read_text().splitlines() if is_file else [grid]
+    variants: dict[tuple[str, ...], Variant] = {}
+    for line in lines:
+        if text := line.partition("#")[0].strip():
+            for variant in _variants_of(text):
+                variants.setdefault(variant.words, variant)
+    names = [variant.name for variant in variants.values()]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--grid: two different variants are named {name}")
+    if len(variants) < 2:
+        raise UserError("--grid must give two variants or more, for example --grid bf=0,1")
+    return list(variants.values())
+
+
+def _variants_of(text: str) -> list[Variant]:
+    given, colon, rest = text.partition(":")
+    name = ""
+    if colon and "=" not in given:
+        name, text = given.strip(), rest
+        if not re.fullmatch(r"[\w.+-]+", name):
+            raise UserError(f"--grid: {name!r} must be letters, digits, and . + - _: it names a folder")
+    choices = [_choices_of(item) for item in text.split()]
+    combinations = [dict(one) for one in itertools.product(*choices)]
+    if name and len(combinations) != 1:
+        raise UserError(f"--grid: {name} names {len(combinations)} variants; give each a line of its own")
+    return [_variant(name, values) for values in combinations]
+
+
+def _choices_of(item: str) -> list[tuple[str, tuple[str, ...]]]:
+    """bf=0,1 -> [("bf", ("0",)), ("bf", ("1",))]."""
+    words, equals, text = item.partition("=")
+    flag_name = words.removeprefix("--").replace("-", "_")
+    if flag_name in OWN_FLAGS:
+        raise UserError(f"--grid: {flag_name} is set by the ablation itself; leave it out")
+    if not equals or flag_name not in FLAGS:
+        near = difflib.get_close_matches(flag_name, FLAGS, 1)
+        hint = f"; did you mean {near[0]}=...?" if near else ""
+        raise UserError(f"--grid: {item!r} must be <flag of main.py>=<values>, as in bf=0,1{hint}")
+    choices = [(flag_name, tuple(value.split("+"))) for value in text.split(",")]
+    for _, values in choices:
+        for value in values:
+            _check(flag_name, value)
+    return choices
+
+
+def _check(name: str, text: str) -> None:
+    """Raises UserError for a value that main.py would refuse hours later."""
+    flag = FLAGS[name]
+    if isinstance(flag.default, bool):
+        if text not in ("0", "1"):
+            raise UserError(f"--grid: {name} is a switch, so its values are 0 and 1, not {text!r}")
+        return
+    try:
+        value = flag.parse(text)
+    except (TypeError, ValueError):
+        raise UserError(f"--grid: {name}={text!r} is no {flag.parse.__name__}") from None
+    if flag.choices and value not in flag.choices:
+        raise UserError(f"--grid: {name}={text} must be one of {flag.choices}")
+    if isinstance(value, int | float) and not flag.in_range(value):
+        raise UserError(f"--grid: {name}={text} must be {flag.range}")
+
+
+def _variant(name: str, values: dict[str, tuple[str, ...]]) -> Variant:
+    if values.get("bf") == ("0",):
+        values = {flag: value for flag, value in values.items() if flag == "bf" or flag not in _BATCHFORMER}
+    words: list[str] = []
+    for flag, value in values.items():
+        if not isinstance(FLAGS[flag].default, bool):
+            words += [f"--{flag}", *value]
+        elif value == ("1",):
+            words.append(f"--{flag}")
+    shown = "_".join(f"{flag}{'+'.join(value)}" for flag, value in values.items())
+    return Variant(name or re.sub(r"[^\w.+-]", "-", shown), tuple(words))
