@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from engine import data_parallel
 from models import build_model
@@ -29,6 +30,18 @@ def images_and_targets() -> tuple[list[torch.Tensor], list[dict[str, torch.Tenso
     return images, targets
 
 
+def count_bytes_to_others() -> list[int]:
+    """A list that gets the bytes of each exchange of tokens which go to another process."""
+    sent, original = [], dist.all_to_all_single
+
+    def counted(received: torch.Tensor, rows: torch.Tensor, _: list[int], splits: list[int]) -> None:
+        sent.append((len(rows) - splits[rank()]) * rows[0].nbytes)
+        original(received, rows, _, splits)
+
+    dist.all_to_all_single = counted
+    return sent
+
+
 def main(output: str, *flags: str) -> None:
     config = parse_config([*SMALL_MODEL, *BATCHFORMER, "--dropout", "0", "--bf_dropout", "0", *flags])
     with process_group("cpu") as device:
@@ -38,6 +51,7 @@ def main(output: str, *flags: str) -> None:
         if world_size() > 1:
             wrapped = data_parallel(model, config, device)
 
+        sent = count_bytes_to_others()
         # the images of this process
         images, targets = images_and_targets()
         count = NUM_IMAGES // world_size()
@@ -46,7 +60,8 @@ def main(output: str, *flags: str) -> None:
         criterion.total(criterion(outputs, targets[own])).backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         logits, boxes = outputs["pred_logits"].detach(), outputs["pred_boxes"].detach()
-        torch.save({"logits": logits, "boxes": boxes, "gradients": gradients}, f"{output}{rank()}.pt")
+        step = {"logits": logits, "boxes": boxes, "gradients": gradients, "sent": sum(sent)}
+        torch.save(step, f"{output}{rank()}.pt")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from tools.ablation.runs import Cell, _share
 from tools.ablation.statistics import exact_interval, paired_difference, sign_flip_p
 from tools.ablation.summary import as_text, summarise, verdict
 from util.errors import UserError
+from util.run.hold import FolderHold
 
 # --- the grid ---
 
@@ -289,10 +290,37 @@ def test_cores_and_gpus_are_divided_among_the_runs(monkeypatch):
     assert _share(0, 1) == {}
 
 
+def test_a_run_in_a_queue_is_not_submitted_again(tmp_path, monkeypatch):
+    cell = Cell(Variant("a", ()), 0, tmp_path / "cell", tmp_path / "c")
+    assert not cell.is_elsewhere()
+    (cell.folder / "submitit").mkdir(parents=True)
+    (cell.folder / "submitit" / "41_submitted.pkl").touch()
+    (cell.folder / "submitit" / "42_submitted.pkl").touch()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not cell.is_elsewhere(), "there is no Slurm"
+    squeue = tmp_path / "squeue"
+    squeue.write_text('#!/bin/sh\n[ "$3" = 41,42 ] && [ -e "$0.queue" ] && echo "42 gpu PENDING"\n')
+    squeue.chmod(0o755)
+    assert not cell.is_elsewhere()
+    (tmp_path / "squeue.queue").touch()
+    assert cell.is_elsewhere()
+
+
+def test_a_run_of_another_process_is_left_to_it(tmp_path):
+    cell = Cell(Variant("a", ()), 0, tmp_path, tmp_path / "c")
+    with FolderHold(tmp_path):
+        assert cell.is_elsewhere()
+    assert not cell.is_elsewhere()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--grid", "bf=0,1", "--output_dir", "{}", "--jobs", "0"], "--jobs 0 must be at least 1"),
+        (
+            ["--grid", "bf=0,1", "--output_dir", "{}", "--baseline", "bf7"],
+            "bf7 is no variant of the grid: bf0",
+        ),
         (["--grid", "bf=0,1", "--output_dir", "{}", "--seeds", "1", "1"], "must be different numbers"),
         (["--grid", "bf=0,1", "--output_dir", "{}", "--", "--seed", "1"], "--seed is set by the ablation"),
     ],
@@ -307,6 +335,8 @@ def test_commands_are_printed_and_a_folder_belongs_to_one_command(tmp_path, caps
     ablate([*grid, "--", "./configs/synthetic.sh", *BATCHFORMER[2:]])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4
+    ablate([*grid, "--baseline", "bf1", "--", "./configs/synthetic.sh", *BATCHFORMER[2:]])
+    assert capsys.readouterr().out.splitlines() == [lines[i] for i in (1, 0, 3, 2)]
     folder = tmp_path / "out" / "bf1" / "seed0"
     assert lines[1] == (
         f"./configs/synthetic.sh --share_bf 0 --insert_idx 0 --bf 1 --output_dir {folder} --seed 0 "

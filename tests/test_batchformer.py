@@ -23,6 +23,7 @@ from util.nested_tensor import NestedTensor
 SHAPES = ((4, 6), (2, 3))
 POSITIONS = 30
 WIDTH = 8
+NUM_POSITIONS = 163  # of the images of across_processes.py, on four levels
 
 
 def batch_of(num_images: int, padding: torch.Tensor | None = None) -> TokenBatch:
@@ -189,7 +190,15 @@ def test_processes_relate_all_images_as_one_process_with_the_whole_batch(flags, 
         )
         steps[processes] = [torch.load(f"{output}{rank}.pt") for rank in range(processes)]
     whole = steps[1][0]
+    assert whole["sent"] == 0
     for processes in (2, 3):
+        # all tokens but its own share, there and back, forward and backward (docs/batchformer.md)
+        own_tokens = NUM_IMAGES // processes * NUM_POSITIONS * 64 * 4  # bytes: 64 channels of float32
+        masks = NUM_IMAGES // processes * NUM_POSITIONS if flags else 0
+        # --checkpoint_encoder repeats the forward as far as the backward needs it: the way there
+        repeated = 1.25 if flags else 1
+        expected = (4 * own_tokens * repeated + 2 * masks) * (processes - 1) / processes
+        assert steps[processes][0]["sent"] == pytest.approx(expected, rel=0.01)
         for name in ("logits", "boxes"):
             # plain and mixed halves of each process
             halves = [step[name].chunk(2) for step in steps[processes]]

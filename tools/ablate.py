@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     add = made.add_argument
     grid = (
         "flags and values: 'bf=0,1 insert_idx=0,2' are four variants, 'mixed: bf=1 insert_idx=0+2' is one "
-        "with a name and two places; switches take 0 and 1. Or a file with one such text on each line. Repeatable"
+        "with a name and two places; switches take 0 and 1. Or a file with such a text on each line"
     )
     add("--grid", nargs="+", action="extend", required=True, help=grid)
     add(
@@ -50,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
         help="a claim needs six or more (default: 0 to 5)",
     )
     add("--output_dir", type=Path, required=True, help="folder of all runs, ablation.json and report.html")
+    add("--baseline", help="name of the variant that the others are compared with (default: the first)")
     add("--jobs", type=int, default=1, help="runs at once; cores and GPUs are divided among them")
     add(
         "--print",
@@ -63,10 +64,10 @@ def main(argv: Sequence[str]) -> None:
     """Run what is missing, then print the table and write the page. Raises UserError."""
     split = argv.index("--") if "--" in argv else len(argv)
     args, base = parser().parse_args(argv[:split]), list(argv[split + 1 :])
-    variants = read_grid(args.grid)
+    variants = _baseline_first(read_grid(args.grid), args.baseline)
     _check(args, base)
     if not base or base[0].startswith("--"):
-        base = [sys.executable, "main.py", *base]
+        base = ["python", "main.py", *base]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
 
     # imported here so that --help answers at once
@@ -123,6 +124,13 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"{len(failed)} runs failed and are left out; the same command tries them again")
 
 
+def _baseline_first(variants: Sequence[Variant], name: str | None) -> list[Variant]:
+    names = [variant.name for variant in variants]
+    if name is not None and name not in names:
+        raise UserError(f"--baseline {name} is no variant of the grid: {', '.join(names)}")
+    return sorted(variants, key=lambda variant: variant.name != (name or names[0]))
+
+
 def _check(args: argparse.Namespace, base: Sequence[str]) -> None:
     if args.jobs < 1:
         raise UserError(f"--jobs {args.jobs} must be at least 1")
@@ -153,7 +161,8 @@ def _record(folder: Path, base: list[str], variants: Sequence[Variant]) -> dict[
         if before != list(variant.words):
             there = " ".join(before)
             raise UserError(
-                f"--output_dir {folder} has another variant {variant.name} ({there}); give this one another name"
+                f"--output_dir {folder} has another variant {variant.name} ({there}); "
+                "give this one another name"
             )
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder, record)

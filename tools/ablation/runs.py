@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -130,9 +131,12 @@ class Runner:
     def _start(self, cell: Cell) -> None:
         place = next(i for i in range(self._jobs) if i not in self._running)
         cell.console.parent.mkdir(parents=True, exist_ok=True)
+        command = cell.command(self._base)
+        if command[0] == "python":  # of this environment
+            command[0] = sys.executable
         with open(cell.console, "ab") as output:
             process = subprocess.Popen(
-                cell.command(self._base),
+                command,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,

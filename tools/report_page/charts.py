@@ -120,8 +120,10 @@ def banded(over: str, panels: Sequence[tuple[str, str, Sequence[Banded]]]) -> di
     """A chart of means with bands. panels: title, unit, and (run, name, colour, points) of each curve;
     a point is x, mean, low and high.
     """
-    layout: dict[str, Any] = {"over": over, "axes": {"xaxis": {}, "yaxis": {"rangemode": "normal"}}}
-    layout |= {"hovermode": "closest", "annotations": []}
+    axes: dict[str, dict[str, Any]] = {"xaxis": {}, "yaxis": {"rangemode": "normal"}}
+    if all(point[0] < 6 for _, _, found in panels for curve in found for point in curve[3]):
+        axes["xaxis"] = {"dtick": 1}  # plotly would write halves of an epoch
+    layout: dict[str, Any] = {"over": over, "axes": axes, "hovermode": "closest", "annotations": []}
     data: list[dict[str, Any]] = []
     for i, (title, unit, found) in enumerate(panels, start=1):
         number = "" if i == 1 else str(i)
@@ -133,16 +135,12 @@ def banded(over: str, panels: Sequence[tuple[str, str, Sequence[Banded]]]) -> di
             x, mean, low, high = (list(column) for column in zip(*points, strict=True))
             shared = {"meta": run, "xaxis": f"x{number}", "yaxis": f"y{number}", "legendgroup": str(run)}
             shared |= {"name": _shown_name(name)}
-            band = {"x": [*x, *x[::-1]], "y": [*high, *low[::-1]], "fill": "toself", "hoverinfo": "skip"}
-            band |= {"line": {"width": 0}, "mode": "lines", "fillcolor": f"{color}33", "showlegend": False}
-            line = {
-                "x": x,
-                "y": mean,
-                "mode": "lines+markers",
-                "line": {"color": color},
-                "showlegend": i == 1,
-            }
-            data += [shared | band, shared | line]
+            band: dict[str, Any] = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip"}
+            band |= {"fill": "toself", "fillcolor": f"{color}33", "showlegend": False}
+            line: dict[str, Any] = {"mode": "lines+markers", "line": {"color": color}, "showlegend": i == 1}
+            # there, and back along the lower side
+            data.append(shared | band | {"x": [*x, *x[::-1]], "y": [*high, *low[::-1]]})
+            data.append(shared | line | {"x": x, "y": mean})
     return {"data": data, "layout": layout}
 
 
