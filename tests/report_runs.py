@@ -14,6 +14,8 @@ from pycocotools.coco import COCO
 
 from datasets.coco_eval import evaluate_results, precision_tables
 from datasets.coco_format import read_annotations
+from tools.ablation.grid import Variant
+from tools.ablation.runs import Cell
 from util.checkpoint import write_atomically
 from util.config import parse_config
 from util.run.record import write_record
@@ -136,3 +138,24 @@ def write_run(
         {"epoch": 0},
     )
     return folder
+
+
+def write_ablation(folder, finals, epochs=2):
+    """Runs as they lie on the disk; finals: variant -> seed -> AP of the last epoch in percent."""
+    variants = [Variant(name, ("--bf", name[-1])) for name in finals]
+    cells = {}
+    for variant in variants:
+        for seed, final in enumerate(finals[variant.name]):
+            cell = Cell(variant, seed, folder / variant.name / f"seed{seed}", folder / "console.txt")
+            cells[variant.name, seed] = cell
+            if final is None:
+                continue
+            cell.folder.mkdir(parents=True)
+            (cell.folder / "run.json").write_text(json.dumps({"flags": {"epochs": epochs}}))
+            rows = []
+            for epoch in range(epochs):
+                ap = final / 100 - 0.1 * (epochs - 1 - epoch)
+                stats = [ap, ap + 0.1, ap, ap, ap, -1, *[ap] * 6]
+                rows.append(json.dumps({"epoch": epoch, "test_coco_eval_bbox": stats}))
+            (cell.folder / "log.txt").write_text("\n".join(rows))
+    return variants, cells

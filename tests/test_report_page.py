@@ -15,7 +15,9 @@ from PIL import Image
 
 from datasets.coco_format import read_annotations
 from tests.helpers import PATIENCE
-from tests.report_runs import CATEGORIES, detections_of, log_row, write_data, write_run
+from tests.report_runs import CATEGORIES, detections_of, log_row, write_ablation, write_data, write_run
+from tools.ablation import page as ablation_page
+from tools.ablation.summary import summarise
 from tools.report_page.make import make_page
 from util.checkpoint import read_checkpoint
 
@@ -322,6 +324,30 @@ def test_flags_are_folded_and_filtered(show, report):
     assert {"--bf", "--insert_idx"} <= set(names[:3]) and len(names) > 60, "those that differ first"
     page.fill("#flag-filter", "learning rate")
     assert "--lr" in [row[0] for row in rows(page, "#all-flags")] and len(rows(page, "#all-flags")) < 10
+
+
+def test_an_ablation_is_a_section_with_tables_and_bands(show, runs, tmp_path):
+    finals = {"bf0": [20, 22, 21, 20, 19, 23], "bf1": [21, 23.5, 22, 20.5, 20, 24]}
+    variants, cells = write_ablation(tmp_path, finals)
+    summary = summarise(["main.py"], variants, cells, range(6), {}) | {"missing": ["bf1, seed 6"]}
+    made = ablation_page.section(summary, ["bf0", "bf1"])
+    make_page(runs, tmp_path / "report.html", names=["bf0", "bf1"], num_pictures=0, ablation=made)
+    page = show(tmp_path / "report.html")
+    shown = rows(page, "#ablation")
+    assert shown[1][:4] == ["bf1", "--bf 1", "6", "21.8 ± 1.6"]
+    assert shown[2][1:6] == ["AP", "6", "+1.00", "+0.50 to +1.50", "0.031"]
+    assert "bf1 against bf0: bf1 has a better AP (p = 0.031)." in page.inner_text("#ablation .notes")
+    assert "Not done, and left out: bf1, seed 6." in page.inner_text("#ablation")
+    # two curves with bands, and one difference with its band
+    assert [line["name"] for line in lines(page, "#ablation")] == ["bf0", "bf0", "bf1", "bf1", "bf1", "bf1"]
+    page.click("#chips button:first-child")
+    page.wait_for_function(
+        "document.querySelector('#ablation .js-plotly-plot').data[0].visible === 'legendonly'"
+    )
+
+
+def test_without_an_ablation_there_is_no_such_section(show, report):
+    assert show(report).locator("#ablation").count() == 0
 
 
 def test_runs_that_have_only_begun(show, runs, tmp_path):

@@ -121,7 +121,9 @@ def main(argv: Sequence[str]) -> None:
         f"\n{folder / 'ablation_results.json'}: all figures\n{folder / 'report.html'}: open it in a browser"
     )
     if failed:
-        raise UserError(f"{len(failed)} runs failed and are left out; the same command tries them again")
+        raise UserError(
+            f"runs that failed and are left out: {len(failed)}; the same command tries them again"
+        )
 
 
 def _baseline_first(variants: Sequence[Variant], name: str | None) -> list[Variant]:

@@ -48,7 +48,8 @@ def paired_difference(values: Sequence[float]) -> Difference:
     differences = np.asarray(values, dtype=np.float64)
     interval = bca = p = None
     if len(values) >= LEAST_PAIRS:
-        interval = exact_interval(differences)
+        low, high = exact_interval(differences)
+        interval = (float(low), float(high))
     if len(values) > 1:
         p = sign_flip_p(differences)
         bca = _bca_interval(differences)
@@ -68,25 +69,25 @@ def sign_flip_p(differences: NDArray[np.float64]) -> float:
     return float(result.pvalue)
 
 
-def exact_interval(differences: NDArray[np.float64], level: float = LEVEL) -> tuple[float, float]:
-    """The effects that the sign-flip test does not reject at 1 - level."""
+def exact_interval(differences: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The ends, [...] each, of the effects that the sign-flip test of differences [..., n] does not
+    reject; n must be at least LEAST_PAIRS.
+    """
     means = np.sort(_subset_means(differences))
-    # the largest k with 2 k / (number of means + 1) <= 1 - level
-    k = int((1 - level) / 2 * (len(means) + 1) + 1e-9)
-    if k < 1:
-        return -np.inf, np.inf
-    return float(means[k - 1]), float(means[-k])
+    # the largest k with 2 k / (number of means + 1) <= 1 - LEVEL
+    k = int((1 - LEVEL) / 2 * (means.shape[-1] + 1) + 1e-9)
+    return means[..., k - 1], means[..., -k]
 
 
 def _subset_means(differences: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The means of all subsets but the empty one."""
-    n = len(differences)
+    """The means of all subsets of [..., n] but the empty one."""
+    n = differences.shape[-1]
     if n <= _MOST_EXACT:
         chosen = (np.arange(1, 2**n)[:, None] >> np.arange(n)) & 1
     else:
         chosen = np.random.default_rng(0).integers(0, 2, (_DRAWS - 1, n))
         chosen = chosen[chosen.any(1)]
-    return chosen @ differences / chosen.sum(1)
+    return differences @ chosen.T / chosen.sum(1)
 
 
 def _bca_interval(differences: NDArray[np.float64]) -> tuple[float, float] | None:

@@ -129,8 +129,8 @@ def as_text(summary: Mapping[str, Any]) -> str:
             lines[-1] += f"  {np.mean(times) / 60:.1f} min a run"
 
     for comparison in comparisons:
-        pairs = len(comparison["seeds"])
-        lines.append(f"\n{comparison['variant']} against {comparison['baseline']}, {pairs} pairs of runs")
+        pairs = _pairs(comparison)
+        lines.append(f"\n{comparison['variant']} against {comparison['baseline']}, {pairs} of runs")
         for metric, one in comparison["metrics"].items():
             lines.append(f"  {metric:10} {_difference(one)}")
         if images := comparison.get("images"):
@@ -164,7 +164,7 @@ def verdict(comparison: Mapping[str, Any]) -> str:
     if pairs < LEAST_PAIRS:
         least = 2 / 2**pairs if pairs else 1
         return (
-            f"Nothing can be claimed: {pairs} pairs can't give a p below {least:.3f}; "
+            f"Nothing can be claimed: {_pairs(comparison)} can't give a p below {least:.3f}; "
             f"use {LEAST_PAIRS} seeds or more."
         )
     one = comparison["metrics"].get("AP")
@@ -175,6 +175,11 @@ def verdict(comparison: Mapping[str, Any]) -> str:
         return f"No difference of AP can be claimed. Effects from {low:+.2f} to {high:+.2f} fit the runs."
     word = "better" if one["mean"] > 0 else "worse"
     return f"{comparison['variant']} has a {word} AP (p = {one['p']:.3f})."
+
+
+def _pairs(comparison: Mapping[str, Any]) -> str:
+    pairs = len(comparison["seeds"])
+    return "1 pair" if pairs == 1 else f"{pairs} pairs"
 
 
 def write_json(summary: Mapping[str, Any], path: Path) -> None:
