@@ -311,7 +311,7 @@ def test_commands_are_printed_and_a_folder_belongs_to_one_command(tmp_path, caps
     assert len(lines) == 4
     ablate([*grid, "--baseline", "bf1", "--", "./configs/synthetic.sh", *BATCHFORMER[2:]])
     assert capsys.readouterr().out.splitlines() == [lines[i] for i in (1, 0, 3, 2)]
-    folder = tmp_path / "out" / "bf1" / "seed0"
+    folder = tmp_path / "out" / "bf1_seed0"
     assert lines[1] == (
         f"./configs/synthetic.sh --share_bf 0 --insert_idx 0 --bf 1 --output_dir {folder} --seed 0 "
         "--resume auto --save_predictions"
@@ -332,7 +332,7 @@ def test_it_is_killed_and_goes_on(tmp_path):
     arguments = ["--grid", "bf=0,1", "broken: bf=0 train_sizes=500", "--output_dir", str(tmp_path / "out")]
     command = [*arguments, "--seeds", "3", "--", "--coco_path", str(tmp_path / "data"), "--epochs", "2"]
     command += [*SMALL_IMAGES, *SMALL_MODEL, *BATCHFORMER[2:], "--batch_size", "2", "--num_workers", "0"]
-    log = tmp_path / "out" / "bf0" / "seed3" / "log.txt"
+    log = tmp_path / "out" / "bf0_seed3" / "log.txt"
     with open(tmp_path / "first.txt", "w") as output:
         script = [sys.executable, str(ROOT / "tools" / "ablate.py"), *command]
         first = subprocess.Popen(script, stdout=output, stderr=output, env=environment(), cwd=ROOT)
@@ -340,7 +340,7 @@ def test_it_is_killed_and_goes_on(tmp_path):
         first.send_signal(signal.SIGTERM)
         assert first.wait(60) == 75, (tmp_path / "first.txt").read_text()
     assert "the same command goes on" in (tmp_path / "first.txt").read_text()
-    assert not (tmp_path / "out" / "bf1").exists()
+    assert not (tmp_path / "out" / "bf1_seed3").exists()
 
     second = run_forked("tools/ablate.py", *command)
     assert second.returncode == 2, second.stdout + second.stderr
@@ -356,7 +356,7 @@ def test_it_is_killed_and_goes_on(tmp_path):
     assert "All seeds" in (tmp_path / "out" / "report.html").read_text()
 
     # what is done is not done again
-    before = {path: path.stat().st_mtime for path in (tmp_path / "out").glob("*/*/log.txt")}
+    before = {path: path.stat().st_mtime for path in (tmp_path / "out").glob("*/log.txt")}
     start = time.monotonic()
     assert run_forked("tools/ablate.py", *command).returncode == 2
     assert {path: path.stat().st_mtime for path in before} == before and time.monotonic() > start

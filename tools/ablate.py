@@ -16,7 +16,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # a script sees only its own folder, not the project
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -29,6 +29,9 @@ EXAMPLE = """\
   python tools/ablate.py --grid bf=0,1 --seeds 0 1 2 --jobs 2 --output_dir exps/ablation -- \\
       ./configs/synthetic.sh --coco_path data/small --epochs 3 --share_bf 0 --insert_idx 0
 """
+
+if TYPE_CHECKING:
+    from tools.ablation.runs import Cell
 
 log = logging.getLogger("ablate")
 
@@ -71,59 +74,70 @@ def main(argv: Sequence[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
 
     # imported here so that --help answers at once
-    from tools.ablation.runs import Cell, Runner, as_shell
-    from tools.ablation.summary import as_text, summarise, write_json
-    from util.step.progress import duration
+    from tools.ablation.runs import as_shell, cells_of
 
-    folder: Path = args.output_dir
-    record = _record(folder, base, variants)
-    cells = {}
-    for variant in variants:
-        for seed in args.seeds:
-            place = f"seed{seed}"
-            console = folder / "consoles" / f"{variant.name}_{place}.txt"
-            cells[variant.name, seed] = Cell(variant, seed, folder / variant.name / place, console)
-    # a seed in all variants, then the next: early results are of whole pairs
-    order = [cells[variant.name, seed] for seed in args.seeds for variant in variants]
+    record = _record(args.output_dir, base, variants)
+    cells = cells_of(variants, args.seeds, args.output_dir)
     if args.print:
-        print(as_shell(order, base))
+        print(as_shell(cells, base))
         return
+    failed, queued = _run(cells, base, args, record)
+    for name, reason in failed.items():
+        print(f"left out: {name} ({reason})")
+    if queued:
+        print(f"{queued} runs are in the queue; after their end the same command makes the table")
+    if any(cell.is_done() for cell in cells):
+        _report(cells, variants, args, base, record["seconds"])
+    if failed:
+        count = len(failed)
+        raise UserError(f"runs that failed and are left out: {count}; the same command tries them again")
+
+
+def _run(
+    cells: Sequence[Cell], base: list[str], args: argparse.Namespace, record: dict[str, Any]
+) -> tuple[dict[str, str], int]:
+    """Run what is missing; returns why runs failed, by name, and how many are in a queue."""
+    from tools.ablation.runs import Runner
+    from util.step.progress import duration
 
     failed: dict[str, str] = {}
 
     def on_end(cell: Cell, seconds: float, failure: str) -> None:
+        # a run may have had several attempts
         record["seconds"][cell.name] = record["seconds"].get(cell.name, 0) + seconds
-        _write(folder, record)
+        _write(args.output_dir, record)
         if failure:
             failed[cell.name] = failure
             log.info("%s: %s", cell.name, failure)
         else:
-            done = sum(other.is_done() for other in order)
-            log.info("%s: done in %s (%d of %d)", cell.name, duration(seconds), done, len(order))
+            done = sum(other.is_done() for other in cells)
+            log.info("%s: done in %s (%d of %d)", cell.name, duration(seconds), done, len(cells))
 
-    queued = Runner(base, args.jobs, on_end).run(order)
-    if queued:
-        print(f"{len(queued)} runs are in the queue; after their end the same command makes the table")
-    for name, reason in failed.items():
-        print(f"left out: {name} ({reason})")
-    missing = [cell.name for cell in order if not cell.is_done()]
-    if len(missing) == len(order):
-        raise UserError(f"no run is done, see {folder / 'consoles'}")
+    queued = Runner(base, args.jobs, on_end).run(cells)
+    return failed, len(queued)
 
-    summary = summarise(base, variants, cells, args.seeds, record["seconds"])
-    summary["missing"] = missing
+
+def _report(
+    cells: Sequence[Cell],
+    variants: Sequence[Variant],
+    args: argparse.Namespace,
+    base: list[str],
+    seconds: dict[str, float],
+) -> None:
+    """Print the table, and write the figures and the page."""
+    from tools.ablation.summary import as_text, summarise, write_json
+
+    by_name = {(cell.variant.name, cell.seed): cell for cell in cells}
+    summary = summarise(base, variants, by_name, args.seeds, seconds)
+    summary["missing"] = [cell.name for cell in cells if not cell.is_done()]
     for comparison in summary["comparisons"]:
-        _compare_images(comparison, cells)
+        _compare_images(comparison, by_name)
     print(as_text(summary))
-    write_json(summary, folder / "ablation_results.json")
-    _make_page(summary, variants, cells, folder / "report.html")
-    print(
-        f"\n{folder / 'ablation_results.json'}: all figures\n{folder / 'report.html'}: open it in a browser"
-    )
-    if failed:
-        raise UserError(
-            f"runs that failed and are left out: {len(failed)}; the same command tries them again"
-        )
+
+    figures, page = args.output_dir / "ablation_results.json", args.output_dir / "report.html"
+    write_json(summary, figures)
+    _make_page(summary, variants, cells, page)
+    print(f"\n{figures}: all figures\n{page}: open it in a browser")
 
 
 def _baseline_first(variants: Sequence[Variant], name: str | None) -> list[Variant]:
@@ -177,7 +191,7 @@ def _write(folder: Path, record: dict[str, Any]) -> None:
     replace_text(folder / "ablation.json", json.dumps(record, indent=1) + "\n")
 
 
-def _compare_images(comparison: dict[str, Any], cells: dict[Any, Any]) -> None:
+def _compare_images(comparison: dict[str, Any], cells: dict[tuple[str, int], Cell]) -> None:
     """Add the bootstrap over images for the first pair whose detections and annotations are there."""
     from datasets.coco_format import read_annotations
     from datasets.coco_results import read_results
@@ -198,7 +212,7 @@ def _compare_images(comparison: dict[str, Any], cells: dict[Any, Any]) -> None:
 
 
 def _make_page(
-    summary: dict[str, Any], variants: Sequence[Variant], cells: dict[Any, Any], output: Path
+    summary: dict[str, Any], variants: Sequence[Variant], cells: Sequence[Cell], output: Path
 ) -> None:
     """The report of one run of each variant, with a section on all of them."""
     from tools.ablation.page import section
@@ -206,7 +220,7 @@ def _make_page(
 
     folders, shown = [], []
     for variant in variants:
-        done = [cell for cell in cells.values() if cell.variant == variant and cell.is_done()]
+        done = [cell for cell in cells if cell.variant == variant and cell.is_done()]
         if done:
             folders.append(done[0].folder)
             shown.append(variant.name)

@@ -68,6 +68,16 @@ class Cell:
         return holder_of(self.folder) is not None or _is_queued(self.folder)
 
 
+def cells_of(variants: Sequence[Variant], seeds: Sequence[int], folder: Path) -> list[Cell]:
+    """The runs in their order: a seed in all variants, then the next, so that early results are pairs."""
+    cells = []
+    for seed in seeds:
+        for variant in variants:
+            name = f"{variant.name}_seed{seed}"
+            cells.append(Cell(variant, seed, folder / name, folder / "consoles" / f"{name}.txt"))
+    return cells
+
+
 def _is_queued(folder: Path) -> bool:
     jobs = {path.name.split("_")[0] for path in folder.glob("submitit/*_submitted.pkl")}
     if not jobs:
