@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from scipy import ndimage
 
 from datasets.coco_format import is_area, is_file_name, is_id, read_json, shown
 from util.errors import UserError
@@ -45,25 +44,43 @@ def describe(ids: np.ndarray, categories: Mapping[int, int], crowds: Collection[
         categories: id -> category id, for every id of the map but VOID; it may have more.
         crowds: the ids of crowds.
     """
-    # labels 1.. in place of the ids, which may be sparse
-    present, labels = np.unique(ids, return_inverse=True)
-    labels = labels.reshape(ids.shape) + 1
-    areas = np.bincount(labels.ravel(), minlength=len(present) + 1)[1:]
-    segments = []
-    places = ndimage.find_objects(labels)
-    for number, area, (rows, columns) in zip(present.tolist(), areas.tolist(), places, strict=True):
-        if number != VOID:
-            box = [columns.start, rows.start, columns.stop - columns.start, rows.stop - rows.start]
-            segments.append(
-                {
-                    "id": number,
-                    "category_id": categories[number],
-                    "area": area,
-                    "bbox": box,
-                    "iscrowd": int(number in crowds),
-                }
-            )
+    # runs that end with their row
+    height, width = ids.shape
+    starts = np.union1d(run_starts(ids), width * np.arange(height))
+    lengths = np.diff(starts, append=ids.size)
+    present, segment = np.unique(ids.ravel()[starts], return_inverse=True)
+    rows, columns = np.divmod(starts, width)
+
+    # area and box of each segment
+    areas = np.bincount(segment, lengths).astype(np.int64)
+    first, last = np.tile([[height], [width]], len(present)), np.zeros((2, len(present)), np.int64)
+    for side, low, high in ((0, rows, rows + 1), (1, columns, columns + lengths)):
+        np.minimum.at(first[side], segment, low)
+        np.maximum.at(last[side], segment, high)
+    boxes = np.concatenate([first[::-1], (last - first)[::-1]]).T
+    segments = [
+        {
+            "id": number,
+            "category_id": categories[number],
+            "area": area,
+            "bbox": box,
+            "iscrowd": int(number in crowds),
+        }
+        for number, area, box in zip(present.tolist(), areas.tolist(), boxes.tolist(), strict=True)
+        if number != VOID
+    ]
     return Panoptic(ids.astype(np.int32), segments)
+
+
+def run_starts(*maps: np.ndarray) -> np.ndarray:
+    """[r] int64: the pixels, counted row after row, where one of the maps [H, W] begins to differ.
+
+    Segments have far fewer runs than pixels, so what follows takes little time.
+    """
+    changes = np.zeros(maps[0].size - 1, bool)
+    for ids in maps:
+        changes |= np.diff(ids.ravel()) != 0
+    return np.append(0, changes.nonzero()[0] + 1)
 
 
 # ---- writing
@@ -128,7 +145,7 @@ class PanopticSet:
                 f"{path} is {width} x {height} pixels, but {self.path} says {image['width']} x "
                 f"{image['height']} for image {image_id}; correct one of them"
             )
-        self._check_ids(path, image_id, set(np.unique(ids).tolist()) - {VOID})
+        self._check_ids(path, image_id, {*ids.ravel()[run_starts(ids)].tolist()} - {VOID})
         return Panoptic(ids, annotation["segments_info"])
 
     def _check_ids(self, path: Path, image_id: int, present: set[int]) -> None:

@@ -26,7 +26,7 @@ class Segment(NamedTuple):
 
 class Merged(NamedTuple):
     """ids: [H, W] int32 on the masks' device, the id of every pixel's segment, or VOID. segments: their
-    ids are 1, 2, ..., best first.
+    ids are 1, 2, ..., best first. format.describe makes COCO's form of it.
     """
 
     ids: Tensor
@@ -68,8 +68,9 @@ def merge(
     candidates: dict[tuple[int, ...], Segment] = {}  # things by label and place, stuff by label
     mask_areas: dict[int, Tensor] = {}
     unions: dict[int, Tensor] = {}
-    for i, (score, label) in enumerate(zip(scores.tolist(), labels.tolist(), strict=True)):
-        if score <= score_threshold:
+    rows = zip((scores > score_threshold).tolist(), scores.tolist(), labels.tolist(), strict=True)
+    for i, (kept, score, label) in enumerate(rows):
+        if not kept:
             continue
         probability = _resized(mask_logits[i], size).sigmoid()
         inside = probability >= INSIDE

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from datasets.panoptic.format import VOID, Entry, Panoptic
+from datasets.panoptic.format import VOID, Entry, Panoptic, run_starts
 
 # what can become of a segment: true positive, false positive, false negative
 TP, FP, FN = range(3)
@@ -88,14 +88,13 @@ def _joint_areas(truth: Panoptic, found: Panoptic) -> np.ndarray:
     """[T + 1, F + 1] int64: pixels by their segments in both maps, in the order of the lists; 0 is void."""
     if truth.ids.shape != found.ids.shape:
         raise ValueError(f"the truth is {truth.ids.shape} pixels, and what was found {found.ids.shape}")
-    # runs of equal pairs, of which there are far fewer than pixels
-    first, second = truth.ids.ravel(), found.ids.ravel()
-    changes = (first[1:] != first[:-1]) | (second[1:] != second[:-1])
-    starts = np.append(0, changes.nonzero()[0] + 1)
-    lengths = np.diff(starts, append=first.size)
+    # runs of equal pairs
+    starts = run_starts(truth.ids, found.ids)
+    lengths = np.diff(starts, append=truth.ids.size)
+    first, second = truth.ids.ravel()[starts], found.ids.ravel()[starts]
 
     shape = len(truth.segments) + 1, len(found.segments) + 1
-    pairs = _places(first[starts], truth) * shape[1] + _places(second[starts], found)
+    pairs = _places(first, truth) * shape[1] + _places(second, found)
     # float64 holds these sums exactly
     return np.bincount(pairs, lengths, shape[0] * shape[1]).astype(np.int64).reshape(shape)
 
