@@ -234,7 +234,7 @@ def test_empty_maps_and_unlisted_ids():
 
 def random_pair(rng: np.random.Generator) -> tuple[Panoptic, Panoptic]:
     """Segments with crowds and void, and segments that match them more or less."""
-    height, width = rng.integers(4, 24, 2)
+    height, width = rng.integers(4, 40, 2)
 
     def rectangles(ids: np.ndarray, numbers: np.ndarray) -> None:
         for number in numbers:
@@ -247,9 +247,9 @@ def random_pair(rng: np.random.Generator) -> tuple[Panoptic, Panoptic]:
         return result
 
     numbers = rng.choice(LARGEST_ID, 24, replace=False) + 1
-    categories = dict(zip(numbers.tolist(), rng.choice([7, 2, 3, 4], 24).tolist(), strict=True))
+    categories = dict(zip(numbers.tolist(), rng.choice([7, 7, 7, 2, 3, 4], 24).tolist(), strict=True))
     truth = np.full((height, width), rng.choice([VOID, numbers[0]]))
-    rectangles(truth, rng.choice([VOID, *numbers[:12]], rng.integers(1, 10)))
+    rectangles(truth, rng.choice([VOID, *numbers[:12]], rng.integers(1, 20)))
     crowds = tuple(numbers[:12][rng.random(12) < 0.2].tolist())
     # of the truth some pixels change, some segments get new ids, some another category
     found = np.roll(truth, rng.integers(-1, 2, 2), axis=(0, 1))
