@@ -111,13 +111,21 @@ def read_images_and_categories(path: Path) -> tuple[list[dict[str, Any]], list[d
     return content["images"], content["categories"]
 
 
-def read_json(path: Path, without: Collection[str] = ()) -> Any:
+def read_json(
+    path: Path,
+    without: Collection[str] = (),
+    *,
+    kind: str = "instances",
+    flags: str = "--coco_path, or --train_annotations and --val_annotations",
+) -> Any:
     """The content of an annotation file. `without`: keys to drop from its objects, to save memory.
+
+    `kind` and `flags` are for messages: which of COCO's formats it must have, and what names the file.
 
     Raises:
         UserError: the file is missing or not JSON.
     """
-    not_instances = "it must be a COCO instances file"
+    wanted = f"it must be a COCO {kind} file"
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         entry = dict(pairs)
@@ -134,12 +142,11 @@ def read_json(path: Path, without: Collection[str] = ()) -> Any:
     try:
         return json.loads(read_regular_file(path), object_pairs_hook=unique)
     except OSError as error:
-        flags = "check --coco_path, or --train_annotations and --val_annotations"
-        raise UserError(f"{path} can't be read ({error.strerror}); {not_instances}: {flags}") from None
+        raise UserError(f"{path} can't be read ({error.strerror}); {wanted}: check {flags}") from None
     except RecursionError:
-        raise UserError(f"{path} is nested too deeply; {not_instances}") from None
+        raise UserError(f"{path} is nested too deeply; {wanted}") from None
     except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); {not_instances}") from None
+        raise UserError(f"{path} is not JSON ({error}); {wanted}") from None
     finally:
         if enabled:
             gc.enable()

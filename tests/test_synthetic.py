@@ -168,7 +168,7 @@ def test_annotations_match_what_is_drawn(monkeypatch):
     ious = []
     for seed in range(30):
         rng = np.random.default_rng(seed)
-        image, objects = scene.render_scene(rng, image_size=96, num_classes=8, max_objects=4)
+        image, objects, _ = scene.render_scene(rng, image_size=96, num_classes=8, max_objects=4)
         annotations = [write.annotation_of(item) for item in objects]
         drawn = image[..., 0] >= 128
         if not annotations or any(annotation["iscrowd"] for annotation in annotations):

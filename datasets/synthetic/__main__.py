@@ -24,7 +24,10 @@ def parser() -> argparse.ArgumentParser:
     add("--output_dir", default="data/synthetic", help="folder of the data set")
     # what decides the files
     for item in fields(Settings):
-        add(f"--{item.name}", type=int, default=item.default, help=item.metadata["help"])
+        if isinstance(item.default, bool):
+            add(f"--{item.name}", action="store_true", help=item.metadata["help"])
+        else:
+            add(f"--{item.name}", type=int, default=item.default, help=item.metadata["help"])
     # and what does not
     workers = min(os.cpu_count() or 1, 16)
     add("--workers", type=int, default=workers, help="processes; no effect on the files")

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from datasets.synthetic.paint import CLASS_NAMES, Patch, Pose, Rng, S, paint_shape, random_paint, sample_shape
+from datasets.synthetic.stuff import paint_stuff
 
 EMPTY_SHARE = 0.04  # of the images
 CROWD_SHARE = 0.03  # of the images
@@ -181,9 +183,19 @@ def _crowd_poses(rng: Rng, height: int, width: int) -> list[Pose]:
     return poses[: rng.integers(12, 25)]
 
 
+class Picture(NamedTuple):
+    """image: (H, W, 3) uint8 RGB. objects: with what is visible of them. stuff: (H, W) int, the kind of
+    every pixel's background (stuff.py); None if the background has no kinds.
+    """
+
+    image: np.ndarray
+    objects: list[SceneObject]
+    stuff: np.ndarray | None
+
+
 def render_scene(
-    rng: Rng, *, image_size: int, num_classes: int, max_objects: int
-) -> tuple[np.ndarray, list[SceneObject]]:
+    rng: Rng, *, image_size: int, num_classes: int, max_objects: int, stuff_rng: Rng | None = None
+) -> Picture:
     """One random image and its objects; the same for the same state of `rng`.
 
     Args:
@@ -191,16 +203,17 @@ def render_scene(
         num_classes: the first so many of CLASS_NAMES occur.
         max_objects: the number of objects is 1 to max_objects, or 0 in an image without any; a
             crowd is not counted.
-
-    Returns:
-        The image, (H, W, 3) uint8 RGB, and the objects with what is visible of them.
+        stuff_rng: decides kinds of stuff for the background; None: a background without kinds. The
+            objects are the same either way, but for their colours.
     """
     # the background, on a canvas that holds the largest shape at its edge
     height, width = image_size, round(image_size * rng.uniform(0.75, 1.0))
     if rng.random() >= 0.5:
         height, width = width, height
     margin = math.ceil(RADIUS[1] * image_size) + 2
-    canvas = np.pad(_background(rng, height, width), ((margin, margin), (margin, margin), (0, 0)))
+    background = _background(rng, height, width)
+    stuff = None if stuff_rng is None else paint_stuff(stuff_rng, background)
+    canvas = np.pad(background, ((margin, margin), (margin, margin), (0, 0)))
     scene = Scene(canvas, margin, [])
 
     # no objects, or perhaps a crowd and then some objects
@@ -214,7 +227,7 @@ def render_scene(
 
     # the sensor's noise
     image = scene.image + rng.uniform(1, 5) * rng.standard_normal(scene.image.shape)
-    return np.clip(np.rint(image), 0, 255).astype(np.uint8), scene.objects
+    return Picture(np.clip(np.rint(image), 0, 255).astype(np.uint8), scene.objects, stuff)
 
 
 def _place_object(rng: Rng, scene: Scene, category_id: int) -> None:

@@ -12,10 +12,11 @@ import multiprocessing
 import os
 import signal
 import tempfile
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -23,8 +24,10 @@ from pycocotools import mask as mask_utils
 from scipy import ndimage
 from tqdm import tqdm
 
+from datasets.panoptic.format import VOID, Panoptic, describe, write_annotations, write_image
 from datasets.synthetic.paint import CLASS_NAMES
-from datasets.synthetic.scene import SceneObject, render_scene
+from datasets.synthetic.scene import Picture, SceneObject, render_scene
+from datasets.synthetic.stuff import FIRST_STUFF_ID, STUFF
 
 # increase with every change of the pictures: a data set of another version counts as another one
 VERSION = 1
@@ -52,12 +55,22 @@ class Settings:
     num_classes: int = _setting(5, 1, len(CLASS_NAMES), f"the first so many of: {', '.join(CLASS_NAMES)}")
     max_objects: int = _setting(5, 1, 100, "most objects in an image; a crowd is not counted")
     seed: int = _setting(0, 0, 2**32 - 1, "another seed gives other images")
+    panoptic: bool = _setting(False, 0, 1, "backgrounds of several kinds of stuff, and panoptic maps")
 
     def __post_init__(self) -> None:
         for item in fields(self):
             value, low, high = getattr(self, item.name), item.metadata["low"], item.metadata["high"]
             if not low <= value <= high:
                 raise ValueError(f"{item.name} {value} must be from {low} to {high}")
+
+    @property
+    def description(self) -> dict[str, int]:
+        """The content of SETTINGS_FILE."""
+        entries = {"version": VERSION, **asdict(self)}
+        if not self.panoptic:
+            # sets from before there were panoptic maps do not have it
+            del entries["panoptic"]
+        return entries
 
 
 # --- annotations ---
@@ -85,27 +98,60 @@ def _without_specks(mask: np.ndarray) -> np.ndarray:
     return kept if kept.any() else mask
 
 
+def panoptic_of(picture: Picture) -> Panoptic:
+    """The objects and the stuff around them. Specks, which are not annotated, are void."""
+    assert picture.stuff is not None
+    objects = dict(enumerate(picture.objects, 1))
+    categories = {number: item.category_id for number, item in objects.items()}
+    first = len(objects) + 1  # id of stuff
+    categories |= {first + kind: FIRST_STUFF_ID + kind for kind in range(len(STUFF))}
+    ids = first + picture.stuff
+    for number, item in objects.items():
+        ids[item.mask] = VOID
+        ids[_without_specks(item.mask)] = number
+    crowds = {number for number, item in objects.items() if item.is_crowd}
+    return describe(ids, categories, crowds)
+
+
 # --- files ---
 
 
-def _write_image(
-    index: int, *, folder: Path, split: int, first_id: int, settings: Settings
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Write image `index` of a split; returns its COCO entry and its annotations, without ids."""
-    rng = np.random.default_rng(np.random.SeedSequence((settings.seed, split, index)))
-    image, objects = render_scene(
-        rng,
+class _Written(NamedTuple):
+    """What the annotation files say of an image: its entry, its annotations without ids, and with
+    panoptic maps the annotation of its map.
+    """
+
+    entry: dict[str, Any]
+    annotations: list[dict[str, Any]]
+    panoptic: dict[str, Any] | None
+
+
+def _write_image(index: int, *, folder: Path, split: int, first_id: int, settings: Settings) -> _Written:
+    """Write image `index` of a split below `folder`."""
+    key = (settings.seed, split, index)
+    picture = render_scene(
+        np.random.default_rng(np.random.SeedSequence(key)),
         image_size=settings.image_size,
         num_classes=settings.num_classes,
         max_objects=settings.max_objects,
+        stuff_rng=np.random.default_rng(np.random.SeedSequence((*key, 1))) if settings.panoptic else None,
     )
     image_id = first_id + index
     file_name = f"{image_id:012d}.jpg"
     # Chroma subsampling would smear the small shapes at these sizes.
-    Image.fromarray(image).save(folder / file_name, quality=JPEG_QUALITY, subsampling=0)
-    height, width = image.shape[:2]
+    path = folder / SPLITS[split] / file_name
+    Image.fromarray(picture.image).save(path, quality=JPEG_QUALITY, subsampling=0)
+    height, width = picture.image.shape[:2]
     entry = {"id": image_id, "file_name": file_name, "height": height, "width": width}
-    return entry, [{"image_id": image_id, **annotation_of(item)} for item in objects]
+    annotations = [{"image_id": image_id, **annotation_of(item)} for item in picture.objects]
+    panoptic = None
+    if settings.panoptic:
+        panoptic = write_image(_maps(folder, split), image_id, panoptic_of(picture))
+    return _Written(entry, annotations, panoptic)
+
+
+def _maps(folder: Path, split: int) -> Path:
+    return folder / "annotations" / f"panoptic_{SPLITS[split]}"
 
 
 def _write_split(folder: Path, split: int, settings: Settings, workers: int) -> None:
@@ -116,7 +162,10 @@ def _write_split(folder: Path, split: int, settings: Settings, workers: int) -> 
     if split:
         count, first_id = settings.val_images, settings.train_images + 1
     (folder / name).mkdir(parents=True)
-    job = partial(_write_image, folder=folder / name, split=split, first_id=first_id, settings=settings)
+    (folder / "annotations").mkdir(exist_ok=True)
+    if settings.panoptic:
+        _maps(folder, split).mkdir()
+    job = partial(_write_image, folder=folder, split=split, first_id=first_id, settings=settings)
     progress = partial(tqdm, total=count, desc=name, unit="image", disable=None)
     if workers == 1:
         results = list(progress(map(job, range(count))))
@@ -127,20 +176,31 @@ def _write_split(folder: Path, split: int, settings: Settings, workers: int) -> 
 
     # annotations, numbered in the order of the images
     annotations: list[dict[str, Any]] = []
-    for _, of_image in results:
-        for annotation in of_image:
+    for result in results:
+        for annotation in result.annotations:
             annotations.append({"id": len(annotations) + 1, **annotation})
-    classes = enumerate(CLASS_NAMES[: settings.num_classes], start=1)
+    things = _categories(CLASS_NAMES[: settings.num_classes], 1, "shape")
+    images = [result.entry for result in results]
     content = {
         "info": {"description": "synthetic shapes", "version": str(VERSION)},
         "licenses": [],
-        "categories": [{"id": id_, "name": name, "supercategory": "shape"} for id_, name in classes],
-        "images": [entry for entry, _ in results],
+        "categories": things,
+        "images": images,
         "annotations": annotations,
     }
     path = folder / "annotations" / f"instances_{name}.json"
-    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(content, separators=(",", ":")))
+
+    maps = [result.panoptic for result in results if result.panoptic]
+    if settings.panoptic:
+        stuff = _categories(STUFF, FIRST_STUFF_ID, "ground")
+        categories = [{**category, "isthing": 1} for category in things]
+        categories += [{**category, "isthing": 0} for category in stuff]
+        write_annotations(_maps(folder, split).with_suffix(".json"), images, categories, maps)
+
+
+def _categories(names: Iterable[str], first_id: int, group: str) -> list[dict[str, Any]]:
+    return [{"id": i, "name": name, "supercategory": group} for i, name in enumerate(names, first_id)]
 
 
 def _is_there(folder: Path, description: dict[str, Any], force: bool) -> bool:
@@ -179,16 +239,17 @@ def _replace(folder: Path, new: Path, aside: Path) -> None:
         raise
 
 
-def generate(output_dir: str | Path, *, workers: int = 1, force: bool = False, **settings: int) -> bool:
+def generate(output_dir: str | Path, *, workers: int = 1, force: bool = False, **settings: Any) -> bool:
     """Write a data set in COCO's layout, whole or not at all.
 
     Args:
         output_dir: gets train2017/, val2017/, annotations/instances_{train,val}2017.json and
-            synthetic.json.
+            synthetic.json; with `panoptic` also annotations/panoptic_{train,val}2017.json and the maps
+            in folders beside them.
         workers: processes; the files do not depend on it.
         force: replaces a synthetic data set of other settings.
         settings: the fields of Settings: train_images, val_images, image_size, num_classes,
-            max_objects, seed.
+            max_objects, seed, panoptic.
 
     Returns:
         False if a data set of these settings was there already, and nothing was done; else True.
@@ -201,9 +262,8 @@ def generate(output_dir: str | Path, *, workers: int = 1, force: bool = False, *
     chosen = Settings(**settings)
     if not 1 <= workers <= MAX_WORKERS:
         raise ValueError(f"workers {workers} must be from 1 to {MAX_WORKERS}")
-    description = {"version": VERSION, **asdict(chosen)}
     folder = Path(output_dir).resolve()
-    if _is_there(folder, description, force):
+    if _is_there(folder, chosen.description, force):
         return False
 
     # write beside the folder, then rename: an interruption leaves no half data set
@@ -213,6 +273,6 @@ def generate(output_dir: str | Path, *, workers: int = 1, force: bool = False, *
         new = Path(temporary, "new")
         for split in range(len(SPLITS)):
             _write_split(new, split, chosen, workers)
-        (new / SETTINGS_FILE).write_text(json.dumps(description, indent=2) + "\n")
+        (new / SETTINGS_FILE).write_text(json.dumps(chosen.description, indent=2) + "\n")
         _replace(folder, new, Path(temporary, "old"))
     return True
