@@ -12,6 +12,7 @@ from torch import nn
 
 from models.weights.architecture import Purpose, adopt
 from models.weights.finetune import FLAG as FINETUNE
+from models.weights.finetune import FROZEN
 from models.weights.load import read_trained
 from util.checkpoint import BATCHFORMER, load_state
 from util.config import Config
@@ -23,8 +24,9 @@ log = logging.getLogger(__name__)
 class Start:
     """Where a training starts.
 
-    config: the flags, with the architecture of the checkpoint if there is one; weights: of --resume
-    or --finetune, None for a new detector; source: their name; resumed: they are those of --resume.
+    config: the flags, with the architecture of the checkpoint if there is one; weights: of --resume,
+    --finetune or --frozen_weights, None for a new detector; source: their name; resumed: they are
+    those of --resume.
     """
 
     config: Config
@@ -34,7 +36,8 @@ class Start:
 
 
 def find_start(config: Config, checkpoint: Mapping[str, Any] | None, source: str) -> Start:
-    """The start of a run. `checkpoint` is what it resumes, with its name `source`; else --finetune counts.
+    """The start of a run. `checkpoint` is what it resumes, with its name `source`; else --finetune or
+    --frozen_weights count.
 
     Raises UserError if flags contradict the architecture of the weights.
     """
@@ -43,6 +46,12 @@ def find_start(config: Config, checkpoint: Mapping[str, Any] | None, source: str
     if checkpoint is not None:
         adopted = adopt(config, checkpoint, source, purpose=Purpose.RESUME)
         return Start(adopted, checkpoint, source, resumed=True)
+    if frozen := config.segmentation.frozen_weights:
+        weights = read_trained(frozen, FROZEN)
+        # all but the mask head must be there: nothing else trains
+        return Start(
+            adopt(config, weights, frozen, FROZEN, Purpose.FINE_TUNE), weights, frozen, resumed=False
+        )
     if finetune:
         weights = read_trained(finetune, FINETUNE)
         # heads and queries may have been removed from a checkpoint that others are to start from

@@ -122,6 +122,7 @@ def check_together(config: Config) -> None:
     """What flags may be combined with, once a checkpoint has decided those that were not given."""
     _check_architecture(config)
     _check_batchformer(config)
+    _check_masks(config)
     _check_data(config)
 
 
@@ -154,7 +155,7 @@ def _check_architecture(config: Config) -> None:
     # a shell variable that is not set gives an empty text
     require(backbone.backbone_weights, "--backbone_weights is empty; use imagenet, none or a file")
     # weights of a checkpoint were trained with its own norm
-    imagenet = backbone.backbone_weights == "imagenet" and not config.run.starts_from_weights
+    imagenet = backbone.backbone_weights == "imagenet" and not config.starts_from_weights
     require(
         not imagenet or backbone.backbone_norm != "gn",
         "--backbone_norm gn can't use ImageNet weights, which belong to batch normalisation; add "
@@ -197,6 +198,35 @@ def _check_batchformer(config: Config) -> None:
     )
 
 
+def _check_masks(config: Config) -> None:
+    segmentation, run = config.segmentation, config.run
+    frozen = segmentation.frozen_weights
+    if not segmentation.masks:
+        require(not frozen, "--frozen_weights needs --masks: only a mask head would train; add --masks")
+        for name in ("mask_loss_coef", "dice_loss_coef"):
+            require(
+                getattr(config.loss, name) == FLAGS[name].default,
+                f"--{name} needs --masks; add --masks, or leave it out",
+            )
+        return
+    name = config.backbone.backbone
+    require(
+        BACKBONES[name].fine is not None,
+        f"--masks can't be used with --backbone {name}, whose entry names no stage of stride 4; use resnet50",
+    )
+    require(
+        not (frozen and run.finetune),
+        "--frozen_weights and --finetune both say where the training starts; give one of them: "
+        "--finetune trains the whole detector",
+    )
+    # else it would have no effect: a frozen detector computes as in evaluation
+    require(
+        not (frozen and config.batchformer.bf) or run.eval,
+        "--frozen_weights can't be used with --bf: a frozen detector computes as in evaluation, where "
+        "BatchFormerV2 does not act; leave --bf out",
+    )
+
+
 def _check_data(config: Config) -> None:
     data, evaluate = config.data, config.run.eval
     splits = ["val"] if evaluate else ["val", "train"]
@@ -232,7 +262,7 @@ def check_trainable(config: Config) -> None:
     """Raise UserError for what a model may be built with, but a training can't start from."""
     backbone = config.backbone
     # frozen statistics are 0 and 1 until weights are loaded
-    from_random = backbone.backbone_weights == "none" and not config.run.starts_from_weights
+    from_random = backbone.backbone_weights == "none" and not config.starts_from_weights
     require(
         not from_random or backbone.backbone_norm != "frozen_bn",
         "--backbone_weights none with --backbone_norm frozen_bn can't learn: the frozen "
