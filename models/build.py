@@ -39,7 +39,7 @@ from util.errors import UserError
 log = logging.getLogger(__name__)
 
 # flags that load_model takes
-_FLAGS = {name for name, flag in FLAGS.items() if flag.group != "run"}
+_FLAGS = {name for name, flag in FLAGS.items() if flag.group != "run"} - {"frozen_weights"}
 
 
 class LoadedModel(NamedTuple):
@@ -78,7 +78,8 @@ def load_model(
         weights: "ema" the averaged weights (--ema_decay), "model" the others, "auto" the averaged
             where the file has them, unless their last evaluation was worse.
         flags: flags of main.py that replace those of the file: coco_path, eval_size, lr, bf and so
-            on; not num_classes, and none of the group run. Tuples or lists for several values.
+            on; not num_classes and frozen_weights, and none of the group run. Tuples or lists for
+            several values.
 
     Raises:
         UserError (a ValueError): the file can't be read, holds no detector, or one that contradicts

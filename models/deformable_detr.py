@@ -6,7 +6,8 @@ of an embedding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -110,10 +111,12 @@ class DeformableDETR(nn.Module):
         maps, masks = self._project(features, images.mask)
         position = self.backbone[1](masks).to(maps[0].dtype)
         queries = None if self.transformer.two_stage else self.query_embed.weight
-        decoded = self.transformer(
-            maps, masks, position, queries, self.class_embed, self.bbox_embed, self.with_box_refine
-        )
-        out = self._outputs(decoded)
+        exact = _requiring_gradients(self) if self.frozen and not self.training else nullcontext()
+        with exact:
+            decoded = self.transformer(
+                maps, masks, position, queries, self.class_embed, self.bbox_embed, self.with_box_refine
+            )
+            out = self._outputs(decoded)
         if self.mask_head and fine is not None:
             out |= self.mask_head(fine, decoded.memory, decoded.contents[-1])
             out["image_sizes"] = _unpadded_sizes(images.mask).repeat(decoded.memory.num_streams, 1)
@@ -161,6 +164,23 @@ class DeformableDETR(nn.Module):
             boxes = decoded.proposals.box_logits.sigmoid()
             out["enc_outputs"] = {"pred_logits": decoded.proposals.logits, "pred_boxes": boxes}
         return out
+
+
+@contextmanager
+def _requiring_gradients(model: nn.Module) -> Iterator[None]:
+    """A block in which all weights require a gradient, as those of a detector that is not frozen.
+
+    PyTorch asks for it before it multiplies in evaluation too (whether it folds the dimensions of a
+    batch), and so the last bit of a box would be another.
+    """
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def _unpadded_sizes(mask_BHW: Tensor) -> Tensor:

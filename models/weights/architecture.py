@@ -44,11 +44,13 @@ class Purpose(Enum):
     # backbone_weights: whether they were random decides which parameters are trained
     RESUME = frozenset((*flags_of("architecture"), "backbone_weights"))
     FINE_TUNE = frozenset((*_ARCHITECTURE, "backbone_weights"))
-    # the data set decides its kind and its classes
+    # the data set decides its kind and its classes, and no other file has weights
     BUILD = frozenset(
         name
         for name, flag in FLAGS.items()
-        if flag.group != "run" and not flag.refused and name not in ("dataset_file", "num_classes")
+        if flag.group != "run"
+        and not flag.refused
+        and name not in ("dataset_file", "num_classes", "frozen_weights")
     )
 
 

@@ -132,9 +132,7 @@ def make_batch(size: Sequence[int] | None, config: Config, device: torch.device)
     return (images.to(device), targets), with_classes(config, classes)
 
 
-def noise(
-    height: int, width: int, num_classes: int, masks: bool = False
-) -> tuple[Tensor, dict[str, Tensor]]:
+def noise(height: int, width: int, num_classes: int, masks: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
     """An item of a data set."""
     # cxcywh, all within the image
     boxes = torch.cat([torch.rand(OBJECTS, 2) * 0.5 + 0.25, torch.rand(OBJECTS, 2) * 0.4 + 0.05], 1)

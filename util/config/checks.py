@@ -74,6 +74,8 @@ def check_run(config: Config) -> None:
     )
     if run.finetune:
         _check_finetune(run)
+    if config.segmentation.frozen_weights and not run.eval:
+        _check_frozen_weights(config)
     if run.eval:
         require(run.resume, "--eval needs --resume: the checkpoint to evaluate; add --resume <file>")
     else:
@@ -116,6 +118,23 @@ def _check_finetune(run: RunConfig) -> None:
         "run another --output_dir",
     )
     require(not run.eval, "--finetune trains and --eval does not; use --resume to evaluate a checkpoint")
+
+
+def _check_frozen_weights(config: Config) -> None:
+    require(
+        config.segmentation.masks, "--frozen_weights needs --masks: only a mask head trains then; add --masks"
+    )
+    require(
+        not config.run.finetune,
+        "--frozen_weights and --finetune both say where the training starts; give one of them: "
+        "--finetune trains the whole detector",
+    )
+    # else it would have no effect
+    require(
+        not config.batchformer.bf,
+        "--frozen_weights can't be used with --bf: a frozen detector computes as in evaluation, where "
+        "BatchFormerV2 does not act; leave --bf out",
+    )
 
 
 def check_together(config: Config) -> None:
@@ -199,32 +218,16 @@ def _check_batchformer(config: Config) -> None:
 
 
 def _check_masks(config: Config) -> None:
-    segmentation, run = config.segmentation, config.run
-    frozen = segmentation.frozen_weights
-    if not segmentation.masks:
-        require(not frozen, "--frozen_weights needs --masks: only a mask head would train; add --masks")
-        for name in ("mask_loss_coef", "dice_loss_coef"):
-            require(
-                getattr(config.loss, name) == FLAGS[name].default,
-                f"--{name} needs --masks; add --masks, or leave it out",
-            )
-        return
     name = config.backbone.backbone
     require(
-        BACKBONES[name].fine is not None,
+        not config.segmentation.masks or BACKBONES[name].fine,
         f"--masks can't be used with --backbone {name}, whose entry names no stage of stride 4; use resnet50",
     )
-    require(
-        not (frozen and run.finetune),
-        "--frozen_weights and --finetune both say where the training starts; give one of them: "
-        "--finetune trains the whole detector",
-    )
-    # else it would have no effect: a frozen detector computes as in evaluation
-    require(
-        not (frozen and config.batchformer.bf) or run.eval,
-        "--frozen_weights can't be used with --bf: a frozen detector computes as in evaluation, where "
-        "BatchFormerV2 does not act; leave --bf out",
-    )
+    for name in ("mask_loss_coef", "dice_loss_coef"):
+        require(
+            config.segmentation.masks or getattr(config.loss, name) == FLAGS[name].default,
+            f"--{name} needs --masks; add --masks, or leave it out",
+        )
 
 
 def _check_data(config: Config) -> None:
