@@ -264,12 +264,17 @@ def _without_empty(target: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _normalized(target: dict[str, Any], height: int, width: int) -> dict[str, Any]:
     """Boxes in pixels to cxcywh in [0, 1], without those that a crop has emptied."""
+    masks = target.pop("masks", None)
+    target["place"] = torch.arange(len(target["boxes"]))
     target = _without_empty(target)
+    places = target.pop("place")
     sides = torch.tensor([width, height, width, height])
     target["boxes"] = box_convert(target["boxes"], "xyxy", "cxcywh") / sides
     target["size"] = torch.tensor([height, width])
-    if "masks" in target:
-        target["masks"] = target["masks"].view(torch.bool)
+    if masks is not None:
+        # megabytes, which are copied only if a mask goes
+        kept = masks if len(places) == len(masks) else masks[places]
+        target["masks"] = kept.as_subclass(torch.Tensor).view(torch.bool)
     return target
 
 

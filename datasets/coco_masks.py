@@ -144,8 +144,8 @@ class RunLengths:
             runs.append({"size": [height, width], "counts": counts})
         if not runs:
             return np.zeros((0, height, width), np.uint8)
-        # pycocotools gives [H, W, n], column after column
-        return np.ascontiguousarray(mask_utils.decode(runs).transpose(2, 0, 1))
+        # pycocotools gives [H, W, n], column after column: its memory is not copied
+        return mask_utils.decode(runs).transpose(2, 0, 1)
 
 
 def coco_masks(chunks: Iterable[Tensor]) -> list[dict[str, Any]]:
