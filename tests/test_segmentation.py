@@ -21,6 +21,7 @@ from PIL import Image
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 
 from datasets.coco import CocoDetection
@@ -285,6 +286,29 @@ def test_losses_of_a_batch_are_the_sums_of_those_of_its_images():
         losses = mask_losses(*one, [1], torch.tensor([0]), torch.tensor([0]))
         sums = {name: value + losses[name].item() for name, value in sums.items()}
     assert {name: value.item() for name, value in together.items()} == pytest.approx(sums, rel=1e-5)
+
+
+class Operators(TorchDispatchMode):
+    """Notes the names of the operators that are called in its block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.names.add(operator.overloadpacket.__name__)
+        return operator(*args, **(kwargs or {}))
+
+
+def test_the_losses_read_nothing_from_the_device():
+    pixels, queries = torch.randn(2, 8, 5, 6, requires_grad=True), torch.randn(2, 4, 8, requires_grad=True)
+    masks = [torch.rand(n, 18, 22) < 0.4 for n in (2, 1)]
+    pairs = torch.tensor([3, 1, 6]), torch.tensor([0, 1, 2])
+    with Operators() as called:
+        losses = mask_losses(pixels, queries, masks, [2, 1], *pairs)
+        (losses["loss_mask"] + losses["loss_dice"]).backward()
+    assert "avg_pool2d" in called.names
+    assert not called.names & {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"}
 
 
 # ---- the model
