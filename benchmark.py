@@ -9,10 +9,11 @@
     python benchmark.py sweep --size 320 320 --num_iters 3 --out costs.png  # against size, queries, ...
     python benchmark.py op  # the operator's backends, see op --help
 
---amp bf16 and, of a training step, --bf, --checkpoint_encoder and --compile are timed beside the same
-without them, and the memory of a training step is given at its peak. --against transformers times that
-library's detector of the same flags too, --against_reference ours with the attention operator in plain
-PyTorch; --profile adds what the time goes to; --trace writes it as a timeline, for ui.perfetto.dev.
+--amp bf16, --masks and, of a training step, --bf, --checkpoint_encoder and --compile are timed beside
+the same without them, and the memory of a training step is given at its peak. --against transformers
+times that library's detector of the same flags too, --against_reference ours with the attention operator
+in plain PyTorch; --profile adds what the time goes to; --trace writes it as a timeline, for
+ui.perfetto.dev.
 """
 
 from __future__ import annotations

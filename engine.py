@@ -18,7 +18,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 from datasets import DetectionData
-from datasets.coco_eval import IOU_TYPES, coco_results, evaluate_results, metrics_table, precision_tables
+from datasets.coco_eval import (
+    IOU_TYPES,
+    coco_results,
+    evaluate_results,
+    iou_types_of,
+    metrics_table,
+    precision_tables,
+)
 from datasets.loader import DeviceBatches
 from models import build_model
 from models.criterion import SetCriterion
@@ -228,8 +235,12 @@ class Evaluation:
 
     def print_metrics(self) -> None:
         """Log the twelve metrics of each IoU type, in two lines."""
-        for kind in IOU_TYPES:
-            for line in metrics_table(self.stats[f"coco_eval_{kind}"]).splitlines():
+        for kind, of in IOU_TYPES.items():
+            if of.key not in self.stats:
+                continue
+            if kind == "segm":
+                log.info("masks:")
+            for line in metrics_table(self.stats[of.key]).splitlines():
                 log.info("%s", line)
 
 
@@ -247,7 +258,7 @@ def evaluate(
 
     Args:
         model: not wrapped: processes may have different numbers of batches.
-        postprocessors: by IoU type ("bbox"): outputs and image sizes to detections.
+        postprocessors: {"bbox": ...}: outputs and image sizes to detections.
         batches: this process's batches of `dataset`.
         dataset: its classes map labels to category ids, its `coco` is the ground truth.
         run: --amp, --log_every and --coco_eval.
@@ -295,7 +306,7 @@ class PendingResult:
     def __init__(
         self,
         targets: Targets,
-        detections: Sequence[dict[str, Tensor]],
+        detections: Sequence[dict[str, Any]],
         losses: dict[str, Tensor],
         classes: ClassMap,
     ) -> None:
@@ -305,16 +316,22 @@ class PendingResult:
         # The constructor starts the copies; one copy for all losses.
         self._losses = HostCopy(torch.stack([loss.float() for loss in losses.values()]))
         # What coco_results reads; the detector returns more.
-        names = {"scores", "labels"} | {kind.output for kind in IOU_TYPES.values()}
         self._detections = {
-            name: HostCopy(torch.stack([image[name] for image in detections])) for name in names
+            name: HostCopy(torch.stack([image[name] for image in detections]))
+            for name in ("scores", "labels", "boxes")
         }
+        # They stay on the device: `collect` computes masks of one image at a time.
+        self._masks = [image["masks"] for image in detections if "masks" in image]
 
     def collect(self) -> BatchResult:
         """The batch on the host; blocks only if the copy has not finished."""
         losses = dict(zip(self._loss_names, self._losses.get().tolist(), strict=True))
         batch = {name: copy.get() for name, copy in self._detections.items()}
-        images = [{name: values[i] for name, values in batch.items()} for i in range(len(self._image_ids))]
+        images: list[dict[str, Any]] = [
+            {name: values[i] for name, values in batch.items()} for i in range(len(self._image_ids))
+        ]
+        for image, masks in zip(images, self._masks, strict=bool(self._masks)):
+            image["masks"] = masks
         return BatchResult(coco_results(self._image_ids, images, self._classes), losses)
 
 
@@ -340,7 +357,9 @@ def _summarise(
 
     # The metrics take minutes for large data: a note for the watchdog.
     note("COCO metrics of %d detections", len(results))
-    evaluations = {kind: evaluate_results(ground_truth, results, evaluator, kind) for kind in IOU_TYPES}
+    evaluations = {
+        kind: evaluate_results(ground_truth, results, evaluator, kind) for kind in iou_types_of(results)
+    }
     # fsum: the mean must not depend on which process had which batch.
     means = {
         name: math.fsum(batch.losses[name] for batch in in_order) / len(in_order)
@@ -348,6 +367,6 @@ def _summarise(
     }
     stats: dict[str, Any] = published_names(means, weights)
     for kind, evaluation in evaluations.items():
-        stats[f"coco_eval_{kind}"] = evaluation.stats.tolist()
+        stats[IOU_TYPES[kind].key] = evaluation.stats.tolist()
     # The published tables are those of boxes.
     return Evaluation(broadcast_from_main(stats), results, precision_tables(evaluations["bbox"]))

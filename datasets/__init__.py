@@ -3,7 +3,8 @@
 The training loop, main.py and the tools use this room.
 
 A format of data sets is one module and one entry of FORMATS. The module has a function
-`build(image_set, config.data, seed, classes)`, which returns a DetectionData.
+`build(image_set, config.data, seed, classes)`, which returns a DetectionData. With --masks it is called
+with `masks=True` too.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class DetectionData(Protocol):
 
     An item is an RGB image [3, H, W] of uint8, which the detector normalises on its device, or of
     normalised floats; and a target with `boxes` [n, 4] cxcywh in [0, 1], `labels` [n] int64, `area` [n],
-    `iscrowd` [n], `image_id` [1], `orig_size` and `size` [2] (height, width).
+    `iscrowd` [n], `image_id` [1], `orig_size` and `size` [2] (height, width). With --masks also `masks`
+    [n, H, W] bool of the image.
     It raises BadImageError for a file that can't be used.
 
     epoch: set before each epoch; random choices depend on it, the seed and the index alone.
@@ -72,4 +74,5 @@ def build_dataset(image_set: str, config: Any, classes: ClassMap | None = None) 
             f"--dataset_file {name!r} is unknown or not available yet; use {' or '.join(FORMATS)}"
         )
     module = import_module(FORMATS[name])
-    return module.build(image_set, config.data, config.run.seed, classes or config.classes)
+    options = {"masks": True} if config.segmentation.masks else {}
+    return module.build(image_set, config.data, config.run.seed, classes or config.classes, **options)

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 from torchvision.ops import box_convert, clip_boxes_to_image
-from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
+from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, Mask
 
 from datasets.coco_format import read_annotations
+from datasets.coco_masks import RunLengths
 from datasets.respell import respell
 from datasets.transforms import Area, eval_transform, train_transform
 from util.class_map import AUTO, ClassMap
@@ -39,12 +40,13 @@ class CocoDetection(Dataset):
             other folders before it.
         annotations: COCO JSON.
         transform: maps (PIL image, {"boxes", "labels", "area", "iscrowd"}) to the same with an image
-            [3, H, W] of uint8, or of normalised floats.
+            [3, H, W] of uint8, or of normalised floats; with `masks` there are "masks" too.
         classes: labels of the category ids; without it the annotations' categories and
             `num_classes` (see ClassMap.of) make it.
         seed: with the epoch and the index it decides the random choices of `transform` in any
             process: those drawn from torch, from NumPy's global generator and from Python's.
         max_megapixels: larger images are refused before they are decoded.
+        masks: targets have masks; every annotation must have a segmentation then.
 
     Raises:
         UserError: as the message says; an item whose file can't be used raises BadImageError.
@@ -60,6 +62,7 @@ class CocoDetection(Dataset):
         classes: ClassMap | None = None,
         num_classes: int | str = AUTO,
         max_megapixels: float = DataConfig.max_image_megapixels,
+        masks: bool = False,
     ) -> None:
         # annotations, with the names of the files as they are here
         if not images.is_dir():
@@ -83,7 +86,8 @@ class CocoDetection(Dataset):
         entries = [self.coco.imgToAnns[image_id] for image_id in self.image_ids]
         objects = [entry for of_image in entries for entry in of_image]
         self._identity = DataIdentity.of([self.coco.imgs[i] for i in self.image_ids], objects)
-        self._objects = _Objects.of(entries, self.classes)
+        runs = RunLengths.of(objects, self.coco.imgs, annotations) if masks else None
+        self._objects = _Objects.of(entries, self.classes, runs)
 
         self.epoch = 0
         self._transform, self._seed, self._max_megapixels = transform, seed, max_megapixels
@@ -97,7 +101,10 @@ class CocoDetection(Dataset):
         path = self.images / self._names[index]
         image = decode(self._bytes(index), path, self._max_megapixels, self._remedy(index))
         width, height = image.size
-        target = self._objects.target(index, height, width)
+        try:
+            target = self._objects.target(index, height, width)
+        except ValueError as error:
+            raise BadImageError(str(path), str(error), self._remedy(index)) from None
 
         # seeded per item: the same augmentation for any number of processes and workers, and after
         # a resume
@@ -139,7 +146,14 @@ class CocoDetection(Dataset):
         return f"take image {self.image_ids[index]} out of {self.annotations}, or add --on_bad_image skip"
 
 
-def build(image_set: str, data: DataConfig, seed: int, classes: ClassMap | None = None) -> CocoDetection:
+def build(
+    image_set: str,
+    data: DataConfig,
+    seed: int,
+    classes: ClassMap | None = None,
+    *,
+    masks: bool = False,
+) -> CocoDetection:
     """The "train" or "val" split in the published folder layout, or where the flags say."""
     # a missing --coco_path is reported before the folder in it
     images = data.images_folder(image_set)
@@ -160,6 +174,7 @@ def build(image_set: str, data: DataConfig, seed: int, classes: ClassMap | None 
         classes=classes,
         num_classes=data.num_classes,
         max_megapixels=data.max_image_megapixels,
+        masks=masks,
     )
     if data.cache_mode:
         dataset.fill_cache(leave_out_bad=data.on_bad_image == "skip")
@@ -193,16 +208,20 @@ class _Objects:
     A dictionary for each of COCO's 860,000 objects takes gigabytes, in every process: a loader worker
     that only reads one changes its count of references, and so copies its page.
 
-    starts: [images + 1], the first object of each image. boxes: [N, 4] xywh in pixels.
+    starts: [images + 1], the first object of each image. boxes: [N, 4] xywh in pixels. masks: with
+    --masks those of the N objects.
     """
 
     starts: np.ndarray
     boxes: np.ndarray
     labels: np.ndarray
     areas: np.ndarray
+    masks: RunLengths | None
 
     @classmethod
-    def of(cls, entries: Sequence[Sequence[dict[str, Any]]], classes: ClassMap) -> _Objects:
+    def of(
+        cls, entries: Sequence[Sequence[dict[str, Any]]], classes: ClassMap, masks: RunLengths | None
+    ) -> _Objects:
         """Of COCO's annotations of each image."""
         # a crowd's box is not one object; evaluation ignores crowds too
         kept = [[entry for entry in of_image if not entry["iscrowd"]] for of_image in entries]
@@ -212,10 +231,11 @@ class _Objects:
             np.array([entry["bbox"] for entry in objects], np.float32).reshape(-1, 4),
             np.array([classes.label_of(entry["category_id"]) for entry in objects], np.int64),
             np.array([entry["area"] for entry in objects], np.float32),
+            masks,
         )
 
     def target(self, index: int, height: int, width: int) -> dict[str, Any]:
-        """The objects of an image, with boxes clamped to it."""
+        """The objects of an image, with boxes clamped to it. ValueError: masks are of another size."""
         here = slice(self.starts[index], self.starts[index + 1])
         boxes, labels, areas = (torch.from_numpy(x[here]) for x in (self.boxes, self.labels, self.areas))
         target = {
@@ -223,8 +243,12 @@ class _Objects:
             "labels": labels,
             "area": areas,
             "iscrowd": torch.zeros(len(labels), dtype=torch.int64),
+            "place": torch.arange(here.start, here.stop),
         }
         target = _without_empty(target)
+        places = target.pop("place").tolist()
+        if self.masks is not None:
+            target["masks"] = Mask(self.masks.decoded(places, height, width))
 
         # types by which transforms know what to do with them
         boxes = BoundingBoxes(target["boxes"], format=BoundingBoxFormat.XYXY, canvas_size=(height, width))
@@ -240,10 +264,17 @@ def _without_empty(target: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _normalized(target: dict[str, Any], height: int, width: int) -> dict[str, Any]:
     """Boxes in pixels to cxcywh in [0, 1], without those that a crop has emptied."""
+    masks = target.pop("masks", None)
+    target["place"] = torch.arange(len(target["boxes"]))
     target = _without_empty(target)
+    places = target.pop("place")
     sides = torch.tensor([width, height, width, height])
     target["boxes"] = box_convert(target["boxes"], "xyxy", "cxcywh") / sides
     target["size"] = torch.tensor([height, width])
+    if masks is not None:
+        # megabytes, which are copied only if a mask goes
+        kept = masks if len(places) == len(masks) else masks[places]
+        target["masks"] = kept.as_subclass(torch.Tensor).view(torch.bool)
     return target
 
 

@@ -1,7 +1,7 @@
 """COCO's metrics, from detections that several processes made.
 
-The metrics are computed by IoU type ("bbox"). A further type, say "segm" for masks, is one more entry
-of IOU_TYPES.
+The metrics are computed by IoU type: "bbox" for boxes, "segm" for masks. A further type is one more
+entry of IOU_TYPES.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from torchvision.ops import box_convert
 
+from datasets.coco_masks import coco_masks
 from util.class_map import ClassMap
 from util.draw.curves import FIGURES, percent
 
@@ -34,25 +35,37 @@ class IouType(NamedTuple):
     """What COCO compares under an IoU type.
 
     field: its name in COCO's annotations and results. output: its name in a detection of the
-    detector. to_coco: a tensor [n, ...] of the detector to n values of `field`.
+    detector. to_coco: an output of the detector for n detections to n values of `field`. key: the end of
+    its name in log.txt.
     """
 
     field: str
     output: str
-    to_coco: Callable[[Tensor], list[Any]]
+    to_coco: Callable[[Any], list[Any]]
+    key: str
 
 
-IOU_TYPES = {"bbox": IouType("bbox", "boxes", _xywh)}
+IOU_TYPES = {
+    "bbox": IouType("bbox", "boxes", _xywh, "coco_eval_bbox"),
+    "segm": IouType("segmentation", "masks", lambda masks: coco_masks(masks.chunks()), "coco_eval_masks"),
+}
+
+
+def iou_types_of(results: Sequence[dict[str, Any]]) -> list[str]:
+    """The IoU types that detections can be compared by: by boxes, and by masks where they have some."""
+    return [kind for kind, of in IOU_TYPES.items() if kind == "bbox" or (results and of.field in results[0])]
 
 
 def coco_results(
-    image_ids: Sequence[int], detections: Sequence[dict[str, Tensor]], classes: ClassMap
+    image_ids: Sequence[int], detections: Sequence[dict[str, Any]], classes: ClassMap
 ) -> list[dict[str, Any]]:
-    """Detections in COCO's results format: category ids of the data set, boxes x, y, width, height.
+    """Detections in COCO's results format: category ids of the data set, boxes x, y, width, height, and
+    masks as compressed run lengths.
 
     Args:
         detections: of each image, on the host: labels [n], scores [n], and the outputs of IOU_TYPES
-            that the detector has: boxes [n, 4] as x0, y0, x1, y1 in pixels.
+            that the detector has: boxes [n, 4] as x0, y0, x1, y1 in pixels; masks, an object whose
+            `chunks` give them some at a time (datasets.coco_masks.coco_masks).
     """
     # columns of an image's detections, then one dictionary for each
     results = []
@@ -209,8 +222,9 @@ def _prepared(ground_truth: COCO, results: list[dict[str, Any]], iou_type: str) 
     Objects are copied, because COCOeval changes them, and numbered from 1: COCOeval takes a detection
     matched with an object of id 0 for unmatched.
     """
+    # masks are drawn at the images' size
     used = {
-        "images": ("id",),
+        "images": ("id", "height", "width") if iou_type == "segm" else ("id",),
         "annotations": ("image_id", "category_id", IOU_TYPES[iou_type].field, "area", "iscrowd"),
         "categories": ("id", "name"),
     }
@@ -223,6 +237,9 @@ def _prepared(ground_truth: COCO, results: list[dict[str, Any]], iou_type: str) 
 
     # copied, because loadRes adds entries to them
     known = [dict(r) for r in results if r["category_id"] in truth.cats]
+    if iou_type == "segm":
+        for result in known:
+            del result["bbox"]  # or the area of a detection would be that of its box
     known.sort(key=lambda r: r["image_id"])  # stable: the order within an image stays
     if known:
         return truth, truth.loadRes(known)

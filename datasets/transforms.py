@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torchvision.transforms.v2.functional as F
 from torchvision.transforms import v2
-from torchvision.tv_tensors import TVTensor
+from torchvision.tv_tensors import Mask, TVTensor
 
 from util.config import DataConfig
 from util.images.prepare import resize, resized
@@ -66,6 +67,8 @@ class RandomShorterSide(v2.Transform):
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         if isinstance(inpt, Area):
             return inpt * params["area_scale"]
+        if isinstance(inpt, Mask):
+            return _resized_mask(inpt, *params["size"])
         return resize(inpt, params["size"])
 
 
@@ -91,6 +94,27 @@ class RandomCrop(v2.Transform):
 
     def _side(self, side: int) -> int:
         return _random_int(min(self.smallest, side), min(self.largest, side))
+
+
+def _resized_mask(masks: Mask, height: int, width: int) -> Mask:
+    """[n, H, W] at another size: each pixel is the one at its centre.
+
+    torchvision takes the one at its upper left corner, which shifts a mask by half a pixel. It also
+    takes longer: an object is a small part of its mask, and only that part is resized here.
+    """
+    rows, columns = (
+        ((np.arange(new) + 0.5) * old / new).astype(np.int64)
+        for new, old in zip((height, width), masks.shape[1:], strict=True)
+    )
+    resized = np.zeros((len(masks), height, width), np.uint8)
+    for new, old in zip(resized, masks.numpy(), strict=True):
+        in_rows, in_columns = np.flatnonzero(old.any(1)), np.flatnonzero(old.any(0))
+        if len(in_rows):
+            # the pixels that come from the object's box
+            top, bottom = np.searchsorted(rows, [in_rows[0], in_rows[-1] + 1])
+            left, right = np.searchsorted(columns, [in_columns[0], in_columns[-1] + 1])
+            new[top:bottom, left:right] = old.take(rows[top:bottom], 0).take(columns[left:right], 1)
+    return Mask(torch.from_numpy(resized))
 
 
 def _random_int(low: int, high: int) -> int:

@@ -125,11 +125,15 @@ class Body(nn.Module):
         network: what the entry of a backbone builds.
         stages: the children whose outputs are given; the classifier behind the last is dropped.
         channels: C_l of these outputs.
+        fine: a child before them whose output, of stride 4, is given too, as the first map.
     """
 
-    def __init__(self, network: nn.Module, stages: Sequence[str], channels: Sequence[int]) -> None:
+    def __init__(
+        self, network: nn.Module, stages: Sequence[str], channels: Sequence[int], fine: str = ""
+    ) -> None:
         super().__init__()
         self._stages, self.channels = tuple(stages), tuple(channels)
+        self._wanted = {fine, *stages}
         # under their own names, so that checkpoints fit
         for name, layer in network.named_children():
             self.add_module(name, layer)
@@ -150,7 +154,7 @@ class Body(nn.Module):
             maps = []
             for name, layer in self.named_children():
                 x = layer(x)
-                if name in self._stages:
+                if name in self._wanted:
                     maps.append(x)
             return maps
 
@@ -192,7 +196,7 @@ class Backbone(nn.Module):
             )
 
     def forward(self, images: NestedTensor) -> list[NestedTensor]:
-        """B images -> per level a [B, C_l, H / s_l, W / s_l] map with its mask."""
+        """B images -> per level a [B, C_l, H / s_l, W / s_l] map with its mask, the fine one first."""
         return [NestedTensor(x, resize_mask(images.mask, x.shape[-2:])) for x in self.body(images.tensors)]
 
 
@@ -202,7 +206,9 @@ def resize_mask(mask_BHW: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(mask_BHW[:, None].view(torch.uint8), size=tuple(size)).view(torch.bool)[:, 0]
 
 
-def build_body(name: str, norm: str, weights: str, *, dilation: bool, multi_scale: bool) -> Body:
+def build_body(
+    name: str, norm: str, weights: str, *, dilation: bool, multi_scale: bool, fine: bool = False
+) -> Body:
     """The network of a backbone, with its weights.
 
     Args:
@@ -212,6 +218,7 @@ def build_body(name: str, norm: str, weights: str, *, dilation: bool, multi_scal
             names.
         dilation: dilate the last stage instead of striding (DC5).
         multi_scale: give the maps of strides 8, 16 and 32 instead of the last alone.
+        fine: give the map of stride 4 too, as the first.
 
     Raises:
         UserError: the weights can't be had or don't fit.
@@ -222,7 +229,12 @@ def build_body(name: str, norm: str, weights: str, *, dilation: bool, multi_scal
     network = entry.build(NORMS[norm], dilation)
     if entry.norms_follow_convolutions:
         apply_norms_in_convolutions(network)
-    body = Body(network, entry.stages[first:], entry.channels[first:])
+    body = Body(
+        network,
+        entry.stages[first:],
+        entry.channels[first:],
+        entry.fine[0] if fine and entry.fine else "",
+    )
     if weights == "imagenet":
         _load(body, _imagenet_weights(name), weights)
     elif weights != "none":

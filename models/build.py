@@ -19,13 +19,14 @@ from torch import nn
 
 from models.backbone import Backbone, build_body
 from models.batchformer import OFF, BatchFormerV2, build_modules
-from models.criterion import WEIGHT_FLAGS, SetCriterion
+from models.criterion import MASK_WEIGHT_FLAGS, WEIGHT_FLAGS, SetCriterion
 from models.deformable_detr import DeformableDETR
 from models.deformable_transformer import DeformableTransformer
 from models.heads import build_heads
 from models.matcher import HungarianMatcher
 from models.position_encoding import PositionEmbeddingLearned, PositionEmbeddingSine
 from models.postprocess import PostProcess
+from models.segmentation import MaskHead, build_mask_head
 from models.weights.architecture import Purpose, adopt, as_given
 from models.weights.finetune import fine_tune
 from models.weights.load import choose_weights, read_trained
@@ -37,8 +38,8 @@ from util.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# flags that load_model takes: not those of the run, and not those of masks
-_FLAGS = {name for name, flag in FLAGS.items() if flag.group not in ("run", "segmentation")}
+# flags that load_model takes
+_FLAGS = {name for name, flag in FLAGS.items() if flag.group != "run"} - {"frozen_weights"}
 
 
 class LoadedModel(NamedTuple):
@@ -77,7 +78,7 @@ def load_model(
         weights: "ema" the averaged weights (--ema_decay), "model" the others, "auto" the averaged
             where the file has them, unless their last evaluation was worse.
         flags: flags of main.py that replace those of the file: coco_path, eval_size, lr, bf and so
-            on; not num_classes, and none of the groups run and segmentation. Tuples or lists for
+            on; not num_classes and frozen_weights, and none of the group run. Tuples or lists for
             several values.
 
     Raises:
@@ -136,7 +137,7 @@ def build_model(
         classes: those of the data (`build_dataset(...).classes`). Without them "auto" means COCO's
             91 logits, and a warning is logged.
         pretrained: whether the backbone starts with --backbone_weights. By default it does unless
-            --resume or --finetune name a checkpoint, which replaces its weights.
+            --resume, --finetune or --frozen_weights name a checkpoint, which replaces its weights.
 
     Raises:
         UserError: the backbone's weights can't be had or don't fit.
@@ -169,6 +170,8 @@ def build_model(
         num_queries=transformer.num_queries,
         aux_loss=not config.loss.no_aux_loss,
         with_box_refine=transformer.with_box_refine,
+        mask_head=build_masks(config) if config.segmentation.masks else None,
+        frozen=bool(config.segmentation.frozen_weights),
     )
     return model, build_criterion(config), {"bbox": PostProcess()}
 
@@ -176,7 +179,7 @@ def build_model(
 def build_backbone(config: Config, pretrained: bool | None = None) -> Backbone:
     backbone = config.backbone
     if pretrained is None:
-        pretrained = not config.run.starts_from_weights
+        pretrained = not config.starts_from_weights
     weights = "none"
     if pretrained:
         weights = backbone.backbone_weights
@@ -186,6 +189,7 @@ def build_backbone(config: Config, pretrained: bool | None = None) -> Backbone:
         weights,
         dilation=backbone.dilation,
         multi_scale=backbone.num_feature_levels > 1,
+        fine=config.segmentation.masks,
     )
 
     # a random stem must learn too
@@ -248,13 +252,20 @@ def build_transformer(config: Config) -> DeformableTransformer:
     )
 
 
+def build_masks(config: Config) -> MaskHead:
+    fine = BACKBONES[config.backbone.backbone].fine
+    assert fine is not None  # util/config/checks.py
+    return build_mask_head(fine[1], config.transformer.hidden_dim, config.backbone.num_feature_levels)
+
+
 def build_criterion(config: Config) -> SetCriterion:
     loss = config.loss
+    flags = WEIGHT_FLAGS | (MASK_WEIGHT_FLAGS if config.segmentation.masks else {})
     # the costs of the matching need not be the weights of the losses
     matcher = HungarianMatcher(loss.set_cost_class, loss.set_cost_bbox, loss.set_cost_giou, loss.focal_alpha)
     return SetCriterion(
         matcher,
-        {name: getattr(loss, flag) for name, flag in WEIGHT_FLAGS.items()},
+        {name: getattr(loss, flag) for name, flag in flags.items()},
         num_aux_outputs=0 if loss.no_aux_loss else config.transformer.dec_layers - 1,
         with_proposals=config.transformer.two_stage,
         focal_alpha=loss.focal_alpha,

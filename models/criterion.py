@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_convert, sigmoid_focal_loss
 
+from models.masks import mask_losses
 from models.matcher import HungarianMatcher, Targets
 from util.box_ops import generalized_iou
 from util.distributed.processes import average_number
@@ -29,6 +30,8 @@ WEIGHT_FLAGS = {
     "loss_bbox": "bbox_loss_coef",
     "loss_giou": "giou_loss_coef",
 }
+# the same with --masks, of the last decoder layer alone
+MASK_WEIGHT_FLAGS = {"loss_mask": "mask_loss_coef", "loss_dice": "dice_loss_coef"}
 
 
 class SetCriterion(nn.Module):
@@ -36,7 +39,8 @@ class SetCriterion(nn.Module):
 
     Args:
         matcher: pairs predictions with targets.
-        weights: the weight of each loss of WEIGHT_FLAGS, the same at every output.
+        weights: the weight of each loss of WEIGHT_FLAGS, the same at every output; and with a mask head
+            of MASK_WEIGHT_FLAGS.
         num_aux_outputs: number of earlier decoder layers with losses (suffixes _0, _1, ...).
         with_proposals: whether the encoder's output has losses too (suffix _enc), with all its
             labels 0.
@@ -61,6 +65,7 @@ class SetCriterion(nn.Module):
         if with_proposals:
             suffixes.append("_enc")
         self.weight_dict = {name + suffix: weights[name] for suffix in suffixes for name in WEIGHT_FLAGS}
+        self.weight_dict |= {name: weights[name] for name in MASK_WEIGHT_FLAGS if name in weights}
 
     def forward(self, outputs: dict[str, Any], targets: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Match predictions with targets and compute every loss, in float32 or float64.
@@ -68,7 +73,8 @@ class SetCriterion(nn.Module):
         Args:
             outputs: the detector's (DeformableDETR.forward). With two streams both halves are
                 supervised by the same targets.
-            targets: per image `boxes` [n, 4] cxcywh in [0, 1] and `labels` [n] int64.
+            targets: per image `boxes` [n, 4] cxcywh in [0, 1] and `labels` [n] int64; with a mask head
+                also `masks` [n, H, W] bool.
 
         Returns:
             scalars: those of weight_dict; and for the log, without gradient, class_error (of the
@@ -77,7 +83,13 @@ class SetCriterion(nn.Module):
         flat = Targets.from_list(targets, outputs.get("num_streams", 1))
         # float32 or float64 even inside an autocast block
         with full_precision(flat.boxes.device):
-            return self._losses(self._groups(outputs, flat), flat)
+            groups, num_boxes = self._groups(outputs, flat), self._num_boxes(flat)
+            # all groups at once: one transfer to the host
+            matches = self.matcher([(group.logits, group.boxes, group.targets) for group in groups])
+            losses = self._losses(groups, matches, num_boxes)
+            if "loss_mask" in self.weight_dict:
+                losses |= self._mask_losses(outputs, targets, flat.counts, *matches[0], num_boxes)
+            return losses
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         """The weighted sum of the losses of weight_dict, a scalar: what is differentiated."""
@@ -85,10 +97,12 @@ class SetCriterion(nn.Module):
         weights = torch.tensor([*self.weight_dict.values()], dtype=values.dtype)
         return (values * to_device(weights, values.device)).sum()
 
-    def _losses(self, groups: list[OutputGroup], flat: Targets) -> dict[str, Tensor]:
-        num_boxes = self._num_boxes(flat)
-        # all groups at once: one transfer to the host
-        matches = self.matcher([(group.logits, group.boxes, group.targets) for group in groups])
+    def _losses(
+        self,
+        groups: list[OutputGroup],
+        matches: list[tuple[Tensor, Tensor]],
+        num_boxes: Tensor | float,
+    ) -> dict[str, Tensor]:
         losses: dict[str, Tensor] = {}
         for group, match in zip(groups, matches, strict=True):
             for key, per_output in self._group_losses(group, *match, num_boxes).items():
@@ -128,6 +142,21 @@ class SetCriterion(nn.Module):
             "loss_giou": (1 - giou).sum(1) / num_boxes,
             "cardinality_error": _cardinality_error(group),
         }
+
+    def _mask_losses(
+        self,
+        outputs: dict[str, Any],
+        targets: Sequence[dict[str, Tensor]],
+        counts: Sequence[int],
+        query_NT: Tensor,
+        target_NT: Tensor,
+        num_boxes: Tensor | float,
+    ) -> dict[str, Tensor]:
+        """The losses of the masks: of the last decoder layer, which is the first of the N outputs."""
+        masks = [target["masks"] for target in targets]
+        embeds = outputs["pixel_embed"], outputs["mask_embed"]
+        losses = mask_losses(*embeds, masks, counts, query_NT[0], target_NT[0])
+        return {name: loss / num_boxes for name, loss in losses.items()}
 
     def _class_loss(self, group: OutputGroup, query_NT: Tensor, target_NT: Tensor) -> Tensor:
         """Focal loss (arXiv 1708.02002, eq. 5) summed over queries and classes: [N].

@@ -42,13 +42,13 @@ class Decoded:
     """What the transformer gives; B counts the images of all streams.
 
     contents: [N, B, Q, C] of the N decoder layers; boxes: [N, B, Q, 4] cxcywh in [0, 1]; proposals:
-    in two-stage; num_streams: 1 or 2.
+    in two-stage; memory: the encoder's output.
     """
 
     contents: Tensor
     boxes: Tensor
     proposals: Proposals | None
-    num_streams: int
+    memory: TokenBatch
 
 
 class DeformableTransformer(nn.Module):
@@ -171,7 +171,7 @@ class DeformableTransformer(nn.Module):
             assert query_embed is not None
             queries = self._learned_queries(query_embed, len(memory.tokens))
         contents, boxes = self.decoder(queries, memory, box_heads, with_box_refine)
-        return Decoded(contents, boxes, proposals, memory.num_streams)
+        return Decoded(contents, boxes, proposals, memory)
 
     def _flatten(self, maps: list[Tensor], masks: list[Tensor], position: Tensor) -> TokenBatch:
         """All levels in one sequence, the finest first."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from models.build import build_model
 from models.deformable_detr import DeformableDETR
 from models.inference import prepare_for_inference
+from models.masks import ImageMasks
 from models.postprocess import PostProcess
 from models.weights.architecture import config_of
 from models.weights.load import choose_weights, read_trained
@@ -52,7 +54,8 @@ class Detections:
     boxes: [n, 4] float32 x0, y0, x1, y1 in pixels of the image that was given; scores: [n] float32
     in [0, 1]; labels: [n] int64 places among the logits; category_ids: [n] int64 ids of the data
     set that the detector was trained on; queries: [n] int64 queries that gave them; names: n names
-    of the classes; size: (height, width) of the image.
+    of the classes; size: (height, width) of the image; embedded_masks: what `masks` is computed from, None
+    without a mask head (--masks).
     """
 
     boxes: Tensor
@@ -62,6 +65,16 @@ class Detections:
     queries: Tensor
     names: tuple[str, ...]
     size: tuple[int, int]
+    embedded_masks: ImageMasks | None = None
+
+    @cached_property
+    def masks(self) -> Tensor | None:
+        """[n, H, W] bool at the image's size; None without a mask head (--masks).
+
+        Computed when it is first asked for, which takes a byte for every pixel of every detection: call
+        `above` before.
+        """
+        return None if self.embedded_masks is None else self.embedded_masks.all()
 
     def above(self, score: float) -> Detections:
         """Those that score at least `score`."""
@@ -75,6 +88,7 @@ class Detections:
             category_ids=self.category_ids[keep],
             queries=self.queries[keep],
             names=tuple(self.names[i] for i in keep.tolist()),
+            embedded_masks=None if self.embedded_masks is None else self.embedded_masks[keep],
         )
 
     def __len__(self) -> int:
@@ -197,7 +211,7 @@ class Detector:
         pairs = zip(self._postprocess(outputs, sizes), batch, strict=True)
         return [self._named(found, item.size).above(self.score_threshold) for found, item in pairs]
 
-    def _named(self, found: dict[str, Tensor], size: tuple[int, int]) -> Detections:
+    def _named(self, found: dict[str, Any], size: tuple[int, int]) -> Detections:
         # float32 on the host, whatever the model computed in
         labels = found["labels"].cpu()
         ids = [self.classes.id_of(label) for label in labels.tolist()]
@@ -209,6 +223,7 @@ class Detector:
             queries=found["queries"].cpu(),
             names=tuple(self.classes.name_of(label) for label in labels.tolist()),
             size=size,
+            embedded_masks=found["masks"].cpu() if "masks" in found else None,
         )
 
 

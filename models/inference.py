@@ -35,6 +35,8 @@ def prepare_for_inference(model: DeformableDETR, amp: str) -> None:
 
     # these compute in the type of their weights
     exact = {*model.class_embed.modules(), *model.bbox_embed.modules()}
+    if model.mask_head:
+        exact |= {*model.mask_head.mask_embed.modules()}
     if not model.transformer.two_stage:
         exact.add(model.transformer.reference_points)
     for layer in model.modules():

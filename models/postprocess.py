@@ -1,4 +1,4 @@
-"""From the detector's outputs to boxes on the original images. B images, Q queries, K classes."""
+"""From the detector's outputs to boxes and masks on the original images. B images, Q queries, K classes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
+from models.masks import ImageMasks
+
 MAX_DETECTIONS = 100  # of an image, as COCO's metrics count them
 
 
@@ -15,7 +17,7 @@ class PostProcess(nn.Module):
     """The best (query, class) pairs of every image as detections."""
 
     @torch.no_grad()
-    def forward(self, outputs: dict[str, Any], target_sizes: Tensor) -> list[dict[str, Tensor]]:
+    def forward(self, outputs: dict[str, Any], target_sizes: Tensor) -> list[dict[str, Any]]:
         """Detections of the plain stream.
 
         Args:
@@ -24,7 +26,8 @@ class PostProcess(nn.Module):
 
         Returns:
             per image `scores` [n], `labels` [n], `boxes` [n, 4] x0, y0, x1, y1 in pixels, and
-            `queries` [n], the queries that gave them; best first; n = min(100, Q * K).
+            `queries` [n], the queries that gave them; best first; n = min(100, Q * K). With a mask head
+            also `masks`: an ImageMasks, which has not computed any yet.
 
         Raises:
             ValueError: the number of sizes is not that of the images.
@@ -47,4 +50,12 @@ class PostProcess(nn.Module):
         corners = corners * scale[:, None]
 
         results = {"scores": scores, "labels": labels, "boxes": corners, "queries": query}
-        return [{name: values[i] for name, values in results.items()} for i in range(len(logits))]
+        images: list[dict[str, Any]] = []
+        for i in range(len(logits)):
+            images.append({name: values[i] for name, values in results.items()})
+        if "mask_embed" in outputs:
+            chosen = (outputs["mask_embed"][i, query[i]] for i in range(len(logits)))
+            parts = zip(chosen, outputs["pixel_embed"], outputs["image_sizes"], target_sizes, strict=True)
+            for image, of_image in zip(images, parts, strict=True):
+                image["masks"] = ImageMasks(*of_image)
+        return images

@@ -16,6 +16,7 @@ from typing import Any
 
 # a script sees only its own folder, not the project
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from util.checkpoint import MASK_HEAD
 from util.config import Config, add_detector_flags, add_weights_flag, detector_flags, make_parser
 from util.errors import UserError, run_as_command
 
@@ -127,11 +128,11 @@ def write_folder(
             "has no place for them, and evaluation does not need them",
             len(written.batchformer),
         )
-    if written.left_out:
-        log.info(
-            "%d counts of batch normalisation are left out: transformers freezes its statistics",
-            len(written.left_out),
-        )
+    of_masks = sum(name.startswith(MASK_HEAD) for name in written.left_out)
+    if of_masks:
+        log.info("%d tensors of the mask head are left out: transformers' detector has boxes only", of_masks)
+    if counts := len(written.left_out) - of_masks:
+        log.info("%d counts of batch normalisation are left out: transformers freezes its statistics", counts)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ class BackboneEntry:
     looks_like: whether tensors of these names and shapes are this network's.
     hugging_face: its name in the config.json of a DeformableDetr, which is timm's.
     can_dilate: whether `dilation` is possible.
+    fine: the child whose output is the map of stride 4, and its channels; --masks needs it.
     norms_follow_convolutions: whether each norm acts on the output of the convolution that is
         registered before it, and on nothing else. The convolution can then apply a frozen one.
     """
@@ -48,6 +49,7 @@ class BackboneEntry:
     looks_like: Callable[[Shapes], bool]
     hugging_face: str
     can_dilate: bool = True
+    fine: tuple[str, int] | None = None
     norms_follow_convolutions: bool = False
 
 
@@ -78,6 +80,7 @@ def _resnet(name: str, blocks: Sequence[int], bottleneck: tuple[int, int] | None
         looks_like=partial(_is_resnet, blocks, bottleneck),
         hugging_face=name,
         can_dilate=bottleneck is not None,
+        fine=("layer1", width // 2),
         norms_follow_convolutions=True,
     )
 

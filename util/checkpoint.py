@@ -31,6 +31,7 @@ from util.errors import NotSavedError, UserError
 from util.other_layouts import in_our_layout
 
 BATCHFORMER = "transformer.bf."  # its weights
+MASK_HEAD = "mask_head."
 # what published checkpoints have in the second name of a head, and of BatchFormerV2
 _ALIAS = r"^transformer\.decoder\.(?=(class|bbox)_embed\.)|(?<=^transformer\.)encoder\.(?=bf\.)"
 _MEANINGLESS = ("total_params", "total_ops")  # left by a profiler
@@ -39,6 +40,7 @@ _OPTIONAL = "num_batches_tracked"  # frozen statistics do not have it, and nothi
 _FLAGS = {
     "class_embed": "--num_classes, --dec_layers or --with_box_refine",
     "bbox_embed": "--with_box_refine, --two_stage or --dec_layers",
+    "mask_head": "--masks, --hidden_dim or --num_feature_levels",
     "query_embed": "--num_queries, --two_stage or --hidden_dim",
     "reference_points|enc_output|pos_trans": "--two_stage or --hidden_dim",
     BATCHFORMER: "--share_bf, --bt_num_layers, --insert_idx or --bf",

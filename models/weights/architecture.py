@@ -1,9 +1,9 @@
 """Which detector a checkpoint holds: from the flags in it, and from the shapes of its weights.
 
 The weights show the numbers of classes, queries, layers, levels and sampling points, all widths, the
-backbone and its norm, and whether boxes are refined, or in two stages. They count more than the flags
-in the file. Only flags show the rest (`Flag.in_tools`). A flag of the caller that contradicts either
-is refused; image sizes are the caller's choice.
+backbone and its norm, whether boxes are refined, or in two stages, and whether there are masks. They
+count more than the flags in the file. Only flags show the rest (`Flag.in_tools`). A flag of the caller
+that contradicts either is refused; image sizes are the caller's choice.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from util.backbones import recognise
-from util.checkpoint import weights_of
+from util.checkpoint import MASK_HEAD, weights_of
 from util.config import FLAGS, Config, RunConfig, as_typed, flags_of
 from util.errors import UserError
 from util.other_layouts import kind_of
@@ -44,11 +44,13 @@ class Purpose(Enum):
     # backbone_weights: whether they were random decides which parameters are trained
     RESUME = frozenset((*flags_of("architecture"), "backbone_weights"))
     FINE_TUNE = frozenset((*_ARCHITECTURE, "backbone_weights"))
-    # the data set decides its kind and its classes
+    # the data set decides its kind and its classes, and no other file has weights
     BUILD = frozenset(
         name
         for name, flag in FLAGS.items()
-        if flag.group != "run" and not flag.refused and name not in ("dataset_file", "num_classes")
+        if flag.group != "run"
+        and not flag.refused
+        and name not in ("dataset_file", "num_classes", "frozen_weights")
     )
 
 
@@ -129,6 +131,8 @@ def adopt(
     saved = flags_in(checkpoint, purpose.value, named)
     # the weights count more than the flags in the file
     there = saved | _flags_shown_by(state, {**given, **saved}, named)
+    if purpose is Purpose.FINE_TUNE:
+        del there["masks"]  # a mask head may be new, or left out
     if not without_heads:
         _require_heads(state, named)
 
@@ -299,6 +303,7 @@ def _seen_in(state: Mapping[str, Tensor], flags: Mapping[str, Any]) -> dict[str,
         "two_stage": two_stage,
         "position_embedding": "learned" if "backbone.1.row_embed.weight" in state else "sine",
         "backbone_norm": _norm(state),
+        "masks": any(name.startswith(MASK_HEAD) for name in state),
     }
     # heads may have been removed
     if two_stage or any(name.startswith(HEADS) for name in state):

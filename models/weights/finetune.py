@@ -1,8 +1,8 @@
-"""--finetune: start a run from the weights of a trained detector.
+"""--finetune and --frozen_weights: start a run from the weights of a trained detector.
 
 Everything but the class heads must fit. The row of each class is copied from the checkpoint's class
 of the same name. Classes that the checkpoint does not have are initialised as in a new detector;
-so are heads and queries that were removed from the checkpoint.
+so are heads and queries that were removed from the checkpoint, and a mask head that it does not have.
 """
 
 from __future__ import annotations
@@ -14,14 +14,20 @@ from typing import Any
 from torch import Tensor, nn
 
 from models.weights.load import choose_weights
-from util.checkpoint import BATCHFORMER, load_state
+from util.checkpoint import BATCHFORMER, MASK_HEAD, load_state
 from util.class_map import ClassMap, classes_of
 from util.config import Config
+from util.errors import UserError
 
-FLAG = "--finetune"
+FLAG, FROZEN = "--finetune", "--frozen_weights"
 _CLASS_HEAD = re.compile(r"class_embed\.(\d+)\.(weight|bias)")
 # what may be missing in a checkpoint: how the names of its tensors begin, what it is
-_REMOVABLE = {"class_embed.": "class heads", "bbox_embed.": "box heads", "query_embed.": "queries"}
+_REMOVABLE = {
+    "class_embed.": "class heads",
+    "bbox_embed.": "box heads",
+    "query_embed.": "queries",
+    MASK_HEAD: "mask head",
+}
 
 
 def fine_tune(
@@ -51,6 +57,12 @@ def fine_tune(
     state, which = choose_weights(checkpoint, source, flag, weights)
     known = classes_of({**checkpoint, "model": state}, f"{flag} {source}")
     rows = matching_rows(known, len(state.get("class_embed.0.weight", ())), classes)
+    if config.segmentation.frozen_weights:
+        _require_all_rows(rows, known, classes, f"{flag} {source}")
+
+    # a mask head that this run has no use for
+    unused = [] if config.segmentation.masks else [name for name in state if name.startswith(MASK_HEAD)]
+    state = {name: tensor for name, tensor in state.items() if name not in unused}
 
     # in two-stage the encoder's head comes after those of the decoder layers
     encoder_head = config.transformer.dec_layers if config.transformer.two_stage else None
@@ -67,6 +79,8 @@ def fine_tune(
         lines.append(f"class heads: {_describe_rows(rows, known, classes)}")
     if new:
         lines.append(f"{', '.join(new)}: initialised; the checkpoint has none")
+    if unused:
+        lines.append("mask head: left out; --masks keeps it")
     return "\n".join([*lines, *report.batchformer()])
 
 
@@ -85,6 +99,16 @@ def _describe_rows(rows: Mapping[int, int], known: ClassMap | None, classes: Cla
     if skipped:
         text += f"; {len(skipped)} of the checkpoint skipped{_listed(skipped)}"
     return text
+
+
+def _require_all_rows(rows: Mapping[int, int], known: ClassMap | None, classes: ClassMap, named: str) -> None:
+    """Raise UserError unless the class heads stay as they are: a new row would never be trained."""
+    same = len(rows) == classes.num_classes and all(label == row for label, row in rows.items())
+    if not same or (known and known.num_classes != classes.num_classes):
+        raise UserError(
+            f"{named} was trained on other classes than those of the data, and its class heads stay as they "
+            "are; fine-tune it first (--finetune with --masks trains everything)"
+        )
 
 
 def matching_rows(known: ClassMap | None, num_known: int, classes: ClassMap) -> dict[int, int]:

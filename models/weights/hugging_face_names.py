@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from util.checkpoint import MASK_HEAD
 from util.errors import UserError
 
 # places in the pairs below
@@ -60,7 +61,7 @@ _COUNT = "num_batches_tracked"
 
 class Converted(NamedTuple):
     """weights: under Hugging Face's names. batchformer: those that it has no place for, under ours.
-    left_out: our names of tensors that transformers does not need.
+    left_out: our names of tensors that transformers does not have.
     """
 
     weights: dict[str, Tensor]
@@ -80,6 +81,8 @@ def to_hugging_face(state: Mapping[str, Tensor], with_box_refine: bool, two_stag
         match = _FUSED.fullmatch(name)
         if name.endswith(_COUNT):
             left_out.append(name)  # frozen statistics, all that transformers has, count nothing
+        elif name.startswith(MASK_HEAD):
+            left_out.append(name)  # it has boxes only
         elif name.startswith(_MODULES):
             batchformer[name] = _unshared(tensor)
         elif match:

@@ -12,9 +12,11 @@ from torch import nn
 
 from models.weights.architecture import Purpose, adopt
 from models.weights.finetune import FLAG as FINETUNE
+from models.weights.finetune import FROZEN
 from models.weights.load import read_trained
 from util.checkpoint import BATCHFORMER, load_state
-from util.config import Config
+from util.class_map import classes_of
+from util.config import Config, with_classes
 
 log = logging.getLogger(__name__)
 
@@ -23,8 +25,9 @@ log = logging.getLogger(__name__)
 class Start:
     """Where a training starts.
 
-    config: the flags, with the architecture of the checkpoint if there is one; weights: of --resume
-    or --finetune, None for a new detector; source: their name; resumed: they are those of --resume.
+    config: the flags, with the architecture of the checkpoint if there is one; weights: of --resume,
+    --finetune or --frozen_weights, None for a new detector; source: their name; resumed: they are
+    those of --resume.
     """
 
     config: Config
@@ -34,15 +37,23 @@ class Start:
 
 
 def find_start(config: Config, checkpoint: Mapping[str, Any] | None, source: str) -> Start:
-    """The start of a run. `checkpoint` is what it resumes, with its name `source`; else --finetune counts.
+    """The start of a run. `checkpoint` is what it resumes, with its name `source`; else --finetune or
+    --frozen_weights count.
 
     Raises UserError if flags contradict the architecture of the weights.
     """
     # a run that was interrupted does not start from --finetune again
-    finetune = config.run.finetune
+    finetune, frozen = config.run.finetune, config.segmentation.frozen_weights
     if checkpoint is not None:
         adopted = adopt(config, checkpoint, source, purpose=Purpose.RESUME)
+        if frozen:
+            adopted = _with_classes_of(adopted, checkpoint, source)
         return Start(adopted, checkpoint, source, resumed=True)
+    if frozen:
+        weights = read_trained(frozen, FROZEN)
+        # all but the mask head must be there: nothing else trains
+        adopted = adopt(config, weights, frozen, FROZEN, Purpose.FINE_TUNE)
+        return Start(_with_classes_of(adopted, weights, frozen), weights, frozen, resumed=False)
     if finetune:
         weights = read_trained(finetune, FINETUNE)
         # heads and queries may have been removed from a checkpoint that others are to start from
@@ -50,6 +61,14 @@ def find_start(config: Config, checkpoint: Mapping[str, Any] | None, source: str
         return Start(adopted, weights, finetune, resumed=False)
     # no checkpoint decides any flag
     return Start(dataclasses.replace(config, settled=True), None, "", resumed=False)
+
+
+def _with_classes_of(config: Config, checkpoint: Mapping[str, Any], source: str) -> Config:
+    """The labels of frozen class heads stay, even if the data have fewer classes."""
+    classes = classes_of(checkpoint, source)
+    if classes is None or config.is_given("num_classes"):
+        return config
+    return with_classes(config, classes)
 
 
 def load_checkpoint(

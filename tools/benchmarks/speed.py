@@ -54,8 +54,11 @@ class Variant(NamedTuple):
 
 def _variants(config: Config, training: bool) -> list[Variant]:
     """From the plain detector to what was asked for, with one flag more each."""
-    plain = config.with_flags({"amp": "off", "checkpoint_encoder": False, "compile": False})
+    off = {"amp": "off", "checkpoint_encoder": False, "compile": False, "masks": False}
+    plain = config.with_flags(off)
     added: list[tuple[str, dict[str, Any]]] = []
+    if config.segmentation.masks:
+        added.append(("--masks", {"masks": True}))
     if config.run.amp != "off":
         added.append((f"--amp {config.run.amp}", {"amp": config.run.amp}))
 

@@ -118,7 +118,8 @@ def make_batch(size: Sequence[int] | None, config: Config, device: torch.device)
             if config.data.num_classes != AUTO:
                 classes = ClassMap(int(config.data.num_classes), ())
         height, width = size
-        items = [noise(height, width, classes.num_classes) for _ in range(count)]
+        masks = config.segmentation.masks
+        items = [noise(height, width, classes.num_classes, masks) for _ in range(count)]
     else:
         try:
             dataset = build_dataset("val", config)
@@ -131,9 +132,12 @@ def make_batch(size: Sequence[int] | None, config: Config, device: torch.device)
     return (images.to(device), targets), with_classes(config, classes)
 
 
-def noise(height: int, width: int, num_classes: int) -> tuple[Tensor, dict[str, Tensor]]:
+def noise(height: int, width: int, num_classes: int, masks: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
     """An item of a data set."""
     # cxcywh, all within the image
     boxes = torch.cat([torch.rand(OBJECTS, 2) * 0.5 + 0.25, torch.rand(OBJECTS, 2) * 0.4 + 0.05], 1)
     pixels = torch.randint(256, (3, height, width), dtype=torch.uint8)
-    return pixels, {"boxes": boxes, "labels": torch.randint(num_classes, (OBJECTS,))}
+    target = {"boxes": boxes, "labels": torch.randint(num_classes, (OBJECTS,))}
+    if masks:
+        target["masks"] = torch.rand(OBJECTS, height, width) < 0.5
+    return pixels, target

@@ -74,6 +74,8 @@ def check_run(config: Config) -> None:
     )
     if run.finetune:
         _check_finetune(run)
+    if config.segmentation.frozen_weights and not run.eval:
+        _check_frozen_weights(config)
     if run.eval:
         require(run.resume, "--eval needs --resume: the checkpoint to evaluate; add --resume <file>")
     else:
@@ -118,10 +120,28 @@ def _check_finetune(run: RunConfig) -> None:
     require(not run.eval, "--finetune trains and --eval does not; use --resume to evaluate a checkpoint")
 
 
+def _check_frozen_weights(config: Config) -> None:
+    require(
+        config.segmentation.masks, "--frozen_weights needs --masks: only a mask head trains then; add --masks"
+    )
+    require(
+        not config.run.finetune,
+        "--frozen_weights and --finetune both say where the training starts; give one of them: "
+        "--finetune trains the whole detector",
+    )
+    # else it would have no effect
+    require(
+        not config.batchformer.bf,
+        "--frozen_weights can't be used with --bf: a frozen detector computes as in evaluation, where "
+        "BatchFormerV2 does not act; leave --bf out",
+    )
+
+
 def check_together(config: Config) -> None:
     """What flags may be combined with, once a checkpoint has decided those that were not given."""
     _check_architecture(config)
     _check_batchformer(config)
+    _check_masks(config)
     _check_data(config)
 
 
@@ -154,7 +174,7 @@ def _check_architecture(config: Config) -> None:
     # a shell variable that is not set gives an empty text
     require(backbone.backbone_weights, "--backbone_weights is empty; use imagenet, none or a file")
     # weights of a checkpoint were trained with its own norm
-    imagenet = backbone.backbone_weights == "imagenet" and not config.run.starts_from_weights
+    imagenet = backbone.backbone_weights == "imagenet" and not config.starts_from_weights
     require(
         not imagenet or backbone.backbone_norm != "gn",
         "--backbone_norm gn can't use ImageNet weights, which belong to batch normalisation; add "
@@ -197,6 +217,19 @@ def _check_batchformer(config: Config) -> None:
     )
 
 
+def _check_masks(config: Config) -> None:
+    name = config.backbone.backbone
+    require(
+        not config.segmentation.masks or BACKBONES[name].fine,
+        f"--masks can't be used with --backbone {name}, whose entry names no stage of stride 4; use resnet50",
+    )
+    for name in ("mask_loss_coef", "dice_loss_coef"):
+        require(
+            config.segmentation.masks or getattr(config.loss, name) == FLAGS[name].default,
+            f"--{name} needs --masks; add --masks, or leave it out",
+        )
+
+
 def _check_data(config: Config) -> None:
     data, evaluate = config.data, config.run.eval
     splits = ["val"] if evaluate else ["val", "train"]
@@ -232,7 +265,7 @@ def check_trainable(config: Config) -> None:
     """Raise UserError for what a model may be built with, but a training can't start from."""
     backbone = config.backbone
     # frozen statistics are 0 and 1 until weights are loaded
-    from_random = backbone.backbone_weights == "none" and not config.run.starts_from_weights
+    from_random = backbone.backbone_weights == "none" and not config.starts_from_weights
     require(
         not from_random or backbone.backbone_norm != "frozen_bn",
         "--backbone_weights none with --backbone_norm frozen_bn can't learn: the frozen "

@@ -51,6 +51,13 @@ class Config:
         if self.settled:
             check_together(self)
 
+    @property
+    def starts_from_weights(self) -> bool:
+        """Whether a checkpoint is named that has the backbone's weights."""
+        run = self.run
+        named = run.finetune or self.segmentation.frozen_weights or run.resume not in ("", "auto")
+        return bool(named)
+
     def is_given(self, name: str) -> bool:
         return self.given is None or name in self.given
 

@@ -14,7 +14,7 @@ from typing import Any
 from util.class_map import AUTO
 from util.config.flag import flag, table_of
 from util.config.model_fields import (
-    NO_MASKS,
+    NO_PANOPTIC,
     BackboneConfig,
     BatchFormerConfig,
     LossConfig,
@@ -112,7 +112,7 @@ class DataConfig:
     val_annotations: str = flag(
         "", "annotations of --val_images: a COCO instances file", "FILE", free_on_resume=True
     )
-    coco_panoptic_path: str = flag("", "folder of COCO panoptic", "FOLDER", refused=NO_MASKS)
+    coco_panoptic_path: str = flag("", "folder of COCO panoptic", "FOLDER", refused=NO_PANOPTIC)
     remove_difficult: bool = flag(
         False, "not used by COCO data", refused="has no meaning for COCO data; leave it out"
     )
@@ -282,11 +282,6 @@ class RunConfig:
         False, "write losses, rates, metrics and pictures for TensorBoard to tensorboard/ in --output_dir"
     )
     log_every: int = flag(10, "steps between log lines", "STEPS", above=0)
-
-    @property
-    def starts_from_weights(self) -> bool:
-        """Whether a checkpoint is named that has the backbone's weights."""
-        return bool(self.finetune) or self.resume not in ("", "auto")
 
 
 # the order of --help, docs/flags.md and logs

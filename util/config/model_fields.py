@@ -11,7 +11,7 @@ from util.config.flag import flag
 # rows and columns of the table of learned position encodings
 LEARNED_POSITIONS = 50
 # flags of the published program are parsed, so that its scripts get an explanation
-NO_MASKS = "is not available yet: this version trains boxes only; leave it out"
+NO_PANOPTIC = "is not available yet: this version trains boxes and masks of objects; leave it out"
 
 
 @dataclass(frozen=True)
@@ -126,12 +126,18 @@ class TransformerConfig:
 
 @dataclass(frozen=True)
 class SegmentationConfig:
-    """segmentation (not available yet)"""
+    """segmentation"""
 
-    of = "model"
+    of = "architecture"
 
-    masks: bool = flag(False, "train segmentation", refused=NO_MASKS)
-    frozen_weights: str = flag("", "a trained detector under a segmentation head", "FILE", refused=NO_MASKS)
+    masks: bool = flag(False, "instance segmentation: a mask for every detection")
+    # like --finetune it says where a training starts
+    frozen_weights: str = flag(
+        "",
+        "with --masks: a trained detector, which stays as it is: only the mask head trains",
+        "FILE",
+        of="training",
+    )
 
 
 @dataclass(frozen=True)
@@ -145,13 +151,8 @@ class LossConfig:
     set_cost_class: float = flag(2.0, "class cost in the matching", "COST")
     set_cost_bbox: float = flag(5.0, "L1 box cost in the matching", "COST")
     set_cost_giou: float = flag(2.0, "generalised IoU cost in the matching", "COST")
-    # without masks another weight would do nothing
-    mask_loss_coef: float = flag(
-        1.0, "weight of the focal loss of masks", "WEIGHT", refused=f"belongs to --masks, which {NO_MASKS}"
-    )
-    dice_loss_coef: float = flag(
-        1.0, "weight of the dice loss of masks", "WEIGHT", refused=f"belongs to --masks, which {NO_MASKS}"
-    )
+    mask_loss_coef: float = flag(1.0, "with --masks: weight of their focal loss", "WEIGHT")
+    dice_loss_coef: float = flag(1.0, "with --masks: weight of their dice loss", "WEIGHT")
     cls_loss_coef: float = flag(2.0, "weight of the class loss", "WEIGHT")
     bbox_loss_coef: float = flag(5.0, "weight of the L1 box loss", "WEIGHT")
     giou_loss_coef: float = flag(2.0, "weight of the generalised IoU loss", "WEIGHT")

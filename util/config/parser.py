@@ -119,7 +119,7 @@ def parse_with_config(
     for name in FLAGS.keys() - given:
         setattr(args, name, parser.get_default(name))
     # a checkpoint decides the flags that were not given
-    settled = not (args.resume or args.finetune)
+    settled = not (args.resume or args.finetune or args.frozen_weights)
     return args, Config().with_flags(vars(args), given=given, settled=settled)
 
 

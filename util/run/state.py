@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 # flags that decide which tensors the optimiser holds, and what it holds of each; those of the
 # architecture are the checkpoint's
-_OF_OPTIMISER = ("sgd", "lr_backbone")
+_OF_OPTIMISER = ("sgd", "lr_backbone", "frozen_weights")
 
 
 class Stateful(Protocol):

@@ -1,0 +1,83 @@
+"""The head of instance segmentation, after MaskFormer (Cheng et al., arXiv 2107.06278).
+
+Taken from its section 3: a mask is the product of a query's mask embedding and the embeddings of the
+pixels, so all masks are one matrix product; the mask embedding comes from a three-layer MLP. The map of
+the pixels is made as its pixel decoder makes it (section 3.4), from what there is here: the encoder's
+levels and the backbone's first stage are summed upwards, from coarse to fine.
+
+No mask is computed here: losses and results compute those that they need (models/masks.py).
+
+Shape letters: B images of all streams, N images, Q queries, S tokens of all levels, C channels of the
+transformer, E entries of an embedding, H x W pixels of the padded images.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.heads import MLP
+from models.token_batch import TokenBatch
+from util.step.precision import widened
+
+GROUPS = 8  # of the norms: even a map of one pixel has several values in a group
+
+
+class MaskHead(nn.Module):
+    """Embeddings of the pixels and of the queries.
+
+    Args:
+        fine_channels: of the backbone's map of stride 4.
+        hidden_dim: C. E is half of it, which halves the costs at stride 4, the largest of the head.
+        num_levels: of the encoder.
+    """
+
+    def __init__(self, fine_channels: int, hidden_dim: int, num_levels: int) -> None:
+        super().__init__()
+        width = hidden_dim // 2
+        self.level_proj = nn.ModuleList(_normed(hidden_dim, width, kernel=1) for _ in range(num_levels))
+        self.fine_proj = _normed(fine_channels, width, kernel=1)
+        # one behind each sum, in the order of the levels: the first is of stride 4
+        self.smooth = nn.ModuleList(_normed(width, width, kernel=3) for _ in range(num_levels))
+        self.pixel_embed = nn.Conv2d(width, width, kernel_size=1)
+        self.mask_embed = MLP(hidden_dim, hidden_dim, width, 3)
+
+    def forward(self, fine: Tensor, memory: TokenBatch, contents_BQC: Tensor) -> dict[str, Tensor]:
+        """Embed.
+
+        Args:
+            fine: the backbone's map of stride 4, [N, fine_channels, H / 4, W / 4], of one stream.
+            memory: the encoder's output.
+            contents_BQC: the queries of the last decoder layer.
+
+        Returns:
+            pixel_embed: [B, E, H / 4, W / 4]; mask_embed: [B, Q, E].
+        """
+        levels = [project(x) for project, x in zip(self.level_proj, _maps(memory), strict=True)]
+        # both streams have the same images
+        levels.insert(0, self.fine_proj(fine).repeat(memory.num_streams, 1, 1, 1))
+        x = widened(levels.pop())
+        for finer, smooth in zip(reversed(levels), reversed(self.smooth), strict=True):
+            # sums in float32 under autocast too
+            upsampled = F.interpolate(x, finer.shape[-2:], mode="bilinear", align_corners=False)
+            x = widened(F.relu(smooth(upsampled + finer)))
+        return {"pixel_embed": self.pixel_embed(x), "mask_embed": self.mask_embed(contents_BQC)}
+
+
+def _maps(memory: TokenBatch) -> list[Tensor]:
+    """The tokens as a map [B, C, h, w] of each level, the finest first."""
+    sizes = [height * width for height, width in memory.spatial_shapes]
+    levels = zip(memory.tokens.split(sizes, 1), memory.spatial_shapes, strict=True)
+    return [tokens.transpose(1, 2).unflatten(2, shape) for tokens, shape in levels]
+
+
+def _normed(channels: int, width: int, kernel: int) -> nn.Sequential:
+    convolution = nn.Conv2d(channels, width, kernel, padding=kernel // 2, bias=False)
+    return nn.Sequential(convolution, nn.GroupNorm(GROUPS, width))
+
+
+def build_mask_head(fine_channels: int, hidden_dim: int, num_levels: int) -> MaskHead:
+    """The head. The global random generator stays as it is: all other weights begin as without it."""
+    with torch.random.fork_rng(devices=[]):
+        return MaskHead(fine_channels, hidden_dim, num_levels)
