@@ -44,6 +44,7 @@ def read_grid(grids: Sequence[str]) -> list[Variant]:
         if text := line.partition("#")[0].strip():
             for variant in _variants_of(text):
                 variants.setdefault(variant.words, variant)
+    # names are folders
     names = [variant.name for variant in variants.values()]
     for name in names:
         if names.count(name) > 1:
@@ -54,12 +55,14 @@ def read_grid(grids: Sequence[str]) -> list[Variant]:
 
 
 def _variants_of(text: str) -> list[Variant]:
+    # a name before the first flag
     given, colon, rest = text.partition(":")
     name = ""
     if colon and "=" not in given:
         name, text = given.strip(), rest
         if not re.fullmatch(r"[\w.+-]+", name):
             raise UserError(f"--grid: {name!r} must be letters, digits, and . + - _: it names a folder")
+    # every combination of the flags' values
     choices = [_choices_of(item) for item in text.split()]
     combinations = [dict(one) for one in itertools.product(*choices)]
     if name and len(combinations) != 1:
@@ -102,8 +105,10 @@ def _check(name: str, text: str) -> None:
 
 
 def _variant(name: str, values: dict[str, tuple[str, ...]]) -> Variant:
+    # what has no effect is no part of the variant
     if values.get("bf") == ("0",):
         values = {flag: value for flag, value in values.items() if flag == "bf" or flag not in _BATCHFORMER}
+    # switches have no value on a command line
     words: list[str] = []
     for flag, value in values.items():
         if not isinstance(FLAGS[flag].default, bool):

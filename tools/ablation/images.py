@@ -42,6 +42,7 @@ class _ClassMatches:
         precision = right / np.maximum(right + wrong, np.spacing(1))
         # the best precision at this recall or above
         precision = np.maximum.accumulate(precision[:, ::-1], 1)[:, ::-1]
+        # at each of COCO's recalls the precision there, or 0 where it is not reached
         total = 0.0
         for reached, best in zip(right / count, precision, strict=True):
             places = np.searchsorted(reached, _RECALLS, side="left")
@@ -58,6 +59,7 @@ def difference_over_images(
         truth: the annotations.
         first, second: detections in COCO's results format.
     """
+    # matching does not depend on the weights, so it is done once
     runs = [_matches(truth, results) for results in (first, second)]
     num_images = len(truth.imgs)
     random = np.random.default_rng(0)
@@ -110,6 +112,7 @@ def _matches(truth: COCO, results: list[dict[str, Any]]) -> list[_ClassMatches]:
             classes.append(_ClassMatches(np.zeros(0, dtype=np.int64), empty, empty, objects))
             continue
         scores, image, right, wrong = (np.concatenate(parts, -1) for parts in zip(*columns, strict=True))
+        # stable, as COCOeval sorts: among equal scores the earlier image comes first
         order = np.argsort(-scores, kind="stable")
         classes.append(_ClassMatches(image[order], right[:, order], wrong[:, order], objects))
     return classes

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from tools.ablation.statistics import LEAST_PAIRS
-from tools.ablation.summary import METRICS, verdict
+from tools.ablation.summary import METRICS, mean_and_deviation, spread, verdict
 from tools.report_page.charts import banded
 from util.draw.curves import run_colors
 
@@ -20,15 +18,14 @@ def section(summary: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
         summary: of tools.ablation.summary.summarise.
         names: the variants on the page, in the order of its runs.
     """
+    # a variant without a run has no colour on the page
     chosen = [variant for variant in summary["variants"] if variant["name"] in names]
     means = []
     for variant in chosen:
-        row: dict[str, Any] = {"name": variant["name"], "runs": len(variant["runs"])}
-        row["flags"] = variant["flags"] or "none"
-        for metric in METRICS:
-            values = [run["curves"][metric][-1][1] for run in variant["runs"] if metric in run["curves"]]
-            row[metric] = _mean_and_deviation(values)
-        means.append(row)
+        row = {"name": variant["name"], "runs": len(variant["runs"]), "flags": variant["flags"] or "none"}
+        means.append(row | {metric: mean_and_deviation(variant, metric) for metric in METRICS})
+
+    # one row for each metric, and one for other images
     differences = []
     for comparison in summary["comparisons"]:
         metrics = comparison["metrics"]
@@ -37,24 +34,19 @@ def section(summary: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
             what = f"AP, seed {images['seed']} alone, other images"
             one = {"mean": images["difference"], "interval": images["interval"], "p": None, "claim": False}
             differences.append(_difference_row(comparison, what, one) | {"pairs": 1})
+
+    verdicts = []
+    for one in summary["comparisons"]:
+        verdicts.append(f"{one['variant']} against {one['baseline']}: {verdict(one)}")
     return {
         "metrics": METRICS,
         "means": means,
         "differences": differences,
-        "verdicts": [
-            f"{one['variant']} against {one['baseline']}: {verdict(one)}" for one in summary["comparisons"]
-        ],
+        "verdicts": verdicts,
         "missing": summary["missing"],
         "least": LEAST_PAIRS,
         "chart": _chart(chosen, summary["comparisons"], names),
     }
-
-
-def _mean_and_deviation(values: Sequence[float]) -> list[float] | None:
-    if not values:
-        return None
-    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-    return [round(float(np.mean(values)), 2), round(deviation, 2)]
 
 
 def _difference_row(comparison: Mapping[str, Any], metric: str, one: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,17 +64,25 @@ def _chart(
     variants: Sequence[Mapping[str, Any]], comparisons: Sequence[Mapping[str, Any]], names: Sequence[str]
 ) -> dict[str, Any] | None:
     """AP by epoch with a band of one deviation, and the difference by epoch with its interval."""
+    # a run of the page has the variant's number and colour
     colors = run_colors(len(names))
-    curves, changes = [], []
+
+    # how the runs of a variant went
+    curves = []
     for variant in variants:
         by_epoch: dict[int, list[float]] = {}
         for run in variant["runs"]:
             for epoch, value in run["curves"].get("AP", []):
                 by_epoch.setdefault(epoch, []).append(value)
-        middle = [(epoch, *_mean_and_deviation(values)) for epoch, values in sorted(by_epoch.items())]  # type: ignore[misc]
-        points = [(epoch, mean, mean - deviation, mean + deviation) for epoch, mean, deviation in middle]
+        points = []
+        for epoch, values in sorted(by_epoch.items()):
+            mean, deviation = spread(values)
+            points.append((epoch, mean, mean - deviation, mean + deviation))
         place = names.index(variant["name"])
         curves.append((place, variant["name"], colors[place], points))
+
+    # how they differed from the baseline's; without an interval the band has no width
+    changes = []
     for comparison in comparisons:
         if comparison["variant"] not in names:
             continue

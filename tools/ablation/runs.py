@@ -43,8 +43,8 @@ class Cell:
         """The command of a run with this cell's flags. The same command starts and resumes it."""
         folder = ["--output_dir", str(self.folder)]
         start = list(base)
+        # submitit names the run's folder itself
         if any(word.endswith(_SUBMITIT) for word in base):
-            # its own options stand before `--`
             folder = []
             place = start.index("--") if "--" in start else len(start)
             start = [*start[:place], "--job_dir", str(self.folder), "--", *start[place + 1 :]]
@@ -120,6 +120,7 @@ class Runner:
 
     def _run(self, waiting: list[Cell]) -> list[Cell]:
         while waiting or self._running:
+            # fill the free places
             for cell in list(waiting):
                 if len(self._running) == self._jobs:
                     break
@@ -127,18 +128,21 @@ class Runner:
                     waiting.remove(cell)
                     if not cell.is_done():  # another process may have finished it meanwhile
                         self._start(cell)
+            # nothing left but what others do: a queue may take days, a process is waited for
             if not self._running and waiting:
                 if all(_is_queued(cell.folder) for cell in waiting):
                     return waiting
                 log.info("waiting for other processes, which run %s", ", ".join(c.name for c in waiting))
                 time.sleep(10)
             time.sleep(LOOK_EVERY)
+            # what has ended
             for place in list(self._running):
                 if self._running[place][1].poll() is not None:
                     waiting += self._finish(place)
         return []
 
     def _start(self, cell: Cell) -> None:
+        # the place decides which cores and GPUs it gets
         place = next(i for i in range(self._jobs) if i not in self._running)
         cell.console.parent.mkdir(parents=True, exist_ok=True)
         command = cell.command(self._base)
@@ -170,6 +174,7 @@ class Runner:
         return []
 
     def _end_all(self) -> None:
+        # all first: each takes a step to save
         for _, process, _ in self._running.values():
             process.terminate()
         for cell, process, start in self._running.values():
@@ -188,6 +193,7 @@ def _share(place: int, jobs: int) -> dict[str, str]:
     variables = {}
     if "OMP_NUM_THREADS" not in os.environ and jobs > 1:
         variables["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // jobs))
+    # with more runs than GPUs, several share one
     gpus = _visible_gpus()
     if gpus and jobs > 1:
         own = gpus[place * len(gpus) // jobs : (place + 1) * len(gpus) // jobs] or [gpus[place % len(gpus)]]

@@ -28,6 +28,7 @@ def summarise(
 ) -> dict[str, Any]:
     """The results of all runs that are done, and the differences to the first variant."""
     runs = {variant.name: _runs_of(variant, cells, seeds, seconds) for variant in variants}
+    # plain data, which becomes a table, a page and a file
     baseline, *others = variants
     return {
         "command": list(command),
@@ -48,13 +49,18 @@ def _runs_of(
         cell = cells[variant.name, seed]
         if not cell.is_done():
             continue
-        rows, machine = cell.rows(), read_record(cell.folder).get("environment", {})
+
+        # metrics by epoch, as [epoch, value]
+        rows = cell.rows()
         curves = {}
         for metric in METRICS:
             epochs, values = series(rows, metric)
+            # a data set without large objects has no AP of them
             if len(values):
-                points = [[int(e), round(v, 3)] for e, v in zip(epochs, values, strict=True)]
-                curves[metric] = points
+                curves[metric] = [[int(e), round(v, 3)] for e, v in zip(epochs, values, strict=True)]
+
+        # what it ran on: runs of several machines may be in one table
+        machine = read_record(cell.folder).get("environment", {})
         known = {name: machine.get(name) for name in ("torch", "device", "device_name", "commit")}
         run = {"seed": seed, "curves": curves, "loss": rows[-1].get("train_loss"), **known}
         if cell.name in seconds:
@@ -65,13 +71,14 @@ def _runs_of(
 
 def _comparison(baseline: str, other: str, runs: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """The differences of one variant to the baseline, over the seeds that both have."""
+    # seeds that only one of them has are left out
     first = {run["seed"]: run["curves"] for run in runs[baseline]}
     second = {run["seed"]: run["curves"] for run in runs[other]}
     seeds = [seed for seed in first if seed in second]
     metrics = {}
     for metric in METRICS:
         pairs = [(first[seed].get(metric), second[seed].get(metric)) for seed in seeds]
-        # a data set without large objects has no AP of them
+        # of the last epoch
         last = [theirs[-1][1] - ours[-1][1] for ours, theirs in pairs if ours and theirs]
         if last:
             metrics[metric] = _plain(last)
@@ -89,6 +96,7 @@ def _by_epoch(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> list[di
     curves = [(dict(ours.get("AP", [])), dict(theirs.get("AP", []))) for ours, theirs in pairs]
     if not curves:
         return []
+    # variants may have different numbers of epochs
     common = set.intersection(*(set(curve) for pair in curves for curve in pair))
     return [
         {"epoch": epoch, **_plain([theirs[epoch] - ours[epoch] for ours, theirs in curves])}
@@ -98,6 +106,7 @@ def _by_epoch(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> list[di
 
 def _plain(values: Sequence[float]) -> dict[str, Any]:
     found = paired_difference(values)
+    # JSON has no tuples; a thousandth of a point is noise
     rounded = {
         name: None if pair is None else [round(end, 3) for end in pair]
         for name, pair in (("interval", found.interval), ("bca", found.bca))
@@ -113,21 +122,20 @@ def _plain(values: Sequence[float]) -> dict[str, Any]:
 
 def as_text(summary: Mapping[str, Any]) -> str:
     """The tables for a terminal."""
+    # each variant by itself
     variants, comparisons = summary["variants"], summary["comparisons"]
     width = max(len(variant["name"]) for variant in variants)
     shown = [m for m in METRICS if any(m in run["curves"] for v in variants for run in v["runs"])]
 
     lines = [f"{'final mean and deviation':{width}}  runs" + "".join(f"  {name:>13}" for name in shown)]
     for variant in variants:
-        cells = []
-        for metric in shown:
-            values = [run["curves"][metric][-1][1] for run in variant["runs"] if metric in run["curves"]]
-            cells.append(f"{_mean_and_deviation(values):>13}")
+        cells = [f"{_shown(mean_and_deviation(variant, metric)):>13}" for metric in shown]
         lines.append(f"{variant['name']:{width}}  {len(variant['runs']):4}  " + "  ".join(cells))
         times = [run["seconds"] for run in variant["runs"] if "seconds" in run]
         if times:
             lines[-1] += f"  {np.mean(times) / 60:.1f} min a run"
 
+    # then the differences
     for comparison in comparisons:
         pairs = _pairs(comparison)
         lines.append(f"\n{comparison['variant']} against {comparison['baseline']}, {pairs} of runs")
@@ -141,11 +149,20 @@ def as_text(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _mean_and_deviation(values: Sequence[float]) -> str:
-    if not values:
-        return "-"
-    text = f"{np.mean(values):.1f}"
-    return f"{text} ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else text
+def mean_and_deviation(variant: Mapping[str, Any], metric: str) -> list[float] | None:
+    """Mean and standard deviation of the final values of a variant's runs; None without a value."""
+    values = [run["curves"][metric][-1][1] for run in variant["runs"] if metric in run["curves"]]
+    return spread(values) if values else None
+
+
+def spread(values: Sequence[float]) -> list[float]:
+    """Mean and standard deviation; of one value the deviation is 0."""
+    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return [round(float(np.mean(values)), 2), round(deviation, 2)]
+
+
+def _shown(pair: Sequence[float] | None) -> str:
+    return f"{pair[0]:.1f} ± {pair[1]:.1f}" if pair else "-"
 
 
 def _difference(one: Mapping[str, Any]) -> str:

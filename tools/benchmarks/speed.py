@@ -39,7 +39,7 @@ def measure_items(args: argparse.Namespace, config: Config) -> None:
         print(f"{split}: {mean:.1f} ms an image from file to tensor {counted}", flush=True)
 
 
-class Variant(NamedTuple):
+class Measured(NamedTuple):
     """What is timed.
 
     name: its flags; added: the last of them, which the variant before it does not have; without:
@@ -52,7 +52,7 @@ class Variant(NamedTuple):
     config: Config
 
 
-def _variants(config: Config, training: bool) -> list[Variant]:
+def _variants(config: Config, training: bool) -> list[Measured]:
     """From the plain detector to what was asked for, with one flag more each."""
     off = {"amp": "off", "checkpoint_encoder": False, "compile": False, "masks": False}
     plain = config.with_flags(off)
@@ -63,13 +63,13 @@ def _variants(config: Config, training: bool) -> list[Variant]:
         added.append((f"--amp {config.run.amp}", {"amp": config.run.amp}))
 
     # in evaluation BatchFormerV2 and checkpointing change nothing
-    variants = [Variant("", "", "", plain)]
+    variants = [Measured("", "", "", plain)]
     if training:
         flag = f"--bf {config.batchformer.bf}"
         without_bf = dataclasses.replace(plain, batchformer=BatchFormerConfig())
-        variants = [Variant("--bf 0", "", "", without_bf)]
+        variants = [Measured("--bf 0", "", "", without_bf)]
         if config.batchformer.bf:
-            variants.append(Variant(flag, flag, "--bf 0", plain))
+            variants.append(Measured(flag, flag, "--bf 0", plain))
         if config.transformer.checkpoint_encoder:
             added.append(("--checkpoint_encoder", {"checkpoint_encoder": True}))
         if config.run.compile:
@@ -78,7 +78,7 @@ def _variants(config: Config, training: bool) -> list[Variant]:
     for flag, values in added:
         before = variants[-1]
         name = f"{before.name} {flag}".strip()
-        variants.append(Variant(name, flag, "without", before.config.with_flags(values)))
+        variants.append(Measured(name, flag, "without", before.config.with_flags(values)))
     return variants
 
 
@@ -90,7 +90,7 @@ class Timed:
     """
 
     name: str
-    variant: Variant
+    variant: Measured
     call: Callable[[], None]
     before: Timed | None = None
     seconds: list[float] = dataclasses.field(default_factory=list)
@@ -163,7 +163,7 @@ def measure_speed(args: argparse.Namespace, config: Config) -> None:
 
 
 def _timed_variants(
-    variants: list[Variant], device: torch.device, batch: Batch, training: bool
+    variants: list[Measured], device: torch.device, batch: Batch, training: bool
 ) -> list[Timed]:
     timed: list[Timed] = []
     for variant in variants:
@@ -191,7 +191,7 @@ def _of_other_library(
         if not training or not more:
             ours = one
     version, call = other_library.detector(ours.variant.config, device, *batch, training)
-    variant = Variant(ours.variant.name, library, f"ours ({ours.name})", ours.variant.config)
+    variant = Measured(ours.variant.name, library, f"ours ({ours.name})", ours.variant.config)
     return Timed(f"{ours.name} with {version}", variant, call, ours)
 
 
