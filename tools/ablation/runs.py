@@ -192,7 +192,7 @@ def _share(place: int, jobs: int) -> dict[str, str]:
     """The variables that give a run its share of the machine's cores and GPUs."""
     variables = {}
     if "OMP_NUM_THREADS" not in os.environ and jobs > 1:
-        variables["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // jobs))
+        variables["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
     # with more runs than GPUs, several share one
     gpus = _visible_gpus()
     if gpus and jobs > 1:
