@@ -35,6 +35,7 @@ from models.masks import ImageMasks, cells_of, dice_loss, mask_losses
 from tests.golden import recipe
 from tests.helpers import BATCHFORMER, ROOT, SMALL_IMAGES, SMALL_MODEL, write_coco
 from tests.processes import run_main_forked, run_main_together
+from tools import draw_detections, predict
 from util.config import parse_config
 from util.errors import UserError
 from util.nested_tensor import NestedTensor
@@ -637,6 +638,32 @@ def test_load_detector_has_masks(with_masks, detector, data):
     assert torch.equal(best.masks, found.masks[: len(best)])
     assert found.above(1.0).masks.shape == (0, HEIGHT, WIDTH)
     assert load_detector(detector / "checkpoint.pth")(picture).masks is None
+
+
+def test_predictions_and_pictures_have_masks(with_masks, data, tmp_path):
+    """Those of load_detector; and the results can be drawn beside the annotations."""
+    pictures = sorted((data / "val2017").iterdir())[:2]
+    command = ["--resume", with_masks / "checkpoint.pth", *pictures, "--output_dir", tmp_path / "out"]
+    predict.main([*map(str, command), "--device", "cpu", "--score_threshold", "0.05"])
+    results = json.loads((tmp_path / "out/predictions.json").read_text())
+    found = load_detector(with_masks / "checkpoint.pth")(pictures[0]).above(0.05)
+    first = [result for result in results if result["image_id"] == results[0]["image_id"]]
+    assert len(first) == len(found) > 0
+    for result, mask in zip(first, found.masks.numpy(), strict=True):
+        assert np.array_equal(mask_utils.decode(result["segmentation"]), mask)
+
+    # the results of the run, which have the ids of the annotations
+    folders = ["--annotations", data / "annotations/instances_val2017.json", "--images", data / "val2017"]
+    detections = with_masks / "eval/latest.json"
+    for name, content in (("masks", detections), ("boxes", tmp_path / "boxes.json")):
+        if name == "boxes":
+            entries = json.loads(detections.read_text())
+            content.write_text(json.dumps([{**entry, "segmentation": None} for entry in entries]))
+            content.write_text(content.read_text().replace(', "segmentation": null', ""))
+        flags = ["--predictions", content, "--output_dir", tmp_path / name, "--score_threshold", "0.05"]
+        draw_detections.main([*map(str, [*folders, *flags])])
+    drawn = [(tmp_path / name / "contact_sheet.png").read_bytes() for name in ("masks", "boxes")]
+    assert drawn[0] != drawn[1]
 
 
 def test_the_weights_say_whether_there_are_masks(with_masks, detector, data):

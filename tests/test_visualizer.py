@@ -127,6 +127,27 @@ def test_classes_have_their_colours_on_any_ground(mode, ground):
     assert set(PALETTE[:12]) | {(0, 0, 0)} <= colors_in(draw_boxes(image, boxes, names, classes=names))
 
 
+@pytest.mark.parametrize("enlarge", [False, True])
+def test_masks_are_tinted_in_the_colour_of_their_class(enlarge):
+    boxes, masks = [[10, 10, 30, 30], [50, 10, 70, 30]], np.zeros((2, 60, 80), dtype=bool)
+    masks[0, 12:28, 12:28] = masks[1, 15:25, 52:60] = True
+    classes = ["cat", "dog"]
+    picture = Image.new("RGB", (80, 60), (GREY, GREY, GREY) if isinstance(GREY, int) else tuple(GREY))
+    plain, tinted = (
+        np.asarray(draw_boxes(picture, boxes, classes, classes=classes, masks=some, enlarge=enlarge)).astype(
+            int
+        )
+        for some in (None, masks)
+    )
+    scale = len(plain) // 60
+    different = (plain != tinted).any(-1)
+    covered = masks.any(0).repeat(scale, 0).repeat(scale, 1)
+    assert not (different & ~covered).any(), "outside of the masks nothing changes"
+    for i, (x, y) in enumerate([(20, 20), (56, 20)]):
+        before, after = plain[y * scale, x * scale], tinted[y * scale, x * scale]
+        assert after == pytest.approx(0.55 * before + 0.45 * np.array(PALETTE[i]), abs=1.5)
+
+
 ODD_BOXES = {
     "beyond the border": [-50, -70, 900, 800],
     "over a corner": [600, 400, 900, 900],

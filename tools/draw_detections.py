@@ -52,12 +52,14 @@ def main(argv: Sequence[str]) -> None:
     chosen = choose_images(coco, args.num_images, args.image_ids)
     respell([coco.imgs[image_id] for image_id in chosen], args.images)
 
+    # of a detector with masks (--masks)
+    with_masks = any("segmentation" in entry for entries in predictions.values() for entry in entries)
     try:
         args.output_dir.mkdir(parents=True, exist_ok=True)
         pairs = []
         for image_id in chosen:
             found = [p for p in predictions[image_id] if p["score"] >= args.score_threshold]
-            pair = draw_pair(coco, image_id, args.images, found, args.score_threshold)
+            pair = draw_pair(coco, image_id, args.images, found, args.score_threshold, with_masks)
             # with the folders in it: val/1.jpg and train/1.jpg are two pictures
             stem = Path(coco.imgs[image_id]["file_name"]).with_suffix("").as_posix().replace("/", "_")
             pair.save(args.output_dir / f"{stem}.png")
@@ -104,10 +106,16 @@ def _listed(image_ids: Iterable[int]) -> str:
 
 
 def draw_pair(
-    coco: COCO, image_id: int, folder: Path, found: Sequence[dict], threshold: float
+    coco: COCO,
+    image_id: int,
+    folder: Path,
+    found: Sequence[dict],
+    threshold: float,
+    with_masks: bool = False,
 ) -> Image.Image:
-    """The annotations of an image beside its detections. Raises UserError if its file cannot be read,
-    or has another size than its annotations.
+    """The annotations of an image beside its detections, with masks if both have them.
+
+    Raises UserError if its file cannot be read, or has another size than its annotations.
     """
     info, truth = coco.imgs[image_id], coco.imgToAnns[image_id]
     path = folder / info["file_name"]
@@ -124,7 +132,11 @@ def draw_pair(
         f"Ground truth: {len(truth)}  ({info['file_name']})",
         f"Detections: {len(found)}  (score >= {threshold:g})",
     )
-    return side_by_side(draw_coco(image, truth, names), draw_coco(image, found, names), titles)
+    sides = []
+    for entries in (truth, found):
+        masks = [coco.annToMask(entry) for entry in entries] if with_masks else None
+        sides.append(draw_coco(image, entries, names, masks))
+    return side_by_side(sides[0], sides[1], titles)
 
 
 if __name__ == "__main__":

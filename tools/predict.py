@@ -196,7 +196,13 @@ class Prediction:
         with contextlib.closing(predicted):
             for shot, found in predicted:
                 # noted first, so that a picture that can't be written is in the JSON files
-                detections = {"boxes": found.boxes, "scores": found.scores, "labels": found.labels}
+                detections: dict[str, Any] = {
+                    "boxes": found.boxes,
+                    "scores": found.scores,
+                    "labels": found.labels,
+                }
+                if found.embedded_masks is not None:
+                    detections["masks"] = found.embedded_masks
                 for result in coco_results([shot.entry["id"]], [detections], self.detector.classes):
                     self.results.add(result)
                 self.images.add(shot.entry)
@@ -264,8 +270,10 @@ class Prediction:
 
         classes = list(self.detector.classes.names.values())
         scores = found.scores.tolist()
+        masks = None if found.masks is None else found.masks.numpy()
+        boxes = found.boxes.numpy()
         return draw_boxes(
-            shot.picture, found.boxes.numpy(), found.names, scores, classes=classes, enlarge=enlarge
+            shot.picture, boxes, found.names, scores, classes=classes, masks=masks, enlarge=enlarge
         )
 
     def _output(self, file: InputFile) -> Path:

@@ -1,9 +1,9 @@
-"""Pictures of detections: boxes with class and score (drawn by supervision), pairs, contact sheets."""
+"""Pictures of detections: boxes with class and score, masks (drawn by supervision), pairs, contact sheets."""
 
 import math
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 
 import numpy as np
@@ -19,6 +19,7 @@ with warnings.catch_warnings():
 MIN_SIDE = 480  # pixels; below this, letters would be as large as the objects
 MAX_CELL = 1400  # pixels; a contact sheet of photographs from a phone should still open
 MAX_LABEL = 16  # widths in font sizes; a longer label would hide too much
+MASK_OPACITY = 0.45  # what is below should still be seen
 CROWDED = 40  # boxes; more of them get smaller letters
 
 # Okabe and Ito's seven colours, which people with any common colour vision tell apart. Each next
@@ -43,6 +44,7 @@ def draw_boxes(
     *,
     classes: Sequence[str] = (),
     crowd: Sequence[bool] = (),
+    masks: Iterable[ArrayLike] | None = None,
     enlarge: bool = True,
 ) -> Image.Image:
     """An RGB copy of a picture with n boxes on it, each labelled with class and score.
@@ -57,6 +59,7 @@ def draw_boxes(
             decides its colour. The colour of a label that is not among them follows from its
             letters.
         crowd: n flags; a crowd region is tinted, and its label says so.
+        masks: n masks (height, width) of the picture, which are tinted too; None to draw none.
         enlarge: by a whole factor, if the longer side has less than 480 pixels.
 
     Raises ValueError if the lengths disagree, or `boxes` is not (n, 4).
@@ -90,6 +93,14 @@ def draw_boxes(
     order = np.argsort(rank, kind="stable")
     order = order[visible[order]]
 
+    # Masks lie under all boxes. One at a time: a hundred of a large picture would fill the memory.
+    paint = sv.MaskAnnotator(PALETTE, opacity=MASK_OPACITY)
+    for i, mask in enumerate(() if masks is None else masks):
+        if not visible[i]:
+            continue
+        larger = np.asarray(mask, dtype=bool).repeat(scale, 0).repeat(scale, 1)
+        paint.annotate(canvas, sv.Detections(lines[[i]], mask=larger[None], class_id=colors[[i]]))
+
     found = sv.Detections(lines[order], class_id=colors[order])
     tinted = order[crowds[order]]
     # even without a box it would blend the whole picture
@@ -122,8 +133,15 @@ def draw_boxes(
     return labeller.annotate(canvas, found, texts)
 
 
-def draw_coco(image: Image.Image, entries: Sequence[Mapping], names: Mapping[int, str]) -> Image.Image:
-    """Draw COCO annotations, or COCO results, which have a score. `names`: category id -> name."""
+def draw_coco(
+    image: Image.Image,
+    entries: Sequence[Mapping],
+    names: Mapping[int, str],
+    masks: Iterable[ArrayLike] | None = None,
+) -> Image.Image:
+    """Draw COCO annotations, or COCO results, which have a score. `names`: category id -> name; `masks`
+    of the entries are drawn if they are given.
+    """
     boxes = np.array([entry["bbox"] for entry in entries], dtype=np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     labels = [names.get(entry["category_id"], f"class {entry['category_id']}") for entry in entries]
@@ -131,7 +149,8 @@ def draw_coco(image: Image.Image, entries: Sequence[Mapping], names: Mapping[int
     if all("score" in entry for entry in entries):
         scores = [entry["score"] for entry in entries]
     crowd = [bool(entry.get("iscrowd")) for entry in entries]
-    return draw_boxes(image, boxes, labels, scores, classes=[names[i] for i in sorted(names)], crowd=crowd)
+    classes = [names[i] for i in sorted(names)]
+    return draw_boxes(image, boxes, labels, scores, classes=classes, crowd=crowd, masks=masks)
 
 
 def _lines_around(
