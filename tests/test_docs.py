@@ -81,10 +81,13 @@ def test_flags_in_commands_are_flags_of_their_programs(page):
     """Also for commands in running text. Whether commands in blocks work is tested by tests.run_docs."""
     program_names = r"-m datasets\.\w+|tools/explain\.py \w+|(?:tools/\w+|main|benchmark)\.py"
     for command in commands(page) + re.findall(r"`([^`\n]+ --[^`\n]+)`", page.read_text()):
-        program = re.search(rf"python ({program_names})|\./configs/", command)
-        if program:
-            flags = re.findall(r" --([\w-]+)", command[program.end() :])
-            assert {flag.replace("-", "_") for flag in flags} <= _flags(program[1] or "main.py"), command
+        # after `--` begins another command, or main.py's flags
+        first, *others = command.split(" -- ")
+        for part in (first, *(f"python main.py {other}" if other[:2] == "--" else other for other in others)):
+            program = re.search(rf"python ({program_names})|\./configs/", part)
+            if program:
+                flags = re.findall(r" --([\w-]+)", part[program.end() :])
+                assert {flag.replace("-", "_") for flag in flags} <= _flags(program[1] or "main.py"), command
 
 
 @functools.cache

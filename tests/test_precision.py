@@ -176,9 +176,9 @@ def test_heads_and_boxes_are_computed_in_float32_not_cast_to_it(flags, amp):
 def test_the_backbone_keeps_its_maps_low_and_the_tokens_are_float32(norm, levels, amp):
     model, images = build("--backbone_norm", norm, "--num_feature_levels", levels)[0].train(), batch()[0]
     with autocast(amp, CPU):
-        maps = [feature.tensors for feature in model.backbone[0](images)]
-        projected, _ = model._project(images)
-    assert {x.dtype for x in maps} == {LOW_TYPES[amp]}
+        features = model.backbone[0](images)
+        projected, _ = model._project(features, images.mask)
+    assert {feature.tensors.dtype for feature in features} == {LOW_TYPES[amp]}
     assert {x.dtype for x in projected} == {torch.float32}
     assert len(projected) == int(levels)
 

@@ -644,9 +644,9 @@ def test_predictions_and_pictures_have_masks(with_masks, data, tmp_path):
     """Those of load_detector; and the results can be drawn beside the annotations."""
     pictures = sorted((data / "val2017").iterdir())[:2]
     command = ["--resume", with_masks / "checkpoint.pth", *pictures, "--output_dir", tmp_path / "out"]
-    predict.main([*map(str, command), "--device", "cpu", "--score_threshold", "0.05"])
+    predict.main([*map(str, command), "--device", "cpu", "--score_threshold", "0"])
     results = json.loads((tmp_path / "out/predictions.json").read_text())
-    found = load_detector(with_masks / "checkpoint.pth")(pictures[0]).above(0.05)
+    found = load_detector(with_masks / "checkpoint.pth")(pictures[0]).above(0)
     first = [result for result in results if result["image_id"] == results[0]["image_id"]]
     assert len(first) == len(found) > 0
     for result, mask in zip(first, found.masks.numpy(), strict=True):
@@ -660,7 +660,7 @@ def test_predictions_and_pictures_have_masks(with_masks, data, tmp_path):
             entries = json.loads(detections.read_text())
             content.write_text(json.dumps([{**entry, "segmentation": None} for entry in entries]))
             content.write_text(content.read_text().replace(', "segmentation": null', ""))
-        flags = ["--predictions", content, "--output_dir", tmp_path / name, "--score_threshold", "0.05"]
+        flags = ["--predictions", content, "--output_dir", tmp_path / name, "--score_threshold", "0"]
         draw_detections.main([*map(str, [*folders, *flags])])
     drawn = [(tmp_path / name / "contact_sheet.png").read_bytes() for name in ("masks", "boxes")]
     assert drawn[0] != drawn[1]
