@@ -24,7 +24,12 @@ _WANTED = (
 )
 
 
-def run_lengths(annotation: dict[str, Any], image: dict[str, Any], path: Path) -> bytes:
+def run_lengths(
+    annotation: dict[str, Any],
+    image: dict[str, Any],
+    path: Path,
+    remedy: str = "correct it, or leave --masks out",
+) -> bytes:
     """The mask of an annotation as compressed run lengths ("counts") at its image's size.
 
     Raises:
@@ -42,8 +47,8 @@ def run_lengths(annotation: dict[str, Any], image: dict[str, Any], path: Path) -
         return mask_utils.merge(mask_utils.frPyObjects(segmentation, height, width))["counts"]
     has = "has no segmentation" if segmentation is None else f"has segmentation {shown(segmentation)}"
     raise UserError(
-        f"{path}: annotation {annotation['id']} {has}; for --masks it must be "
-        f"{_WANTED.format(height=height, width=width)}; mend it, or leave --masks out"
+        f"{path}: annotation {annotation['id']} {has}; a mask must be "
+        f"{_WANTED.format(height=height, width=width)}; {remedy}"
     )
 
 

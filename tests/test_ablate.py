@@ -8,7 +8,9 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,10 +25,10 @@ from tools.ablate import main as ablate
 from tools.ablation.grid import Variant, read_grid
 from tools.ablation.images import _average_precision, _matches, difference_over_images
 from tools.ablation.page import section
-from tools.ablation.runs import Cell, _share
+from tools.ablation.runs import Cell, Runner, _share, cells_of
 from tools.ablation.statistics import exact_interval, paired_difference, sign_flip_p
 from tools.ablation.summary import as_text, summarise, verdict
-from util.errors import UserError
+from util.errors import Preempted, UserError
 from util.run.hold import FolderHold
 
 # --- the grid ---
@@ -67,7 +69,7 @@ def test_a_grid_may_be_a_file_with_names(tmp_path):
     [
         (["bf=0"], "must give two variants or more"),
         (["bff=0,1"], "did you mean bf=...?"),
-        (["bf 0,1"], "'bf' must be <flag of main.py>=<values>"),
+        (["bf 0,1"], "there is no such file, and a grid is <flag>=<values>"),
         (["bf=0,2"], r"bf=2 must be one of \(0, 1, 7\)"),
         (["lr=a,1"], "lr='a' is no float"),
         (["dropout=0,1.5"], "dropout=1.5 must be at least 0 and below 1"),
@@ -75,6 +77,10 @@ def test_a_grid_may_be_a_file_with_names(tmp_path):
         (["seed=0,1"], "seed is set by the ablation itself"),
         (["a: bf=0,1"], "a names 2 variants"),
         (["a: bf=0", "a: bf=1 insert_idx=0"], "two different variants are named a"),
+        (["a: bf=0", "b: bf=0"], "b and a are the same run"),
+        (["bf=0 bf=1"], "names a flag twice"),
+        (["lr=1e-4+1e-5,1"], "lr takes one value, not 1e-4 and 1e-5"),
+        (["grids.txt"], "grids.txt: there is no such file"),
         (["a/b: bf=0", "bf=1"], "must be letters, digits"),
     ],
 )
@@ -316,12 +322,63 @@ def test_commands_are_printed_and_a_folder_belongs_to_one_command(tmp_path, caps
         f"./configs/synthetic.sh --share_bf 0 --insert_idx 0 --bf 1 --output_dir {folder} --seed 0 "
         "--resume auto --save_predictions"
     )
-    with pytest.raises(UserError, match="has runs of another command, ./configs/synthetic.sh --share_bf"):
+    assert not (tmp_path / "out").exists(), "printing writes nothing"
+
+    # a folder in which runs have begun
+    folder.mkdir(parents=True)
+    (folder / "checkpoint.pth").touch()
+    record = {"command": ["./configs/synthetic.sh", "--lr", "1"], "variants": {"bf1": ["--bf", "7"]}}
+    (tmp_path / "out" / "ablation.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="has runs of another command, ./configs/synthetic.sh --lr 1"):
         ablate([*grid, "--", "./configs/synthetic.sh"])
-    with pytest.raises(UserError, match="has another variant a "):
-        for grid in ("a: bf=0", "a: bf=7"):
-            flags = ["--grid", grid, "bf=1", "--output_dir", str(tmp_path / "two"), "--print"]
-            ablate([*flags, "--", *BATCHFORMER[2:]])
+    with pytest.raises(UserError, match="has another variant bf1 "):
+        ablate([*grid, "--", "./configs/synthetic.sh", "--lr", "1"])
+    # without a run it is forgotten
+    (folder / "checkpoint.pth").unlink()
+    ablate([*grid, "--", "./configs/synthetic.sh"])
+
+
+def test_a_command_that_is_none(tmp_path):
+    with pytest.raises(UserError, match="./configs/nothing.sh can't be run"):
+        ablate(["--grid", "bf=0,1", "--output_dir", str(tmp_path / "out"), "--", "./configs/nothing.sh"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_switch_that_the_command_sets_can_not_be_off(tmp_path):
+    grid = ["--grid", "two_stage=0,1", "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(UserError, match="two_stage0 is without --two_stage, but the command has it"):
+        ablate([*grid, "--", "--two_stage"])
+    # a script that sets it shows in the record of the run only
+    _, cells = write_ablation(tmp_path, {"bf0": [20]})
+    cell = replace(cells["bf0", 0], variant=Variant("a", (), ("two_stage",)))
+    assert cell.is_done()
+    (cell.folder / "run.json").write_text(json.dumps({"flags": {"epochs": 2, "two_stage": True}}))
+    assert cell.wrongly_on() == ["two_stage"] and not cell.is_done()
+
+
+def test_runs_that_a_killed_ablation_has_left_take_a_place(tmp_path):
+    """While another process of this machine runs one cell, one place of two is free."""
+    variants = [Variant(name, ()) for name in "abc"]
+    cells = cells_of(variants, [0], tmp_path)
+    started = []
+
+    class OnlyStarts(Runner):
+        def _start(self, cell):
+            started.append(cell.variant.name)
+            raise Preempted("enough")
+
+    cells[0].folder.mkdir()
+    with FolderHold(cells[0].folder), pytest.raises(Preempted):
+        OnlyStarts(["true"], 2, lambda *_: None).run(cells)
+    assert started == ["b"]
+    with FolderHold(cells[0].folder):
+        runner = OnlyStarts(["true"], 1, lambda *_: None)
+        assert cells[0].is_here()
+        thread = threading.Timer(1, lambda: cells[0].folder.joinpath(".held").unlink())
+        thread.start()
+        with pytest.raises(Preempted):
+            runner.run(cells)
+    assert started == ["b", "a"], "it waits until the place is free"
 
 
 def test_it_is_killed_and_goes_on(tmp_path):

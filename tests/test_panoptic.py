@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -555,9 +556,12 @@ def test_smaller_instances_lie_on_larger_ones_and_crowds_below(tmp_path):
 @pytest.mark.parametrize(
     ("change", "flags", "message"),
     [
-        ({"segmentation": []}, (), "annotation 1 has no segmentation"),
-        ({"segmentation": "x"}, (), "annotation 1 has a segmentation that can't be read"),
-        ({"segmentation": {"size": [3, 3], "counts": [9]}}, (), "a segmentation of 3 x 3 pixels"),
+        ({"segmentation": []}, (), "annotation 1 has segmentation []; a mask must be"),
+        ({"segmentation": "x"}, (), "annotation 1 has segmentation 'x'; a mask must be"),
+        ({"segmentation": {"size": [3, 3], "counts": [9]}}, (), "annotation 1 has segmentation"),
+        # pycocotools would draw it pixel by pixel, outside of the image too
+        ({"segmentation": [[1e9, 1, 5, 5, 9, 1]]}, (), "annotation 1 has segmentation"),
+        ({"segmentation": [[1, 1, 5, 5, math.nan, 2]]}, (), "annotation 1 has segmentation"),
         ({}, ("--stuff_name", "two"), "--stuff_name 'two' is a category of instances"),
     ],
 )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,9 +79,18 @@ def main(argv: Sequence[str]) -> None:
 
     record = _record(args.output_dir, base, variants)
     cells = cells_of(variants, args.seeds, args.output_dir)
+    for variant in variants:
+        for name in variant.off:
+            if f"--{name}" in base:
+                raise UserError(
+                    f"--grid: {variant.name} is without --{name}, but the command has it; leave it out"
+                )
     if args.print:
         print(as_shell(cells, base))
         return
+    if shutil.which(base[0]) is None:
+        raise UserError(f"{base[0]} can't be run: what follows -- must be flags of main.py, or a command")
+    _write(args.output_dir, record)
     failed, queued = _run(cells, base, args, record)
     for name, reason in failed.items():
         print(f"left out: {name} ({reason})")
@@ -165,8 +175,11 @@ def _record(folder: Path, base: list[str], variants: Sequence[Variant]) -> dict[
     if path.exists():
         try:
             record |= json.loads(path.read_text())
-        except ValueError:
+        except (ValueError, TypeError):
             raise UserError(f"{path} is damaged; name another --output_dir") from None
+        # a command that has begun no run does not count
+        if not any(folder.glob("*_seed*/*")):
+            record |= {"command": base, "variants": {}}
         if record["command"] != base:
             before = " ".join(record["command"])
             raise UserError(
@@ -180,14 +193,13 @@ def _record(folder: Path, base: list[str], variants: Sequence[Variant]) -> dict[
                 f"--output_dir {folder} has another variant {variant.name} ({there}); "
                 "give this one another name"
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder, record)
     return record
 
 
 def _write(folder: Path, record: dict[str, Any]) -> None:
     from util.atomic import replace_text
 
+    folder.mkdir(parents=True, exist_ok=True)
     replace_text(folder / "ablation.json", json.dumps(record, indent=1) + "\n")
 
 

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,8 @@ def main(argv: Sequence[str]) -> None:
     chosen = choose_images(coco, args.num_images, args.image_ids)
     respell([coco.imgs[image_id] for image_id in chosen], args.images)
 
-    # of a detector with masks (--masks)
-    with_masks = any("segmentation" in entry for entries in predictions.values() for entry in entries)
+    # of a detector with masks (--masks), beside annotations that have them too
+    with_masks = _have_masks(chain.from_iterable(predictions.values())) and _have_masks(coco.anns.values())
     try:
         args.output_dir.mkdir(parents=True, exist_ok=True)
         pairs = []
@@ -103,6 +104,10 @@ def _listed(image_ids: Iterable[int]) -> str:
     if len(shown) > 5:
         text += f" and {len(shown) - 5} more"
     return text
+
+
+def _have_masks(entries: Iterable[dict[str, Any]]) -> bool:
+    return all(entry.get("segmentation") for entry in entries)
 
 
 def draw_pair(

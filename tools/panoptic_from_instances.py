@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from tqdm import tqdm
 
@@ -22,6 +23,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets.coco_format import read_annotations
+from datasets.coco_masks import run_lengths
 from datasets.convert.layout import WAYS, new_folder, write_split
 from datasets.panoptic.format import Entry, Panoptic, describe, write_annotations, write_image
 from datasets.respell import respell
@@ -88,7 +90,7 @@ def panoptic_of(image: Entry, truth: COCO, stuff_id: int) -> Panoptic:
     Raises UserError for an instance without a usable mask.
     """
     annotations = truth.loadAnns(truth.getAnnIds(image["id"]))
-    masks = [mask_of(annotation, image, truth) for annotation in annotations]
+    masks = [mask_of(annotation, image) for annotation in annotations]
     # crowds, then the others, the largest first
     areas = [np.count_nonzero(mask) for mask in masks]
     order = sorted(range(len(masks)), key=lambda i: (not annotations[i]["iscrowd"], -areas[i]))
@@ -104,20 +106,12 @@ def panoptic_of(image: Entry, truth: COCO, stuff_id: int) -> Panoptic:
     return describe(ids, categories, set(crowds.values()))
 
 
-def mask_of(annotation: Entry, image: Entry, truth: COCO) -> np.ndarray:
-    """The mask [H, W] bool of an annotation. Raises UserError if it has none, or one of another size."""
-    name = f"{image['file_name']}: annotation {annotation['id']}"
-    remedy = "the panoptic map needs a polygon or run lengths of the image's size"
-    if not annotation.get("segmentation"):
-        raise UserError(f"{name} has no segmentation; {remedy}")
-    try:
-        mask = truth.annToMask(annotation).astype(bool)
-    except Exception as error:  # pycocotools fails in many ways
-        raise UserError(f"{name} has a segmentation that can't be read ({error}); {remedy}") from None
-    if mask.shape != (image["height"], image["width"]):
-        height, width = mask.shape
-        raise UserError(f"{name} has a segmentation of {width} x {height} pixels; {remedy}")
-    return mask
+def mask_of(annotation: Entry, image: Entry) -> np.ndarray:
+    """The mask [H, W] bool of an annotation. Raises UserError if it has no usable one."""
+    # the check comes first: pycocotools fills the memory with far points
+    counts = run_lengths(annotation, image, Path(image["file_name"]), "correct it in the annotations")
+    runs = {"size": [image["height"], image["width"]], "counts": counts}
+    return mask_utils.decode(runs).astype(bool)
 
 
 def parser() -> argparse.ArgumentParser:

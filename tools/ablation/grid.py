@@ -23,10 +23,14 @@ _BATCHFORMER = {name for name, flag in FLAGS.items() if flag.group == "batchform
 
 @dataclass(frozen=True)
 class Variant:
-    """A name, which is a folder too, and the words that it adds to the command of a run."""
+    """A name, which is a folder too, and the words that it adds to the command of a run.
+
+    off: switches that must not be on. No word says that, so the command must not set them either.
+    """
 
     name: str
     words: tuple[str, ...]
+    off: tuple[str, ...] = ()
 
 
 def read_grid(grids: Sequence[str]) -> list[Variant]:
@@ -37,13 +41,21 @@ def read_grid(grids: Sequence[str]) -> list[Variant]:
     """
     lines = []
     for grid in grids:
-        is_file = "=" not in grid and Path(grid).is_file()
-        lines += Path(grid).read_text().splitlines() if is_file else [grid]
+        if "=" in grid:
+            lines.append(grid)
+        elif Path(grid).is_file():
+            lines += [line.partition("#")[0].strip() for line in Path(grid).read_text().splitlines()]
+        else:
+            raise UserError(
+                f"--grid {grid}: there is no such file, and a grid is <flag>=<values>, as in bf=0,1"
+            )
     variants: dict[tuple[str, ...], Variant] = {}
-    for line in lines:
-        if text := line.partition("#")[0].strip():
-            for variant in _variants_of(text):
-                variants.setdefault(variant.words, variant)
+    for text in filter(None, lines):
+        for variant in _variants_of(text):
+            known = variants.setdefault((*variant.words, *variant.off), variant)
+            # a name that somebody gave must not be lost
+            if known.name != variant.name and ":" in text:
+                raise UserError(f"--grid: {variant.name} and {known.name} are the same run; leave one out")
     # names are folders
     names = [variant.name for variant in variants.values()]
     for name in names:
@@ -65,6 +77,8 @@ def _variants_of(text: str) -> list[Variant]:
     # every combination of the flags' values
     choices = [_choices_of(item) for item in text.split()]
     combinations = [dict(one) for one in itertools.product(*choices)]
+    if any(len(one) < len(choices) for one in combinations):
+        raise UserError(f"--grid: {text.strip()!r} names a flag twice; give its values as in bf=0,1")
     if name and len(combinations) != 1:
         raise UserError(f"--grid: {name} names {len(combinations)} variants; give each a line of its own")
     return [_variant(name, values) for values in combinations]
@@ -82,6 +96,8 @@ def _choices_of(item: str) -> list[tuple[str, tuple[str, ...]]]:
         raise UserError(f"--grid: {item!r} must be <flag of main.py>=<values>, as in bf=0,1{hint}")
     choices = [(flag_name, tuple(value.split("+"))) for value in text.split(",")]
     for _, values in choices:
+        if len(values) > 1 and not isinstance(FLAGS[flag_name].default, list | tuple):
+            raise UserError(f"--grid: {flag_name} takes one value, not {' and '.join(values)}")
         for value in values:
             _check(flag_name, value)
     return choices
@@ -110,10 +126,13 @@ def _variant(name: str, values: dict[str, tuple[str, ...]]) -> Variant:
         values = {flag: value for flag, value in values.items() if flag == "bf" or flag not in _BATCHFORMER}
     # switches have no value on a command line
     words: list[str] = []
+    off = []
     for flag, value in values.items():
         if not isinstance(FLAGS[flag].default, bool):
             words += [f"--{flag}", *value]
         elif value == ("1",):
             words.append(f"--{flag}")
+        else:
+            off.append(flag)
     shown = "_".join(f"{flag}{'+'.join(value)}" for flag, value in values.items())
-    return Variant(name or re.sub(r"[^\w.+-]", "-", shown), tuple(words))
+    return Variant(name or re.sub(r"[^\w.+-]", "-", shown), tuple(words), tuple(off))

@@ -17,7 +17,7 @@ from typing import NoReturn
 from tools.ablation.grid import Variant
 from util.draw.curves import Row, read_log
 from util.errors import ASK_TO_LEAVE, EXIT_INTERRUPTED, EXIT_PREEMPTED, Preempted
-from util.run.hold import holder_of
+from util.run.hold import Holder, holder_of
 from util.run.record import read_record
 
 log = logging.getLogger(__name__)
@@ -61,11 +61,21 @@ class Cell:
     def is_done(self) -> bool:
         epochs = read_record(self.folder).get("flags", {}).get("epochs")
         rows = self.rows()
-        return bool(rows) and rows[-1].get("epoch") == (epochs or 0) - 1
+        return bool(rows) and rows[-1].get("epoch") == (epochs or 0) - 1 and not self.wrongly_on()
+
+    def wrongly_on(self) -> list[str]:
+        """Switches that should be off in this run, and were on: a script of configs/ may set them."""
+        flags = read_record(self.folder).get("flags", {})
+        return [name for name in self.variant.off if flags.get(name)]
 
     def is_elsewhere(self) -> bool:
         """Whether another process is at work on it, or it waits in a queue of Slurm."""
         return holder_of(self.folder) is not None or _is_queued(self.folder)
+
+    def is_here(self) -> bool:
+        """Whether a process of this machine is at work on it."""
+        holder = holder_of(self.folder)
+        return holder is not None and holder.machine == Holder.this_process().machine
 
 
 def cells_of(variants: Sequence[Variant], seeds: Sequence[int], folder: Path) -> list[Cell]:
@@ -120,9 +130,10 @@ class Runner:
 
     def _run(self, waiting: list[Cell]) -> list[Cell]:
         while waiting or self._running:
-            # fill the free places
+            # fill the free places; a killed ablation has left runs that still go on
+            others = sum(cell.is_here() for cell in waiting)
             for cell in list(waiting):
-                if len(self._running) == self._jobs:
+                if len(self._running) + others >= self._jobs:
                     break
                 if not cell.is_elsewhere():
                     waiting.remove(cell)
@@ -168,7 +179,10 @@ class Runner:
             log.info("%s: submitted", cell.name)
             return [cell]
         reason = ""
-        if process.returncode or not cell.is_done():
+        if wrong := cell.wrongly_on():
+            switches = ", ".join(f"--{name}" for name in wrong)
+            reason = f"{switches} should be off, but the command sets it, and a switch can't be taken back"
+        elif process.returncode or not cell.is_done():
             reason = f"exit code {process.returncode}: {_last_line(cell.console)}"
         self._on_end(cell, time.monotonic() - start, reason)
         return []

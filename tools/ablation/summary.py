@@ -124,12 +124,14 @@ def as_text(summary: Mapping[str, Any]) -> str:
     """The tables for a terminal."""
     # each variant by itself
     variants, comparisons = summary["variants"], summary["comparisons"]
-    width = max(len(variant["name"]) for variant in variants)
+    title = "mean and deviation"
+    width = max(len(title), *(len(variant["name"]) for variant in variants))
     shown = [m for m in METRICS if any(m in run["curves"] for v in variants for run in v["runs"])]
 
-    lines = [f"{'final mean and deviation':{width}}  runs" + "".join(f"  {name:>13}" for name in shown)]
+    lines = [f"{title:{width}}  runs" + "".join(f"  {name:>13}" for name in shown)]
     for variant in variants:
-        cells = [f"{_shown(mean_and_deviation(variant, metric)):>13}" for metric in shown]
+        several = len(variant["runs"]) > 1
+        cells = [f"{_shown(mean_and_deviation(variant, metric), several):>13}" for metric in shown]
         lines.append(f"{variant['name']:{width}}  {len(variant['runs']):4}  " + "  ".join(cells))
         times = [run["seconds"] for run in variant["runs"] if "seconds" in run]
         if times:
@@ -156,13 +158,15 @@ def mean_and_deviation(variant: Mapping[str, Any], metric: str) -> list[float] |
 
 
 def spread(values: Sequence[float]) -> list[float]:
-    """Mean and standard deviation; of one value the deviation is 0."""
+    """Mean and standard deviation; of one value the deviation is given as 0."""
     deviation = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
     return [round(float(np.mean(values)), 2), round(deviation, 2)]
 
 
-def _shown(pair: Sequence[float] | None) -> str:
-    return f"{pair[0]:.1f} ± {pair[1]:.1f}" if pair else "-"
+def _shown(pair: Sequence[float] | None, several: bool) -> str:
+    if pair is None:
+        return "-"
+    return f"{pair[0]:.1f} ± {pair[1]:.1f}" if several else f"{pair[0]:.1f}"
 
 
 def _difference(one: Mapping[str, Any]) -> str:
