@@ -74,6 +74,22 @@ def test_the_identity_control_gives_two_plain_streams_to_the_bit():
         assert torch.equal(plain, mixed)
 
 
+def test_without_dropout_two_equal_streams_have_the_loss_and_gradients_of_one():
+    """The losses are divided by the boxes of both streams (docs/batchformer.md)."""
+    images, targets = images_and_targets()
+    found = []
+    for flags in ((), (*BATCHFORMER, "--bf_control", "identity")):
+        model, criterion, _ = build_model(parse_config([*SMALL_MODEL, "--dropout", "0", *flags]))
+        recipe.fill(model)
+        loss = criterion.total(criterion(model.train()(NestedTensor.from_images(images)), targets))
+        loss.backward()
+        found.append((loss, [p.grad for p in model.parameters() if p.grad is not None]))
+    (plain, gradients), (identity, theirs) = found
+    torch.testing.assert_close(identity, plain, rtol=1e-5, atol=0)
+    for ours, other in zip(gradients, theirs, strict=True):
+        torch.testing.assert_close(other, ours, rtol=1e-3, atol=1e-4 * float(ours.abs().max()))
+
+
 def test_the_copies_control_relates_an_image_to_itself_alone():
     batch, modules = batch_of(3), modules_of()
     copies = mixed_by(modules, batch, control="copies")
