@@ -11,10 +11,12 @@ from models import build_model
 from models.batchformer import BatchFormerV2, build_modules
 from models.token_batch import TokenBatch
 from models.weights.architecture import config_of
+from models.weights.finetune import fine_tune
 from tests.across_processes import NUM_IMAGES, images_and_targets
 from tests.golden import recipe
 from tests.helpers import BATCHFORMER, SMALL_MODEL
 from tests.processes import run_main_together
+from util.class_map import unnamed_classes
 from util.config import parse_config
 from util.distributed.exchange import apart, exchanges
 from util.errors import UserError
@@ -246,6 +248,17 @@ def test_heads_and_dropout_are_those_of_the_flags():
     assert modules.self_attn.dropout == modules.dropout.p == modules.dropout1.p == modules.dropout2.p == 0.25
     with pytest.raises(UserError, match="--hidden_dim 64 must be a multiple of --bf_heads 3"):
         parse_config([*SMALL_MODEL, *BATCHFORMER, "--bf_heads", "3"])
+
+
+def test_fine_tuning_keeps_the_heads_of_the_module():
+    """Its weights fit any number of heads."""
+    config = parse_config([*SMALL_MODEL, *BATCHFORMER, "--bf_heads", "2"])
+    model, _, _ = build_model(config)
+    content = {"model": model.state_dict(), "args": config.flags()}
+    classes = unnamed_classes(content["model"])
+    fine_tune(model, config, classes, content, "a.pth")
+    with pytest.raises(UserError, match="a.pth has BatchFormerV2 with 2 heads; give --bf_heads 2"):
+        fine_tune(model, config.with_flags({"bf_heads": 4}), classes, content, "a.pth")
 
 
 def test_of_a_control_there_is_no_attention_to_look_at():

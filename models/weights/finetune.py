@@ -13,10 +13,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from models.weights.architecture import flags_in
 from models.weights.load import choose_weights
 from util.checkpoint import BATCHFORMER, MASK_HEAD, load_state
 from util.class_map import ClassMap, classes_of
-from util.config import Config
+from util.config import FLAGS, Config
 from util.errors import UserError
 
 FLAG, FROZEN = "--finetune", "--frozen_weights"
@@ -70,6 +71,14 @@ def fine_tune(
     report = load_state(model, {"model": state | heads}, source, flag)
     removed = [part for part in _REMOVABLE if not any(name.startswith(part) for name in state)]
     report.require_same_architecture(may_lack=(BATCHFORMER, *removed))
+
+    # the weights fit any number of heads
+    trained = flags_in(checkpoint, ("bf", "bf_heads"), f"{flag} {source}")
+    bf_heads = trained.get("bf_heads", FLAGS["bf_heads"].default)
+    if config.batchformer.bf and trained.get("bf") and bf_heads != config.batchformer.bf_heads:
+        raise UserError(
+            f"{flag} {source} has BatchFormerV2 with {bf_heads} heads; give --bf_heads {bf_heads}"
+        )
 
     # what the user could not know from the command
     kind = "averaged weights, " if which == "ema" else ""
