@@ -306,7 +306,7 @@ def is_id(value: Any) -> bool:
 
 def is_file_name(value: Any) -> bool:
     """Whether an image may be called so: the path of a file below the image folder."""
-    return _is_text(value) and len(value) <= _LONGEST_NAME and not _UNSAFE_NAME.search(value)
+    return is_text(value) and len(value) <= _LONGEST_NAME and not _UNSAFE_NAME.search(value)
 
 
 def is_area(value: Any) -> bool:
@@ -327,15 +327,17 @@ def _is_side_or_0(value: Any) -> bool:
 
 
 def _is_portable(value: Any) -> bool:
-    return _is_text(value) and is_file_name(portable(value))
+    return is_text(value) and is_file_name(portable(value))
 
 
-def _is_flag(value: Any) -> bool:
+def is_flag(value: Any) -> bool:
+    """Whether it may be a flag: 0 or 1."""
     # some programs write true and false
     return type(value) in (int, bool) and value in (0, 1)
 
 
-def _is_text(value: Any) -> bool:
+def is_text(value: Any) -> bool:
+    """Whether it may be a name."""
     return isinstance(value, str)
 
 
@@ -379,7 +381,7 @@ def _fields(sizes_known: bool, names_are_here: bool) -> dict[str, list[_Field]]:
             _Field("category_id", is_id, "a whole number, a category's id"),
             _Field("bbox", _is_box, box),
             _Field("area", is_area, "a finite number of pixels, not negative", _box_area),
-            _Field("iscrowd", _is_flag, "0 or 1", lambda annotation: 0),
+            _Field("iscrowd", is_flag, "0 or 1", lambda annotation: 0),
         ],
-        "categories": [number, _Field("name", _is_text, "a text")],
+        "categories": [number, _Field("name", is_text, "a text")],
     }

@@ -46,10 +46,22 @@ def run_lengths(
         # an object may have several parts
         return mask_utils.merge(mask_utils.frPyObjects(segmentation, height, width))["counts"]
     has = "has no segmentation" if segmentation is None else f"has segmentation {shown(segmentation)}"
+    name = f"annotation {annotation['id']}"
+    if "score" in annotation:
+        name = f"a detection of image {annotation['image_id']}"
     raise UserError(
-        f"{path}: annotation {annotation['id']} {has}; a mask must be "
-        f"{_WANTED.format(height=height, width=width)}; {remedy}"
+        f"{path}: {name} {has}; a mask must be {_WANTED.format(height=height, width=width)}; {remedy}"
     )
+
+
+def mask_of(annotation: dict[str, Any], image: dict[str, Any], path: Path, remedy: str) -> np.ndarray:
+    """The mask [H, W] bool of an annotation or a result.
+
+    Unlike pycocotools' annToMask it does not draw points far outside of the image, which would fill
+    the memory. Raises UserError as `run_lengths` does.
+    """
+    counts = run_lengths(annotation, image, path, remedy)
+    return mask_utils.decode({"size": [image["height"], image["width"]], "counts": counts}).astype(bool)
 
 
 def _are_polygons(polygons: list[Any], height: int, width: int) -> bool:

@@ -96,11 +96,15 @@ class ImageMasks:
 
     def cpu(self) -> ImageMasks:
         """A copy on the host, without the padding."""
-        height, width = (-(-side // STRIDE) for side in self.image_size.tolist())
-        pixels = widened(self.pixel_embed[:, :height, :width]).cpu().clone()
+        pixels = self._unpadded().cpu().clone()
         return ImageMasks(
             widened(self.mask_embed).cpu(), pixels, self.image_size.cpu(), self.target_size.cpu()
         )
+
+    def _unpadded(self) -> Tensor:
+        """The cells of the image, [E, h, w] in float32 or float64."""
+        height, width = (-(-side // STRIDE) for side in self.image_size.tolist())
+        return widened(self.pixel_embed[:, :height, :width])
 
     def chunks(self) -> Iterator[Tensor]:
         """The masks in their order, a few at a time: bool [some, H, W] on the host.
@@ -110,11 +114,11 @@ class ImageMasks:
         if not len(self):
             return
         (height, width), target = self.image_size.tolist(), self.target_size.tolist()
-        cells = self.pixel_embed[:, : -(-height // STRIDE), : -(-width // STRIDE)]
+        cells = self._unpadded()
         most = max(MOST_PIXELS // max(target[0] * target[1], 1), 1)
         scale = [STRIDE * to / side for to, side in zip(target, (height, width), strict=True)]
         with full_precision(cells.device):
-            pixels_Ewh = widened(cells).transpose(1, 2).contiguous()
+            pixels_Ewh = cells.transpose(1, 2).contiguous()
             for some in widened(self.mask_embed).split(most):
                 masks = _enlarged(_products(some, pixels_Ewh), scale[::-1], target[::-1])
                 yield (masks > 0).cpu().transpose(1, 2)

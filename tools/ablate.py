@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 # a script sees only its own folder, not the project
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.ablation.grid import OWN_FLAGS, Variant, read_grid
+from util.atomic import replace_text
 from util.config import make_parser
 from util.errors import UserError, run_as_command
 
@@ -69,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
     split = argv.index("--") if "--" in argv else len(argv)
     args, base = parser().parse_args(argv[:split]), list(argv[split + 1 :])
     variants = _baseline_first(read_grid(args.grid), args.baseline)
-    _check(args, base)
+    _check(args, base, variants)
     if not base or base[0].startswith("--"):
         base = ["python", "main.py", *base]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
@@ -79,12 +80,6 @@ def main(argv: Sequence[str]) -> None:
 
     record = _record(args.output_dir, base, variants)
     cells = cells_of(variants, args.seeds, args.output_dir)
-    for variant in variants:
-        for name in variant.off:
-            if f"--{name}" in base:
-                raise UserError(
-                    f"--grid: {variant.name} is without --{name}, but the command has it; leave it out"
-                )
     if args.print:
         print(as_shell(cells, base))
         return
@@ -139,7 +134,6 @@ def _report(
 
     by_name = {(cell.variant.name, cell.seed): cell for cell in cells}
     summary = summarise(base, variants, by_name, args.seeds, seconds)
-    summary["missing"] = [cell.name for cell in cells if not cell.is_done()]
     for comparison in summary["comparisons"]:
         _compare_images(comparison, by_name)
     print(as_text(summary))
@@ -157,7 +151,7 @@ def _baseline_first(variants: Sequence[Variant], name: str | None) -> list[Varia
     return sorted(variants, key=lambda variant: variant.name != (name or names[0]))
 
 
-def _check(args: argparse.Namespace, base: Sequence[str]) -> None:
+def _check(args: argparse.Namespace, base: Sequence[str], variants: Sequence[Variant]) -> None:
     if args.jobs < 1:
         raise UserError(f"--jobs {args.jobs} must be at least 1")
     if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
@@ -166,6 +160,12 @@ def _check(args: argparse.Namespace, base: Sequence[str]) -> None:
         name = word.partition("=")[0].removeprefix("--").replace("-", "_")
         if word.startswith("--") and name in (*OWN_FLAGS, "job_dir"):
             raise UserError(f"{word} is set by the ablation itself; leave it out")
+    for variant in variants:
+        for name in variant.off:
+            if f"--{name}" in base:
+                raise UserError(
+                    f"--grid: {variant.name} is without --{name}, but the command has it; leave it out"
+                )
 
 
 def _record(folder: Path, base: list[str], variants: Sequence[Variant]) -> dict[str, Any]:
@@ -197,8 +197,6 @@ def _record(folder: Path, base: list[str], variants: Sequence[Variant]) -> dict[
 
 
 def _write(folder: Path, record: dict[str, Any]) -> None:
-    from util.atomic import replace_text
-
     folder.mkdir(parents=True, exist_ok=True)
     replace_text(folder / "ablation.json", json.dumps(record, indent=1) + "\n")
 

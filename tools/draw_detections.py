@@ -14,6 +14,7 @@ from pycocotools.coco import COCO
 # a script sees only its own folder, not the project
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets.coco_format import read_annotations
+from datasets.coco_masks import mask_of
 from datasets.coco_results import read_results
 from datasets.respell import respell
 from util.config import DataConfig, add_score_threshold_flag, make_parser
@@ -139,7 +140,9 @@ def draw_pair(
     )
     sides = []
     for entries in (truth, found):
-        masks = [coco.annToMask(entry) for entry in entries] if with_masks else None
+        masks = None
+        if with_masks:
+            masks = [mask_of(entry, info, path, f"correct it, {otherwise}") for entry in entries]
         sides.append(draw_coco(image, entries, names, masks))
     return side_by_side(sides[0], sides[1], titles)
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from tqdm import tqdm
 
@@ -23,7 +22,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets.coco_format import read_annotations
-from datasets.coco_masks import run_lengths
+from datasets.coco_masks import mask_of
 from datasets.convert.layout import WAYS, new_folder, write_split
 from datasets.panoptic.format import Entry, Panoptic, describe, write_annotations, write_image
 from datasets.respell import respell
@@ -90,7 +89,8 @@ def panoptic_of(image: Entry, truth: COCO, stuff_id: int) -> Panoptic:
     Raises UserError for an instance without a usable mask.
     """
     annotations = truth.loadAnns(truth.getAnnIds(image["id"]))
-    masks = [mask_of(annotation, image) for annotation in annotations]
+    file, remedy = Path(image["file_name"]), "correct it in the annotations"
+    masks = [mask_of(annotation, image, file, remedy) for annotation in annotations]
     # crowds, then the others, the largest first
     areas = [np.count_nonzero(mask) for mask in masks]
     order = sorted(range(len(masks)), key=lambda i: (not annotations[i]["iscrowd"], -areas[i]))
@@ -104,14 +104,6 @@ def panoptic_of(image: Entry, truth: COCO, stuff_id: int) -> Panoptic:
         categories[number] = category
         ids[masks[i]] = number
     return describe(ids, categories, set(crowds.values()))
-
-
-def mask_of(annotation: Entry, image: Entry) -> np.ndarray:
-    """The mask [H, W] bool of an annotation. Raises UserError if it has no usable one."""
-    # the check comes first: pycocotools fills the memory with far points
-    counts = run_lengths(annotation, image, Path(image["file_name"]), "correct it in the annotations")
-    runs = {"size": [image["height"], image["width"]], "counts": counts}
-    return mask_utils.decode(runs).astype(bool)
 
 
 def parser() -> argparse.ArgumentParser:

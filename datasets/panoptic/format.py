@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from datasets.coco_format import is_area, is_file_name, is_id, read_json, shown
+from datasets.coco_format import is_area, is_file_name, is_flag, is_id, is_text, read_json, shown
 from util.errors import UserError
 from util.images.files import decode, read_image_file
 
@@ -216,10 +216,6 @@ def _is_side(value: Any) -> bool:
     return type(value) is int and value > 0
 
 
-def _is_flag(value: Any) -> bool:
-    return type(value) in (int, bool) and value in (0, 1)
-
-
 def _is_box(value: Any) -> bool:
     return type(value) is list and len(value) == 4 and all(map(is_area, value))
 
@@ -236,8 +232,8 @@ _FIELDS = {
     "images": [_ID, _NAME, ("height", _is_side, _SIDE), ("width", _is_side, _SIDE)],
     "categories": [
         _ID,
-        ("name", lambda value: isinstance(value, str), "a text"),
-        ("isthing", _is_flag, "1 for things, 0 for stuff"),
+        ("name", is_text, "a text"),
+        ("isthing", is_flag, "1 for things, 0 for stuff"),
     ],
     "annotations": [
         ("image_id", is_id, "a whole number, an image's id"),
@@ -249,7 +245,7 @@ _FIELDS = {
         ("category_id", is_id, "a whole number, a category's id"),
         ("area", is_area, "a number of pixels"),
         ("bbox", _is_box, "four numbers x, y, width, height in pixels"),
-        ("iscrowd", _is_flag, "0 or 1"),
+        ("iscrowd", is_flag, "0 or 1"),
     ],
 }
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tools.ablation.grid import Variant
 from util.draw.curves import Row, read_log
@@ -59,14 +59,20 @@ class Cell:
             return []
 
     def is_done(self) -> bool:
-        epochs = read_record(self.folder).get("flags", {}).get("epochs")
-        rows = self.rows()
-        return bool(rows) and rows[-1].get("epoch") == (epochs or 0) - 1 and not self.wrongly_on()
+        flags, rows = self._flags(), self.rows()
+        last = bool(rows) and rows[-1].get("epoch") == flags.get("epochs", 0) - 1
+        return last and not self._wrongly_on(flags)
 
     def wrongly_on(self) -> list[str]:
         """Switches that should be off in this run, and were on: a script of configs/ may set them."""
-        flags = read_record(self.folder).get("flags", {})
+        return self._wrongly_on(self._flags())
+
+    def _wrongly_on(self, flags: dict[str, Any]) -> list[str]:
         return [name for name in self.variant.off if flags.get(name)]
+
+    def _flags(self) -> dict[str, Any]:
+        """Those of the last start; {} before the first."""
+        return read_record(self.folder).get("flags", {})
 
     def is_elsewhere(self) -> bool:
         """Whether another process is at work on it, or it waits in a queue of Slurm."""

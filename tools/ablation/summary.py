@@ -12,6 +12,7 @@ import numpy as np
 from tools.ablation.grid import Variant
 from tools.ablation.runs import Cell
 from tools.ablation.statistics import LEAST_PAIRS, paired_difference
+from util.atomic import replace_text
 from util.draw.curves import FIGURES, series
 from util.run.record import read_record
 
@@ -38,6 +39,7 @@ def summarise(
             for variant in variants
         ],
         "comparisons": [_comparison(baseline.name, other.name, runs) for other in others],
+        "missing": [cell.name for cell in cells.values() if not cell.is_done()],
     }
 
 
@@ -204,4 +206,4 @@ def _pairs(comparison: Mapping[str, Any]) -> str:
 
 
 def write_json(summary: Mapping[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(summary, indent=1) + "\n")
+    replace_text(path, json.dumps(summary, indent=1) + "\n")
