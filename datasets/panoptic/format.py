@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from datasets.coco_format import is_area, is_file_name, is_flag, is_id, is_text, read_json, shown
+from util.config import DataConfig
 from util.errors import UserError
 from util.images.files import decode, read_image_file
 
@@ -129,7 +130,7 @@ class PanopticSet:
         """The ids of the categories that are things; the others are stuff."""
         return {category["id"] for category in self.categories if category["isthing"]}
 
-    def read(self, image_id: int, megapixels: float = 100.0) -> Panoptic:
+    def read(self, image_id: int, megapixels: float = DataConfig.max_image_megapixels) -> Panoptic:
         """The segments of an image.
 
         Raises:
@@ -162,7 +163,7 @@ class PanopticSet:
             )
 
 
-def read_map(path: Path, megapixels: float = 100.0) -> np.ndarray:
+def read_map(path: Path, megapixels: float = DataConfig.max_image_megapixels) -> np.ndarray:
     """The ids [H, W] int32 in a PNG file.
 
     Raises:

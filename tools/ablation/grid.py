@@ -1,7 +1,7 @@
 """Variants of a training from a grid over main.py's flags.
 
-bf=0,1 insert_idx=0,2      every combination
-mixed: bf=1 insert_idx=0+2      one variant with a name; + joins the values of one flag
+`bf=0,1 insert_idx=0,2` is every combination. `mixed: bf=1 insert_idx=0+2` is one variant with a name; `+`
+joins the values of one flag.
 """
 
 from __future__ import annotations
