@@ -10,10 +10,10 @@
     python benchmark.py op  # the operator's backends, see op --help
 
 --amp bf16, --masks and, of a training step, --bf, --checkpoint_encoder and --compile are timed beside
-the same without them, and the memory of a training step is given at its peak. --against transformers
-times that library's detector of the same flags too, --against_reference ours with the attention operator
-in plain PyTorch; --profile adds what the time goes to; --trace writes it as a timeline, for
-ui.perfetto.dev.
+the same without them, and the memory of a training step is given at its peak. Inference with --masks,
+and the one beside it, end with results in COCO's format. --against transformers times that library's
+detector of the same flags too, --against_reference ours with the attention operator in plain PyTorch;
+--profile adds what the time goes to; --trace writes it as a timeline, for ui.perfetto.dev.
 """
 
 from __future__ import annotations

@@ -10,11 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
+from datasets.coco_eval import coco_results
 from models.ops.benchmark import peak_memory
 from models.ops.functions import ms_deform_attn
 from tests.helpers import BATCHFORMER, SMALL_IMAGES, SMALL_MODEL, run, write_coco
 from tests.processes import run_forked
-from tools.benchmarks import evaluation, other_library, sweep
+from tools.benchmarks import evaluation, other_library, steps, sweep
 from tools.benchmarks.launches import KeptMemory, LaunchCounter
 from tools.benchmarks.parts import Parts
 from tools.benchmarks.steps import TrainingStep, build, make_batch
@@ -70,6 +71,19 @@ def test_inference_in_low_precision_is_timed_beside_float32():
         "inference --amp bf16",
     ]
     assert re.fullmatch(r"--amp bf16 takes [\d.]+ times as long as without", lines[-1])
+
+
+def test_inference_with_masks_and_the_one_beside_it_end_with_results(monkeypatch):
+    lines = bench("--masks", "--size", "64", "80").splitlines()
+    assert [line.split(":")[0] for line in lines if "images/s" in line] == [
+        "inference to results",
+        "inference to results --masks",
+    ]
+    made = []
+    monkeypatch.setattr(steps, "coco_results", lambda *call: made.extend(coco_results(*call)))
+    (images, _), config = make_batch([64, 80], parse_config([*SMALL_MODEL, "--masks"]), CPU)
+    steps.inference(config, CPU, images, to_results=True)()
+    assert made[0]["segmentation"]["size"] == [64, 80]
 
 
 def test_peak_memory_is_what_a_call_takes_for_a_moment():
@@ -314,6 +328,7 @@ def trained(model):
         ("--backbone_norm", "gn"),
         ("--backbone", "resnet152"),
         ("--drop_path", "0.1"),
+        ("--masks",),
         ("--eval_bf", *BATCHFORMER),
     ],
 )

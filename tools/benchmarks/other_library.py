@@ -86,6 +86,8 @@ def _refuse_unknown(config: Config) -> None:
         unknown = "--dilation in its own ResNet"
     elif config.transformer.drop_path:
         unknown = "--drop_path"
+    elif config.segmentation.masks:
+        unknown = "--masks"
     if unknown:
         raise UserError(f"--against transformers: it has no Deformable DETR with {unknown}")
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.benchmark import timer  # synchronises with the GPU before it reads the clock
 
 from datasets import build_dataset
+from datasets.coco_eval import coco_results
 from datasets.loader import Batch, collate
 from models.build import build_model
 from models.criterion import SetCriterion
@@ -68,13 +69,23 @@ class TrainingStep:
         self._updater.step()
 
 
-def inference(config: Config, device: torch.device, images: NestedTensor) -> Callable[[], None]:
-    model = build(config, device)[0]
+def inference(
+    config: Config, device: torch.device, images: NestedTensor, to_results: bool = False
+) -> Callable[[], None]:
+    """The network alone, or all up to detections in COCO's results format, with boxes and masks of the
+    batch's size.
+    """
+    model, _, postprocessors = build(config, device)
     prepare_for_inference(model, config.run.amp)
+    sizes = torch.tensor([images.tensors.shape[-2:]] * len(images), device=device)
 
     def infer() -> None:
         with torch.no_grad(), autocast(config.run.amp, device):
-            model(images)
+            outputs = model(images)
+        if to_results:
+            detections = postprocessors["bbox"](outputs, sizes)
+            on_host = [{name: values.cpu() for name, values in image.items()} for image in detections]
+            coco_results(range(len(on_host)), on_host, config.classes)
 
     return infer
 
