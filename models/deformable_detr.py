@@ -118,8 +118,9 @@ class DeformableDETR(nn.Module):
             )
             out = self._outputs(decoded)
         if self.mask_head and fine is not None:
-            out |= self.mask_head(fine, decoded.memory, decoded.contents[-1])
-            out["image_sizes"] = _unpadded_sizes(images.mask).repeat(decoded.memory.num_streams, 1)
+            sizes = _unpadded_sizes(images.mask).repeat(decoded.memory.num_streams, 1)
+            out |= self.mask_head(fine, decoded.memory, decoded.contents[-1], out["pred_boxes"], sizes)
+            out["image_sizes"] = sizes
         return out
 
     def _normalized(self, images: NestedTensor) -> NestedTensor:

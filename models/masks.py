@@ -45,7 +45,8 @@ def mask_losses(
     # of an image with more targets than queries some have no pair
     pairs = [min(count, queries.shape[1]) for count in counts]
     chosen = queries.flatten(0, 1)[query_T].split(pairs)
-    logits_Thw = torch.cat([_products(some, image) for some, image in zip(chosen, pixels, strict=True)])
+    with full_precision(pixels.device):
+        logits_Thw = torch.cat([_products(some, image) for some, image in zip(chosen, pixels, strict=True)])
     cells = torch.cat([cells_of(masks, pixels.shape[-2:], logits_Thw.dtype) for masks in targets])
     # the targets of one stream are those of the other
     wanted_Thw = cells[target_T % max(len(cells), 1)]

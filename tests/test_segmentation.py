@@ -32,6 +32,7 @@ from datasets.transforms import RandomCrop, RandomShorterSide
 from models import build_model, load_detector, load_model
 from models.inference import prepare_for_inference
 from models.masks import ImageMasks, cells_of, dice_loss, mask_losses
+from models.segmentation import ellipses
 from tests.golden import recipe
 from tests.helpers import BATCHFORMER, ROOT, SMALL_IMAGES, SMALL_MODEL, write_coco
 from tests.processes import run_main_forked, run_main_together
@@ -347,8 +348,8 @@ def test_outputs_and_gradients_in_every_architecture(kind):
     outputs = model.train()(images)
     streams = outputs["num_streams"]
     assert streams == (2 if BATCHFORMER[0] in ARCHITECTURES[kind] and kind != "one_stream" else 1)
-    assert outputs["pixel_embed"].shape == (3 * streams, 32, 20, 20)
-    assert outputs["mask_embed"].shape == (3 * streams, 12, 32)
+    assert outputs["pixel_embed"].shape == (3 * streams, 37, 20, 20)
+    assert outputs["mask_embed"].shape == (3 * streams, 12, 37)
     assert outputs["image_sizes"].tolist() == [list(size) for size in SIZES] * streams
     losses = criterion(outputs, targets)
     assert {"loss_mask", "loss_dice"} <= criterion.weight_dict.keys()
@@ -375,6 +376,32 @@ def test_the_plain_stream_of_training_has_the_masks_of_training_without_batchfor
         half, mixed = ours[name].chunk(2)
         torch.testing.assert_close(half, plain[name], atol=1e-4, rtol=1e-4)
         assert (mixed - plain[name]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_a_mask_begins_as_the_ellipse_in_its_box():
+    """Without what the network has learnt, on an image with padding, and for a box of no size."""
+    boxes = torch.tensor([[[0.5, 0.25, 0.4, 0.3], [0.9, 0.9, 0.5, 0.0]]])
+    pixels, queries = ellipses(boxes, torch.tensor([[400, 600]]), (120, 160))
+    masks = ImageMasks(queries[0], pixels[0], torch.tensor([400, 600]), torch.tensor([400, 600])).all()
+    y, x = torch.meshgrid(torch.arange(0.5, 400), torch.arange(0.5, 600), indexing="ij")
+    for mask, (cx, cy, width, height), iou in zip(
+        masks, [(300, 100, 240, 120), (540, 360, 300, 8)], (0.97, 0.7), strict=True
+    ):
+        wanted = ((x - cx) / (width / 2)) ** 2 + ((y - cy) / (height / 2)) ** 2 < 1
+        assert (mask & wanted).sum() / (mask | wanted).sum() > iou
+
+    # of the network too, where nothing was learnt: the logit in the middle of a box
+    model = build("--masks", "--with_box_refine")[0]
+    for layer in (model.mask_head.pixel_embed, model.mask_head.mask_embed.layers[-1]):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    outputs = model.eval()(batch()[0])
+    logits = torch.einsum("bqe,behw->bqhw", outputs["mask_embed"], outputs["pixel_embed"])
+    for image, boxes, size in zip(logits, outputs["pred_boxes"], SIZES, strict=True):
+        for mask, (cx, cy, width, height) in zip(image, boxes.tolist(), strict=True):
+            if min(width * size[1], height * size[0]) > 16:
+                assert mask[int(cy * size[0] / 4), int(cx * size[1] / 4)] > 1
 
 
 def test_a_batch_without_objects_gives_the_head_gradients_of_zero():
