@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from pycocotools.coco import COCO
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
@@ -27,6 +27,7 @@ from datasets.coco_eval import (
     precision_tables,
 )
 from datasets.loader import DeviceBatches
+from datasets.panoptic.quality import quality_table
 from models import build_model
 from models.criterion import SetCriterion
 from models.ops import backends
@@ -242,6 +243,10 @@ class Evaluation:
                 log.info("masks:")
             for line in metrics_table(self.stats[of.key]).splitlines():
                 log.info("%s", line)
+        if "PQ_all" in self.stats:
+            log.info("panoptic quality, in percent:")
+            for line in quality_table(self.stats).splitlines():
+                log.info("%s", line)
 
 
 @torch.no_grad()
@@ -283,21 +288,24 @@ def evaluate(
         losses = criterion(outputs, targets)
         sizes = torch.stack([target["orig_size"] for target in targets])
         detections = postprocessors["bbox"](outputs, sizes)
-        pending = PendingResult(targets, detections, losses, dataset.classes)
+        pending = PendingResult(targets, detections, losses, dataset)
         throughput.add(len(images) * world_size())
         progress.step([f"{throughput.rate():.2f} images/s"] if progress.due() else [])
     if pending:
         done.append(pending.collect())
     progress.close()
-    return _summarise(done, criterion.weight_dict, dataset.coco, run.coco_eval)
+    return _summarise(done, criterion.weight_dict, dataset, run.coco_eval)
 
 
 @dataclass(frozen=True)
 class BatchResult:
-    """What evaluation keeps of a batch: detections in COCO's results format, and losses by name."""
+    """What evaluation keeps of a batch: detections in COCO's results format, losses by name, and with
+    panoptic data what became of the segments by image id.
+    """
 
     detections: list[dict[str, Any]]
     losses: dict[str, float]
+    outcomes: dict[int, np.ndarray]
 
 
 class PendingResult:
@@ -308,9 +316,9 @@ class PendingResult:
         targets: Targets,
         detections: Sequence[dict[str, Any]],
         losses: dict[str, Tensor],
-        classes: ClassMap,
+        dataset: DetectionData,
     ) -> None:
-        self._classes = classes
+        self._dataset = dataset
         self._image_ids = [int(target["image_id"]) for target in targets]
         self._loss_names = list(losses)
         # The constructor starts the copies; one copy for all losses.
@@ -332,11 +340,17 @@ class PendingResult:
         ]
         for image, masks in zip(images, self._masks, strict=bool(self._masks)):
             image["masks"] = masks
-        return BatchResult(coco_results(self._image_ids, images, self._classes), losses)
+        outcomes = {}
+        if panoptic := self._dataset.panoptic:
+            for image_id, image in zip(self._image_ids, images, strict=True):
+                outcomes[image_id] = panoptic.compare(image_id, image)
+                del image["masks"]  # panoptic data have no masks that could overlap
+        results = coco_results(self._image_ids, images, self._dataset.classes)
+        return BatchResult(results, losses, outcomes)
 
 
 def _summarise(
-    done: list[BatchResult], weights: Mapping[str, float], ground_truth: COCO, evaluator: str
+    done: list[BatchResult], weights: Mapping[str, float], dataset: DetectionData, evaluator: str
 ) -> Evaluation:
     """Gather the results of all processes on the main one, in the order of the data set."""
     # Only the main process knows all detections, and computes the metrics.
@@ -358,7 +372,7 @@ def _summarise(
     # The metrics take minutes for large data: a note for the watchdog.
     note("COCO metrics of %d detections", len(results))
     evaluations = {
-        kind: evaluate_results(ground_truth, results, evaluator, kind) for kind in iou_types_of(results)
+        kind: evaluate_results(dataset.coco, results, evaluator, kind) for kind in iou_types_of(results)
     }
     # fsum: the mean must not depend on which process had which batch.
     means = {
@@ -368,5 +382,8 @@ def _summarise(
     stats: dict[str, Any] = published_names(means, weights)
     for kind, evaluation in evaluations.items():
         stats[IOU_TYPES[kind].key] = evaluation.stats.tolist()
+    if dataset.panoptic:
+        outcomes = [batch.outcomes for batch in in_order]
+        stats |= dataset.panoptic.figures({i: of for batch in outcomes for i, of in batch.items()})
     # The published tables are those of boxes.
     return Evaluation(broadcast_from_main(stats), results, precision_tables(evaluations["bbox"]))

@@ -19,11 +19,12 @@ if TYPE_CHECKING:  # datasets.synthetic starts without torch
     from pycocotools.coco import COCO
     from torch import Tensor
 
+    from datasets.panoptic.truth import PanopticTruth
     from util.class_map import ClassMap
     from util.data_identity import DataIdentity
 
 # --dataset_file -> module
-FORMATS = {"coco": "datasets.coco"}
+FORMATS = {"coco": "datasets.coco", "coco_panoptic": "datasets.coco_panoptic"}
 
 
 class DetectionData(Protocol):
@@ -37,13 +38,14 @@ class DetectionData(Protocol):
 
     epoch: set before each epoch; random choices depend on it, the seed and the index alone.
     classes: labels <-> category ids. coco: ground truth, as evaluation compares it; a training
-    deletes that of its training split. images, annotations: folder and file, for messages. image_ids:
+    deletes that of its training split. panoptic: what panoptic maps are compared with, or None. images, annotations: folder and file, for messages. image_ids:
     in the order of the items.
     """
 
     epoch: int
     classes: ClassMap
     coco: COCO
+    panoptic: PanopticTruth | None
     images: Path
     annotations: Path
     image_ids: list[int]
@@ -71,7 +73,7 @@ def build_dataset(image_set: str, config: Any, classes: ClassMap | None = None) 
     name = config.data.dataset_file
     if name not in FORMATS:
         raise UserError(
-            f"--dataset_file {name!r} is unknown or not available yet; use {' or '.join(FORMATS)}"
+            f"--dataset_file {name!r} is unknown; use {' or '.join(FORMATS)}"
         )
     module = import_module(FORMATS[name])
     options = {"masks": True} if config.segmentation.masks else {}

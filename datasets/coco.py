@@ -18,6 +18,9 @@ from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, Mask
 
 from datasets.coco_format import read_annotations
 from datasets.coco_masks import RunLengths
+from datasets.panoptic.format import PanopticSet
+from datasets.panoptic.segments import SegmentMasks
+from datasets.panoptic.truth import PanopticTruth
 from datasets.respell import respell
 from datasets.transforms import Area, eval_transform, train_transform
 from util.class_map import AUTO, ClassMap
@@ -47,10 +50,13 @@ class CocoDetection(Dataset):
             process: those drawn from torch, from NumPy's global generator and from Python's.
         max_megapixels: larger images are refused before they are decoded.
         masks: targets have masks; every annotation must have a segmentation then.
+        panoptic: the content of `annotations` if it is a panoptic file. Its segments are the objects.
 
     Raises:
         UserError: as the message says; an item whose file can't be used raises BadImageError.
     """
+
+    panoptic: PanopticTruth | None = None
 
     def __init__(
         self,
@@ -63,12 +69,13 @@ class CocoDetection(Dataset):
         num_classes: int | str = AUTO,
         max_megapixels: float = DataConfig.max_image_megapixels,
         masks: bool = False,
+        panoptic: PanopticSet | None = None,
     ) -> None:
         # annotations, with the names of the files as they are here
         if not images.is_dir():
             raise UserError(f"{images} does not exist; it must be the folder of the images: {_FLAGS}")
         self.images, self.annotations = images, annotations
-        self.coco = read_annotations(annotations)
+        self.coco = panoptic.as_instances() if panoptic else read_annotations(annotations)
         for how, count in respell(self.coco.imgs.values(), images).items():
             log.info("%s: %s: %d", annotations, how, count)
         self.image_ids = sorted(self.coco.imgs)
@@ -86,8 +93,12 @@ class CocoDetection(Dataset):
         entries = [self.coco.imgToAnns[image_id] for image_id in self.image_ids]
         objects = [entry for of_image in entries for entry in of_image]
         self._identity = DataIdentity.of([self.coco.imgs[i] for i in self.image_ids], objects)
-        runs = RunLengths.of(objects, self.coco.imgs, annotations) if masks else None
-        self._objects = _Objects.of(entries, self.classes, runs)
+        of_objects: RunLengths | SegmentMasks | None = None
+        if masks and panoptic:
+            of_objects = SegmentMasks.of(objects, panoptic, max_megapixels)
+        elif masks:
+            of_objects = RunLengths.of(objects, self.coco.imgs, annotations)
+        self._objects = _Objects.of(entries, self.classes, of_objects)
 
         self.epoch = 0
         self._transform, self._seed, self._max_megapixels = transform, seed, max_megapixels
@@ -103,6 +114,8 @@ class CocoDetection(Dataset):
         width, height = image.size
         try:
             target = self._objects.target(index, height, width)
+        except BadImageError:
+            raise
         except ValueError as error:
             raise BadImageError(str(path), str(error), self._remedy(index)) from None
 
@@ -153,6 +166,7 @@ def build(
     classes: ClassMap | None = None,
     *,
     masks: bool = False,
+    panoptic: PanopticSet | None = None,
 ) -> CocoDetection:
     """The "train" or "val" split in the published folder layout, or where the flags say."""
     # a missing --coco_path is reported before the folder in it
@@ -175,6 +189,7 @@ def build(
         num_classes=data.num_classes,
         max_megapixels=data.max_image_megapixels,
         masks=masks,
+        panoptic=panoptic,
     )
     if data.cache_mode:
         dataset.fill_cache(leave_out_bad=data.on_bad_image == "skip")
@@ -216,11 +231,14 @@ class _Objects:
     boxes: np.ndarray
     labels: np.ndarray
     areas: np.ndarray
-    masks: RunLengths | None
+    masks: RunLengths | SegmentMasks | None
 
     @classmethod
     def of(
-        cls, entries: Sequence[Sequence[dict[str, Any]]], classes: ClassMap, masks: RunLengths | None
+        cls,
+        entries: Sequence[Sequence[dict[str, Any]]],
+        classes: ClassMap,
+        masks: RunLengths | SegmentMasks | None,
     ) -> _Objects:
         """Of COCO's annotations of each image."""
         # a crowd's box is not one object; evaluation ignores crowds too

@@ -60,7 +60,7 @@ def coco_results(
     image_ids: Sequence[int], detections: Sequence[dict[str, Any]], classes: ClassMap
 ) -> list[dict[str, Any]]:
     """Detections in COCO's results format: category ids of the data set, boxes x, y, width, height, and
-    masks as compressed run lengths.
+    masks as compressed run lengths. Of panoptic classes, things alone: they have boxes in COCO.
 
     Args:
         detections: of each image, on the host: labels [n], scores [n], and the outputs of IOU_TYPES
@@ -70,6 +70,10 @@ def coco_results(
     # columns of an image's detections, then one dictionary for each
     results = []
     for image_id, detection in zip(image_ids, detections, strict=True):
+        if classes.stuff:
+            stuff = torch.tensor(classes.stuff, device=detection["labels"].device)
+            things = torch.isin(detection["labels"], stuff, invert=True).nonzero().flatten()
+            detection = {name: values[things] for name, values in detection.items()}
         labels = detection["labels"].tolist()
         columns: dict[str, list[Any]] = {
             "image_id": [image_id] * len(labels),

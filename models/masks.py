@@ -112,6 +112,15 @@ class ImageMasks:
 
         A column lies beside the next in memory, as COCO's run lengths go through a mask.
         """
+        for logits_nWH in self._logits():
+            yield (logits_nWH > 0).cpu().transpose(1, 2)
+
+    def logits(self) -> Iterator[Tensor]:
+        """The logits of each mask, [H, W] on the device of the network; a few are computed at once."""
+        for logits_nWH in self._logits():
+            yield from logits_nWH.transpose(1, 2)
+
+    def _logits(self) -> Iterator[Tensor]:
         if not len(self):
             return
         (height, width), target = self.image_size.tolist(), self.target_size.tolist()
@@ -121,8 +130,7 @@ class ImageMasks:
         with full_precision(cells.device):
             pixels_Ewh = cells.transpose(1, 2).contiguous()
             for some in widened(self.mask_embed).split(most):
-                masks = _enlarged(_products(some, pixels_Ewh), scale[::-1], target[::-1])
-                yield (masks > 0).cpu().transpose(1, 2)
+                yield _enlarged(_products(some, pixels_Ewh), scale[::-1], target[::-1])
 
     def all(self) -> Tensor:
         """All masks, bool [n, H, W] on the host."""

@@ -28,10 +28,14 @@ class Category(NamedTuple):
 
 @dataclass(frozen=True)
 class ClassMap:
-    """The categories of a data set, and the number of logits, some of which may have no category."""
+    """The categories of a data set, and the number of logits, some of which may have no category.
+
+    stuff: of a panoptic data set, the labels that are stuff; the others are things. None: of another.
+    """
 
     num_classes: int
     categories: tuple[Category, ...]
+    stuff: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, categories: Iterable[Mapping[str, Any]], num_classes: int | str, source: str) -> ClassMap:
@@ -92,6 +96,12 @@ class ClassMap:
                     f"{source} has category {number} {name!r}, which is not among the classes that "
                     f"the detector is for{instead}; {remedy}"
                 )
+            if self.stuff is not None and (self.label_of(number) in self.stuff) == category.get("isthing"):
+                kind, other = ("a thing", "stuff") if category["isthing"] else ("stuff", "a thing")
+                raise UserError(
+                    f"{source} has category {number} {name!r} as {kind}, and for the detector it is {other}; "
+                    f"correct its isthing"
+                )
 
     def require_same(self, other: ClassMap, source: str) -> None:
         """Raise UserError unless `other`, of the checkpoint `source`, has the same name for every label.
@@ -110,16 +120,21 @@ class ClassMap:
 
     def to_plain(self) -> dict[str, Any]:
         """As a checkpoint holds it: numbers, strings and lists."""
-        return {"num_classes": self.num_classes, "categories": [list(c) for c in self.categories]}
+        plain = {"num_classes": self.num_classes, "categories": [list(c) for c in self.categories]}
+        if self.stuff is not None:
+            plain["stuff"] = list(self.stuff)
+        return plain
 
     @classmethod
     def from_plain(cls, plain: Any) -> ClassMap:
         """The reverse of `to_plain`. Raises ValueError for anything that it never returns."""
         try:
-            classes = cls(plain["num_classes"], tuple(Category(*entry) for entry in plain["categories"]))
+            stuff = plain.get("stuff")
+            categories = tuple(Category(*entry) for entry in plain["categories"])
+            classes = cls(plain["num_classes"], categories, None if stuff is None else tuple(stuff))
             if not classes._is_sound():
                 raise ValueError
-        except (TypeError, KeyError, ValueError):
+        except (AttributeError, TypeError, KeyError, ValueError):
             raise ValueError("these are no classes of a checkpoint") from None
         return classes
 
@@ -132,6 +147,8 @@ class ClassMap:
             types = type(label), type(number), type(name)
             if types != (int, int, str) or not 0 <= label < self.num_classes:
                 return False
+        if not set(self.stuff or ()) <= self.names.keys():
+            return False
         return len(self._ids) == len(self._labels) == len(self.categories)
 
     @cached_property

@@ -6,6 +6,7 @@ each id what the segment is. Whether a category is a thing or stuff is its `isth
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -15,11 +16,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+from pycocotools.coco import COCO
 
 from datasets.coco_format import is_area, is_file_name, is_flag, is_id, is_text, read_json, shown
 from util.config import DataConfig
 from util.errors import UserError
-from util.images.files import decode, read_image_file
+from util.images.files import BadImageError, decode, read_image_file
 
 Entry = dict[str, Any]
 
@@ -130,6 +132,22 @@ class PanopticSet:
         """The ids of the categories that are things; the others are stuff."""
         return {category["id"] for category in self.categories if category["isthing"]}
 
+    def as_instances(self, *, only_things: bool = False) -> COCO:
+        """The segments as COCO's annotations, without masks; `segment` is their id in the map."""
+        categories = [one for one in self.categories if one["isthing"] or not only_things]
+        known, annotations = {category["id"] for category in categories}, []
+        for image_id, annotation in self.annotations.items():
+            for segment in annotation["segments_info"]:
+                if segment["category_id"] in known:
+                    names = {"id": len(annotations) + 1, "image_id": image_id, "segment": segment["id"]}
+                    annotations.append({**segment, **names})
+        images = list(self.images.values())
+        coco = COCO()
+        coco.dataset = {"images": images, "annotations": annotations, "categories": categories}
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
+            coco.createIndex()
+        return coco
+
     def read(self, image_id: int, megapixels: float = DataConfig.max_image_megapixels) -> Panoptic:
         """The segments of an image.
 
@@ -163,20 +181,25 @@ class PanopticSet:
             )
 
 
-def read_map(path: Path, megapixels: float = DataConfig.max_image_megapixels) -> np.ndarray:
+def read_map(
+    path: Path,
+    megapixels: float = DataConfig.max_image_megapixels,
+    otherwise: str = "or take its annotation out",
+) -> np.ndarray:
     """The ids [H, W] int32 in a PNG file.
 
     Raises:
-        UserError: the file can't be read, or is no RGB image of 8 bits.
+        BadImageError: the file can't be read, or is no RGB image of 8 bits. `otherwise` ends the remedy.
     """
-    otherwise = "or take its annotation out"
     content = read_image_file(path, megapixels, otherwise)
     picture = decode(content, path, megapixels, otherwise)
     # other formats and channels would be converted, and give other ids without a word
     with Image.open(io.BytesIO(content)) as image:
         if (image.format, image.mode) != ("PNG", "RGB"):
             kind = f"{image.format} of mode {image.mode}"
-            raise UserError(f"{path} is a {kind}; a panoptic map must be a PNG of mode RGB, 8 bits a channel")
+            raise BadImageError(
+                str(path), f"is a {kind}", "a panoptic map must be a PNG of mode RGB, 8 bits a channel"
+            )
     red, green, blue = np.moveaxis(np.asarray(picture, dtype=np.int32), -1, 0)
     return red + 256 * green + 256**2 * blue
 

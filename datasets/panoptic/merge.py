@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
-from typing import NamedTuple
+from collections.abc import Container, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from datasets.panoptic.format import VOID
+from datasets.panoptic.format import VOID, Panoptic, describe
+from util.class_map import ClassMap
+from util.config import DataConfig
 
-SCORE_THRESHOLD = 0.3  # as in pictures of detections
-OVERLAP_THRESHOLD = 0.8  # MaskFormer's, for COCO
 INSIDE = 0.5  # probability from which a pixel belongs to a mask
 
 
@@ -33,16 +32,45 @@ class Merged(NamedTuple):
     segments: list[Segment]
 
 
+def panoptic_of(
+    scores: Tensor,
+    labels: Tensor,
+    masks: Any,
+    classes: ClassMap,
+    *,
+    score_threshold: float = DataConfig.panoptic_score,
+    overlap_threshold: float = DataConfig.panoptic_overlap,
+) -> Panoptic:
+    """The panoptic map of an image's detections, at the image's size, in COCO's form.
+
+    Args:
+        scores, labels: [n], best first. masks: an object that has their `logits`, as `merge` takes them,
+            and their `target_size` (models.masks.ImageMasks).
+        classes: those of the detector, with stuff.
+    """
+    height, width = masks.target_size.tolist()
+    ids, segments = merge(
+        scores,
+        labels,
+        masks.logits(),
+        (height, width),
+        classes.stuff or (),
+        score_threshold=score_threshold,
+        overlap_threshold=overlap_threshold,
+    )
+    return describe(ids.cpu().numpy(), {segment.id: classes.id_of(segment.label) for segment in segments})
+
+
 @torch.no_grad()
 def merge(
     scores: Tensor,
     labels: Tensor,
-    mask_logits: Tensor,
+    mask_logits: Iterable[Tensor],
     size: tuple[int, int],
     stuff: Container[int],
     *,
-    score_threshold: float = SCORE_THRESHOLD,
-    overlap_threshold: float = OVERLAP_THRESHOLD,
+    score_threshold: float = DataConfig.panoptic_score,
+    overlap_threshold: float = DataConfig.panoptic_overlap,
 ) -> Merged:
     """The panoptic map of an image.
 
@@ -58,21 +86,21 @@ def merge(
 
     Args:
         scores: [n], from 0 to 1, best first. labels: [n] int64.
-        mask_logits: [n, h, w], of the image without padding. They are resized to `size` one at a time,
-            so memory does not grow with n.
-        size: height and width of the map, in pixels.
+        mask_logits: n masks [H, W]. They are taken one at a time, and none of a dropped detection, so
+            memory does not grow with n.
+        size: H and W, in pixels.
         stuff: the labels of stuff. Others are things.
     """
-    best = torch.zeros(size, device=mask_logits.device)
-    winner = torch.zeros(size, dtype=torch.int32, device=mask_logits.device)
+    best = torch.zeros(size)
+    winner = torch.zeros(size, dtype=torch.int32)
     candidates: dict[tuple[int, ...], Segment] = {}  # things by label and place, stuff by label
     mask_areas: dict[int, Tensor] = {}
     unions: dict[int, Tensor] = {}
-    rows = zip((scores > score_threshold).tolist(), scores.tolist(), labels.tolist(), strict=True)
-    for i, (kept, score, label) in enumerate(rows):
-        if not kept:
-            continue
-        probability = _resized(mask_logits[i], size).sigmoid()
+    kept = int((scores > score_threshold).sum())
+    # the masks come last: none is taken after the last score
+    rows = zip(scores[:kept].tolist(), labels[:kept].tolist(), mask_logits, strict=False)
+    for i, (score, label, logits) in enumerate(rows):
+        probability = logits.float().sigmoid()
         inside = probability >= INSIDE
         key = (label,) if label in stuff else (label, i)
         number = candidates.setdefault(key, Segment(len(candidates) + 1, label, score)).id
@@ -82,17 +110,10 @@ def merge(
 
         # a tie goes to the earlier one
         value = score * probability * inside
+        best, winner = best.to(value.device), winner.to(value.device)  # known from the first mask
         better = value > best
         best, winner = torch.where(better, value, best), winner.masked_fill(better, number)
     return _without_covered(winner, list(candidates.values()), list(mask_areas.values()), overlap_threshold)
-
-
-def _resized(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """[h, w] of any floats to [H, W] float32."""
-    logits = logits.float()
-    if logits.shape == size:
-        return logits
-    return functional.interpolate(logits[None, None], size, mode="bilinear", align_corners=False)[0, 0]
 
 
 def _without_covered(

@@ -8,12 +8,13 @@ Shape letters: T segments of the ground truth, F found segments, K categories.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from datasets.panoptic.format import VOID, Entry, Panoptic, run_starts
+from util.draw.curves import percent
 
 # what can become of a segment: true positive, false positive, false negative
 TP, FP, FN = range(3)
@@ -150,10 +151,10 @@ def class_quality(sums: Statistics) -> np.ndarray:
     return quality
 
 
-def panoptic_quality(sums: Statistics, categories: Sequence[Entry]) -> dict[str, list[float]]:
-    """PQ_all, PQ_th (things) and PQ_st (stuff): each [PQ, SQ, RQ] in percent.
+def panoptic_quality(sums: Statistics, categories: Sequence[Entry]) -> dict[str, dict[str, float]]:
+    """PQ_all, PQ_th (things) and PQ_st (stuff): each pq, sq and rq from 0 to 1, as in DETR's log.txt.
 
-    They are means over the categories that were there or found; UNDEFINED without such a category.
+    They are means over the `n` categories that were there or found; UNDEFINED without such a category.
 
     Args:
         categories: those of `sums`, dictionaries with id and isthing.
@@ -166,6 +167,16 @@ def panoptic_quality(sums: Statistics, categories: Sequence[Entry]) -> dict[str,
         means = np.full(3, UNDEFINED)
         if len(chosen):
             # cumsum adds one by one, as COCO's evaluation does
-            means = 100 * (chosen.cumsum(axis=0)[-1] / len(chosen))
-        figures[name] = means.tolist()
+            means = chosen.cumsum(axis=0)[-1] / len(chosen)
+        figures[name] = dict(zip(("pq", "sq", "rq"), means.tolist(), strict=True), n=len(chosen))
     return figures
+
+
+def quality_table(stats: Mapping[str, Any]) -> str:
+    """PQ, SQ and RQ of all, things and stuff in three lines, in percent."""
+    lines = []
+    for name, title in (("PQ_all", "all"), ("PQ_th", "things"), ("PQ_st", "stuff")):
+        one = stats[name]
+        cells = "  ".join(f"{key.upper()} {percent(one[key]):>4}" for key in ("pq", "sq", "rq"))
+        lines.append(f"{title:6}  {cells}  ({one['n']} classes)")
+    return "\n".join(lines)

@@ -223,15 +223,25 @@ def _check_masks(config: Config) -> None:
         not config.segmentation.masks or BACKBONES[name].fine,
         f"--masks can't be used with --backbone {name}, whose entry names no stage of stride 4; use resnet50",
     )
-    for name in ("mask_loss_coef", "dice_loss_coef"):
+    for group, name in (
+        (config.loss, "mask_loss_coef"),
+        (config.loss, "dice_loss_coef"),
+        (config.data, "panoptic_score"),
+        (config.data, "panoptic_overlap"),
+    ):
         require(
-            config.segmentation.masks or getattr(config.loss, name) == FLAGS[name].default,
+            config.segmentation.masks or getattr(group, name) == FLAGS[name].default,
             f"--{name} needs --masks; add --masks, or leave it out",
         )
 
 
 def _check_data(config: Config) -> None:
     data, evaluate = config.data, config.run.eval
+    require(
+        not data.coco_panoptic_path or data.dataset_file == "coco_panoptic",
+        "--coco_panoptic_path needs --dataset_file coco_panoptic; add it, or leave the path out",
+    )
+    require(data.panoptic_overlap <= 1, f"--panoptic_overlap {data.panoptic_overlap:g} must be at most 1")
     splits = ["val"] if evaluate else ["val", "train"]
     for split in splits:
         # one alone is a forgotten flag: the other would be of the published folder

@@ -14,7 +14,6 @@ from typing import Any
 from util.class_map import AUTO
 from util.config.flag import flag, table_of
 from util.config.model_fields import (
-    NO_PANOPTIC,
     BackboneConfig,
     BatchFormerConfig,
     LossConfig,
@@ -86,7 +85,9 @@ class DataConfig:
     of = "data"
 
     # of the published program, whose scripts give it
-    dataset_file: str = flag("coco", "kind of data set: coco", "KIND")
+    dataset_file: str = flag(
+        "coco", "kind of data set: coco, or coco_panoptic, where stuff has segments too", "KIND"
+    )
     # a folder may move: the contents of the data are compared, not their place
     coco_path: str = flag(
         "./data/coco",
@@ -112,7 +113,29 @@ class DataConfig:
     val_annotations: str = flag(
         "", "annotations of --val_images: a COCO instances file", "FILE", free_on_resume=True
     )
-    coco_panoptic_path: str = flag("", "folder of COCO panoptic", "FOLDER", refused=NO_PANOPTIC)
+    coco_panoptic_path: str = flag(
+        "",
+        "with --dataset_file coco_panoptic: folder with annotations/panoptic_{train,val}2017.json and "
+        "panoptic_{train,val}2017; default: that of --coco_path",
+        "FOLDER",
+        free_on_resume=True,
+    )
+    panoptic_score: float = flag(
+        0.3,
+        "a panoptic map is made of the detections that score more",
+        "SCORE",
+        below=1,
+        of="evaluation",
+        in_tools=True,
+    )
+    panoptic_overlap: float = flag(
+        0.8,
+        "a segment of a panoptic map that others cover more, so that less than this share of its mask is "
+        "seen, is left out",
+        "SHARE",
+        of="evaluation",
+        in_tools=True,
+    )
     remove_difficult: bool = flag(
         False, "not used by COCO data", refused="has no meaning for COCO data; leave it out"
     )
@@ -184,9 +207,12 @@ class DataConfig:
         return Path(given or f"{self.coco_path}/{image_set}2017")
 
     def annotations_file(self, image_set: str) -> Path:
-        """The COCO instances file of "train" or "val"."""
+        """The COCO file of "train" or "val", of instances or panoptic."""
+        folder, kind = self.coco_path, "instances"
+        if self.dataset_file == "coco_panoptic":
+            folder, kind = self.coco_panoptic_path or folder, "panoptic"
         given = getattr(self, f"{image_set}_annotations")
-        return Path(given or f"{self.coco_path}/annotations/instances_{image_set}2017.json")
+        return Path(given or f"{folder}/annotations/{kind}_{image_set}2017.json")
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,6 @@ from util.config.flag import flag
 
 # rows and columns of the table of learned position encodings
 LEARNED_POSITIONS = 50
-# flags of the published program are parsed, so that its scripts get an explanation
-NO_PANOPTIC = "is not available yet: this version trains boxes and masks of objects; leave it out"
 
 
 @dataclass(frozen=True)
