@@ -38,8 +38,8 @@ class DetectionData(Protocol):
 
     epoch: set before each epoch; random choices depend on it, the seed and the index alone.
     classes: labels <-> category ids. coco: ground truth, as evaluation compares it; a training
-    deletes that of its training split. panoptic: what panoptic maps are compared with, or None. images, annotations: folder and file, for messages. image_ids:
-    in the order of the items.
+    deletes that of its training split. panoptic: what panoptic maps are compared with; None without such.
+    images, annotations: folder and file, for messages. image_ids: in the order of the items.
     """
 
     epoch: int
@@ -72,9 +72,7 @@ def build_dataset(image_set: str, config: Any, classes: ClassMap | None = None) 
     # imported when it is used: datasets.synthetic starts without torch
     name = config.data.dataset_file
     if name not in FORMATS:
-        raise UserError(
-            f"--dataset_file {name!r} is unknown; use {' or '.join(FORMATS)}"
-        )
+        raise UserError(f"--dataset_file {name!r} is unknown; use {' or '.join(FORMATS)}")
     module = import_module(FORMATS[name])
     options = {"masks": True} if config.segmentation.masks else {}
     return module.build(image_set, config.data, config.run.seed, classes or config.classes, **options)

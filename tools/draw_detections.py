@@ -13,9 +13,9 @@ from pycocotools.coco import COCO
 
 # a script sees only its own folder, not the project
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from datasets.coco_format import read_annotations
 from datasets.coco_masks import mask_of
 from datasets.coco_results import read_results
+from datasets.panoptic.format import read_boxes
 from datasets.respell import respell
 from util.config import DataConfig, add_score_threshold_flag, make_parser
 from util.draw.boxes import contact_sheet, draw_coco, side_by_side
@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> None:
     args = parser().parse_args(argv)
     # Read and check everything before the first picture is written.
-    coco = read_annotations(args.annotations)
+    coco = read_boxes(args.annotations)
     predictions = read_predictions(args.predictions, coco)
     chosen = choose_images(coco, args.num_images, args.image_ids)
     respell([coco.imgs[image_id] for image_id in chosen], args.images)

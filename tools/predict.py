@@ -4,6 +4,8 @@ results format.
 Written to --output_dir: every picture and video under its own name, in folders as the inputs are;
 predictions.json, a list of {image_id, category_id, bbox [x, y, width, height] in pixels, score};
 and images.json, which says what the ids mean, in COCO's instances format without annotations.
+A detector of panoptic data writes panoptic.json and the maps in panoptic/ too, in COCO's results format;
+its pictures show the segments, and predictions.json has the things alone.
 Pictures and frames of videos are turned upright, as viewers show them. With --annotations, pictures
 are taken as they are stored, as in training and evaluation.
 """
@@ -42,6 +44,7 @@ from util.errors import UserError, run_as_command
 
 if TYPE_CHECKING:  # imported where they are used, so that --help needs no torch
     from datasets.input_files import InputFile
+    from datasets.panoptic.format import Panoptic
     from models.detector import Detections, Detector, Prepared
     from util.images.files import BadImageError
     from util.images.video import VideoReader
@@ -114,13 +117,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     head = f'{{"annotations": [], "categories": {categories},\n"images": '
     try:
         args.output_dir.mkdir(parents=True, exist_ok=True)
+        maps: contextlib.AbstractContextManager = contextlib.nullcontext()
+        stuff = detector.classes.stuff
+        if stuff is not None and detector.config.segmentation.masks:
+            maps = open_maps(args.output_dir, detector)
         # disable=None: no bar if the output is not a terminal
         with (
             JsonRows(args.output_dir / "predictions.json") as results,
             JsonRows(args.output_dir / "images.json", head, "}") as images,
+            maps as panoptic,
             tqdm(total=pictures, unit="picture", disable=None) as progress,
         ):
-            prediction = Prediction(detector, args, progress, results, images)
+            prediction = Prediction(detector, args, progress, results, images, panoptic)
             prediction.run(files)
     except OSError as error:
         path = error.filename or args.output_dir
@@ -146,8 +154,8 @@ class Prediction:
     """Detects, draws and writes. Reading, detecting and drawing run at the same time, with a few
     pictures in memory.
 
-    args: the command's flags. results, images: predictions.json and images.json. bad: files that
-    could not be used. best_score: of all detections, also those below the threshold.
+    args: the command's flags. results, images, maps: predictions.json, images.json, and panoptic.json or
+    None. bad: files that could not be used. best_score: of all detections, also those below the threshold.
     """
 
     detector: Detector
@@ -155,6 +163,7 @@ class Prediction:
     progress: tqdm
     results: JsonRows
     images: JsonRows
+    maps: JsonRows | None
     bad: list[BadImageError] = field(default_factory=list)
     best_score: float = 0.0
     _next_id: Iterator[int] = field(default_factory=lambda: itertools.count(1))
@@ -181,20 +190,23 @@ class Prediction:
             raise UserError(f"none of the {len(self.bad)} files could be used")
         line = f"pictures: {self.images.count}; "
         line += f"detections that score {self.args.score_threshold:g} and more: {self.results.count}"
-        if not self.results.count:
+        if not self.results.count and not self.maps:
             line += f" (the best scores {self.best_score:.2g}; lower --score_threshold to see it)"
         if self.bad:
             line += f"; files left out: {len(self.bad)}"
         print(f"{line}; written to {self.args.output_dir}")
 
-    def _predict(self, shots: Generator[Shot], write: Callable[[Shot, Detections], None]) -> None:
+    def _predict(
+        self, shots: Generator[Shot], write: Callable[[Shot, Detections, Panoptic | None], None]
+    ) -> None:
         from datasets.coco_eval import coco_results
 
         # one thread reads ahead, one detects, and this one draws and writes
         size = self.detector.batch_size
         predicted = ahead(self._detect(ahead(shots, 2 * size)), size)
         with contextlib.closing(predicted):
-            for shot, found in predicted:
+            for shot, every in predicted:
+                found = every.above(self.args.score_threshold)
                 # noted first, so that a picture that can't be written is in the JSON files
                 detections: dict[str, Any] = {
                     "boxes": found.boxes,
@@ -206,9 +218,22 @@ class Prediction:
                 for result in coco_results([shot.entry["id"]], [detections], self.detector.classes):
                     self.results.add(result)
                 self.images.add(shot.entry)
+                panoptic = self._write_map(shot, every) if self.maps else None
                 self.progress.update()
                 if not self.args.no_pictures:
-                    write(shot, found)
+                    write(shot, found, panoptic)
+
+    def _write_map(self, shot: Shot, found: Detections) -> Panoptic:
+        """Write the panoptic map of all detections, as evaluation makes it."""
+        from datasets.panoptic.format import write_image
+        from datasets.panoptic.merge import panoptic_of
+
+        data, classes = self.detector.config.data, self.detector.classes
+        limits = {"score_threshold": data.panoptic_score, "overlap_threshold": data.panoptic_overlap}
+        panoptic = panoptic_of(found.scores, found.labels, found.embedded_masks, classes, **limits)
+        assert self.maps is not None
+        self.maps.add(write_image(self.args.output_dir / "panoptic", shot.entry["id"], panoptic))
+        return panoptic
 
     def _predict_video(self, file: InputFile) -> None:
         from util.images.video import VideoReader, VideoWriter
@@ -216,20 +241,20 @@ class Prediction:
         with VideoReader(file.path, REMEDY) as video, contextlib.ExitStack() as stack:
             writer: VideoWriter | None = None
 
-            def write(shot: Shot, found: Detections) -> None:
+            def write(shot: Shot, found: Detections, panoptic: Panoptic | None) -> None:
                 nonlocal writer
                 # the size is known from the first frame only
                 if writer is None:
                     size = shot.picture.size
                     writer = VideoWriter(self._output(file), size, video.rate, video.pixel_aspect)
                     stack.callback(writer.close)
-                writer.add(self._draw(shot, found, enlarge=False), shot.seconds)
+                writer.add(self._draw(shot, found, panoptic, enlarge=False), shot.seconds)
 
             self.progress.total += video.num_frames
             self._predict(self._read_video(video, file), write)
 
-    def _save_picture(self, shot: Shot, found: Detections) -> None:
-        picture = self._draw(shot, found, enlarge=True)
+    def _save_picture(self, shot: Shot, found: Detections, panoptic: Panoptic | None) -> None:
+        picture = self._draw(shot, found, panoptic, enlarge=True)
         # with subsampled chroma coloured letters would blur
         picture.save(self._output(shot.file), quality=92, subsampling=0)
 
@@ -263,12 +288,18 @@ class Prediction:
                 for shot, found in zip(batch, every, strict=True):
                     # the first detection of an image has the highest score
                     self.best_score = max([self.best_score, *found.scores[:1].tolist()])
-                    yield shot, found.above(self.args.score_threshold)
+                    yield shot, found
 
-    def _draw(self, shot: Shot, found: Detections, *, enlarge: bool) -> Image.Image:
-        from util.draw.boxes import draw_boxes
+    def _draw(
+        self, shot: Shot, found: Detections, panoptic: Panoptic | None, *, enlarge: bool
+    ) -> Image.Image:
+        from util.draw.boxes import draw_boxes, draw_panoptic
 
         classes = list(self.detector.classes.names.values())
+        if panoptic:
+            names = {category.id: category.name for category in self.detector.classes.categories}
+            labels = {segment["id"]: names.get(segment["category_id"], "") for segment in panoptic.segments}
+            return draw_panoptic(shot.picture, panoptic.ids, labels, classes=classes, enlarge=enlarge)
         scores = found.scores.tolist()
         masks = None if found.masks is None else found.masks.numpy()
         boxes = found.boxes.numpy()
@@ -291,6 +322,18 @@ class Prediction:
             if self.args.on_bad_image == "stop":
                 raise
             self.bad.append(error)
+
+
+def open_maps(folder: Path, detector: Detector) -> JsonRows:
+    """panoptic.json; its maps go to the folder of the same name."""
+    classes = detector.classes
+    categories = [
+        {"id": one.id, "name": one.name, "isthing": int(one.label not in (classes.stuff or ()))}
+        for one in classes.categories
+    ]
+    (folder / "panoptic").mkdir(exist_ok=True)
+    head = f'{{"categories": {json.dumps(categories)},\n"annotations": '
+    return JsonRows(folder / "panoptic.json", head, "}")
 
 
 class JsonRows:

@@ -18,7 +18,16 @@ import numpy as np
 from PIL import Image
 from pycocotools.coco import COCO
 
-from datasets.coco_format import is_area, is_file_name, is_flag, is_id, is_text, read_json, shown
+from datasets.coco_format import (
+    is_area,
+    is_file_name,
+    is_flag,
+    is_id,
+    is_text,
+    read_annotations,
+    read_json,
+    shown,
+)
 from util.config import DataConfig
 from util.errors import UserError
 from util.images.files import BadImageError, decode, read_image_file
@@ -231,6 +240,23 @@ def read_panoptic(path: Path, folder: Path | None = None) -> PanopticSet:
         lacks = "annotation" if number in images else "entry in images"
         raise UserError(f"{path}: image {number} has no {lacks}; add it, or take the image out")
     return PanopticSet(path, folder or path.with_suffix(""), content["categories"], images, annotations)
+
+
+def read_boxes(path: Path) -> COCO:
+    """What boxes are compared with: the objects of an instances file, or the things of a panoptic one.
+
+    Raises UserError as `read_annotations` and `read_panoptic` do.
+    """
+    content = read_json(path)
+    entries = content.get("annotations") if isinstance(content, dict) else None
+    if (
+        isinstance(entries, list)
+        and entries
+        and isinstance(entries[0], dict)
+        and "segments_info" in entries[0]
+    ):
+        return read_panoptic(path).as_instances(only_things=True)
+    return read_annotations(path)
 
 
 # ---- checks of the JSON file

@@ -32,7 +32,7 @@ HEADS = ("class_embed.", "bbox_embed.")
 
 MODULES = frozenset(name for name, flag in FLAGS.items() if flag.group == "batchformer")
 _ARCHITECTURE = tuple(name for name in flags_of("architecture") if name not in MODULES)
-_SIZES = flags_of("evaluation")
+_SIZES = ("eval_size", "max_size")
 # flags of BatchFormerV2 that decide which weights there are, with one stream or two
 _MODULE_WEIGHTS = ("share_bf", "bt_num_layers", "insert_idx")
 
@@ -69,14 +69,14 @@ def config_of(
         source, flag: the file and the flag that named it, for messages.
         batchformer: with BatchFormerV2 as it was trained, off in evaluation.
         overrides: flags of main.py: those of the backbone and the transformer, for what the
-            checkpoint does not say, and eval_size and max_size.
+            checkpoint does not say, and those of evaluation, such as eval_size.
 
     Raises:
         UserError: it holds no Deformable DETR, or none with BatchFormerV2; an override is no such
         flag or has a value that is not possible.
     """
     known = {name for name, item in FLAGS.items() if item.group in ("backbone", "transformer")}
-    known.update(_SIZES)
+    known.update(flags_of("evaluation"))
     for name in sorted(overrides.keys() - known):
         raise UserError(
             f"{name} is no flag of a detector's architecture; there are {', '.join(sorted(known))}"

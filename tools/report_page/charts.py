@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from tools.report_page.content import results_of
 from tools.report_page.runs import Run
-from util.draw.curves import MAX_MARKERS, PANELS, Curve, Panel, curves_of, run_colors
+from util.draw.curves import MAX_MARKERS, PANELS, PANOPTIC, Curve, Panel, curves_of, run_colors
 
 # of the curves, and how headings show them
 DASHES, SIGNS = ("solid", "dash", "dot"), ("—", "- -", "···")
@@ -30,7 +30,7 @@ Banded = tuple[int, str, str, Sequence[tuple[float, float, float, float]]]
 def curves(runs: Sequence[Run]) -> dict[str, Any] | None:
     """A chart of the panels that have a curve; None if no run has finished an epoch."""
     logs = [run.rows for run in runs]
-    panels = [(panel, found) for panel in PANELS if (found := curves_of(panel, logs))]
+    panels = [(panel, found) for panel in (*PANELS, PANOPTIC) if (found := curves_of(panel, logs))]
     if not panels:
         return None
     axes: dict[str, dict[str, Any]] = {"xaxis": {}, "yaxis": {}}

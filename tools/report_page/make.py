@@ -20,8 +20,8 @@ from plotly.offline import get_plotlyjs
 from pycocotools.coco import COCO
 
 from datasets.coco_eval import evaluate_results, precision_tables
-from datasets.coco_format import read_annotations
 from datasets.detection_errors import Errors, find_errors
+from datasets.panoptic.format import read_boxes
 from datasets.respell import respell
 from tools.report_page import charts, content
 from tools.report_page.mistakes import Album, error_table, worst
@@ -95,7 +95,7 @@ class GroundTruth:
             remedy = "so no mistakes are shown; add --annotations and --images."
             notes.append(f"The annotations are missing ({reason}), {remedy}")
             return cls()
-        coco = read_annotations(path)
+        coco = read_boxes(path)
 
         # The images must belong to these annotations, unless the user named the annotations.
         if images is None:

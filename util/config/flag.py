@@ -13,7 +13,8 @@ from typing import Any
 ROLES = {
     "architecture": "which detector it is. A checkpoint decides, and refuses another value.",
     "model": "losses, dropout, starting weights. With `--eval` a checkpoint decides what is not given.",
-    "evaluation": "image sizes. With `--eval` a checkpoint decides what is not given.",
+    "evaluation": "image sizes, thresholds of panoptic maps. With `--eval` a checkpoint decides what is "
+    "not given.",
     "training": "the course of a training. `--eval` ignores it.",
     "data": "the data, and how they are read.",
     "run": "the process and its files.",

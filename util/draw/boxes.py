@@ -20,6 +20,7 @@ MIN_SIDE = 480  # pixels; below this, letters would be as large as the objects
 MAX_CELL = 1400  # pixels; a contact sheet of photographs from a phone should still open
 MAX_LABEL = 16  # widths in font sizes; a longer label would hide too much
 MASK_OPACITY = 0.45  # what is below should still be seen
+PANOPTIC_OPACITY = 0.6  # a whole picture is tinted, and neighbours should differ
 CROWDED = 40  # boxes; more of them get smaller letters
 
 # Okabe and Ito's seven colours, which people with any common colour vision tell apart. Each next
@@ -64,10 +65,7 @@ def draw_boxes(
 
     Raises ValueError if the lengths disagree, or `boxes` is not (n, 4).
     """
-    # Small pictures are enlarged, because letters would hide their objects.
-    scale = 1
-    if enlarge:
-        scale = math.ceil(MIN_SIDE / max(image.size))
+    scale = _scale_of(image, enlarge)
     canvas = ImageOps.scale(as_rgb(image), scale, Image.Resampling.LANCZOS)
 
     # Sizes follow the picture. A black casing around the coloured line shows on any ground.
@@ -77,11 +75,7 @@ def draw_boxes(
     font_size = max(12, round(0.026 * side))
 
     lines, visible = _lines_around(np.asarray(boxes, dtype=np.float64) * scale, canvas.size, reach)
-    # the colour of an unknown class follows from its letters
-    places = {name: place for place, name in reversed(list(enumerate(classes)))}
-    colors = np.array(
-        [places.get(label, zlib.crc32(label.encode(errors="replace"))) for label in labels], int
-    )
+    colors = _colors_of(labels, classes)
     crowds = np.asarray(crowd or [False] * len(labels), dtype=bool)
 
     # What is drawn last is on top: detections with a high score, and small objects of the ground truth.
@@ -131,6 +125,60 @@ def draw_boxes(
         smart_position=True,
     )
     return labeller.annotate(canvas, found, texts)
+
+
+def draw_panoptic(
+    image: Image.Image,
+    ids: NDArray[np.int32],
+    labels: Mapping[int, str],
+    *,
+    classes: Sequence[str] = (),
+    enlarge: bool = True,
+) -> Image.Image:
+    """An RGB copy of a picture with its segments tinted, black lines between them, and their names.
+
+    Args:
+        ids: (height, width) of the picture, the id of every pixel's segment; other ids are not tinted.
+        labels: id -> class name of each segment. classes, enlarge: as for `draw_boxes`.
+    """
+    scale = _scale_of(image, enlarge)
+    canvas = ImageOps.scale(as_rgb(image), scale, Image.Resampling.LANCZOS)
+    ids = ids.repeat(scale, 0).repeat(scale, 1)
+    colors = _colors_of([*labels.values()], classes)
+    paint = sv.MaskAnnotator(PALETTE, opacity=PANOPTIC_OPACITY)
+    font_size = max(12, round(0.026 * math.sqrt(canvas.width * canvas.height)))
+    texts, middles = [], []
+    for number, name, color in zip(labels, labels.values(), colors, strict=True):
+        mask = ids == number
+        rows, columns = mask.nonzero()
+        if not len(rows):
+            continue
+        paint.annotate(canvas, sv.Detections(np.zeros((1, 4)), mask=mask[None], class_id=np.array([color])))
+        # a pixel of the segment, which the mean of a bent one need not be
+        near = np.argmin(np.abs(rows - rows.mean()) + np.abs(columns - columns.mean()))
+        texts.append(name)
+        middles.append((int(columns[near]), int(rows[near])))
+
+    border = np.zeros(ids.shape, bool)
+    border[1:] |= ids[1:] != ids[:-1]
+    border[:, 1:] |= ids[:, 1:] != ids[:, :-1]
+    canvas.paste("black", mask=Image.fromarray(border))
+    pen, font = ImageDraw.Draw(canvas), _font("".join(texts), font_size)
+    for text, middle in zip(texts, middles, strict=True):
+        text = _shorten(text, "", font, MAX_LABEL * font_size)
+        pen.text(middle, text, "white", font, anchor="mm", stroke_width=2, stroke_fill="black")
+    return canvas
+
+
+def _scale_of(image: Image.Image, enlarge: bool) -> int:
+    """Small pictures are enlarged, because letters would hide their objects."""
+    return math.ceil(MIN_SIDE / max(image.size)) if enlarge else 1
+
+
+def _colors_of(labels: Sequence[str], classes: Sequence[str]) -> NDArray[np.int_]:
+    """A number for each label. That of an unknown class follows from its letters."""
+    places = {name: place for place, name in reversed(list(enumerate(classes)))}
+    return np.array([places.get(label, zlib.crc32(label.encode(errors="replace"))) for label in labels], int)
 
 
 def draw_coco(

@@ -68,6 +68,9 @@ PANELS = (
 )
 
 
+# of runs with panoptic data
+PANOPTIC = Panel("Panoptic quality", {"all": "PQ_all", "things": "PQ_th", "stuff": "PQ_st"}, "%")
+
 MAX_MARKERS = 25  # with more epochs, markers would hide the line
 
 
@@ -103,8 +106,8 @@ def curves_of(panel: Panel, logs: Sequence[Sequence[Row]]) -> list[Curve]:
 def series(rows: Sequence[Row], key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """One curve: epochs [E] ascending and values [E], where they are finite.
 
-    `key` is a key of the log, or one of FIGURES in percent ("ema AP": of the averaged weights,
-    --ema_decay); COCO's -1 for an undefined value is left out. Of an epoch that was run twice (resumed
+    `key` is a key of the log, or one of FIGURES or of PANOPTIC in percent ("ema AP": of the averaged
+    weights, --ema_decay); COCO's -1 for an undefined value is left out. Of an epoch that was run twice (resumed
     from an older checkpoint) the later row counts.
     """
     # a dictionary, so that a later row replaces an earlier one
@@ -119,6 +122,10 @@ def series(rows: Sequence[Row], key: str) -> tuple[NDArray[np.float64], NDArray[
 
 
 def _value(row: Row, key: str) -> Any:
+    if key in PANOPTIC.curves.values():
+        quality = row.get(f"test_{key}")
+        value = quality.get("pq") if isinstance(quality, dict) else None
+        return _in_percent(value)
     # COCO's metrics are a list in the log
     name = key.removeprefix("ema ")
     if name not in FIGURES:
@@ -127,7 +134,10 @@ def _value(row: Row, key: str) -> Any:
     place = FIGURES.index(name)
     if not isinstance(metrics, list) or len(metrics) <= place:
         return None
-    value = metrics[place]
+    return _in_percent(metrics[place])
+
+
+def _in_percent(value: Any) -> float | None:
     if not isinstance(value, int | float):
         return None
     return 100 * value if value >= 0 else math.nan

@@ -113,6 +113,8 @@ class EpochSummary:
         if "test_loss" in line:
             fields.append(f"validation loss {line['test_loss']:.4f}")
             fields.append(f"AP {percent(line['test_coco_eval_bbox'][0])}")
+        if "test_PQ_all" in line:
+            fields.append(f"PQ {percent(line['test_PQ_all']['pq'])}")
         if best:
             fields.append(f"best AP {percent(best['AP'])} (epoch {best['epoch']})")
         left = self._epochs - epoch - 1

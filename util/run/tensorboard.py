@@ -125,6 +125,8 @@ def epoch_scalars(row: Mapping[str, Any]) -> dict[str, float]:
             for metric, number in zip(FIGURES, value, strict=True):
                 if number >= 0:
                     scalars[f"{group}/{metric}"] = number
+        elif name.startswith("PQ_") and value["n"]:
+            scalars[f"{group}/{name}"] = value["pq"]
         elif isinstance(value, int | float):
             scalars[f"{group}/{name}"] = value
     return scalars
