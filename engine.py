@@ -222,7 +222,8 @@ class Evaluation:
 
     stats: metrics and mean losses under the names of log.txt without "test_", on every process.
     results: detections in COCO's results format, in the order of the image ids; main process only.
-    tables: precision and recall as in pycocotools' COCOeval.eval; main process only.
+    tables: precision and recall as in pycocotools' COCOeval.eval, and panoptic quality where there is one;
+        main process only.
     """
 
     stats: dict[str, Any]
@@ -382,8 +383,11 @@ def _summarise(
     stats: dict[str, Any] = published_names(means, weights)
     for kind, evaluation in evaluations.items():
         stats[IOU_TYPES[kind].key] = evaluation.stats.tolist()
+    # The published tables are those of boxes.
+    tables = precision_tables(evaluations["bbox"])
     if dataset.panoptic:
         outcomes = [batch.outcomes for batch in in_order]
-        stats |= dataset.panoptic.figures({i: of for batch in outcomes for i, of in batch.items()})
-    # The published tables are those of boxes.
-    return Evaluation(broadcast_from_main(stats), results, precision_tables(evaluations["bbox"]))
+        figures = dataset.panoptic.figures({i: of for batch in outcomes for i, of in batch.items()})
+        stats |= figures
+        tables |= figures
+    return Evaluation(broadcast_from_main(stats), results, tables)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,7 +16,9 @@ import torch
 from PIL import Image
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
+from torchvision.ops import box_convert
 
+from datasets import build_dataset
 from datasets.panoptic.format import (
     LARGEST_ID,
     VOID,
@@ -28,10 +32,17 @@ from datasets.panoptic.format import (
 )
 from datasets.panoptic.merge import merge
 from datasets.panoptic.quality import UNDEFINED, Statistics, compare, panoptic_quality, statistics
+from datasets.panoptic.truth import PanopticTruth
 from datasets.synthetic.stuff import FIRST_STUFF_ID, STUFF
 from datasets.synthetic.write import generate
-from tests.helpers import run, write_coco
+from models import load_detector
+from tests.helpers import SMALL_IMAGES, SMALL_MODEL, run, write_coco
+from tests.processes import run_main_forked, run_main_together
+from tools import panoptic_from_instances, predict, report
+from util.class_map import ClassMap
+from util.config import parse_config
 from util.errors import UserError
+from util.run.tensorboard import epoch_scalars
 
 # things and stuff alternate, so that nothing can go by the id
 CATEGORIES = [{"id": i, "name": f"class {i}", "isthing": i % 2} for i in (7, 2, 3, 4, 11)]
@@ -179,7 +190,10 @@ def test_a_perfect_map_has_quality_100():
     found = panoptic(one_row(9, 9, 8, 8, 5, 5), {9: 7, 8: 7, 5: 2})
     assert counts(truth, found) == {7: (2.0, 2, 0, 0), 2: (1.0, 1, 0, 0)}
     quality = panoptic_quality(statistics(compare(truth, found), CATEGORIES), CATEGORIES)
-    assert quality == {"PQ_all": [100.0] * 3, "PQ_th": [100.0] * 3, "PQ_st": [100.0] * 3}
+    assert quality == {
+        name: {"pq": 1.0, "sq": 1.0, "rq": 1.0, "n": n}
+        for name, n in (("PQ_all", 2), ("PQ_th", 1), ("PQ_st", 1))
+    }
 
 
 def test_an_overlap_of_half_is_no_match():
@@ -215,10 +229,10 @@ def test_means_leave_out_categories_that_do_not_occur():
     truth = panoptic(one_row(1, 1, 1, 2), {1: 7, 2: 3})
     found = panoptic(one_row(1, 1, 0, 5), {1: 7, 5: 11})
     quality = panoptic_quality(statistics(compare(truth, found), CATEGORIES), CATEGORIES)
-    third = pytest.approx([100 * 2 / 3 / 3, 100 * 2 / 3 / 3, 100 / 3])
+    third = pytest.approx({"pq": 2 / 3 / 3, "sq": 2 / 3 / 3, "rq": 1 / 3, "n": 3})
     assert quality["PQ_all"] == third
     assert quality["PQ_th"] == third
-    assert quality["PQ_st"] == [UNDEFINED] * 3
+    assert quality["PQ_st"] == {"pq": UNDEFINED, "sq": UNDEFINED, "rq": UNDEFINED, "n": 0}
 
 
 def test_empty_maps_and_unlisted_ids():
@@ -268,8 +282,7 @@ def of_panopticapi(evaluation, truth: list, found: list, maps: tuple[Path, Path]
     figures = {}
     for name, things in (("PQ_all", None), ("PQ_th", True), ("PQ_st", False)):
         if any(things in (None, bool(known[number]["isthing"])) for number, row in rows.items() if any(row)):
-            mean = sums.pq_average(known, things)[0]
-            figures[name] = [100 * mean[key] for key in ("pq", "sq", "rq")]
+            figures[name] = sums.pq_average(known, things)[0]
     return {number: row for number, row in rows.items() if any(row)}, figures
 
 
@@ -291,7 +304,7 @@ def random_set(tmp_path_factory) -> tuple[list[tuple[Panoptic, Panoptic]], Path]
     return pairs, folder
 
 
-def figures_of(outcomes: np.ndarray) -> dict[str, list[float]]:
+def figures_of(outcomes: np.ndarray) -> dict[str, dict[str, float]]:
     return panoptic_quality(statistics(outcomes, CATEGORIES), CATEGORIES)
 
 
@@ -306,7 +319,7 @@ def test_quality_equals_panopticapis_to_the_bit(random_set):
     for i, pair in enumerate(pairs):
         rows, figures = of_panopticapi(evaluation, truth[i : i + 1], found[i : i + 1], maps)
         assert counts(*pair) == rows, i
-        defined = {name: value for name, value in figures_of(compare(*pair)).items() if value[0] >= 0}
+        defined = {name: value for name, value in figures_of(compare(*pair)).items() if value["n"]}
         assert defined == figures, i
     rows, figures = of_panopticapi(evaluation, truth, found, maps)
     assert figures_of(np.concatenate([compare(*pair) for pair in pairs])) == figures
@@ -393,11 +406,16 @@ def test_stuff_of_a_class_is_one_segment():
     assert merged([0.8, 0.8], [1, 1], masks) == ("00000000", [])
 
 
-def test_masks_are_resized_to_the_map():
-    masks = torch.full((1, 4, 6), -9.0)
-    masks[:, :, 3:] = 9.0
-    ids = merge(torch.tensor([0.9]), torch.tensor([1]), masks.bfloat16(), (8, 12), ()).ids
-    assert ids.tolist() == [[0] * 6 + [1] * 6] * 8
+def test_no_mask_of_a_dropped_detection_is_taken():
+    taken = []
+
+    def masks():
+        for i, mask in enumerate(logits_of("99000", "00990", "00009")):
+            taken.append(i)
+            yield mask
+
+    ids = merge(torch.tensor([0.9, 0.8, 0.3]), torch.tensor([1, 2, 1]), masks(), (1, 5), ()).ids
+    assert (ids.tolist(), taken) == ([[1, 1, 2, 2, 0]], [0, 1])
 
 
 # ---- the synthetic data set
@@ -459,7 +477,8 @@ def test_merging_the_true_masks_gives_the_true_map(synthetic):
         assert len(segments) == len(truth.segments)
     shares = [statistics(np.concatenate(share), data.categories) for share in (outcomes[::2], outcomes[1::2])]
     added = Statistics(*(first + second for first, second in zip(*shares, strict=True)))
-    assert set(np.unique(panoptic_quality(added, data.categories)["PQ_all"])) == {100.0}
+    quality = panoptic_quality(added, data.categories)["PQ_all"]
+    assert [quality[name] for name in ("pq", "sq", "rq")] == [1, 1, 1]
 
 
 def test_without_maps_the_synthetic_files_are_those_of_before(synthetic, tmp_path):
@@ -586,3 +605,254 @@ def test_real_images(tiny_coco, tmp_path):
             things = sum(segment["category_id"] in data.things for segment in read.segments)
             assert things <= len(instances.getAnnIds(image_id))
             assert (tmp_path / f"out/{split}2017" / image["file_name"]).exists()
+
+
+# ---- training and evaluation
+
+
+@pytest.fixture(scope="module")
+def derived(tmp_path_factory) -> Path:
+    """A panoptic set of instances: things of two sizes, in every second image a crowd, and stuff."""
+    folder = tmp_path_factory.mktemp("derived")
+    objects = {i: [square(4 + 2 * i, 6, 20, 1), square(30, 20 + i, 12, 2)] for i in range(6)}
+    for i in range(0, 6, 2):
+        objects[i].append(crowd(40, 48, 3))
+    write_coco(folder / "data", 6, 4, objects)
+    panoptic_from_instances.main(
+        ["--coco_path", str(folder / "data"), "--output_dir", str(folder / "set"), "--stuff_name", "ground"]
+    )
+    return folder / "set"
+
+
+def flags_of(folder: Path) -> list[str]:
+    return ["--dataset_file", "coco_panoptic", "--coco_path", str(folder), "--num_workers", "0"]
+
+
+def raw_map(path: Path) -> np.ndarray:
+    """Ids by Pillow alone."""
+    with Image.open(path) as image:
+        red, green, blue = np.moveaxis(np.asarray(image).astype(int), -1, 0)
+    return red + 256 * green + 65536 * blue
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_every_segment_is_an_object(derived, synthetic, masks, tmp_path):
+    """Beside an independent reading, with the maps beside the JSON file and where DETR has them."""
+    published = tmp_path / "published"
+    (published / "annotations").mkdir(parents=True)
+    for split in ("train2017", "val2017"):
+        name = f"panoptic_{split}"
+        shutil.copytree(synthetic / "annotations" / name, published / name)
+        shutil.copy(synthetic / f"annotations/{name}.json", published / "annotations")
+    places = [(derived, []), (synthetic, ["--coco_panoptic_path", str(published)])]
+    same_size = ["--augmentation", "none", "--train_sizes", "48", "--eval_size", "48", "--max_size", "64"]
+    for root, extra in places:
+        flags = [*flags_of(root), *extra, *same_size, *(["--masks"] if masks else [])]
+        if extra and not masks:
+            shutil.rmtree(published / "panoptic_train2017")  # it is not read
+        dataset = build_dataset("train", parse_config(flags))
+        base = published if extra else root
+        content = json.loads((base / "annotations/panoptic_train2017.json").read_text())
+        kinds = {one["id"]: one["isthing"] for one in content["categories"]}
+        assert {dataset.classes.id_of(label) for label in dataset.classes.stuff} == {
+            number for number, thing in kinds.items() if not thing
+        }
+        assert set(dataset.coco.cats) == {number for number, thing in kinds.items() if thing}
+        assert dataset.panoptic is None, "training compares nothing"
+        for (_, target), annotation in zip(dataset, content["annotations"], strict=True):
+            segments = [one for one in annotation["segments_info"] if not one["iscrowd"]]
+            labels = [dataset.classes.id_of(label) for label in target["labels"].tolist()]
+            assert labels == [one["category_id"] for one in segments]
+            height, width = target["orig_size"].tolist()
+            sides = torch.tensor([width, height, width, height])
+            boxes = box_convert(target["boxes"], "cxcywh", "xywh") * sides
+            assert torch.allclose(boxes, torch.tensor([one["bbox"] for one in segments]).float(), atol=1e-3)
+            if not masks:
+                continue
+            folder = published / "panoptic_train2017" if extra else root / "annotations/panoptic_train2017"
+            ids = raw_map(folder / annotation["file_name"])
+            rows, columns = (
+                ((np.arange(new) + 0.5) * old / new).astype(int)
+                for new, old in zip(target["size"].tolist(), ids.shape, strict=True)
+            )
+            for one, mask in zip(segments, target["masks"].numpy(), strict=True):
+                assert np.array_equal(mask, (ids == one["id"])[rows][:, columns])
+
+
+PANOPTIC_RUN = (*SMALL_IMAGES, *SMALL_MODEL[:-2], "--masks", "--device", "cpu", "--save_every", "2")
+# what a network that has learnt little gives
+LOOSE = ("--panoptic_score", "0.02", "--panoptic_overlap", "0.1", "--batch_size", "2")
+
+
+@pytest.fixture(scope="module")
+def trained(derived, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("trained")
+    flags = (*flags_of(derived), *LOOSE, "--epochs", "6", "--lr", "1e-3", "--output_dir", str(out))
+    result = run_main_forked(*PANOPTIC_RUN, *flags, "--lr_backbone", "1e-3", "--augmentation", "none")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert re.search(r"\nstuff   PQ +[\d.]+  SQ +[\d.]+  RQ +[\d.]+  \(1 classes\)\n", result.stdout)
+    return out
+
+
+def quality_in_log(folder: Path) -> dict[str, dict[str, float]]:
+    line = json.loads((folder / "log.txt").read_text().splitlines()[-1])
+    return {name: line[f"test_{name}"] for name in ("PQ_all", "PQ_th", "PQ_st")}
+
+
+def quality_of_files(truth: Path, found: Path) -> dict[str, float]:
+    """PQ of all, things and stuff by the definition, from JSON files with maps in folders of their names."""
+    content, other = json.loads(truth.read_text()), json.loads(found.read_text())
+    theirs = {annotation["image_id"]: annotation for annotation in other["annotations"]}
+    ious: dict[int, list[float]] = {one["id"]: [] for one in content["categories"]}
+    errors = dict.fromkeys(ious, 0)
+    for annotation in content["annotations"]:
+        ids, segments = raw_map(truth.with_suffix("") / annotation["file_name"]), annotation["segments_info"]
+        there = theirs[annotation["image_id"]]
+        guess = raw_map(found.with_suffix("") / there["file_name"])
+        masks = {one["id"]: guess == one["id"] for one in there["segments_info"]}
+        assert {*np.unique(guess).tolist()} - {0} == masks.keys()
+        matched = set()
+        for one in segments:
+            if one["iscrowd"]:
+                continue
+            mask, best = ids == one["id"], 0.0
+            for candidate in there["segments_info"]:
+                overlap = masks[candidate["id"]] & mask
+                union = (masks[candidate["id"]] & (ids != 0)) | mask
+                iou = overlap.sum() / union.sum()
+                if candidate["category_id"] == one["category_id"] and iou > 0.5:
+                    best = iou
+                    matched.add(candidate["id"])
+            if best:
+                ious[one["category_id"]].append(best)
+            else:
+                errors[one["category_id"]] += 1
+        for candidate in there["segments_info"]:
+            kind = candidate["category_id"]
+            ignored = ids == 0
+            for one in segments:
+                if one["iscrowd"] and one["category_id"] == kind:
+                    ignored = ignored | (ids == one["id"])
+            mask = masks[candidate["id"]]
+            if candidate["id"] not in matched and (mask & ignored).sum() <= mask.sum() / 2:
+                errors[kind] += 1
+    means = {}
+    for name, kinds in (("PQ_all", (0, 1)), ("PQ_th", (1,)), ("PQ_st", (0,))):
+        chosen = [one["id"] for one in content["categories"] if one["isthing"] in kinds]
+        values = [sum(ious[i]) / (len(ious[i]) + errors[i] / 2) for i in chosen if ious[i] or errors[i]]
+        means[name] = float(np.mean(values))
+    return means
+
+
+def test_predicted_maps_have_the_quality_of_the_evaluation(trained, derived, tmp_path):
+    """Files of predict, read by nothing of the program; and pictures of the maps."""
+    annotations = derived / "annotations/panoptic_val2017.json"
+    command = ["--resume", trained / "checkpoint.pth", derived / "val2017", "--annotations", annotations]
+    command += ["--output_dir", tmp_path / "out", "--device", "cpu", "--batch_size", "2"]
+    predict.main([*map(str, command)])
+    written = quality_of_files(annotations, tmp_path / "out/panoptic.json")
+    logged = {name: one["pq"] for name, one in quality_in_log(trained).items()}
+    # prediction fuses norms into convolutions, which moves a pixel here and there
+    assert written == pytest.approx(logged, abs=0.01)
+    assert written["PQ_st"] > 0.2
+
+    things = {one["category_id"] for one in json.loads((tmp_path / "out/predictions.json").read_text())}
+    assert things <= {1, 2, 3}
+    picture = Image.open(tmp_path / "out/000000.png")
+    assert picture.size == (64 * 8, 48 * 8), "small pictures are enlarged"
+    # a black line where segments meet
+    ids = raw_map(tmp_path / "out/panoptic/000000000010.png").repeat(8, 0).repeat(8, 1)
+    row, column = np.argwhere(ids[:, 1:] != ids[:, :-1])[0]
+    assert picture.getpixel((int(column) + 1, int(row))) == (0, 0, 0)
+
+
+def test_evaluation_in_one_and_two_processes(trained, derived, tmp_path):
+    """Equal bits; those of the training's own evaluation, whose thresholds the checkpoint keeps."""
+    flags = (*flags_of(derived), "--resume", str(trained / "checkpoint.pth"), "--eval", "--batch_size", "2")
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        where = ("--output_dir", str(out), "--device", "cpu")
+        run_main_together(*flags, *where, processes=processes, output=tmp_path / f"logs{processes}")
+        tables = torch.load(out / "eval.pth", weights_only=True)
+        assert {name: tables[name] for name in quality_in_log(trained)} == quality_in_log(trained)
+
+
+def test_an_interrupted_panoptic_run_goes_on_exactly(trained, derived, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    newest = sorted(out.glob("resume_0005_*.pth"))[-1]
+    for path in out.glob("*.pth"):
+        if path != newest:
+            path.unlink()
+    flags = (*flags_of(derived), *LOOSE, "--epochs", "6", "--lr", "1e-3", "--output_dir", str(out))
+    result = run_main_forked(
+        *PANOPTIC_RUN, *flags, "--lr_backbone", "1e-3", "--augmentation", "none", "--resume", "auto"
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert newest.name in result.stdout
+    assert quality_in_log(out) == quality_in_log(trained)
+
+
+def test_the_report_of_a_panoptic_run(trained, tmp_path):
+    report.main([str(trained), "--output", str(tmp_path / "report.html")])
+    page = (tmp_path / "report.html").read_text()
+    assert "Panoptic quality" in page
+    assert "no mistakes are shown" not in page
+    assert epoch_scalars({"test_PQ_th": {"pq": 0.25, "sq": 0.5, "rq": 0.5, "n": 3}}) == {"val/PQ_th": 0.25}
+
+
+def test_an_image_that_is_not_evaluated_counts_as_missed(synthetic):
+    data = read_panoptic(synthetic / "annotations/panoptic_val2017.json")
+    truth = PanopticTruth(data, ClassMap.of(data.categories, "auto", ""), 0.3, 0.8, 100)
+    empty = {i: compare(data.read(i), Panoptic(np.zeros_like(data.read(i).ids), [])) for i in data.images}
+    assert truth.figures({}) == truth.figures(empty)
+    perfect = {i: compare(data.read(i), data.read(i)) for i in data.images}
+    assert truth.figures(perfect)["PQ_all"]["pq"] == 1
+    perfect.popitem()
+    assert truth.figures(perfect)["PQ_all"]["pq"] < 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("folder", r"panoptic_val2017 and .*panoptic_val2017 do not exist; one must be the folder of the"),
+        ("missing", r"missing panoptic maps of .*: 1, first .*000000000010.png; add them"),
+        ("size", r"000000000010.png is 9 x 9 pixels, and its image 64 x 48; take its image out of .* skip"),
+        ("kind", r"000000000010.png is a PNG of mode L; a panoptic map must be a PNG of mode RGB"),
+        ("void", r"000000000010.png has no pixel of segment \d+, which is listed; take"),
+        (
+            "thing",
+            r"panoptic_val2017.json has category 4 'ground' as a thing, and for the detector it is stuff",
+        ),
+        ("json", r"panoptic_val2017.json can't be read .* check --coco_panoptic_path"),
+    ],
+)
+def test_faulty_panoptic_data_are_named(derived, tmp_path, fault, message):
+    root = tmp_path / "set"
+    shutil.copytree(derived, root)
+    path = root / "annotations/panoptic_val2017.json"
+    first, classes = path.with_suffix("") / "000000000010.png", None
+    if fault == "folder":
+        shutil.rmtree(path.with_suffix(""))
+    elif fault == "missing":
+        first.unlink()
+    elif fault == "json":
+        path.unlink()
+    elif fault == "thing":
+        classes = build_dataset("val", parse_config(flags_of(root))).classes
+        edit(path, lambda content: content["categories"][-1].update(isthing=1))
+    else:
+        mode, side = {"size": ("RGB", (9, 9)), "kind": ("L", (64, 48)), "void": ("RGB", (64, 48))}[fault]
+        Image.new(mode, side).save(first)
+    with pytest.raises(UserError, match=message) as error:
+        build_dataset("val", parse_config([*flags_of(root), "--masks"]), classes)[0]
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_stuff_is_kept_with_the_classes(trained):
+    classes = load_detector(trained / "checkpoint.pth").classes
+    assert (classes.stuff, classes.name_of(classes.stuff[0])) == ((3,), "ground")
+    assert ClassMap.from_plain(classes.to_plain()) == classes
+    for wrong in ([4], ["a"], 3, [[1]]):
+        with pytest.raises(ValueError, match="no classes"):
+            ClassMap.from_plain(classes.to_plain() | {"stuff": wrong})

@@ -107,8 +107,8 @@ def series(rows: Sequence[Row], key: str) -> tuple[NDArray[np.float64], NDArray[
     """One curve: epochs [E] ascending and values [E], where they are finite.
 
     `key` is a key of the log, or one of FIGURES or of PANOPTIC in percent ("ema AP": of the averaged
-    weights, --ema_decay); COCO's -1 for an undefined value is left out. Of an epoch that was run twice (resumed
-    from an older checkpoint) the later row counts.
+    weights, --ema_decay); COCO's -1 for an undefined value is left out. Of an epoch that was run twice
+    (resumed from an older checkpoint) the later row counts.
     """
     # a dictionary, so that a later row replaces an earlier one
     values = {}
