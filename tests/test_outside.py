@@ -51,6 +51,8 @@ NEW = {
     "bf_mask_padding",
     "compile",
     "float32_matmul",
+    "panoptic_overlap",
+    "panoptic_score",
 }
 
 

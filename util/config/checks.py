@@ -241,7 +241,6 @@ def _check_data(config: Config) -> None:
         not data.coco_panoptic_path or data.dataset_file == "coco_panoptic",
         "--coco_panoptic_path needs --dataset_file coco_panoptic; add it, or leave the path out",
     )
-    require(data.panoptic_overlap <= 1, f"--panoptic_overlap {data.panoptic_overlap:g} must be at most 1")
     splits = ["val"] if evaluate else ["val", "train"]
     for split in splits:
         # one alone is a forgotten flag: the other would be of the published folder

@@ -133,6 +133,7 @@ class DataConfig:
         "a segment of a panoptic map that others cover more, so that less than this share of its mask is "
         "seen, is left out",
         "SHARE",
+        below=1,
         of="evaluation",
         in_tools=True,
     )
