@@ -33,6 +33,8 @@ def build(
     source = read_panoptic(data.annotations_file(image_set))
     if masks:
         source = replace(source, folder=_maps(image_set, data))
+    elif image_set == "val":
+        log.warning("panoptic data without --masks: boxes of all segments are learnt, and there are no maps")
     dataset = coco.build(image_set, data, seed, classes, masks=masks, panoptic=source)
 
     known = dataset.classes

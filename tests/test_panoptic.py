@@ -37,7 +37,7 @@ from datasets.synthetic.stuff import FIRST_STUFF_ID, STUFF
 from datasets.synthetic.write import generate
 from models import load_detector
 from tests.helpers import SMALL_IMAGES, SMALL_MODEL, run, write_coco
-from tests.processes import run_main_forked, run_main_together
+from tests.processes import run_forked, run_main_forked, run_main_together
 from tools import panoptic_from_instances, predict, report
 from util.class_map import ClassMap
 from util.config import parse_config
@@ -808,6 +808,21 @@ def test_the_report_of_a_panoptic_run(trained, tmp_path):
     assert "Panoptic quality" in page
     assert "no mistakes are shown" not in page
     assert epoch_scalars({"test_PQ_th": {"pq": 0.25, "sq": 0.5, "rq": 0.5, "n": 3}}) == {"val/PQ_th": 0.25}
+
+
+def test_the_check_of_data_knows_panoptic_files(derived, tmp_path):
+    root = tmp_path / "set"
+    shutil.copytree(derived, root)
+    command = ("tools/check_data.py", *flags_of(root), "--masks")
+    result = run_forked(*command)
+    assert (result.returncode, result.stderr) == (0, ""), result.stdout
+    assert "ground" in result.stdout
+    edit(
+        root / "annotations/panoptic_train2017.json",
+        lambda content: segment_of(content).update(bbox=[70, 5, 9, 9]),
+    )
+    result = run_forked(*command)
+    assert (result.returncode, "box_outside" in result.stdout) == (1, True), result.stdout
 
 
 def test_an_image_that_is_not_evaluated_counts_as_missed(synthetic):

@@ -242,19 +242,20 @@ def read_panoptic(path: Path, folder: Path | None = None) -> PanopticSet:
     return PanopticSet(path, folder or path.with_suffix(""), content["categories"], images, annotations)
 
 
+def is_panoptic(content: Any) -> bool:
+    """Whether the content of a COCO file looks like one of panoptic annotations."""
+    entries = content.get("annotations") if isinstance(content, dict) else None
+    return isinstance(entries, list) and any(
+        isinstance(entry, dict) and "segments_info" in entry for entry in entries
+    )
+
+
 def read_boxes(path: Path) -> COCO:
     """What boxes are compared with: the objects of an instances file, or the things of a panoptic one.
 
     Raises UserError as `read_annotations` and `read_panoptic` do.
     """
-    content = read_json(path)
-    entries = content.get("annotations") if isinstance(content, dict) else None
-    if (
-        isinstance(entries, list)
-        and entries
-        and isinstance(entries[0], dict)
-        and "segments_info" in entries[0]
-    ):
+    if is_panoptic(read_json(path)):
         return read_panoptic(path).as_instances(only_things=True)
     return read_annotations(path)
 

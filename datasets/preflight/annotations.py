@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from datasets.coco_format import Problem, format_problems, read_json, shown
+from datasets.panoptic.format import is_panoptic, read_panoptic
 from datasets.preflight.boxes import (
     BOX_TOLERANCE,
     box_problem,
@@ -73,6 +74,8 @@ def check_annotations(
     content: Any = {}
     try:
         content = read_json(annotations, without=("segmentation",))
+        if is_panoptic(content):
+            content = read_panoptic(annotations).as_instances().dataset
         problems = list(format_problems(content, annotations))
     except UserError as error:
         problems = [Problem("unreadable_annotations", str(error))]
