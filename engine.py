@@ -221,7 +221,8 @@ class Evaluation:
 
     stats: metrics and mean losses under the names of log.txt without "test_", on every process.
     results: detections in COCO's results format, in the order of the image ids; main process only.
-    tables: precision and recall as in pycocotools' COCOeval.eval; main process only.
+    tables: precision and recall of boxes as in pycocotools' COCOeval.eval, and under "segm" those of
+        masks, if there are some; main process only.
     """
 
     stats: dict[str, Any]
@@ -229,9 +230,12 @@ class Evaluation:
     tables: dict[str, Any]
 
     @property
-    def average_precision(self) -> float:
-        """AP at IoU 0.50:0.95, in [0, 1]; -1 if the data set has no object."""
-        return self.stats["coco_eval_bbox"][0]
+    def best_by(self) -> tuple[str, float]:
+        """The metric that the best checkpoint is chosen by, and its value in [0, 1]; -1 without an object."""
+        # with --frozen_weights the AP of boxes is that of the first epoch
+        if masks := self.stats.get(IOU_TYPES["segm"].key):
+            return "mask AP", masks[0]
+        return "AP", self.stats[IOU_TYPES["bbox"].key][0]
 
     def print_metrics(self) -> None:
         """Log the twelve metrics of each IoU type, in two lines."""
@@ -369,4 +373,5 @@ def _summarise(
     for kind, evaluation in evaluations.items():
         stats[IOU_TYPES[kind].key] = evaluation.stats.tolist()
     # The published tables are those of boxes.
-    return Evaluation(broadcast_from_main(stats), results, precision_tables(evaluations["bbox"]))
+    tables = {kind: precision_tables(evaluation) for kind, evaluation in evaluations.items()}
+    return Evaluation(broadcast_from_main(stats), results, tables.pop("bbox") | tables)
