@@ -500,7 +500,7 @@ function gallery(entries, pictures) {
     return el("button", { type: "button", class: "shot card", "data-kind": entry.kind, onclick: () => enlarge(i), title: "enlarge" },
       el("div", { class: "frame" }, scene(entry, pictures, false)),
       el("div", { class: "words" }, el("div", {}, describe(entry)), el("div", { class: "muted about" },
-        el("span", { class: "kind" }, KINDS[entry.kind][0]), data.results.length > 1 ? resultLabel(result) : null)));
+        el("span", { class: "kind" }, KINDS[entry.kind][0]), data.results.filter((one) => !one.masks).length > 1 ? resultLabel(result) : null)));
   }
   const more = el("button", { type: "button", id: "more-mistakes", onclick: () => { room = Infinity; fill(); } });
   let room = AT_FIRST;
