@@ -222,8 +222,8 @@ class Evaluation:
 
     stats: metrics and mean losses under the names of log.txt without "test_", on every process.
     results: detections in COCO's results format, in the order of the image ids; main process only.
-    tables: precision and recall as in pycocotools' COCOeval.eval, and panoptic quality where there is one;
-        main process only.
+    tables: precision and recall of boxes as in pycocotools' COCOeval.eval, under "segm" those of masks,
+        if there are some, and panoptic quality with panoptic data; main process only.
     """
 
     stats: dict[str, Any]
@@ -231,9 +231,14 @@ class Evaluation:
     tables: dict[str, Any]
 
     @property
-    def average_precision(self) -> float:
-        """AP at IoU 0.50:0.95, in [0, 1]; -1 if the data set has no object."""
-        return self.stats["coco_eval_bbox"][0]
+    def best_by(self) -> tuple[str, float]:
+        """The metric that the best checkpoint is chosen by, and its value in [0, 1]; -1 without an object."""
+        if quality := self.stats.get("PQ_all"):
+            return "PQ", quality["pq"]
+        # with --frozen_weights the AP of boxes is that of the first epoch
+        if masks := self.stats.get(IOU_TYPES["segm"].key):
+            return "mask AP", masks[0]
+        return "AP", self.stats[IOU_TYPES["bbox"].key][0]
 
     def print_metrics(self) -> None:
         """Log the twelve metrics of each IoU type, in two lines."""
@@ -384,7 +389,8 @@ def _summarise(
     for kind, evaluation in evaluations.items():
         stats[IOU_TYPES[kind].key] = evaluation.stats.tolist()
     # The published tables are those of boxes.
-    tables = precision_tables(evaluations["bbox"])
+    tables = {kind: precision_tables(evaluation) for kind, evaluation in evaluations.items()}
+    tables = tables.pop("bbox") | tables
     if dataset.panoptic:
         outcomes = [batch.outcomes for batch in in_order]
         figures = dataset.panoptic.figures({i: of for batch in outcomes for i, of in batch.items()})

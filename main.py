@@ -339,7 +339,7 @@ class Training:
         title = "evaluate the averaged weights" if prefix else "evaluate"
         evaluation = evaluate(model, criterion, postprocessors, data.val_batches, data.val, run, title)
         evaluation.print_metrics()
-        is_best = self.history.is_best(evaluation.average_precision, epoch, prefix.strip("_") or "model")
+        is_best = self.history.is_best(*evaluation.best_by, epoch, prefix.strip("_") or "model")
         if not prefix:
             self.board.pictures(lambda: detection_pictures(data.val, evaluation.results), epoch)
         if self.folder.path:

@@ -46,9 +46,10 @@ def run_lengths(
         # an object may have several parts
         return mask_utils.merge(mask_utils.frPyObjects(segmentation, height, width))["counts"]
     has = "has no segmentation" if segmentation is None else f"has segmentation {shown(segmentation)}"
-    name = f"annotation {annotation['id']}"
     if "score" in annotation:
         name = f"a detection of image {annotation['image_id']}"
+    else:
+        name = f"annotation {annotation['id']}"
     raise UserError(
         f"{path}: {name} {has}; a mask must be {_WANTED.format(height=height, width=width)}; {remedy}"
     )

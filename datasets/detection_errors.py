@@ -50,7 +50,8 @@ class SortedDetections:
 
     image [D], category [D]: ids; score [D]; box [D, 4]: x, y, width, height in pixels; kind [D]: one
     of FALSE_POSITIVES, or CORRECT or IGNORED; object [D]: index of the object that was found, or that
-    the kind is about, or -1; iou [D]: with that object.
+    the kind is about, or -1; iou [D]: with that object. segmentation: D masks as the results have them;
+    without meaning if they have none.
     """
 
     image: np.ndarray
@@ -60,6 +61,7 @@ class SortedDetections:
     kind: np.ndarray
     object: np.ndarray
     iou: np.ndarray
+    segmentation: list[Any]
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,8 @@ def _detections(evaluation: COCOeval, objects: Objects) -> SortedDetections:
         kind=np.array(kinds, dtype="<U12"),
         object=np.array(targets, dtype=np.int64),
         iou=np.zeros(len(entries)),
+        # pycocotools gives detections without a mask their box
+        segmentation=[entry["segmentation"] for entry in entries],
     )
 
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 
-from datasets.coco_eval import evaluate_results, precision_tables
+from datasets.coco_eval import IOU_TYPES, evaluate_results, iou_types_of, precision_tables
 from datasets.coco_format import read_annotations
 from tools.ablation.grid import Variant
 from tools.ablation.runs import Cell
@@ -52,6 +53,7 @@ def write_data(
                     "image_id": image + 1,
                     "bbox": [int(v) for v in (x, y, width, height)],
                     "category_id": [*categories][(image + number) % len(categories)],
+                    "segmentation": [diamond(x, y, width, height)],
                     "area": int(width * height),
                     "iscrowd": int(len(content["annotations"]) == 6),
                 }
@@ -59,6 +61,27 @@ def write_data(
     path = folder / "annotations" / "instances_val2017.json"
     path.write_text(json.dumps(content))
     return path
+
+
+def diamond(x: float, y: float, width: float, height: float) -> list[float]:
+    """A polygon in a box."""
+    middle, centre = float(x + width / 2), float(y + height / 2)
+    return [middle, float(y), float(x + width), centre, middle, float(y + height), float(x), centre]
+
+
+def with_masks(coco: COCO, detections: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each with a diamond in its box as a mask; the best one of the file with half of it."""
+    results = []
+    best = max(detections, key=lambda one: one["score"])
+    for one in detections:
+        image = coco.imgs[one["image_id"]]
+        size = image["height"], image["width"]
+        mask = mask_utils.decode(mask_utils.frPyObjects([diamond(*one["bbox"])], *size))[..., 0]
+        if one is best:
+            mask[:, round(one["bbox"][0] + one["bbox"][2] / 2) :] = 0
+        runs = mask_utils.encode(np.asfortranarray(mask))
+        results.append(one | {"segmentation": {"size": [*size], "counts": runs["counts"].decode()}})
+    return results
 
 
 def detections_of(coco: COCO, seed: int, noise: float = 6.0) -> list[dict[str, Any]]:
@@ -106,18 +129,20 @@ def write_run(
     prefix: str = "",
 ) -> Path:
     """A finished run of `epochs` epochs whose last evaluation gave `detections`."""
-    evaluation = evaluate_results(read_annotations(annotations), detections)
+    truth = read_annotations(annotations)
+    kinds = {kind: evaluate_results(truth, detections, iou_type=kind) for kind in iou_types_of(detections)}
+    tables = {kind: precision_tables(evaluation) for kind, evaluation in kinds.items()}
     (folder / "eval").mkdir(parents=True, exist_ok=True)
-    write_atomically(precision_tables(evaluation), folder / "eval" / f"{prefix}latest.pth")
+    write_atomically(tables.pop("bbox") | tables, folder / "eval" / f"{prefix}latest.pth")
     (folder / "eval" / f"{prefix}latest.json").write_text(json.dumps(detections))
     if prefix:
         return folder
-    figures = evaluation.stats.tolist()
-    shares = [(epoch + 1) / epochs for epoch in range(epochs)]
-    rows = [
-        log_row(epoch, [max(value * share, min(value, 0)) for value in figures])
-        for epoch, share in enumerate(shares)
-    ]
+    rows = [log_row(epoch) for epoch in range(epochs)]
+    for kind, evaluation in kinds.items():
+        for row in rows:
+            share = (row["epoch"] + 1) / epochs
+            figures = [max(value * share, min(value, 0)) for value in evaluation.stats.tolist()]
+            row[f"test_{IOU_TYPES[kind].key}"] = figures
     (folder / "log.txt").write_text("".join(json.dumps(row) + "\n" for row in rows))
     root = annotations.parent.parent
     config = parse_config(

@@ -227,6 +227,19 @@ def test_the_tables_say_what_the_runs_say(tmp_path):
     assert shown["means"][1]["AP"] == [21.83, 1.63] and len(shown["chart"]["layout"]["annotations"]) == 2
 
 
+def test_masks_are_columns_where_runs_have_them(tmp_path):
+    variants, cells = write_ablation(tmp_path, {"bf0": [20, 22], "bf1": [21, 23]})
+    assert "mask" not in as_text(summarise(["main.py"], variants, cells, range(2), {}))
+    for (_, seed), cell in cells.items():
+        log, masks = cell.folder / "log.txt", {"test_coco_eval_masks": [0.1 + 0.01 * seed, *[0.3] * 11]}
+        log.write_text("\n".join(json.dumps(json.loads(row) | masks) for row in log.read_text().split("\n")))
+    summary = summarise(["main.py"], variants, cells, range(2), {})
+    assert "mask AP50" in as_text(summary)
+    assert summary["comparisons"][0]["metrics"]["mask AP"]["mean"] == 0
+    shown = section(summary, ["bf0", "bf1"])
+    assert "mask AP" in shown["metrics"] and shown["means"][1]["mask AP"] == [10.5, 0.71]
+
+
 def test_what_may_be_said(tmp_path):
     pairs = {"seeds": list(range(4)), "variant": "b", "metrics": {}}
     assert "4 pairs can't give a p below 0.125; use 6 seeds or more" in verdict(pairs)

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import util.run.checkpoints
+from engine import Evaluation
 from tests.faults.compare import differing
 from tests.helpers import SMALL_IMAGES, SMALL_MODEL, run, write_coco
 from tests.processes import run_main_forked
@@ -24,6 +25,7 @@ from util.checkpoint import check_intact, read_checkpoint, write_atomically
 from util.config import parse_config
 from util.errors import NotSavedError, UserError
 from util.run.checkpoints import CheckpointFolder
+from util.run.console import EpochSummary
 from util.run.folder import RunFolder
 from util.run.history import History
 from util.run.state import TrainingPosition
@@ -293,6 +295,24 @@ def test_a_log_that_cannot_be_written_is_caught_up_on(tmp_path, caplog):
     history.finish_epoch({"epoch": 2})
     lines = (tmp_path / "gone" / "log.txt").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [0, 1, 2]
+
+
+def test_the_best_is_chosen_by_masks_where_there_are_some(caplog):
+    """Boxes of a frozen detector never change; and an older version chose by boxes."""
+    caplog.set_level(logging.INFO)
+    history, summary = History(None), EpochSummary(3, "exps/run")
+    history.best = {"AP": 0.5, "epoch": 0, "weights": "model"}
+    chosen = []
+    for epoch, masks in enumerate([0.1, 0.4, 0.4]):
+        stats = {"coco_eval_bbox": [0.5] * 12, "coco_eval_masks": [masks] * 12}
+        chosen.append(history.is_best(*Evaluation(stats, [], {}).best_by, epoch, "model"))
+        line = {"epoch": epoch, "test_loss": 1.0} | {f"test_{key}": value for key, value in stats.items()}
+        summary.epoch(line, history.best, "")
+    assert chosen == [True, True, False]
+    assert "AP 50.0  mask AP 40.0  best mask AP 40.0 (epoch 1)" in caplog.messages[-1]
+    summary.finish(history.best)
+    assert "best mask AP 40.0 (epoch 1): exps/run/checkpoint_best.pth" in caplog.messages
+    assert Evaluation({"coco_eval_bbox": [0.25] * 12}, [], {}).best_by == ("AP", 0.25)
 
 
 def test_an_output_that_goes_to_a_full_disk_does_not_end_a_run(tmp_path):

@@ -136,6 +136,15 @@ def test_averaged_weights_have_a_line_of_their_own(tmp_path, figure):
     assert [list(line.get_ydata()) for line in dotted] == [[50.0] * 9]
 
 
+def test_masks_have_panels_of_their_own(tmp_path, figure):
+    masks = rows(9, test_coco_eval_masks=[0.25] * 12, test_ema_coco_eval_masks=[0.5] * 12, train_loss_dice=2)
+    plot_run({"boxes": rows(9), "masks": masks}, tmp_path / "curve.png")
+    titles = [axes.get_title(loc="left").split(" (")[0] for axes in figure[0].axes]
+    assert titles[9:] == ["Mask AP", "Mask AP by size", "Mask dice loss"]
+    values = [set(line.get_ydata()) for line in figure[0].axes[9].get_lines()]
+    assert values == [{25.0}, {25.0}, {50.0}]
+
+
 def test_the_axis_of_a_precision_that_stays_0_begins_there(tmp_path, figure):
     plot_run({"first": rows(3, test_coco_eval_bbox=[0.0] * 12)}, tmp_path / "curve.png")
     (axes,) = [axes for axes in figure[0].axes if "Average" in axes.get_title(loc="left")]

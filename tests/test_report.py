@@ -14,6 +14,7 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -25,6 +26,7 @@ from tests.report_runs import CATEGORIES, detections_of, log_row, write_data, wr
 from tools import report
 from tools.report_page import content
 from tools.report_page.make import GroundTruth, page_content, write_page
+from tools.report_page.masks import MaskPairs, outline, worst_masks
 from tools.report_page.mistakes import Album, found_score, missed, view_of, worst
 from tools.report_page.runs import read_runs
 from util.checkpoint import read_checkpoint, write_atomically
@@ -201,6 +203,46 @@ def test_average_precision_of_nothing():
     assert average_precision(np.array([]), np.array([], dtype=bool), 0) == 0
     assert average_precision(np.array([]), np.array([], dtype=bool), 3) == 0
     assert find_errors(coco_of([]), found((1, 3, BOX, 0.5))).costs()["missed"] == 0
+
+
+def test_masks_and_their_outlines(tmp_path):
+    """Two objects found with known masks: their IoU, the worst first, and paths around the pixels."""
+    coco, masks = coco_of([(1, 3, BOX), (1, 3, FAR)]), np.zeros((4, 200, 200), np.uint8)
+    masks[0, 10:50, 10:50] = masks[1, 100:150, 100:150] = masks[2, 12:50, 10:50] = 1
+    masks[3, 100:150, 90:130] = 1
+    masks[3, 110:120, 110:120] = 0  # a hole
+    runs = [mask_utils.encode(np.asfortranarray(mask)) for mask in masks]
+    plain = [{"size": one["size"], "counts": one["counts"].decode()} for one in runs]
+    for annotation, segmentation in zip(coco.dataset["annotations"], plain[:2], strict=True):
+        annotation["segmentation"] = segmentation
+    detections = found((1, 3, BOX, 0.9), (1, 3, FAR, 0.8), (1, 17, FAR, 0.9))
+    for detection, segmentation in zip(detections, [*plain[2:], plain[3]], strict=True):
+        detection["segmentation"] = segmentation
+    errors = find_errors(coco, detections)
+    pairs = MaskPairs(errors, coco, tmp_path, 0.3)
+    first, second = worst_masks([errors], [pairs], coco, Album(None, coco), 5)
+    assert [first["iou"], second["iou"]] == [round(1400 / 3000, 3), 0.95]
+    assert first["object"]["box"] == FAR and first["detection"]["score"] == 0.8
+    assert worst_masks([errors], [MaskPairs(errors, coco, tmp_path, 0.85)], coco, Album(None, coco), 5) == [
+        second
+    ]
+
+    # corners are cut by half a pixel
+    paths = re.findall(r"M([^Z]+)Z", first["detection"]["outline"])
+    polygons = [np.array([point.split() for point in path.split("L")], float) for path in paths]
+    extents = sorted([*polygon.min(0), *polygon.max(0)] for polygon in polygons)
+    assert extents == [[90, 100, 130, 150], [110, 110, 120, 120]]
+    assert sum(len(polygon) for polygon in polygons) == 16
+    large = np.zeros((3000, 4000), np.uint8)
+    large[1000:2000, 500:1500] = 1
+    (path,) = re.findall(r"M([^Z]+)Z", outline(large, (0, 0, 4000, 3000)))
+    corners = np.array([point.split() for point in path.split("L")], float)
+    assert [*corners.min(0), *corners.max(0)] == pytest.approx([500, 1000, 1500, 2000], abs=10)
+
+    # of a file that somebody has edited
+    errors.detections.segmentation[0] = {"size": [7, 7], "counts": "0"}
+    with pytest.raises(UserError, match="its detections: a detection of image 1 .* no worst masks"):
+        MaskPairs(errors, coco, tmp_path, 0.3)
 
 
 # ---- classes and curves

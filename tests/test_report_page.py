@@ -15,7 +15,15 @@ from PIL import Image
 
 from datasets.coco_format import read_annotations
 from tests.helpers import PATIENCE
-from tests.report_runs import CATEGORIES, detections_of, log_row, write_ablation, write_data, write_run
+from tests.report_runs import (
+    CATEGORIES,
+    detections_of,
+    log_row,
+    with_masks,
+    write_ablation,
+    write_data,
+    write_run,
+)
 from tools.ablation import page as ablation_page
 from tools.ablation.summary import summarise
 from tools.report_page.make import make_page
@@ -272,6 +280,51 @@ def test_mistakes_are_filtered_and_enlarged_by_clicks(show, report):
     assert not page.locator("#zoom").is_visible()
 
 
+def test_masks_are_beside_boxes(show, runs, data, tmp_path):
+    """A run with masks after one without: figures, curves, classes, and the worst masks as outlines."""
+    coco = read_annotations(data)
+    other = write_run(tmp_path / "masks", data, with_masks(coco, detections_of(coco, 1)))
+    make_page([runs[0], other], tmp_path / "report.html", num_pictures=4)
+    page = show(tmp_path / "report.html")
+    tables = read_checkpoint(other / "eval" / "latest.pth")
+    figures = [percent(value) for value in tables["segm"]["stats"]]
+
+    assert page.locator("#summary h3").all_text_contents()[:2] == ["Boxes", "Masks"]
+    tiles = [value.split()[0] for value in page.locator(".tile .value").all_inner_texts()]
+    assert tiles[6:] == figures[:6]
+    heads = page.locator("#summary table").first.locator("th").all_inner_texts()
+    place = heads.index("Mask AP")
+    summary = rows(page, "#summary")
+    assert [row[place : place + 3] for row in summary[:2]] == [
+        ["–", "–", "–"],
+        [figures[0], figures[1], f"{figures[0]} (5)"],
+    ]
+    shown = rows(page, "#metrics")
+    assert [row[3] for row in shown] == figures, "without a difference: no other run has masks"
+    assert [row[1] for row in shown] == [row[2].split()[0] for row in shown], "boxes are those of the other"
+    page.select_option("#class-view", "metric:AP50")
+    precision = tables["segm"]["precision"][0, :, :, 0, -1].mean(0)
+    assert [row[-1] for row in rows(page, "#classes")[1:]] == [percent(value) for value in precision]
+
+    drawn = {(line["meta"], line["name"]) for line in lines(page, "#curves")}
+    assert (1, "masks · AP50") in drawn
+    headings = page.locator("#curves .annotation-text").all_text_contents()
+    assert sum(heading.startswith("Mask") for heading in headings) == 2, "two are of losses, not in the log"
+    assert {line["name"] for line in lines(page, "#precision-recall")} == {
+        "plain · weights",
+        "masks · weights",
+        "masks · masks",
+    }
+
+    page.select_option("#mistake-kind", "mask")
+    worst = [float(text.split("mask IoU ")[1].split()[0]) for text in page.locator(".shot").all_inner_texts()]
+    assert worst == sorted(worst) and len(worst) == 4 and worst[0] < 0.5
+    assert "masks by their IoU, of detections that found their object" in page.inner_text("#mistakes")
+    assert page.locator(".shot").first.locator("path.object, path.found").count() == 2
+    page.locator(".shot").first.click()
+    assert page.locator("#zoom path.found").count() == 1 and page.locator("#zoom rect.found").count() == 0
+
+
 def test_a_chart_is_saved_as_a_picture(show, report, tmp_path):
     page = show(report)
     with page.expect_download() as download:
@@ -346,8 +399,12 @@ def test_an_ablation_is_a_section_with_tables_and_bands(show, runs, tmp_path):
     )
 
 
-def test_without_an_ablation_there_is_no_such_section(show, report):
-    assert show(report).locator("#ablation").count() == 0
+def test_nothing_is_said_of_what_the_runs_do_not_have(show, report):
+    page = show(report)
+    assert page.locator("#ablation").count() == 0
+    page.locator("#all-flags").evaluate("flags => flags.remove()")
+    assert "mask" not in page.inner_text("main").lower()
+    assert "mask" not in page.inner_text("#mistake-kind").lower()
 
 
 def test_runs_that_have_only_begun(show, runs, tmp_path):

@@ -37,6 +37,7 @@ from tests.golden import recipe
 from tests.helpers import BATCHFORMER, ROOT, SMALL_IMAGES, SMALL_MODEL, write_coco
 from tests.processes import run_main_forked, run_main_together
 from tools import draw_detections, predict
+from util.checkpoint import read_checkpoint
 from util.config import parse_config
 from util.errors import UserError
 from util.nested_tensor import NestedTensor
@@ -622,7 +623,15 @@ def test_a_run_writes_masks_and_their_figures(with_masks, data):
     assert results[0]["segmentation"]["size"] == [HEIGHT, WIDTH]
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(data / "annotations/instances_val2017.json")
-    assert by_hand(truth, results).stats.tolist() == line["test_coco_eval_masks"]
+    by_coco = by_hand(truth, results)
+    assert by_coco.stats.tolist() == line["test_coco_eval_masks"]
+    tables = read_checkpoint(with_masks / "eval/latest.pth", "tables")
+    assert np.array_equal(tables["segm"]["precision"].numpy(), by_coco.eval["precision"])
+    assert tables["segm"]["stats"] == line["test_coco_eval_masks"]
+    assert tables["stats"] == line["test_coco_eval_bbox"]
+    keys = ("test_coco_eval_masks", "test_ema_coco_eval_masks")
+    best = max(line[key][0] for line in lines_of(with_masks) for key in keys)
+    assert read_checkpoint(with_masks / "checkpoint.pth")["history"]["best"]["mask AP"] == best
 
 
 def test_figures_do_not_depend_on_the_number_of_processes(with_masks, data, tmp_path):

@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools import mask as mask_utils
+from pycocotools.coco import COCO
 
 import util.run.tensorboard
 from util.checkpoint import read_checkpoint
@@ -111,6 +113,8 @@ def test_a_line_of_the_log_has_its_names():
         "train_lr": 1e-4,
         "test_coco_eval_bbox": [0.5, *[-1.0] * 11],
         "test_ema_coco_eval_bbox": [0.25] * 12,
+        "test_ema_coco_eval_masks": [0.125, *[-1.0] * 11],
+        "test_PQ_all": 0.4,
     }
     assert epoch_scalars(row) == {
         "train/loss": 1.0,
@@ -119,6 +123,8 @@ def test_a_line_of_the_log_has_its_names():
         "val/AP": 0.5,
         "train/lr": 1e-4,
         **{f"val averaged/{figure}": 0.25 for figure in FIGURES},
+        "val averaged/mask AP": 0.125,
+        "val/PQ_all": 0.4,
     }
 
 
@@ -148,6 +154,18 @@ def test_detections_are_drawn_beside_the_ground_truth(tmp_path):
     changed = (before != after).any(axis=(0, 2))
     assert changed[: len(changed) // 2].any() and changed[len(changed) // 2 :].any()
     assert np.array_equal(np.asarray(without_truth), before)
+
+    # masks on both sides, a polygon and run lengths
+    whole = np.zeros((600, 900), np.uint8, order="F")
+    whole[150:350, 150:350] = 1
+    polygon = [150, 150, 350, 150, 350, 350, 150, 350]
+    truth[0] = [{**truth[0][0], "image_id": 0, "segmentation": [polygon]}]
+    dataset.coco = COCO()
+    dataset.coco.imgs, dataset.coco.imgToAnns = {0: {"height": 600, "width": 900}}, truth
+    masked = detection_pictures(dataset, [sure | {"segmentation": mask_utils.encode(whole)}])
+    tinted = (np.asarray(masked["detections/0.jpg"]) != np.asarray(drawn)).any(-1)
+    left, right = np.array_split(tinted, 2, axis=1)
+    assert left.sum() == right.sum() > 15000
 
 
 # ---- what goes wrong

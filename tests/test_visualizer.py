@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import ndimage
 
 from tests.helpers import run
 from tools import draw_detections, plot_logs
@@ -127,25 +128,30 @@ def test_classes_have_their_colours_on_any_ground(mode, ground):
     assert set(PALETTE[:12]) | {(0, 0, 0)} <= colors_in(draw_boxes(image, boxes, names, classes=names))
 
 
-@pytest.mark.parametrize("enlarge", [False, True])
-def test_masks_are_tinted_in_the_colour_of_their_class(enlarge):
-    boxes, masks = [[10, 10, 30, 30], [50, 10, 70, 30]], np.zeros((2, 60, 80), dtype=bool)
-    masks[0, 12:28, 12:28] = masks[1, 15:25, 52:60] = True
-    classes = ["cat", "dog"]
-    picture = Image.new("RGB", (80, 60), (GREY, GREY, GREY) if isinstance(GREY, int) else tuple(GREY))
-    plain, tinted = (
-        np.asarray(draw_boxes(picture, boxes, classes, classes=classes, masks=some, enlarge=enlarge)).astype(
-            int
-        )
-        for some in (None, masks)
+def test_masks_have_a_tint_and_a_line_and_the_best_one_is_seen():
+    masks = np.zeros((3, 60, 80), dtype=bool)
+    masks[0, 10:40, 10:40] = masks[1, 20:50, 20:50] = masks[2, 20:50, 60:] = True
+    classes, scores, scale = ["cat", "dog", "cow"], [0.9, 0.5, 0.6], 6
+    # the ground has the colour of the first class: its mask would not show without a line
+    picture, boxes = Image.new("RGB", (80, 60), PALETTE[0]), [[76, 2, 78, 4]] * 3
+    plain, drawn = (
+        np.asarray(draw_boxes(picture, boxes, classes, scores, classes=classes, masks=some)).astype(int)
+        for some in (None, iter(masks))
     )
-    scale = len(plain) // 60
-    different = (plain != tinted).any(-1)
-    covered = masks.any(0).repeat(scale, 0).repeat(scale, 1)
-    assert not (different & ~covered).any(), "outside of the masks nothing changes"
-    for i, (x, y) in enumerate([(20, 20), (56, 20)]):
-        before, after = plain[y * scale, x * scale], tinted[y * scale, x * scale]
-        assert after == pytest.approx(0.55 * before + 0.45 * np.array(PALETTE[i]), abs=1.5)
+    large = picture.resize((80 * scale, 60 * scale))
+    larger = masks.repeat(scale, 1).repeat(scale, 2), np.array(boxes) * scale
+    same = draw_boxes(large, larger[1], classes, scores, classes=classes, masks=larger[0])
+    assert np.array_equal(drawn[130:], np.asarray(same)[130:]), "below the labels"
+
+    near = ndimage.binary_dilation(larger[0].any(0), np.ones((3, 3)))
+    assert not ((plain != drawn).any(-1) & ~near).any(), "elsewhere nothing changes"
+    for (x, y), color in {(25, 35): 0, (35, 25): 0, (45, 45): 1, (70, 35): 2, (79.9, 35): 2}.items():
+        mixed = 0.55 * np.array(PALETTE[0]) + 0.45 * np.array(PALETTE[color])
+        seen = drawn[int(y * scale), int(x * scale)]
+        assert seen == pytest.approx(mixed, abs=1.5), "one colour, also at the border of the picture"
+    edge, orange, mixed = [0, 0, 0], list(PALETTE[1]), drawn[270, 270].tolist()
+    assert drawn[270, 297:302].tolist() == [mixed, orange, orange, edge, list(PALETTE[0])]
+    assert drawn[150, 58:61].tolist() == [list(PALETTE[0]), edge, list(PALETTE[0])]
 
 
 ODD_BOXES = {

@@ -4,22 +4,26 @@
 # installation. If it was interrupted, run it again: it continues.
 #   ./tools/quickstart.sh           the full run
 #   ./tools/quickstart.sh --short   the same steps in two minutes; too short to learn anything
+#   ./tools/quickstart.sh --masks   with a mask for every detection; also together with --short
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=tools/dev/env.sh
 source tools/dev/env.sh
-case ${1:-} in
-  "") name=synthetic images=2000 val_images=200 epochs=10 ;;
-  --short) name=synthetic_short images=48 val_images=16 epochs=2 ;;
-  *) sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 2 ;;
-esac
+name=synthetic images=2000 val_images=200 epochs=10 masks=()
+for flag in "$@"; do
+  case $flag in
+    --short) name=synthetic_short images=48 val_images=16 epochs=2 ;;
+    --masks) masks=(--masks) ;;
+    *) sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 2 ;;
+  esac
+done
 # shellcheck source=tools/dev/setup.sh
 source tools/dev/setup.sh
 
 data=data/$name
-run=exps/$name
+run=exps/$name${masks:+_masks}
 config=(./configs/synthetic.sh --coco_path "$data" --output_dir "$run" --epochs "$epochs" --eval_every 4
-  --bf 1 --share_bf 0 --insert_idx 0)
+  --bf 1 --share_bf 0 --insert_idx 0 ${masks[@]+"${masks[@]}"})
 
 echo "== synthetic data set in $data"
 python -m datasets.synthetic --output_dir "$data" --train_images "$images" --val_images "$val_images" --num_classes 3 --max_objects 4

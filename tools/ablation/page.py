@@ -39,7 +39,7 @@ def section(summary: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     for one in summary["comparisons"]:
         verdicts.append(f"{one['variant']} against {one['baseline']}: {verdict(one)}")
     return {
-        "metrics": METRICS,
+        "metrics": [metric for metric in METRICS if any(row[metric] for row in means)],
         "means": means,
         "differences": differences,
         "verdicts": verdicts,

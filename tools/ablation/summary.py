@@ -16,7 +16,7 @@ from util.atomic import replace_text
 from util.draw.curves import FIGURES, series
 from util.run.record import read_record
 
-METRICS = FIGURES[:6]  # AP, AP50, AP75, small, medium, large
+METRICS = (*FIGURES[:6], "mask AP", "mask AP50")  # AP, AP50, AP75, small, medium, large
 Cells = Mapping[tuple[str, int], Cell]  # by name of the variant, and seed
 
 

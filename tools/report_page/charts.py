@@ -16,21 +16,21 @@ from numpy.typing import NDArray
 
 from tools.report_page.content import results_of
 from tools.report_page.runs import Run
-from util.draw.curves import MAX_MARKERS, PANELS, PANOPTIC, Curve, Panel, curves_of, run_colors
+from util.draw.curves import MAX_MARKERS, Curve, Panel, panels_of, run_colors
 
 # of the curves, and how headings show them
-DASHES, SIGNS = ("solid", "dash", "dot"), ("—", "- -", "···")
+DASHES, SIGNS = ("solid", "dash", "dot", "dashdot"), ("—", "- -", "···", "-·-")
 MAX_READ = 9  # curves whose values are shown together; more would not fit beside a panel
 MAX_VALUES = 800  # results x classes; with more, every fourth recall is kept, or the page takes megabytes
 PR_IOUS = {"IoU 0.5": slice(0, 1), "IoU 0.75": slice(5, 6), "IoU 0.5 to 0.95 (mean)": slice(None)}
+PR_STYLES = ("weights", "averaged", "masks", "masks averaged")
 Drawn = tuple[Panel, list[Curve]]
 Banded = tuple[int, str, str, Sequence[tuple[float, float, float, float]]]
 
 
 def curves(runs: Sequence[Run]) -> dict[str, Any] | None:
     """A chart of the panels that have a curve; None if no run has finished an epoch."""
-    logs = [run.rows for run in runs]
-    panels = [(panel, found) for panel in (*PANELS, PANOPTIC) if (found := curves_of(panel, logs))]
+    panels = [(panel, found) for panel, found in panels_of([run.rows for run in runs]) if found]
     if not panels:
         return None
     axes: dict[str, dict[str, Any]] = {"xaxis": {}, "yaxis": {}}
@@ -60,8 +60,8 @@ def precision_recall(runs: Sequence[Run], classes: Sequence[Mapping[str, Any]]) 
             ids = result.tables.category_ids
             precision = 100 * result.tables.precision[ious, ::step, :, 0, -1].mean(axis=0)  # [R, K]
             precisions.append((precision, ids))
-            name, style = ("averaged", 1) if result.weights else ("weights", 0)
-            found.append(Curve(run, name, style, recalls, _mean(precision, ids, all_ids)))
+            style = 2 * result.masks + bool(result.weights)
+            found.append(Curve(run, PR_STYLES[style], style, recalls, _mean(precision, ids, all_ids)))
         panels.append((Panel(title, {}, "%"), found))
     axes: dict[str, dict[str, Any]] = {"xaxis": {"range": [0, 100]}, "yaxis": {"range": [0, 100.5]}}
 

@@ -37,12 +37,6 @@ def results_of(runs: Sequence[Run]) -> list[tuple[int, Run, Result]]:
 
 def summary(run: Run) -> dict[str, Any]:
     """State, best result, size and machine of a run."""
-    # Most runs evaluate only every few epochs.
-    evaluated, ap = series(run.rows, "AP")
-    best = None
-    if len(ap):
-        best = {"AP": ap.max() / 100, "epoch": int(evaluated[ap.argmax()])}
-
     # A run that has only begun has neither rows nor a complete record.
     last = run.rows[-1] if run.rows else {}
     starts = run.starts
@@ -53,7 +47,8 @@ def summary(run: Run) -> dict[str, Any]:
         "of": run.flags.get("epochs"),
         "evaluated": run.evaluated,
         "basis": _basis(run),
-        "best": best,
+        "best": _best(run, "AP"),
+        "best_masks": _best(run, "mask AP"),
         "loss": _number(last.get("train_loss")),
         "parameters": _number(last.get("n_parameters")),
         "batch": None if run.evaluated else _total_batch(run),
@@ -63,6 +58,12 @@ def summary(run: Run) -> dict[str, Any]:
         "started": starts[0].get("at") if starts else None,
         "continued": max(len(starts) - 1, 0),
     }
+
+
+def _best(run: Run, metric: str) -> dict[str, Any] | None:
+    # most runs evaluate only every few epochs
+    evaluated, ap = series(run.rows, metric)
+    return {"AP": ap.max() / 100, "epoch": int(evaluated[ap.argmax()])} if len(ap) else None
 
 
 def _basis(run: Run) -> str:

@@ -19,11 +19,12 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 from pycocotools.coco import COCO
 
-from datasets.coco_eval import evaluate_results, precision_tables
+from datasets.coco_eval import evaluate_results, iou_types_of, precision_tables
 from datasets.detection_errors import Errors, find_errors
 from datasets.panoptic.format import read_boxes
 from datasets.respell import respell
 from tools.report_page import charts, content
+from tools.report_page.masks import MaskPairs, worst_masks
 from tools.report_page.mistakes import Album, error_table, worst
 from tools.report_page.runs import Result, Run, Tables, read_runs
 from util.atomic import replace_text
@@ -140,7 +141,7 @@ def page_content(
     names = _names(runs, truth.coco)
     classes = content.class_table([result for _, _, result in results], truth.coco, names)
     shown = [
-        {"run": number, "name": result.name, "weights": result.weights, "stats": result.stats}
+        {name: getattr(result, name) for name in ("name", "weights", "masks", "stats")} | {"run": number}
         for number, _, result in results
     ]
     return {
@@ -154,7 +155,7 @@ def page_content(
         "names": names,
         "classes": classes,
         "pr": charts.precision_recall(runs, classes["classes"]),
-        "mistakes": _mistakes(errors, truth, notes, num_pictures, threshold),
+        "mistakes": _mistakes(results, errors, truth, notes, num_pictures, threshold),
         "notes": notes,  # last: making the rest adds to them
     }
 
@@ -181,7 +182,12 @@ def _recorded_names(classes: Mapping[Any, Any]) -> dict[int, str]:
 def _errors(
     run: Run, result: Result, truth: GroundTruth, notes: list[str], threshold: float
 ) -> Errors | None:
-    """The mistakes of a result; adds notes on what is odd. Computes missing tables from the detections."""
+    """The mistakes of a result, by boxes; adds notes on what is odd. Computes missing tables from the
+    detections.
+    """
+    # those of masks are of the same detections
+    if result.masks:
+        return None
     detections, coco = result.detections, truth.coco
     if detections is None:
         remedy = "evaluate again with main.py --eval --save_predictions."
@@ -228,7 +234,12 @@ def _errors(
 
 
 def _mistakes(
-    errors: Sequence[Errors | None], truth: GroundTruth, notes: list[str], num_pictures: int, threshold: float
+    results: Sequence[tuple[int, Run, Result]],
+    errors: Sequence[Errors | None],
+    truth: GroundTruth,
+    notes: list[str],
+    num_pictures: int,
+    threshold: float,
 ) -> dict[str, Any]:
     shown: dict[str, Any] = {"table": [], "entries": [], "pictures": [], "threshold": threshold}
     num_results = sum(one is not None for one in errors)
@@ -241,6 +252,12 @@ def _mistakes(
     album = Album(truth.images, truth.coco)
     shown["table"] = [error_table(one, threshold) if one else None for one in errors]
     shown["entries"] = worst(errors, truth.coco, album, threshold, count)
+    pairs = [
+        _mask_pairs(result, one, truth, threshold, notes)
+        for (_, _, result), one in zip(results, errors, strict=True)
+    ]
+    poor = worst_masks(errors, pairs, truth.coco, album, count)
+    shown["entries"] += poor
     shown["pictures"] = album.uris
     if album.unreadable:
         what = next(iter(album.unreadable))
@@ -253,6 +270,8 @@ def _mistakes(
         notes.append(f"Not all pictures fitted on the page; {remedy}")
 
     order = "false positives by their score, missed objects by their size"
+    if poor:
+        order += ", masks by their IoU, of detections that found their object"
     choice = f"The worst {count} of each kind and run: {order}."
     if not count:
         choice = "The pictures were left out (--num_pictures 0)."
@@ -260,6 +279,23 @@ def _mistakes(
         wrong = f"No detection of at least {threshold:g} is wrong and no object is missed"
         choice = f"{wrong}: there is nothing to show."
     return shown | {"choice": choice}
+
+
+def _mask_pairs(
+    result: Result, errors: Errors | None, truth: GroundTruth, threshold: float, notes: list[str]
+) -> MaskPairs | None:
+    """The masks of a result beside those of the objects; None if it has none, or a note if they can't be
+    used.
+    """
+    if errors is None or truth.coco is None or truth.path is None:
+        return None
+    if "segm" not in iou_types_of(result.detections or []):
+        return None
+    try:
+        return MaskPairs(errors, truth.coco, truth.path, threshold)
+    except UserError as error:
+        notes.append(f"{result.name}: {error}.")
+        return None
 
 
 def write_page(data: Mapping[str, Any], title: str, output: Path) -> int:

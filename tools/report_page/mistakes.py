@@ -128,7 +128,7 @@ def worst(
     # The worst of every kind get their pictures first: the room for pictures may not last.
     entries = []
     for _, order, number, kind, index in sorted(chosen):
-        entry = _entry(shared[number], kind, index, coco, album)
+        entry = entry_of(shared[number], kind, index, coco, album)
         entry["result"] = number
         target, others = entry.pop("target"), shared.keys() - {number}
         entry["others"] = [
@@ -139,8 +139,8 @@ def worst(
     return [entry for *_, entry in sorted(entries, key=lambda one: one[:2])]
 
 
-def _entry(errors: Errors, kind: str, index: int, coco: COCO, album: Album) -> dict[str, Any]:
-    """One error. index: of the object that was missed, or of the detection."""
+def entry_of(errors: Errors, kind: str, index: int, coco: COCO, album: Album) -> dict[str, Any]:
+    """A detection, with the object that it is about, or a missed object; index: of the one or the other."""
     found, objects = errors.detections, errors.objects
     entry: dict[str, Any] = {"kind": kind, "object": None}
     boxes = []

@@ -10,7 +10,7 @@ const watchers = []; // called when the choice of runs changes
 // ---- elements and numbers ----
 
 function el(tag, attributes = {}, ...children) {
-  const svg = ["svg", "rect", "text", "image"].includes(tag);
+  const svg = ["svg", "rect", "path", "text", "image"].includes(tag);
   const node = svg ? document.createElementNS(SVG, tag) : document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
@@ -193,11 +193,12 @@ function addSummary() {
   const section = byId("summary");
   byId("made").textContent = `Made ${data.made}`;
   if (data.notes.length) section.append(el("ul", { class: "notes" }, data.notes.map((note) => el("li", { class: "note" }, note))));
-  const evaluated = data.results.filter((result) => result.stats);
-  if (evaluated.length) section.append(tiles(evaluated));
-  const baseline = data.results.find((result) => result.run === 0)?.stats?.[0];
-  const stats = (run, kind) => data.results.find((r) => r.run === run.index && r.weights === kind)?.stats;
-  const [final, averaged] = [(run) => stats(run, ""), (run) => stats(run, "ema")];
+  const [boxes, masks] = [false, true].map((kind) => data.results.filter((result) => result.stats && result.masks === kind));
+  if (boxes.length) section.append(tiles(boxes, masks.length ? "Boxes" : ""));
+  if (masks.length) section.append(tiles(masks, "Masks"));
+  const stats = (run, weights, list = boxes) => list.find((r) => r.run === run && r.weights === weights)?.stats;
+  const [final, averaged, ofMasks] = [(run) => stats(run.index, ""), (run) => stats(run.index, "ema"), (run) => stats(run.index, "", masks)];
+  const [baseline, masksBaseline] = [stats(0, "")?.[0], stats(0, "", masks)?.[0]];
   const rows = data.runs.map((run, index) => ({ ...run, index }));
   const some = (get) => rows.some((row) => known(get(row)));
   const columns = [
@@ -210,7 +211,12 @@ function addSummary() {
     { title: "AP", cell: (r) => [percent(final(r)?.[0]), r.index ? delta(difference(final(r)?.[0], baseline)) : null] },
     some((r) => averaged(r)?.[0]) && { title: "AP averaged", cell: (r) => percent(averaged(r)?.[0]) },
     { title: "AP50", cell: (r) => percent(final(r)?.[1]) },
-    { title: "Best AP (epoch)", cell: (r) => (r.best ? `${percent(r.best.AP)} (${r.best.epoch})` : "–") },
+    { title: "Best AP (epoch)", cell: (r) => bestOf(r.best) },
+    ...(masks.length ? [
+      { title: "Mask AP", cell: (r) => [percent(ofMasks(r)?.[0]), r.index ? delta(difference(ofMasks(r)?.[0], masksBaseline)) : null] },
+      { title: "Mask AP50", cell: (r) => percent(ofMasks(r)?.[1]) },
+      { title: "Best mask AP (epoch)", cell: (r) => bestOf(r.best_masks) },
+    ] : []),
     { title: "Loss", cell: (r) => short(r.loss) },
     { title: "Parameters", cell: (r) => (known(r.parameters) ? `${(r.parameters / 1e6).toFixed(2)} M` : "–") },
     some((r) => r.batch) && { title: "Total batch", cell: (r) => r.batch ?? "–" },
@@ -225,6 +231,8 @@ function addSummary() {
   for (const r of rows.filter((row) => row.changed))
     section.append(el("p", { class: "small", style: { "margin-top": ".5rem" } }, runLabel(r.index, r.name), ` changed during the run: ${r.changed}`));
 }
+
+const bestOf = (best) => (best ? `${percent(best.AP)} (${best.epoch})` : "–");
 
 // the runs of this page are one of each variant; this section is about all of them
 async function addAblation() {
@@ -273,14 +281,14 @@ function flagTable(flags, label) {
   return table(columns, flags, { label });
 }
 
-function tiles(evaluated) {
+function tiles(evaluated, heading) {
   const [first, ...others] = evaluated;
   // of two results the second is shown, of more the best of those after the first
   const news = others.length ? others.reduce((best, r) => (r.stats[0] > best.stats[0] ? r : best)) : first;
   const names = ["AP", "AP50", "AP75", "AP small", "AP medium", "AP large"];
   const choice = others.length > 1 ? ` (the best AP of the other ${others.length})` : "";
   const who = others.length ? [resultLabel(news), choice, " against ", resultLabel(first)] : null;
-  return el("div", {}, el("div", { class: "head" }, who, basisOf(news.run)), el("div", { class: "tiles" }, names.map((name) => {
+  return el("div", {}, heading ? el("h3", {}, heading) : null, el("div", { class: "head" }, who, basisOf(news.run)), el("div", { class: "tiles" }, names.map((name) => {
     const i = data.metrics.indexOf(name);
     const change = others.length ? difference(news.stats[i], first.stats[i]) : null;
     return el("div", { class: "tile card" }, el("div", { class: "label" }, name),
@@ -304,14 +312,17 @@ function addMetrics() {
   const results = data.results.filter((result) => result.stats);
   if (!results.length)
     return note(section, "No run has been evaluated yet: the metrics appear after the first evaluation.");
-  if (results.length > 1) section.append(el("p", { class: "muted small" }, `In percent; differences are to ${results[0].name}. – where no object has this size.`));
-  const base = results[0];
-  const best = data.metrics.map((_, i) => Math.max(...results.map((result) => result.stats[i])));
+  // masks are compared with masks
+  const alike = (result) => results.filter((other) => other.masks === result.masks);
+  const bases = [...new Set(results.map((result) => alike(result)[0].name))].join(" and ");
+  if (results.length > 1) section.append(el("p", { class: "muted small" }, `In percent; differences are to ${bases}. – where no object has this size.`));
   const columns = [{ title: "Metric", kind: "text", cell: (i) => data.metrics[i] },
     ...results.map((result) => {
+      const [base, compared] = [alike(result)[0], alike(result).length > 1];
+      const best = data.metrics.map((_, i) => Math.max(...alike(result).map((other) => other.stats[i])));
       const change = (i) => (result === base ? null : difference(result.stats[i], base.stats[i]));
       return { title: result.name, head: el("span", {}, resultLabel(result), basisOf(result.run)), tint: (i) => tintOf(change(i)),
-        cell: (i) => [el(results.length > 1 && result.stats[i] === best[i] && best[i] > 0 ? "b" : "span", {}, percent(result.stats[i])), delta(change(i)),
+        cell: (i) => [el(compared && result.stats[i] === best[i] && best[i] > 0 ? "b" : "span", {}, percent(result.stats[i])), delta(change(i)),
           el("span", { class: "meter", style: colourOf(result.run), "aria-hidden": "true" }, el("i", { style: { width: `${100 * Math.max(0, result.stats[i])}%` } }))] };
     })];
   section.append(table(columns, data.metrics.map((_, i) => i), { label: "The twelve COCO metrics" }).node);
@@ -349,11 +360,12 @@ function addClasses() {
       return [...lead, ...metrics.map((metric) => ({ title: metric, value: (r) => value(result, metric, r),
         cell: (r) => percent(value(result, metric, r)) }))];
     }
-    return [...lead, ...results.flatMap((result, i) => {
-      const change = (r) => difference(value(result, name, r), value(results[0], name, r));
+    return [...lead, ...results.flatMap((result) => {
+      const base = results.find((other) => other.masks === result.masks);
+      const change = (r) => difference(value(result, name, r), value(base, name, r));
       const plain = { title: `${name}, ${result.name}`, head: el("span", {}, resultLabel(result), basisOf(result.run)), value: (r) => value(result, name, r),
         cell: (r) => percent(value(result, name, r)) };
-      return i === 0 ? [plain] : [plain, { title: `difference of ${result.name}`, head: "difference", value: change, cell: (r) => delta(change(r)) ?? "–", tint: (r) => tintOf(change(r)) }];
+      return result === base ? [plain] : [plain, { title: `difference of ${result.name}`, head: "difference", value: change, cell: (r) => delta(change(r)) ?? "–", tint: (r) => tintOf(change(r)) }];
     })];
   }
   function narrow() {
@@ -396,6 +408,7 @@ const KINDS = {
   duplicate: ["duplicate", "a detection with a higher score found this object already"],
   background: ["background", "no object is there (IoU at most 0.1)"],
   missed: ["missed object", "no detection found it"],
+  mask: ["poor mask", "the box found the object; these masks fit worst"],
 };
 
 function addMistakes() {
@@ -427,7 +440,7 @@ function costTable(rows) {
         { title: `number, ${result.name}`, head: "number", cell: (k) => thousands(result.row.counts[k]) },
       ];
     })];
-  return table(columns, Object.keys(KINDS), { label: "Kinds of mistakes, what they cost and how many there are" });
+  return table(columns, Object.keys(results[0].row.costs), { label: "Kinds of mistakes, what they cost and how many there are" });
 }
 
 const AT_FIRST = 40; // pictures before "show all"
@@ -442,6 +455,7 @@ function describe(entry) {
     case "class": return [el("b", {}, found), ` ${score} · is ${object}`];
     case "localisation": return [el("b", {}, found), ` ${score} · IoU ${entry.iou.toFixed(2)}`];
     case "both": return [el("b", {}, found), ` ${score} · near ${object}, IoU ${entry.iou.toFixed(2)}`];
+    case "mask": return [el("b", {}, found), ` ${score} · mask IoU ${entry.iou.toFixed(2)}`];
     case "duplicate": return [el("b", {}, found), ` ${score} · found already`];
     default: return [el("b", {}, found), ` ${score} · nothing there`];
   }
@@ -456,7 +470,8 @@ function scene(entry, pictures, large) {
   const draw = (item, kind, word) => {
     const [x, y, w, h] = item.box;
     const place = { x, y, width: Math.max(w, 0), height: Math.max(h, 0) };
-    svg.append(el("rect", { ...place, class: "under" }), el("rect", { ...place, class: kind }));
+    const [shape, where] = item.outline === undefined ? ["rect", place] : ["path", { d: item.outline }];
+    svg.append(el(shape, { ...where, class: "under" }), el(shape, { ...where, class: kind }));
     if (!large) return;
     const above = y - size * 0.35 - size > top;
     const text = kind === "found" && above ? y - size * 0.35 : kind === "found" ? Math.max(y, top) + size * 1.05 : Math.min(y + h, top + height) - size * 0.35;
@@ -485,7 +500,7 @@ function gallery(entries, pictures) {
     return el("button", { type: "button", class: "shot card", "data-kind": entry.kind, onclick: () => enlarge(i), title: "enlarge" },
       el("div", { class: "frame" }, scene(entry, pictures, false)),
       el("div", { class: "words" }, el("div", {}, describe(entry)), el("div", { class: "muted about" },
-        el("span", { class: "kind" }, KINDS[entry.kind][0]), data.results.length > 1 ? resultLabel(result) : null)));
+        el("span", { class: "kind" }, KINDS[entry.kind][0]), data.results.filter((one) => !one.masks).length > 1 ? resultLabel(result) : null)));
   }
   const more = el("button", { type: "button", id: "more-mistakes", onclick: () => { room = Infinity; fill(); } });
   let room = AT_FIRST;

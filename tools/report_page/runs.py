@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from datasets.coco_results import is_finite, read_results
 from util.checkpoint import read_checkpoint
-from util.draw.curves import FIGURES, Row, read_log
+from util.draw.curves import FIGURE_KEYS, FIGURES, Row, read_log
 from util.errors import UserError
 from util.run.record import read_record
 
@@ -49,14 +49,15 @@ class Tables:
 
 @dataclass
 class Result:
-    """A run's newest evaluation of its weights ("") or of the averaged ones ("ema"). None for what
-    is missing.
+    """A run's newest evaluation of its weights ("") or of the averaged ones ("ema"), by boxes or by
+    masks. None for what is missing.
 
-    name: of the run, with "(averaged)".
+    name: of the run, with "(averaged)", "(masks)" or both. detections: the same for boxes and masks.
     """
 
     name: str
     weights: str
+    masks: bool
     tables: Tables | None
     detections: list[dict[str, Any]] | None
     stats: list[float] | None
@@ -139,12 +140,15 @@ def _read_run(name: str, folder: Path) -> Run:
 
     # main.py --eval writes tables and no log
     for weights, (table_files, detection_files) in _FILES.items():
-        tables = _newest(run, table_files, _read_tables)
+        found = _newest(run, table_files, _read_tables) or {}
         detections = _newest(run, detection_files, read_results)
-        stats = tables.stats if tables else _last_metrics(run.rows, weights)
-        if detections is not None or stats:
-            shown = f"{name} (averaged)" if weights else name
-            run.results.append(Result(shown, weights, tables, detections, stats))
+        for prefix, key in FIGURE_KEYS.items():
+            tables, masks = found.get(prefix), prefix == "mask "
+            stats = tables.stats if tables else _last_metrics(run.rows, weights, key)
+            if stats or (detections is not None and not masks):
+                words = ["averaged"] * bool(weights) + ["masks"] * masks
+                shown = f"{name} ({', '.join(words)})" if words else name
+                run.results.append(Result(shown, weights, masks, tables, detections, stats))
 
     # Any folder could be named by mistake.
     if not (run.rows or run.record or run.results):
@@ -189,26 +193,29 @@ def _newest(run: Run, names: Sequence[str], reader: Callable[[Path], T]) -> T | 
         return None
 
 
-def _read_tables(path: Path) -> Tables:
+def _read_tables(path: Path) -> dict[str, Tables]:
+    """The tables of boxes and, if there are some, of masks, by the keys of FIGURE_KEYS."""
     content = read_checkpoint(path, "tables")
+    found = {"": content, "mask ": content["segm"]} if "segm" in content else {"": content}
     try:
-        tables = Tables.from_plain(content)
+        every = {prefix: Tables.from_plain(one) for prefix, one in found.items()}
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} holds no tables of precision and recall ({error})") from None
     # other shapes would fail later, where nothing names the file
-    classes = len(tables.category_ids)
-    if tables.precision.ndim != 5 or tables.precision.shape[2] != classes or not _are_metrics(tables.stats):
-        raise UserError(f"{path} holds tables of another shape than COCO's")
-    return tables
+    for tables in every.values():
+        shape, classes = tables.precision.shape, len(tables.category_ids)
+        if len(shape) != 5 or shape[2] != classes or not _are_metrics(tables.stats):
+            raise UserError(f"{path} holds tables of another shape than COCO's")
+    return every
 
 
 def _are_metrics(values: Any) -> bool:
     return isinstance(values, list) and len(values) == len(FIGURES) and all(map(is_finite, values))
 
 
-def _last_metrics(rows: Sequence[Row], weights: str) -> list[float] | None:
+def _last_metrics(rows: Sequence[Row], weights: str, kind: str) -> list[float] | None:
     """The twelve metrics of the last evaluation in the log."""
-    key = f"test_{weights}_coco_eval_bbox" if weights else "test_coco_eval_bbox"
+    key = f"test_{weights}_{kind}" if weights else f"test_{kind}"
     for row in reversed(rows):
         if _are_metrics(row.get(key)):
             return row[key]

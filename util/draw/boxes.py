@@ -1,4 +1,4 @@
-"""Pictures of detections: boxes with class and score, masks (drawn by supervision), pairs, contact sheets."""
+"""Pictures of detections: boxes with class and score (drawn by supervision), masks, pairs, contact sheets."""
 
 import math
 import warnings
@@ -9,6 +9,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from scipy import ndimage
 
 from util.images.files import as_rgb
 
@@ -60,7 +61,8 @@ def draw_boxes(
             decides its colour. The colour of a label that is not among them follows from its
             letters.
         crowd: n flags; a crowd region is tinted, and its label says so.
-        masks: n masks (height, width) of the picture, which are tinted too; None to draw none.
+        masks: n masks (height, width) of the picture, tinted and outlined; where some overlap, the
+            best detection (of ground truth the smallest object) is seen. None to draw none.
         enlarge: by a whole factor, if the longer side has less than 480 pixels.
 
     Raises ValueError if the lengths disagree, or `boxes` is not (n, 4).
@@ -87,13 +89,9 @@ def draw_boxes(
     order = np.argsort(rank, kind="stable")
     order = order[visible[order]]
 
-    # Masks lie under all boxes. One at a time: a hundred of a large picture would fill the memory.
-    paint = sv.MaskAnnotator(PALETTE, opacity=MASK_OPACITY)
-    for i, mask in enumerate(() if masks is None else masks):
-        if not visible[i]:
-            continue
-        larger = np.asarray(mask, dtype=bool).repeat(scale, 0).repeat(scale, 1)
-        paint.annotate(canvas, sv.Detections(lines[[i]], mask=larger[None], class_id=colors[[i]]))
+    # masks lie under all boxes
+    if masks is not None:
+        _draw_masks(canvas, masks, order, colors, scale, line)
 
     found = sv.Detections(lines[order], class_id=colors[order])
     tinted = order[crowds[order]]
@@ -179,6 +177,38 @@ def _colors_of(labels: Sequence[str], classes: Sequence[str]) -> NDArray[np.int_
     """A number for each label. That of an unknown class follows from its letters."""
     places = {name: place for place, name in reversed(list(enumerate(classes)))}
     return np.array([places.get(label, zlib.crc32(label.encode(errors="replace"))) for label in labels], int)
+
+
+def _draw_masks(
+    canvas: Image.Image,
+    masks: Iterable[ArrayLike],
+    order: NDArray[np.intp],
+    colors: NDArray[np.int_],
+    scale: int,
+    line: int,
+) -> None:
+    """Tint the masks in `order`, the last on top, and draw a line within what is seen of each, with a
+    black edge around it. colors: of all n masks; line: its width in pixels.
+    """
+    # which mask is seen at each pixel, as its place in the order; one mask at a time is in memory
+    places = {int(i): place for place, i in enumerate(order)}
+    seen = np.full((canvas.height // scale, canvas.width // scale), -1, np.int16)
+    for i, mask in enumerate(masks):
+        if i in places:
+            seen[np.asarray(mask, dtype=bool) & (seen < places[i])] = places[i]
+    seen = seen.repeat(scale, 0).repeat(scale, 1)
+
+    # at the border of the picture a mask is cut, and has no line
+    def near(width: int) -> NDArray[np.bool_]:
+        around = {"size": 2 * width + 1, "mode": "nearest"}
+        return ndimage.maximum_filter(seen, **around) != ndimage.minimum_filter(seen, **around)
+
+    inside = seen >= 0
+    opacity = np.where(inside, MASK_OPACITY, 0.0)
+    opacity[near(line) & inside | near(1) & ~inside] = 1
+    rgb = [PALETTE.by_idx(int(color)).as_rgb() for color in colors[order]]
+    paint = np.array([*rgb, (0, 0, 0)], np.uint8)[seen]  # -1, for no mask, is the last
+    canvas.paste(Image.fromarray(paint), mask=Image.fromarray(np.uint8(255 * opacity)))
 
 
 def draw_coco(

@@ -34,6 +34,9 @@ FIGURES = (
     "AR large",
 )
 
+# the keys of log.txt that have them, without "test_" or "test_ema_", by what stands before their names
+FIGURE_KEYS = {"": "coco_eval_bbox", "mask ": "coco_eval_masks"}
+
 
 def percent(metric: float) -> str:
     """A metric of COCO in percent; -1 means that it is undefined."""
@@ -66,7 +69,12 @@ PANELS = (
     Panel("Gradient norm", {"training": "train_grad_norm"}),
     Panel("Learning rate", {"training": "train_lr"}, logarithmic=True),
 )
-
+MASK_PANELS = (
+    Panel("Mask AP", {"AP": "mask AP", "AP50": "mask AP50", "AP averaged": "ema mask AP"}, "%"),
+    Panel("Mask AP by size", {s: f"mask AP {s}" for s in ("small", "medium", "large")}, "%"),
+    Panel("Mask focal loss", {"training": "train_loss_mask", "validation": "test_loss_mask"}),
+    Panel("Mask dice loss", {"training": "train_loss_dice", "validation": "test_loss_dice"}),
+)
 
 # of runs with panoptic data
 PANOPTIC = Panel("Panoptic quality", {"all": "PQ_all", "things": "PQ_th", "stuff": "PQ_st"}, "%")
@@ -89,6 +97,12 @@ class Curve:
     values: NDArray[np.float64]
 
 
+def panels_of(logs: Sequence[Sequence[Row]]) -> list[tuple[Panel, list[Curve]]]:
+    """The panels with their curves, for the rows of every run; those of masks only if they have one."""
+    found = [(panel, curves_of(panel, logs)) for panel in (*PANELS, *MASK_PANELS, PANOPTIC)]
+    return [(panel, curves) for panel, curves in found if curves or panel in PANELS]
+
+
 def curves_of(panel: Panel, logs: Sequence[Sequence[Row]]) -> list[Curve]:
     """The curves of a panel for the rows of every run, without those that have no value."""
     found = []
@@ -106,9 +120,9 @@ def curves_of(panel: Panel, logs: Sequence[Sequence[Row]]) -> list[Curve]:
 def series(rows: Sequence[Row], key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """One curve: epochs [E] ascending and values [E], where they are finite.
 
-    `key` is a key of the log, or one of FIGURES or of PANOPTIC in percent ("ema AP": of the averaged
-    weights, --ema_decay); COCO's -1 for an undefined value is left out. Of an epoch that was run twice
-    (resumed from an older checkpoint) the later row counts.
+    `key` is a key of the log, or one of FIGURES or of PANOPTIC in percent ("mask AP": of masks; "ema AP",
+    "ema mask AP": of the averaged weights, --ema_decay); COCO's -1 for an undefined value is left out. Of
+    an epoch that was run twice (resumed from an older checkpoint) the later row counts.
     """
     # a dictionary, so that a later row replaces an earlier one
     values = {}
@@ -127,10 +141,12 @@ def _value(row: Row, key: str) -> Any:
         value = quality.get("pq") if isinstance(quality, dict) else None
         return _in_percent(value)
     # COCO's metrics are a list in the log
-    name = key.removeprefix("ema ")
+    of_kind = key.removeprefix("ema ")
+    name = of_kind.removeprefix("mask ")
     if name not in FIGURES:
         return row.get(key)
-    metrics = row.get("test_coco_eval_bbox" if name == key else "test_ema_coco_eval_bbox")
+    kind = FIGURE_KEYS[of_kind.removesuffix(name)]
+    metrics = row.get(f"test_{kind}" if of_kind == key else f"test_ema_{kind}")
     place = FIGURES.index(name)
     if not isinstance(metrics, list) or len(metrics) <= place:
         return None

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from util.draw.curves import MAX_MARKERS, PANELS, Curve, Panel, Row, curves_of, run_colors
+from util.draw.curves import MAX_MARKERS, Curve, Panel, Row, panels_of, run_colors
 from util.errors import UserError
 
 LINE_STYLES: tuple[Literal["-", "--", ":"], ...] = ("-", "--", ":")
@@ -54,12 +54,18 @@ def plot_run(logs: Mapping[str, Sequence[Row]], output: str | Path) -> None:
     names, colors = [_legend_name(name) for name in logs], run_colors(len(logs))
     columns = max(1, min(len(names), 6, 180 // (max(map(len, names)) + 8)))
     legend_rows = math.ceil(len(names) / columns)
+    panels = panels_of(list(logs.values()))
 
     with mpl.rc_context(STYLE):
         # a Figure of its own: pyplot would look for a screen
-        figure = Figure(figsize=(15, 9.2 + 0.22 * legend_rows), layout="constrained")
-        for axes, panel in zip(figure.subplots(3, 3).flat, PANELS, strict=True):
-            _draw_panel(axes, panel, curves_of(panel, list(logs.values())), colors)
+        rows = math.ceil(len(panels) / 3)
+        figure = Figure(figsize=(15, 3 * rows + 0.2 + 0.22 * legend_rows), layout="constrained")
+        places = figure.subplots(rows, 3).flat
+        for (panel, curves), axes in zip(panels, places, strict=False):
+            _draw_panel(axes, panel, curves, colors)
+        # the last row may have places over
+        for axes in places:
+            axes.set_axis_off()
         samples = [Line2D([], [], color=color, linewidth=3) for color in colors]
         figure.legend(samples, names, loc="outside upper center", ncols=columns)
         figure.savefig(output)

@@ -13,7 +13,7 @@ import torch
 
 from util.config import Config, as_typed
 from util.distributed.processes import is_main, rank, world_size
-from util.draw.curves import percent
+from util.draw.curves import FIGURE_KEYS, percent
 from util.run.checkpoints import BEST
 from util.run.record import device_name
 from util.step.progress import duration
@@ -98,7 +98,7 @@ class EpochSummary:
 
         Args:
             line: the epoch's entries of log.txt.
-            best: AP, epoch and weights of the best evaluation so far.
+            best: of the best evaluation so far: its metric first, then epoch and weights.
             saved: the checkpoint that was written after the training of this epoch, or "".
         """
         # both the training and the evaluation of the epoch
@@ -112,11 +112,13 @@ class EpochSummary:
             fields.append(f"loss {line['train_loss']:.4f}")
         if "test_loss" in line:
             fields.append(f"validation loss {line['test_loss']:.4f}")
-            fields.append(f"AP {percent(line['test_coco_eval_bbox'][0])}")
+            for prefix, key in FIGURE_KEYS.items():
+                if f"test_{key}" in line:
+                    fields.append(f"{prefix}AP {percent(line[f'test_{key}'][0])}")
         if "test_PQ_all" in line:
             fields.append(f"PQ {percent(line['test_PQ_all']['pq'])}")
         if best:
-            fields.append(f"best AP {percent(best['AP'])} (epoch {best['epoch']})")
+            fields.append(f"best {_metric(best)} (epoch {best['epoch']})")
         left = self._epochs - epoch - 1
         # a part of an epoch says nothing about a whole one
         if left > 0 and self._whole_epoch:
@@ -134,6 +136,11 @@ class EpochSummary:
         # the averaged ones were evaluated too
         weights = ", averaged weights" if best["weights"] == "ema" else ""
         path = Path(self._folder) / BEST
-        log.info("best AP %s (epoch %d%s): %s", percent(best["AP"]), best["epoch"], weights, path)
+        log.info("best %s (epoch %d%s): %s", _metric(best), best["epoch"], weights, path)
         log.info("next: python tools/report.py %s", self._folder)
         log.info("      python tools/predict.py --resume %s <images> --output_dir predictions", path)
+
+
+def _metric(best: Mapping[str, Any]) -> str:
+    metric, value = next(iter(best.items()))
+    return f"{metric} {percent(value)}"

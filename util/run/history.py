@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,12 +42,12 @@ class History:
         self.write()
         return line
 
-    def is_best(self, average_precision: float, epoch: int, weights: str) -> bool:
-        """Whether a result is better than all before; it is kept then."""
-        # of equal results the first one stays
-        if self.best is not None and average_precision <= self.best["AP"]:
+    def is_best(self, metric: str, value: float, epoch: int, weights: str) -> bool:
+        """Whether a result is better by `metric` than all before; it is kept then."""
+        # of equal results the first one stays; one of another metric, of an older version, does not
+        if self.best is not None and value <= self.best.get(metric, -math.inf):
             return False
-        self.best = {"AP": average_precision, "epoch": epoch, "weights": weights}
+        self.best = {metric: value, "epoch": epoch, "weights": weights}
         return True
 
     def write(self) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from util.draw.curves import FIGURES
+from util.draw.curves import FIGURE_KEYS, FIGURES
 from util.errors import UserError
 from util.images import evenly_chosen
 from util.images.files import read_picture
@@ -109,22 +109,23 @@ class Board:
 
 
 def epoch_scalars(row: Mapping[str, Any]) -> dict[str, float]:
-    """A line of log.txt by TensorBoard's names: "train/loss", "val/loss", "val/AP50",
+    """A line of log.txt by TensorBoard's names: "train/loss", "val/loss", "val/AP50", "val/mask AP50",
     "val averaged/AP50".
 
     Metrics of -1 are left out, which COCO gives where nothing can be measured, and so are the
     unscaled losses, which have the shape of the scaled ones.
     """
     scalars: dict[str, float] = {}
+    kinds = {key: prefix for prefix, key in FIGURE_KEYS.items()}
     for key, value in row.items():
         match = re.fullmatch(r"(train|test_ema|test)_(.*?)(_unscaled)?", key)
         if not match or match[3]:
             continue
         group, name = {"train": "train", "test": "val", "test_ema": "val averaged"}[match[1]], match[2]
-        if name == "coco_eval_bbox":
+        if name in kinds:
             for metric, number in zip(FIGURES, value, strict=True):
                 if number >= 0:
-                    scalars[f"{group}/{metric}"] = number
+                    scalars[f"{group}/{kinds[name]}{metric}"] = number
         elif name.startswith("PQ_") and value["n"]:
             scalars[f"{group}/{name}"] = value["pq"]
         elif isinstance(value, int | float):
@@ -135,11 +136,12 @@ def epoch_scalars(row: Mapping[str, Any]) -> dict[str, float]:
 def detection_pictures(dataset: Any, results: Sequence[Mapping[str, Any]]) -> dict[str, Image.Image]:
     """Ground truth beside detections for a few images, spread evenly over the data set, by name.
 
-    results: detections in COCO's results format.
+    results: detections in COCO's results format; if they have masks, the ground truth has some too.
     """
     from util.draw.boxes import draw_coco, side_by_side  # takes most of a second
 
     names = {category.id: category.name for category in dataset.classes.categories}
+    masks = bool(results) and "segmentation" in results[0]
     found: dict[int, list[Mapping[str, Any]]] = {}
     for image_id in evenly_chosen(sorted(dataset.image_ids), PICTURES):
         found[image_id] = []
@@ -153,8 +155,10 @@ def detection_pictures(dataset: Any, results: Sequence[Mapping[str, Any]]) -> di
         try:
             picture = read_picture(path, MEGAPIXELS, "it has no picture", upright=False)
             # equal sizes, so that the eye can compare
-            left = draw_coco(picture, dataset.coco.imgToAnns.get(image_id, []), names)
-            right = draw_coco(picture, detections, names)
+            left, right = (
+                draw_coco(picture, entries, names, map(dataset.coco.annToMask, entries) if masks else None)
+                for entries in (dataset.coco.imgToAnns.get(image_id, []), detections)
+            )
         except (OSError, ValueError) as error:
             log.warning("no picture for TensorBoard: %s", error)
             continue
