@@ -146,7 +146,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--train_set",
         default="",
-        help="list in ImageSets/Main for training (default: train, trainval or default)",
+        help="list in ImageSets/Main (of masks: ImageSets/Segmentation) for training (default: train, trainval or default)",
     )
     add(
         "--val_set",

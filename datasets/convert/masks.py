@@ -17,7 +17,7 @@ from datasets.convert.problems import Problems, point_as_stored
 from util.errors import UserError
 from util.images.files import Header
 
-_MENDED = "outlines without parts of less than three points, or put into a list, as COCO has them"
+_MENDED = "outlines mended: parts of fewer than three points left out, or the list around them added"
 
 
 def outline_as_stored(points: Any, header: Header) -> list[list[float]]:

@@ -1,6 +1,6 @@
 """Masks as images, in Pascal VOC's format for segmentation: in SegmentationObject each object of an image has
-its own colour, and in SegmentationClass that of its class (VOC's development kit, section 2.3; CVAT's
-"Segmentation mask", labelme2voc).
+its own colour, and in SegmentationClass that of its class. CVAT ("Segmentation mask") and labelme2voc
+write it, too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pycocotools import mask as mask_utils
 
 from datasets.convert.common import CocoSplit, Object, Pair, files_by_key, read_splits, splits_by_folder
 from datasets.convert.masks import mask_as_stored
-from datasets.convert.problems import Corners, Problems
+from datasets.convert.problems import BOXES_TURNED, Corners, Problems
 from datasets.convert.voc import VocRules, folder_with, listed_splits
 from datasets.file_index import shown_size
 from datasets.file_names import IMAGE_SUFFIXES, files_below
@@ -96,7 +96,7 @@ def _class_names(root: Path) -> dict[int, str]:
                 raise UserError(
                     f"{label_map}: line {place} must be name:red,green,blue, as CVAT writes it"
                 ) from None
-            numbers[_number_of(red, green, blue)] = name
+            numbers[_number_of(red << 16 | green << 8 | blue)] = name
     else:
         names = [line.text for line in read_lines(listed)] if listed.is_file() else _VOC.split()
         numbers = dict(enumerate(names))
@@ -117,9 +117,8 @@ def _numbers_by_colour() -> dict[int, int]:
     return numbers
 
 
-def _number_of(red: int, green: int, blue: int) -> int:
-    """VOC's number of a colour, or one from 256 on for other colours."""
-    colour = red << 16 | green << 8 | blue
+def _number_of(colour: int) -> int:
+    """VOC's number of a colour of 24 bits, or one from 256 on for other colours."""
     return _numbers_by_colour().get(colour, 256 + colour)
 
 
@@ -130,15 +129,14 @@ def _numbers(path: Path, header: Header) -> np.ndarray:
     """
     megapixels, otherwise = DataConfig.max_image_megapixels, "or take it out"
     content = read_image_file(path, megapixels, otherwise)
-    colours = np.asarray(decode(content, path, megapixels, otherwise)).astype(np.int64)
+    picture = decode(content, path, megapixels, otherwise)
     with Image.open(io.BytesIO(content)) as image:
         if image.mode in ("1", "L", "I", "I;16"):
             numbers = np.asarray(image).astype(np.int64)
         else:
-            colours = colours @ (1 << 16, 1 << 8, 1)
-            there, numbers = np.unique(colours, return_inverse=True)
-            known = np.array([_number_of(*divmod(c >> 8, 256), c & 255) for c in there.tolist()], np.int64)
-            numbers = known[numbers.reshape(colours.shape)]
+            colours = np.asarray(picture).astype(np.int64) @ (1 << 16, 1 << 8, 1)
+            there, places = np.unique(colours, return_inverse=True)
+            numbers = np.array([*map(_number_of, there.tolist())], np.int64)[places.reshape(colours.shape)]
     size = numbers.shape[::-1]
     if size == shown_size(header):
         return mask_as_stored(numbers, header)
@@ -159,6 +157,7 @@ def _read_objects(
     if not path.is_file():
         problems.notes[f"images without a mask in {_OBJECTS}, taken to have no objects"] += 1
         return []
+    problems.notes[BOXES_TURNED] += header.orientation > 1
     parts = list(path.parts)
     parts[len(parts) - 1 - parts[::-1].index(_OBJECTS)] = _CLASSES
     try:

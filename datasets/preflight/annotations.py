@@ -21,7 +21,7 @@ from datasets.preflight.boxes import (
     sizes_of,
     wrong_areas,
 )
-from datasets.preflight.masks import mask_problems
+from datasets.preflight.masks import MASK_PROBLEMS, mask_problems
 from util.class_map import ClassMap
 from util.errors import UserError
 
@@ -260,15 +260,10 @@ def _check_masks(split: CheckedSplit) -> None:
         split.area[places],
         sizes_of(split.images)[split.image[places]],
     )
-    meanings = {
-        "empty_mask": "a mask without any pixel in the image; draw it again, or take the object out",
-        "mask_off_box": "a mask elsewhere, within [{box}]; mend the mask or the box",
-        "mask_area": "an area of {area:g}, which makes it small, medium or large, and a mask of {pixels}",
-    }
     for kind, flagged in found.items():
         for n in np.flatnonzero(flagged).tolist():
             box = ", ".join(f"{value:g}" for value in own[n])
-            what = meanings[kind].format(box=box, area=split.area[kept[n]], pixels=pixels[n])
+            what = MASK_PROBLEMS[kind].format(box=box, area=split.area[kept[n]], pixels=pixels[n])
             _add_box(split, kind, kept[n], what)
 
 

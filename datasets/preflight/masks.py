@@ -12,6 +12,13 @@ _FARTHEST, _FARTHEST_SHARE = 4.0, 0.25
 # COCO's areas are those of polygons, and parts that overlap count twice
 _LARGEST_FACTOR = 2.0
 
+# what an object has; box: around its mask, pixels: of its mask
+MASK_PROBLEMS = {
+    "empty_mask": "a mask without any pixel in the image; draw it again, or take the object out",
+    "mask_off_box": "a mask elsewhere, within [{box}]; mend the mask or the box",
+    "mask_area": "an area of {area:g}, which decides small, medium or large, and {pixels} pixels of mask",
+}
+
 
 def mask_problems(
     own: np.ndarray, pixels: np.ndarray, xywh: np.ndarray, area: np.ndarray, sizes: np.ndarray
