@@ -146,7 +146,8 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--train_set",
         default="",
-        help="list in ImageSets/Main (of masks: ImageSets/Segmentation) for training (default: train, trainval or default)",
+        help="list in ImageSets/Main (of masks: ImageSets/Segmentation) for training "
+        "(default: train, trainval or default)",
     )
     add(
         "--val_set",
