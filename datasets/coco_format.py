@@ -48,6 +48,7 @@ WARNINGS = {
     "more_than_detections",
     "flat_picture",
     "mixed_depths",
+    "mask_area",
 }
 
 

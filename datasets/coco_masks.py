@@ -92,30 +92,33 @@ def _fits(segmentation: dict[str, Any], height: int, width: int) -> bool:
     if isinstance(counts, list):
         plain = all(type(count) is int and count >= 0 for count in counts)
         return plain and sum(counts) == height * width
-    return isinstance(counts, str) and _sum_of(counts) == height * width
+    if not isinstance(counts, str):
+        return False
+    plain = _uncompressed(np.frombuffer(counts.encode("latin-1", "replace"), np.uint8))
+    return plain is not None and plain.sum() == height * width
 
 
-def _sum_of(counts: str) -> int:
-    """The sum of compressed run lengths; -1 if they can't be such.
+def _uncompressed(codes: np.ndarray) -> np.ndarray | None:
+    """Run lengths of compressed ones, of uint8; None if they can't be such.
 
     The format (pycocotools' rleToString): five bits a character, the lowest first, above "0"; a sixth
     says that more follow, the highest of the last is the sign. From the fourth number on it is the
     difference from the number two places before.
     """
-    codes = np.frombuffer(counts.encode("latin-1", "replace"), np.uint8).astype(np.int64) - 48
+    codes = codes.astype(np.int64) - 48
     if not len(codes) or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
-        return -1
+        return None
     last = np.flatnonzero(codes & 32 == 0)
     first = np.append(0, last[:-1] + 1)
     lengths = last - first + 1
     if lengths.max() > 7:  # 35 bits
-        return -1
+        return None
     place = np.arange(len(codes)) - np.repeat(first, lengths)
     numbers = np.add.reduceat((codes & 31) << (5 * place), first)
     numbers -= np.where(codes[last] & 16, 1 << (5 * lengths), 0)
     for start in (1, 2):
         numbers[start::2] = numbers[start::2].cumsum()
-    return int(numbers.sum()) if numbers.min() >= 0 else -1
+    return numbers if numbers.min() >= 0 else None
 
 
 @dataclass(frozen=True)
@@ -153,17 +156,23 @@ class RunLengths:
 
         Raises ValueError if they are of another size.
         """
-        runs = []
-        for i in objects:
+        masks = np.zeros((len(objects), height, width), np.uint8)
+        for mask, i in zip(masks, objects, strict=True):
             if tuple(self.sizes[i]) != (height, width):
                 there = f"{self.sizes[i][1]} x {self.sizes[i][0]}"
                 raise ValueError(f"is {width} x {height} pixels (width x height), and its masks are {there}")
-            counts = self.codes[self.starts[i] : self.starts[i + 1]].tobytes()
-            runs.append({"size": [height, width], "counts": counts})
-        if not runs:
-            return np.zeros((0, height, width), np.uint8)
-        # pycocotools gives [H, W, n], column after column: its memory is not copied
-        return mask_utils.decode(runs).transpose(2, 0, 1)
+            # down one column after another: a run of 0, one of 1, ...
+            runs = _uncompressed(self.codes[self.starts[i] : self.starts[i + 1]])
+            runs = runs[: len(runs) // 2 * 2]
+            if len(runs):
+                # only the object's columns are drawn: it is a small part of the image
+                end = int(runs.sum())
+                left, right = int(runs[0]) // height, -(-end // height)
+                runs = np.append(runs, right * height - end)
+                runs[0] -= left * height
+                columns = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+                mask[:, left:right] = columns.reshape(-1, height).T
+        return masks
 
 
 def coco_masks(chunks: Iterable[Tensor]) -> list[dict[str, Any]]:

@@ -108,12 +108,16 @@ def _resized_mask(masks: Mask, height: int, width: int) -> Mask:
     )
     resized = np.zeros((len(masks), height, width), np.uint8)
     for new, old in zip(resized, masks.numpy(), strict=True):
-        in_rows, in_columns = np.flatnonzero(old.any(1)), np.flatnonzero(old.any(0))
-        if len(in_rows):
-            # the pixels that come from the object's box
+        in_columns = np.flatnonzero(old.max(0))
+        if len(in_columns):
+            old = old[:, in_columns[0] : in_columns[-1] + 1]
+            in_rows = np.flatnonzero(old.max(1))
+            old = old[in_rows[0] : in_rows[-1] + 1]
+            # the pixels that come from the object's box; rows are copied whole, so they come last
             top, bottom = np.searchsorted(rows, [in_rows[0], in_rows[-1] + 1])
             left, right = np.searchsorted(columns, [in_columns[0], in_columns[-1] + 1])
-            new[top:bottom, left:right] = old.take(rows[top:bottom], 0).take(columns[left:right], 1)
+            wide = old.take(columns[left:right] - in_columns[0], 1)
+            new[top:bottom, left:right] = wide.take(rows[top:bottom] - in_rows[0], 0)
     return Mask(torch.from_numpy(resized))
 
 

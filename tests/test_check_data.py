@@ -10,6 +10,7 @@ import random
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 from PIL import Image
 
 from datasets import build_dataset
+from datasets.coco import CocoDetection
 from datasets.coco_format import read_annotations
 from datasets.preflight.annotations import CheckedSplit, check_annotations, check_classes, check_unused
 from datasets.preflight.quick import quick_check
@@ -271,6 +273,86 @@ def test_each_planted_fault_alone_is_found_alone(data, name):
         findings = report_of(checked(data), data.root / "report.json")
         assert [(f["kind"], f["is_fault"]) for f in findings] == [(kind, True)]
     assert wanted.items() <= findings[0].items()
+
+
+# ---- masks
+
+
+def outline(*corners: float) -> list[list[float]]:
+    x0, y0, x1, y1 = corners
+    return [[x0, y0, x1, y0, x1, y1, x0, y1]]
+
+
+RUNS = {"size": [SIZE[1], SIZE[0]], "counts": [4 * SIZE[1] + 5, 16, (SIZE[0] - 4) * SIZE[1] - 21]}
+# of an object with the box [4, 5, 20, 16] and an area of 256
+MASK_FAULTS = {
+    "none": ("missing_mask", {"segmentation": None}),
+    "no outline": ("missing_mask", {"segmentation": []}),
+    "a crowd without": ("missing_mask", {"segmentation": [], "iscrowd": 1}),
+    "two points": ("wrong_segmentation", {"segmentation": [[4, 5, 24, 21]]}),
+    "a size that is turned": ("wrong_segmentation", {"segmentation": {**RUNS, "size": list(SIZE)}}),
+    "too few runs": ("wrong_segmentation", {"segmentation": {**RUNS, "counts": "PP"}}),
+    "far outside": ("wrong_segmentation", {"segmentation": outline(4, 5, 24, 999)}),
+    "outside": ("empty_mask", {"segmentation": outline(70, 5, 90, 21)}),
+    "a line": ("empty_mask", {"segmentation": outline(4, 5, 4, 21)}),
+    "no pixel": ("empty_mask", {"segmentation": {**RUNS, "counts": [SIZE[0] * SIZE[1]]}}),
+    "another place": ("mask_off_box", {"segmentation": outline(40, 20, 60, 36)}),
+    "a part of it": ("mask_off_box", {"segmentation": outline(4, 5, 13, 21)}),
+    "one column": ("mask_off_box", {"segmentation": RUNS}),
+    "another area": ("mask_area", {"area": 100}),
+}
+
+
+@pytest.fixture(scope="module")
+def sound_masks(sound, tmp_path_factory) -> Path:
+    """Outlines around the boxes; a crowd has run lengths, and an outline is as rough as COCO's."""
+    root = tmp_path_factory.mktemp("masks") / "data"
+    shutil.copytree(sound, root)
+    with_masks = Data(root)
+    for content in with_masks.content.values():
+        for annotation in content["annotations"]:
+            x, y, width, height = annotation["bbox"]
+            annotation["segmentation"] = outline(x, y, x + width, y + height)
+    with_masks.object(1)["segmentation"] = outline(5.5, 6.5, 22, 17)
+    with_masks.object(2).update(
+        bbox=[4, 5, 1, 16], area=16, segmentation=json.loads(json.dumps(RUNS)), iscrowd=1
+    )
+    with_masks.write()
+    return root
+
+
+def test_masks_are_checked_with_their_flag_only(sound_masks, tmp_path):
+    shutil.copytree(sound_masks, tmp_path / "data")
+    data = Data(tmp_path / "data")
+    check = partial(check_annotations, "train", data.root / "train2017", data.annotations("train"))
+    assert check(masks=True).problems == []
+    for i, (_, fault) in enumerate(MASK_FAULTS.values(), 5):
+        data.object(i).update(fault)
+    data.write()
+    assert check().problems == []
+    said, findings = data.check("--no_images", "--masks", code=1)
+    assert all(finding["message"] in said for finding in findings)
+    wanted = {1000 + 2 * i: kind for i, (kind, _) in enumerate(MASK_FAULTS.values(), 5)}
+    assert {f["annotation_id"]: f["kind"] for f in findings} == wanted
+    assert {f["kind"] for f in findings if not f["is_fault"]} == {"mask_area"}
+
+
+@pytest.mark.parametrize("name", MASK_FAULTS)
+def test_a_mask_that_training_refuses_is_a_problem_in_the_same_words(sound_masks, tmp_path, name):
+    data = Data(sound_masks)
+    kind, fault = MASK_FAULTS[name]
+    data.object(5).update(fault)
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps(data.content["train"]))
+    (problem,) = check_annotations("train", data.root / "train2017", path, masks=True).problems
+    assert (problem.kind, problem.entry["id"]) == (kind, 1010)
+    load = partial(CocoDetection, data.root / "train2017", path, None, seed=0, masks=True)
+    if kind in ("missing_mask", "wrong_segmentation"):
+        with pytest.raises(UserError) as error:
+            load()
+        assert str(error.value) == problem.message
+    else:
+        assert len(load()) == NUM_IMAGES
 
 
 def checked(data: Data) -> list[CheckedSplit]:

@@ -204,14 +204,14 @@ def test_sizes_that_are_missing_are_read_from_the_file(tmp_path, size):
 def test_boxes_of_an_image_without_a_size_are_of_the_image_as_it_is_shown(tmp_path):
     content = export()
     content["images"][2] = {"id": 3, "file_name": "3.jpg"}
-    content["annotations"][2]["segmentation"] = [[3, 2, 13, 2, 13, 22]]
+    content["annotations"][2]["segmentation"] = [[3, 2, 13, 2, 13, 22], "no outline"]
     write(tmp_path, content)
     write_image(tmp_path / "3.jpg", SIZE, orientation=6)  # shown as 40 x 60
     written, faults = converted(tmp_path, "stop")
     assert (written["images"][2]["width"], written["images"][2]["height"]) == SIZE
     # (u, v) as shown is x = v, y = 40 - u as stored
     assert written["annotations"][2]["bbox"] == [2, 40 - 13, 20, 10]
-    assert "segmentation" not in written["annotations"][2]
+    assert written["annotations"][2]["segmentation"] == [[2, 37, 2, 27, 22, 27]]
     assert faults.notes["images with an EXIF orientation: boxes turned to the pixels as stored"] == 1
 
 
@@ -222,6 +222,28 @@ def test_areas_that_cannot_be_right_are_replaced_by_the_boxes(tmp_path, area):
     written, faults = converted(write(tmp_path, content), "stop")
     assert [annotation["area"] for annotation in written["annotations"]] == [200, 150, 150, 150]
     assert told(faults) == {"areas that could not be right, replaced by their boxes'": 1}
+
+
+# ---- masks and crowds
+
+
+def test_brush_masks_of_cvat_become_objects_if_asked_for(tmp_path):
+    """It writes them with iscrowd 1 and run lengths that are not compressed, beside outlines and boxes."""
+    content = export()
+    brush = {"size": [40, 60], "counts": [85, 10, 30, 10, 2265]}
+    masks = (brush, [[2, 2, 12, 2, 12, 22]], [], {**brush, "counts": [1, 2]})
+    for annotation, mask in zip(content["annotations"], masks, strict=True):
+        annotation |= {"segmentation": mask, "iscrowd": int(mask == brush)}
+    for crowds, flag in (("keep", 1), ("objects", 0)):
+        source = write(tmp_path / crowds, content)
+        said = convert(source, "--output_dir", tmp_path / f"{crowds}_out", "--crowds", crowds)
+        assert f"crowd regions, iscrowd 1 ({crowds}): 1\n" in said
+        assert "masks: 2 of 4 objects; --masks needs all" in said
+        paths = (tmp_path / f"{crowds}_out/annotations").iterdir()
+        entries = [a for path in paths for a in json.loads(path.read_text())["annotations"]]
+        entries.sort(key=lambda annotation: annotation["id"])
+        assert entries[0] == content["annotations"][0] | {"iscrowd": flag}
+        assert entries[1:] == content["annotations"][1:]
 
 
 # ---- faults

@@ -12,10 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from torchvision.transforms import v2
 
+from datasets.coco import CocoDetection
 from datasets.coco_format import read_annotations
 from datasets.convert.problems import Corners, Problems, as_stored
 from datasets.convert.voc import VocRules, read_voc
+from datasets.convert.voc_masks import read_voc_masks
 from datasets.convert.yolo import read_yolo
 from datasets.file_index import shown_size
 from tests import layouts
@@ -101,7 +104,8 @@ def boxes(written: dict, areas: bool = True) -> dict[str, list[tuple]]:
     found: dict[str, list[tuple]] = {image["file_name"]: [] for image in written["images"]}
     files = {image["id"]: image["file_name"] for image in written["images"]}
     for a in written["annotations"]:
-        assert not areas or a["area"] == pytest.approx(a["bbox"][2] * a["bbox"][3], abs=1e-3)
+        if areas and "segmentation" not in a:
+            assert a["area"] == pytest.approx(a["bbox"][2] * a["bbox"][3], abs=1e-3)
         found[files[a["image_id"]]].append((names[a["category_id"]], a["bbox"], a["iscrowd"]))
     return found
 
@@ -305,7 +309,7 @@ def test_yolo_is_converted_by_one_command(tmp_path):
     }
     assert boxes(val) == {"c.png": [("bus", [10, 6, 40, 48], 0)]}
     assert "taken to have no objects: 1" in said
-    assert "outlines, of which the boxes were taken: 1" in said
+    assert "masks: 1 of 3 objects; --masks needs all, and tools/check_data.py --masks lists those" in said
     assert not (tmp_path / "source/images/val/c.png").samefile(tmp_path / "out/val2017/c.png")
 
 
@@ -432,6 +436,168 @@ def test_a_data_yaml_that_cannot_be_used_is_refused(tmp_path, text, wanted):
     message = refusal(tmp_path)
     assert wanted in message
     assert str(tmp_path) in message
+
+
+# ---- masks
+
+# class -> outline; the second picture is shown turned clockwise, 60 wide and 100 high
+OUTLINES = {
+    "car": [(10, 6), (50, 6), (50, 30), (30, 30), (30, 54), (10, 54)],
+    "bus": [(60, 10), (90, 10), (90, 20), (60, 20)],
+}
+MASKS = {name: np.zeros(SIZE[::-1], np.uint8) for name in OUTLINES}
+MASKS["car"][6:54, 10:30] = MASKS["car"][6:30, 30:50] = MASKS["bus"][10:20, 60:90] = 1
+PICTURES = {"a": 1, "b": 6}
+
+
+def shown_points(name: str, picture: str) -> list[tuple[int, int]]:
+    return [(SIZE[1] - y, x) if picture == "b" else (x, y) for x, y in OUTLINES[name]]
+
+
+def as_shown(values: dict[str, object], picture: str) -> np.ndarray:
+    """An image of the masks as shown, each in its value."""
+    image = sum(np.multiply.outer(mask, values[name]) for name, mask in MASKS.items())
+    return np.rot90(image, -1) if picture == "b" else image
+
+
+def yolo_outlines(root: Path, picture: str) -> None:
+    width, height = SIZE if picture == "a" else SIZE[::-1]
+    lines = ""
+    for number, name in enumerate(OUTLINES):
+        shares = (f"{x / width} {y / height}" for x, y in shown_points(name, picture))
+        lines += f"{number} {' '.join(shares)}\n"
+    write(root / f"labels/{picture}.txt", lines)
+    write(root / "classes.txt", "\n".join(OUTLINES))
+
+
+def voc_polygons(root: Path, picture: str) -> None:
+    objects = []
+    for name in OUTLINES:
+        points = shown_points(name, picture)
+        (x0, y0), (x1, y1) = map(min, zip(*points, strict=True)), map(max, zip(*points, strict=True))
+        numbered = enumerate(points, 1)
+        outline = "".join(f"<x{i}>{x + 1}</x{i}><y{i}>{y + 1}</y{i}>" for i, (x, y) in numbered)
+        objects.append(voc_object(name, x0 + 1, y0 + 1, x1, y1, extra=f"<polygon>{outline}</polygon>"))
+    size = SIZE if picture == "a" else SIZE[::-1]
+    write(root / f"Annotations/{picture}.xml", voc_xml(*objects, size=size))
+
+
+def coco_outlines(root: Path, picture: str) -> None:
+    """An outline without a list around it, and one with a part that is a line; no size of the image."""
+    path = root / "result.json"
+    names = [{"id": i, "name": name} for i, name in enumerate(OUTLINES)]
+    written = {"images": [], "annotations": [], "categories": names}
+    if path.exists():
+        written = json.loads(path.read_text())
+    written["images"].append({"id": ord(picture), "file_name": f"{picture}.png"})
+    for i, name in enumerate(OUTLINES):
+        points = np.array(shown_points(name, picture))
+        box = [*points.min(0).tolist(), *np.ptp(points, axis=0).tolist()]
+        outline = points.ravel().tolist()
+        written["annotations"].append(
+            {"image_id": ord(picture), "category_id": i, "bbox": box, "area": int(MASKS[name].sum())}
+            | {"segmentation": [[3, 4, 5, 6], outline] if i else outline}
+        )
+    write(path, json.dumps(written))
+
+
+def masks_in_colours(root: Path, picture: str) -> None:
+    """CVAT's: VOC's first colours for objects, colours of the label map for classes."""
+    colours = {"car": (250, 50, 83), "bus": (36, 179, 83)}
+    for folder, values in (
+        ("SegmentationObject", {"car": (0, 128, 0), "bus": (128, 0, 0)}),
+        ("SegmentationClass", colours),
+    ):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        image = as_shown(values, picture).astype(np.uint8)
+        Image.fromarray(np.ascontiguousarray(image)).save(root / folder / f"{picture}.png")
+    lines = (f"{name}:{','.join(map(str, colour))}::" for name, colour in colours.items())
+    write(root / "labelmap.txt", "\n".join(("# label:color_rgb:parts:actions", "background:0,0,0::", *lines)))
+    write(root / "ImageSets/Segmentation/default.txt", "a\nb\nwithout\n")
+    write_image(root / "JPEGImages/without.png")
+
+
+def masks_in_numbers(root: Path, picture: str, **palette: bool) -> None:
+    """Numbers of objects and of VOC's classes; border pixels are 255."""
+    for folder, values in (("Object", {"car": 1, "bus": 2}), ("Class", {"car": 7, "bus": 6})):
+        (root / f"Segmentation{folder}").mkdir(parents=True, exist_ok=True)
+        numbers = as_shown(values, picture).astype(np.uint8)
+        numbers[0] = 255
+        image = Image.fromarray(np.ascontiguousarray(numbers))
+        if palette:
+            colours = {1: (128, 0, 0), 2: (0, 128, 0), 6: (0, 128, 128), 7: (128, 128, 128)}
+            flat = [channel for i in range(255) for channel in colours.get(i, (0, 0, 0))]
+            image.putpalette([*flat, 224, 224, 192])
+        image.save(root / f"Segmentation{folder}/{picture}.png")
+
+
+MASK_WRITERS = {
+    "YOLO": yolo_outlines,
+    "VOC's polygons": voc_polygons,
+    "COCO's without sizes": coco_outlines,
+    "masks in colours": masks_in_colours,
+    "masks in numbers": masks_in_numbers,
+    "masks with a palette": lambda root, picture: masks_in_numbers(root, picture, palette=True),
+}
+
+
+@pytest.mark.parametrize("kind", MASK_WRITERS)
+def test_outlines_and_masks_arrive_to_the_pixel(tmp_path, kind):
+    source, out = tmp_path / "in", tmp_path / "out"
+    for picture, orientation in PICTURES.items():
+        write_image(source / f"JPEGImages/{picture}.png", orientation=orientation)
+        MASK_WRITERS[kind](source, picture)
+    if kind == "YOLO":
+        (source / "JPEGImages").rename(source / "images")
+    said = convert(source, "--output_dir", out, "--val_fraction", "0.4")
+    assert "masks: 4 of 4 objects\n" in said
+
+    seen = []
+    for part in ("train", "val"):
+        path = out / f"annotations/instances_{part}2017.json"
+        dataset = CocoDetection(out / f"{part}2017", path, v2.ToImage(), seed=0, masks=True)
+        written = content(out, part)
+        names = {category["id"]: category["name"] for category in written["categories"]}
+        for image_id, (_, target) in zip(dataset.image_ids, dataset, strict=True):
+            entries = dataset.coco.imgToAnns[image_id]
+            for entry, mask in zip(entries, target["masks"].numpy(), strict=True):
+                name = names[entry["category_id"]]
+                assert np.array_equal(mask, MASKS[name])
+                rows, columns = np.nonzero(mask)
+                x, y, width, height = entry["bbox"]
+                assert (x, y, x + width, y + height) == pytest.approx(
+                    (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+                )
+                assert entry["area"] == mask.sum()
+                seen.append(name)
+    assert sorted(seen) == ["bus", "bus", "car", "car"]
+
+
+def test_masks_that_can_not_be_used_cost_no_box(tmp_path):
+    masks_in_numbers(tmp_path, "a")
+    write_image(tmp_path / "a.png")
+    for name in ("b", "c"):
+        write_image(tmp_path / f"{name}.png", (9, 9))
+        for folder in ("SegmentationObject", "SegmentationClass"):
+            Image.fromarray(np.full((9, 10 - (name == "c")), 30, np.uint8)).save(
+                tmp_path / folder / f"{name}.png"
+            )
+    faults = Problems("skip")
+    parts = read_voc_masks(tmp_path, VocRules(), faults)
+    assert faults.kinds == {"wrong_size": 1, "unknown_category": 1}
+    assert "b.png is 10 x 9, and its image 9 x 9" in faults.messages[0]
+    assert "c.png: object 30 has no class in SegmentationClass" in faults.messages[1]
+    assert list(boxes(parts["train"].content)) == ["a.png", "c.png"]
+    write(tmp_path / "labelmap.txt", "car:red::\n")
+    with pytest.raises(UserError, match="line 1 must be name:red,green,blue"):
+        read_voc_masks(tmp_path, VocRules(), faults)
+
+    # an outline that is far outside is not drawn; the box is cut
+    write_yolo(tmp_path / "yolo")
+    write(tmp_path / "yolo/labels/val/c.txt", "1 0.1 0.1 0.5 0.1 0.5 0.9\n0 0.1 0.1 5 0.1 0.5 0.9\n")
+    said = convert(tmp_path / "yolo", "--output_dir", tmp_path / "out", "--on_bad", "clip")
+    assert "masks: 1 of 4 objects; " in said
+    assert boxes(content(tmp_path / "out", "val"), areas=False)["c.png"][1] == ("car", [10, 6, 90, 48], 0)
 
 
 # ---- both

@@ -21,14 +21,15 @@ from PIL import Image
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from scipy.ndimage import maximum_filter, minimum_filter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 
 from datasets.coco import CocoDetection
 from datasets.coco_eval import evaluate_results
-from datasets.coco_masks import _sum_of, coco_masks
+from datasets.coco_masks import _uncompressed, coco_masks
 from datasets.synthetic.write import generate
-from datasets.transforms import RandomCrop, RandomShorterSide
+from datasets.transforms import RandomCrop, RandomShorterSide, train_transform
 from models import build_model, load_detector, load_model
 from models.inference import prepare_for_inference
 from models.masks import ImageMasks, cells_of, dice_loss, mask_losses
@@ -125,6 +126,7 @@ def whole_masks(source: CocoDetection, index: int) -> list[np.ndarray]:
     [
         v2.Identity(),
         v2.RandomHorizontalFlip(1),
+        v2.RandomVerticalFlip(1),
         RandomCrop(20, 40),
         v2.Compose([v2.RandomHorizontalFlip(), RandomCrop(8, 30)]),
     ],
@@ -140,18 +142,48 @@ def test_masks_follow_every_pixel(data, transform):
             x, y = image[0].numpy(), image[1].numpy()
             assert target["masks"].dtype == torch.bool
             assert target["masks"].shape == (len(target["boxes"]), *image.shape[1:])
-            wanted = [mask[y, x].astype(bool) for mask in whole_masks(source, index)]
-            if len(target["boxes"]) == len(wanted):
-                kept += 1
-            # an object whose box a crop has left out is left out
-            by_content = {mask.tobytes() for mask in wanted}
-            assert all(mask.numpy().tobytes() in by_content for mask in target["masks"])
-            for box, mask in zip(target["boxes"], target["masks"].numpy(), strict=True):
-                if mask.any():
-                    rows, columns = np.nonzero(mask)
-                    inside = [columns.min() / mask.shape[1], rows.min() / mask.shape[0]]
-                    assert (np.array(inside) >= (box[:2] - box[2:] / 2).numpy() - 1e-4).all()
+            masks = target["masks"].numpy()
+            for mask, (whole, _) in zip(masks, kept_masks(source, index, x, y), strict=True):
+                assert np.array_equal(mask, whole[y, x])
+            kept += len(masks)
     assert kept
+
+
+def kept_masks(source: CocoDetection, index: int, x: np.ndarray, y: np.ndarray) -> list[tuple]:
+    """Whole masks and labels of the objects whose box is partly in a picture of these places."""
+    entries = [e for e in source.coco.imgToAnns[source.image_ids[index]] if not e["iscrowd"]]
+    kept = []
+    for entry, whole in zip(entries, whole_masks(source, index), strict=True):
+        left, top, width, height = entry["bbox"]
+        across = left < x.max() + 1 and left + width > x.min()
+        if across and top < y.max() + 1 and top + height > y.min():
+            kept.append((whole, source.classes.label_of(entry["category_id"])))
+    return kept
+
+
+def test_the_published_augmentation_keeps_masks_under_their_pixels(data):
+    """Flip, resize, crop, resize: wherever a mask does not change within two pixels."""
+    flags = ("--coco_path", str(data), *SMALL_IMAGES, "--crop_resize_sizes", "56", "100")
+    source = dataset(data, train_transform(parse_config(flags).data))
+    sure = inside = 0
+    for epoch in range(8):
+        source.epoch = epoch
+        for index in range(len(source)):
+            image, target = source[index]
+            x, y = (image[channel].numpy().astype(int) for channel in (0, 1))
+            kept = kept_masks(source, index, x, y)
+            if len(kept) != len(target["labels"]):
+                continue  # of a box only a rim is left, or not, by rounding
+            assert target["labels"].tolist() == [label for _, label in kept]
+            for mask, (whole, _) in zip(target["masks"].numpy(), kept, strict=True):
+                least, most = (
+                    change(whole, 5, mode="nearest") for change in (minimum_filter, maximum_filter)
+                )
+                clear = least[y, x] == most[y, x]
+                assert np.array_equal(mask[clear], whole[y, x][clear])
+                sure, inside = sure + clear.sum(), inside + mask[clear].sum()
+    assert sure > 1e5
+    assert inside > 0.02 * sure
 
 
 def test_resized_masks_are_what_lies_under_the_pixel(data):
@@ -226,7 +258,7 @@ def test_a_picture_of_another_size_than_its_masks(tmp_path):
         dataset(tmp_path, v2.Identity())[0]
 
 
-def test_the_sum_of_compressed_run_lengths():
+def test_compressed_run_lengths():
     rng = np.random.default_rng(0)
     for _ in range(300):
         height, width = rng.integers(1, 90, 2)
@@ -235,7 +267,8 @@ def test_the_sum_of_compressed_run_lengths():
         if rng.random() < 0.5:
             mask = np.repeat(np.repeat(mask, 9, 0), 7, 1)
         runs = mask_utils.encode(np.asfortranarray(mask))
-        assert _sum_of(runs["counts"].decode()) == mask.size
+        counts = _uncompressed(np.frombuffer(runs["counts"], np.uint8)).tolist()
+        assert counts == run_lengths(mask, False)["counts"]
 
 
 # ---- losses

@@ -2,7 +2,7 @@
 splits.
 
 All flags of main.py are understood, so the command of a run serves with this tool's name in place
-of main.py; those of the data are used. Prints what the data set holds and what is wrong with it,
+of main.py; those of the data and --masks are used. Prints what the data set holds and what is wrong with it,
 each with its file and id.
 
 Exit code: 0 without problems (warnings do not count), 1 with problems, 2 for a mistake in the flags.
@@ -67,7 +67,9 @@ def check(config: Config, args: argparse.Namespace) -> list[CheckedSplit]:
     for name in ("train", "val"):
         annotations = data.annotations_file(name)
         print(f"reading {annotations}", flush=True)
-        splits.append(check_annotations(name, data.images_folder(name), annotations, args.box_tolerance))
+        where = (name, data.images_folder(name), annotations)
+        masks = config.segmentation.masks
+        splits.append(check_annotations(*where, args.box_tolerance, masks=masks))
     check_classes(splits, data.num_classes)
     check_unused(splits)
     for split in splits:

@@ -6,12 +6,13 @@ images with an XML file of the same name each; a data.yaml of Ultralytics or Dar
 the folder with it; a folder with classes.txt, images and labels; a COCO instances file with its
 images beside it or below, or a folder with one, or with one for each split. A source that does not
 say which images are for validation is split at random. Images are linked; the source is not
-changed.
+changed. Outlines and masks are converted too, for --masks.
 
 Give the folder of an export as it was unpacked, images included:
 
   tool            writes                                   what is used
   CVAT            COCO: annotations/instances_<split>.json splits by name; subfolders of images
+                  Segmentation mask: SegmentationObject    masks, and boxes around them; labelmap.txt
                   VOC: ImageSets/Main/<subset>.txt         train, val, test; default is split
                   YOLO 1.1: obj.data, obj.names, lists     lists with or without data/ before the paths
                   Ultralytics YOLO: data.yaml, lists       the same
@@ -41,6 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets.convert.common import CocoSplit
 from datasets.convert.formats import FORMATS, read_source
 from datasets.convert.layout import VAL_FRACTION, WAYS, new_folder, write_split
+from datasets.convert.masks import masks_line
 from datasets.convert.problems import Problems
 from util.config import make_parser
 from util.errors import UserError, run_as_command
@@ -75,6 +77,9 @@ def print_summary(folder: Path, splits: dict[str, CocoSplit], problems: Problems
         print(f"{note}: {times}")
     for split, (content, _) in splits.items():
         print(f"{split}: {len(content['images'])} images with {len(content['annotations'])} objects")
+
+    if line := masks_line(split.content for split in splits.values()):
+        print(line)
 
     # the closing line
     left_out = "no problems"
@@ -114,6 +119,14 @@ def parser() -> argparse.ArgumentParser:
     )
     # the same images for the same seed
     add("--seed", type=int, default=42, help="seed of that split")
+    add = result.add_argument_group("COCO only").add_argument
+    add(
+        "--crowds",
+        choices=("keep", "objects"),
+        default="keep",
+        help="objects with iscrowd 1, which neither train nor count: keep them so, or make them "
+        "ordinary objects, as CVAT's brush masks are",
+    )
     # what its files do not say
     add = result.add_argument_group("Pascal VOC only").add_argument
     add(
@@ -133,7 +146,8 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--train_set",
         default="",
-        help="list in ImageSets/Main for training (default: train, trainval or default)",
+        help="list in ImageSets/Main (of masks: ImageSets/Segmentation) for training "
+        "(default: train, trainval or default)",
     )
     add(
         "--val_set",

@@ -34,13 +34,13 @@ def has_json(source: Path) -> bool:
     return bool(_json_files(source)[0])
 
 
-def read_coco(source: Path, problems: Problems) -> dict[str, CocoSplit]:
+def read_coco(source: Path, problems: Problems, crowds: str = "keep") -> dict[str, CocoSplit]:
     """What is sound in an instances file ("train"), or in a folder with one or with one for each
     split ("train" and "val").
 
     A file belongs to the split that its name or its folder names (train; val, valid or validation;
     test, if there is no val). Ids that are whole numbers stay as they are (see coco_export.mend).
-    Annotation files that are not used are noted.
+    Annotation files that are not used are noted. crowds: see coco_export.check_export.
 
     Raises:
         UserError: files can't be told apart, or hold nothing that could be used.
@@ -58,7 +58,7 @@ def read_coco(source: Path, problems: Problems) -> dict[str, CocoSplit]:
     splits = {}
     for split, path in chosen.items():
         files = _find_images(contents[path], path, root, problems)
-        check_export(contents[path], files, path, problems)
+        check_export(contents[path], files, path, problems, crowds)
         splits[split] = CocoSplit(contents[path], files)
     return splits
 

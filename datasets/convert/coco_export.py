@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from datasets.coco_format import format_problems, is_area, is_id
+from datasets.convert.masks import mend_outlines, outline_as_stored
 from datasets.convert.problems import BOXES_CUT, BOXES_TURNED, Corners, Problems, as_stored, coco_box
 from datasets.preflight.boxes import box_problem, box_problems, describe_box, sizes_of, wrong_areas
 from util.errors import UserError
@@ -178,14 +179,21 @@ def _leave_out_ambiguous(content: Entry, section: str, path: Path, problems: Pro
 # ---- everything else
 
 
-def check_export(content: Entry, files: Mapping[str, Path], path: Path, problems: Problems) -> None:
-    """Leave out of `content` what training could not use, and read sizes of 0; `files`: where its
-    images are, by their names.
+def check_export(
+    content: Entry, files: Mapping[str, Path], path: Path, problems: Problems, crowds: str = "keep"
+) -> None:
+    """Leave out of `content` what training could not use, and read sizes of 0.
+
+    Args:
+        files: where its images are, by their names.
+        crowds: "keep" objects with iscrowd 1 as they are, or make them ordinary "objects".
 
     Raises:
         UserError: there is nothing that could be used at all.
     """
     _check_format(content, path, problems)
+    _count_crowds(content, crowds, problems)
+    mend_outlines(content["annotations"], problems)
     _merge_images(content, files, problems)
     _read_sizes(content, files, problems)
     _check_boxes(content, path, problems)
@@ -205,6 +213,14 @@ def _check_format(content: Entry, path: Path, problems: Problems) -> None:
         problems.add(fault.message, fault.kind)
         count -= fault.section == "annotations"
     problems.notes[_OBJECTS_GONE] += count - len(content["annotations"])
+
+
+def _count_crowds(content: Entry, crowds: str, problems: Problems) -> None:
+    regions = [annotation for annotation in content["annotations"] if annotation["iscrowd"]]
+    problems.notes[f"crowd regions, iscrowd 1 ({crowds})"] += len(regions)
+    if crowds == "objects":
+        for annotation in regions:
+            annotation["iscrowd"] = 0
 
 
 def _merge_images(content: Entry, files: Mapping[str, Path], problems: Problems) -> None:
@@ -247,8 +263,11 @@ def _read_sizes(content: Entry, files: Mapping[str, Path], problems: Problems) -
             x, y, width, height = annotation["bbox"]
             x0, y0, x1, y1 = as_stored(Corners(x, y, x + width, y + height), header)
             annotation["bbox"] = [x0, y0, x1 - x0, y1 - y0]
-            # outlines are not used; turned boxes would contradict them
-            annotation.pop("segmentation", None)
+            # run lengths, which no tool writes without a size, are left out
+            parts = annotation.pop("segmentation", None)
+            if isinstance(parts, list):
+                outlines = (outline_as_stored(part, header) for part in parts)
+                annotation["segmentation"] = [*itertools.chain.from_iterable(outlines)]
 
 
 def _check_boxes(content: Entry, path: Path, problems: Problems) -> None:

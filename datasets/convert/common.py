@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from datasets.coco_format import is_file_name
+from datasets.convert.masks import pixels_of
 from datasets.convert.problems import Corners, Problems, coco_box
 from datasets.file_index import IMAGE_FOLDERS
 from datasets.file_names import Key, files_below
@@ -34,12 +35,13 @@ class CocoSplit(NamedTuple):
 
 class Object(NamedTuple):
     """name: its class. corners: in the image as stored. crowd: not trained on, and no detection of
-    it is wrong.
+    it is wrong. segmentation: COCO's, in the image as stored.
     """
 
     name: str
     corners: Corners
     crowd: bool = False
+    segmentation: Any = None
 
 
 class Pair(NamedTuple):
@@ -86,7 +88,12 @@ def read_splits(
             files[name] = pair.image
             for item in objects:
                 head = {"id": next(object_ids), "image_id": image_id, "category_id": item.name}
-                annotations.append(head | coco_box(item.corners) | {"iscrowd": int(item.crowd)})
+                annotation = head | coco_box(item.corners) | {"iscrowd": int(item.crowd)}
+                if item.segmentation:
+                    annotation["segmentation"] = item.segmentation
+                    # COCO's area is the object's; an object has one, so that of an empty mask is the box's
+                    annotation["area"] = pixels_of(annotation, images[-1]) or annotation["area"]
+                annotations.append(annotation)
         splits[split] = CocoSplit({"images": images, "annotations": annotations}, files)
 
     # the ids of the classes, now that all names are known

@@ -10,11 +10,12 @@ from datasets.convert.common import CocoSplit
 from datasets.convert.layout import VAL_FRACTION, split_randomly
 from datasets.convert.problems import Problems
 from datasets.convert.voc import VocRules, is_voc, read_voc
+from datasets.convert.voc_masks import is_voc_masks, read_voc_masks
 from datasets.convert.yolo import is_darknet, is_yolo, read_yolo
 from util.errors import UserError
 
 # format -> whether a source is in it
-FORMATS = {"voc": is_voc, "yolo": is_yolo, "coco": is_coco}
+FORMATS = {"voc": is_voc, "voc_masks": is_voc_masks, "yolo": is_yolo, "coco": is_coco}
 # whether it is likely, if a source looks like no format; the reader says what is wrong with it
 _MAY_BE = {"yolo": is_darknet, "coco": has_json}
 
@@ -50,13 +51,13 @@ def read_source(args: argparse.Namespace, problems: Problems) -> dict[str, CocoS
     name = args.format
     if name == "auto":
         name = format_of(source)
-    if name == "voc":
+    if name in ("voc", "voc_masks"):
         rules = VocRules(args.difficult, args.first_pixel, args.train_set, args.val_set)
-        splits = read_voc(source, rules, problems)
+        splits = {"voc": read_voc, "voc_masks": read_voc_masks}[name](source, rules, problems)
     elif name == "yolo":
         splits = read_yolo(source, problems)
     else:
-        splits = read_coco(source, problems)
+        splits = read_coco(source, problems, args.crowds)
     problems.stop_if_asked()
 
     # is there anything left?

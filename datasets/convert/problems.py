@@ -119,13 +119,18 @@ def as_stored(corners: Corners, header: Header) -> Corners:
     Args:
         corners: the box in the image as viewers show it, turned by its EXIF orientation.
     """
-    u0, v0, u1, v1 = corners
-    width, height = header.size
-    if header.orientation >= 5:  # rows are columns
-        u0, v0, u1, v1 = v0, u0, v1, u1
-    if header.orientation in (2, 3, 7, 8):  # left is right
-        u0, u1 = width - u0, width - u1
-    if header.orientation in (3, 4, 6, 7):  # up is down
-        v0, v1 = height - v0, height - v1
+    (u0, v0), (u1, v1) = (point_as_stored(*point, header) for point in (corners[:2], corners[2:]))
     # turning may exchange the corners
     return Corners(min(u0, u1), min(v0, v1), max(u0, u1), max(v0, v1))
+
+
+def point_as_stored(u: float, v: float, header: Header) -> tuple[float, float]:
+    """A point of the image as viewers show it, in the image as stored."""
+    width, height = header.size
+    if header.orientation >= 5:  # rows are columns
+        u, v = v, u
+    if header.orientation in (2, 3, 7, 8):  # left is right
+        u = width - u
+    if header.orientation in (3, 4, 6, 7):  # up is down
+        v = height - v
+    return u, v

@@ -5,6 +5,7 @@ Classes Challenge, section 2.3 of the development kits).
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import re
 from collections import Counter
@@ -23,6 +24,7 @@ from datasets.convert.common import (
     split_named,
     splits_by_folder,
 )
+from datasets.convert.masks import outline_as_stored
 from datasets.convert.problems import BOXES_TURNED, Corners, Problems, as_stored
 from datasets.file_index import UNKNOWN_SIZE, Index, Size, shown_size
 from datasets.file_names import IMAGE_SUFFIXES, Key, files_below, parts_of
@@ -69,21 +71,21 @@ def read_voc(root: Path, rules: VocRules, problems: Problems) -> dict[str, CocoS
     file of the same name each.
 
     Coordinates are whole pixels that belong to the box, the first one 1: xmin 1 and xmax 10 is a
-    box 10 pixels wide at the left border. `truncated` and all other fields are ignored. Classes
-    are in alphabetical order, which is VOC's own.
+    box 10 pixels wide at the left border. A `polygon`, which Roboflow writes, gives a mask. `truncated`
+    and all other fields are ignored. Classes are in alphabetical order, which is VOC's own.
 
     Raises:
         UserError: there is nothing to convert.
     """
     # which XML files belong to which split
-    root = _with_annotations(root)
+    root = folder_with("Annotations", root)
     lists = root / _LISTS
     images = files_by_key(root, IMAGE_SUFFIXES, problems)
     labels = files_by_key(root, [".xml"], problems)
     if not labels:
         raise UserError(f"{root} has no XML files: it is no data set in Pascal VOC's format")
     if rules.train_set or rules.val_set or lists.is_dir():
-        keys_of = _listed_splits(lists, labels, rules, problems)
+        keys_of = listed_splits(lists, labels, rules, problems)
     else:
         keys_of = splits_by_folder(labels)
 
@@ -107,11 +109,11 @@ def read_voc(root: Path, rules: VocRules, problems: Problems) -> dict[str, CocoS
     return read_splits(pairs_of, functools.partial(_read_objects, rules=rules, problems=problems), problems)
 
 
-def _with_annotations(root: Path) -> Path:
-    """The folder itself, or the only VOC<year> in it."""
-    if (root / "Annotations").is_dir():
+def folder_with(name: str, root: Path) -> Path:
+    """The folder itself, or the only VOC<year> in it that has a folder of this name."""
+    if (root / name).is_dir():
         return root
-    found = [*root.glob("VOC*/Annotations"), *root.glob("VOCdevkit/VOC*/Annotations")]
+    found = [*root.glob(f"VOC*/{name}"), *root.glob(f"VOCdevkit/VOC*/{name}")]
     years = sorted(path.parent for path in found)
     if len(years) > 1:
         names = ", ".join(path.name for path in years)
@@ -164,7 +166,7 @@ def _describe(path: Path) -> tuple[str, Size]:
 # ---- lists of images
 
 
-def _listed_splits(
+def listed_splits(
     lists: Path, labels: dict[Key, Path], rules: VocRules, problems: Problems
 ) -> dict[str, list[Key]]:
     train, val = _list_names(lists, rules)
@@ -301,7 +303,9 @@ def _read_objects(path: Path, header: Header, rules: VocRules, problems: Problem
         corners = as_stored(read.corners, header) if is_turned else read.corners
         placed = problems.placed(corners, header.size, f"{path}: object {number} ({read.name[:40]!r})")
         if placed:
-            objects.append(read._replace(corners=placed))
+            turning = header if is_turned else header._replace(orientation=1)
+            mask = outline_as_stored(_outline_in(item, rules.first_pixel), turning)
+            objects.append(read._replace(corners=placed, segmentation=mask))
     return objects
 
 
@@ -326,3 +330,16 @@ def _read_object(item: ElementTree.Element, where: str, rules: VocRules, problem
     first = rules.first_pixel
     corners = Corners(x0 - first, y0 - first, x1 - first + 1, y1 - first + 1)
     return Object(name, corners, is_difficult and rules.difficult == "crowd")
+
+
+def _outline_in(item: ElementTree.Element, first_pixel: int) -> list[float]:
+    """x1, y1, x2, y2, ... of an object's `polygon`; empty: it has none that can be read."""
+    points: list[float] = []
+    try:
+        for number in itertools.count(1):
+            texts = [item.findtext(f"polygon/{axis}{number}") for axis in "xy"]
+            if None in texts:
+                return points
+            points += [float(text) - first_pixel for text in texts]
+    except ValueError:
+        return []

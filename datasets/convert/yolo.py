@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import re
 from collections import defaultdict
@@ -20,6 +21,7 @@ from datasets.convert.common import (
     read_splits,
     splits_by_folder,
 )
+from datasets.convert.masks import outline_as_stored
 from datasets.convert.problems import BOXES_TURNED, Corners, Problems, as_stored
 from datasets.convert.yolo_files import DARKNET, LABELS_BY_SPELLING, YAML, Lookup, describe, names_in
 from datasets.file_index import shown_size
@@ -74,8 +76,8 @@ def read_yolo(source: Path, problems: Problems) -> dict[str, CocoSplit]:
     obj.names, images and labels.
 
     The labels of images/7.jpg are labels/7.txt, or 7.txt beside it: lines `class x y width height`,
-    of the box's centre and size as shares of the image. A line with more columns is an outline; the
-    box around it is taken. An image without a file of labels has no objects. Sides are those of the
+    of the box's centre and size as shares of the image. A line with more columns is an outline, which
+    gives a box and a mask. An image without a file of labels has no objects. Sides are those of the
     image as viewers show it, as Ultralytics' programs read it.
 
     Raises:
@@ -224,7 +226,7 @@ def _read_objects(
     for number, line in lines:
         where = f"{path}: line {number}"
         try:
-            label, (x0, y0, x1, y1) = _read_line(line, len(names), boxes_first, problems)
+            label, (x0, y0, x1, y1), outline = _read_line(line, len(names), boxes_first)
         except ValueError as error:
             problems.add(f"{where} {error}")
             continue
@@ -234,13 +236,17 @@ def _read_objects(
         corners = Corners(x0 * width, y0 * height, x1 * width, y1 * height)
         placed = problems.placed(as_stored(corners, header), header.size, where)
         if placed:
-            objects.append(Object(names[label], placed))
+            points = [share * side for share, side in zip(outline, itertools.cycle((width, height)))]
+            mask = outline_as_stored(points, header)
+            objects.append(Object(names[label], placed, segmentation=mask))
     return objects
 
 
-def _read_line(line: str, num_classes: int, boxes_first: bool, problems: Problems) -> tuple[int, Corners]:
-    """Class and box of a line, as shares of the image. Raises ValueError, or LookupError for an unknown
-    class; its message continues a sentence that begins with the line's number.
+def _read_line(line: str, num_classes: int, boxes_first: bool) -> tuple[int, Corners, list[float]]:
+    """Class, box and outline of a line, as shares of the image; the outline of a box is empty.
+
+    Raises ValueError, or LookupError for an unknown class; its message continues a sentence that begins
+    with the line's number.
     """
     columns = line.partition("#")[0].split()
     try:
@@ -255,11 +261,10 @@ def _read_line(line: str, num_classes: int, boxes_first: bool, problems: Problem
         values = values[:4]
     if len(values) == 4:
         x, y, width, height = values
-        return int(label), Corners(x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+        return int(label), Corners(x - width / 2, y - height / 2, x + width / 2, y + height / 2), []
     if len(values) < 6 or len(values) % 2:
         raise ValueError(
             f"has {len(columns)} columns; it must be class, x, y, width, height, or class and an outline"
         )
-    problems.notes["outlines, of which the boxes were taken"] += 1
     xs, ys = values[::2], values[1::2]
-    return int(label), Corners(min(xs), min(ys), max(xs), max(ys))
+    return int(label), Corners(min(xs), min(ys), max(xs), max(ys)), values

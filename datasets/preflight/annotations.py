@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pycocotools import mask as mask_utils
 
 from datasets.coco_format import Problem, format_problems, read_json, shown
+from datasets.coco_masks import run_lengths
 from datasets.panoptic.format import is_panoptic, read_panoptic
 from datasets.preflight.boxes import (
     BOX_TOLERANCE,
@@ -20,6 +22,7 @@ from datasets.preflight.boxes import (
     sizes_of,
     wrong_areas,
 )
+from datasets.preflight.masks import MASK_PROBLEMS, mask_problems
 from util.class_map import ClassMap
 from util.errors import UserError
 
@@ -67,15 +70,24 @@ class CheckedSplit:
 
 
 def check_annotations(
-    name: str, folder: Path, annotations: Path, box_tolerance: float = BOX_TOLERANCE
+    name: str,
+    folder: Path,
+    annotations: Path,
+    box_tolerance: float = BOX_TOLERANCE,
+    *,
+    masks: bool = False,
 ) -> CheckedSplit:
-    """Everything that the annotations alone tell. Never raises for a problem in them."""
+    """Everything that the annotations alone tell. Never raises for a problem in them.
+
+    masks: check them, too; every object needs one then.
+    """
     # read; fields of the wrong form
     content: Any = {}
     try:
-        content = read_json(annotations, without=("segmentation",))
+        content = read_json(annotations, without=() if masks else ("segmentation",))
         if is_panoptic(content):
-            content = read_panoptic(annotations).as_instances().dataset
+            # their masks are the maps
+            content, masks = read_panoptic(annotations).as_instances().dataset, False
         problems = list(format_problems(content, annotations))
     except UserError as error:
         problems = [Problem("unreadable_annotations", str(error))]
@@ -92,6 +104,8 @@ def check_annotations(
     _check_file_names(split)
     _check_categories(split)
     _check_boxes(split, box_tolerance)
+    if masks:
+        _check_masks(split)
     return split
 
 
@@ -224,6 +238,37 @@ def _check_boxes(split: CheckedSplit, tolerance: float) -> None:
     for i in np.flatnonzero(first != np.arange(len(first))).tolist():
         other = split.objects[first[i]]["id"]
         _add_box(split, "duplicate_box", i, f"the box and the category of annotation {other} too")
+
+
+def _check_masks(split: CheckedSplit) -> None:
+    # by the rules of training; crowds must have one, too
+    kept, own, pixels = [], [], []
+    for i, entry in enumerate(split.objects):
+        image = split.images[split.image[i]]
+        try:
+            counts = run_lengths(entry, image, split.annotations)
+        except UserError as error:
+            kind = "wrong_segmentation" if entry.get("segmentation") else "missing_mask"
+            split.add(Problem(kind, str(error), "annotations", entry))
+            continue
+        runs = {"size": [int(image["height"]), int(image["width"])], "counts": counts}
+        kept.append(i)
+        own.append(mask_utils.toBbox(runs))
+        pixels.append(mask_utils.area(runs))
+
+    places = np.array(kept, np.int64)
+    found = mask_problems(
+        np.array(own).reshape(-1, 4),
+        np.array(pixels, np.float64),
+        split.xywh[places],
+        split.area[places],
+        sizes_of(split.images)[split.image[places]],
+    )
+    for kind, flagged in found.items():
+        for n in np.flatnonzero(flagged).tolist():
+            box = ", ".join(f"{value:g}" for value in own[n])
+            what = MASK_PROBLEMS[kind].format(box=box, area=split.area[kept[n]], pixels=pixels[n])
+            _add_box(split, kind, kept[n], what)
 
 
 def _add_box(split: CheckedSplit, kind: str, i: int, what: str) -> None:
