@@ -702,6 +702,7 @@ def trained(derived, tmp_path_factory) -> Path:
     result = run_main_forked(*PANOPTIC_RUN, *flags_of(derived), "--output_dir", str(out))
     assert (result.returncode, result.stderr) == (0, "")
     assert re.search(r"\nstuff   PQ +[\d.]+  SQ +[\d.]+  RQ +[\d.]+  \(1 classes\)\n", result.stdout)
+    assert re.search(r"\nbest PQ [\d.]+ \(epoch \d+\): ", result.stdout)
     return out
 
 

@@ -3,7 +3,7 @@
     resume_0003_000000960.pth   the last few (--keep): the run resumes in epoch 3 after 960 images
     checkpoint.pth              the newest of them
     checkpoint0004.pth          of the published schedule, always kept
-    checkpoint_best.pth         the one whose evaluation had the highest AP, of masks if there are some
+    checkpoint_best.pth         the one with the highest AP, of masks if there are some, or PQ
 
 The last three are further names (hard links) of files that were `resume_*` once.
 """
