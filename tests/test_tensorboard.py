@@ -114,7 +114,8 @@ def test_a_line_of_the_log_has_its_names():
         "test_coco_eval_bbox": [0.5, *[-1.0] * 11],
         "test_ema_coco_eval_bbox": [0.25] * 12,
         "test_ema_coco_eval_masks": [0.125, *[-1.0] * 11],
-        "test_PQ_all": 0.4,
+        "test_PQ_all": {"pq": 0.4, "sq": 0.8, "rq": 0.5, "n": 3},
+        "test_PQ_st": {"pq": -1.0, "sq": -1.0, "rq": -1.0, "n": 0},
     }
     assert epoch_scalars(row) == {
         "train/loss": 1.0,
