@@ -85,7 +85,7 @@ def inference(
         if to_results:
             detections = postprocessors["bbox"](outputs, sizes)
             on_host = [{name: values.cpu() for name, values in image.items()} for image in detections]
-            coco_results(range(len(on_host)), on_host, config.classes)
+            coco_results(range(len(on_host)), on_host, config.classes or COCO_CLASSES)
 
     return infer
 
