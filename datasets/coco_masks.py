@@ -90,12 +90,12 @@ def _fits(segmentation: dict[str, Any], height: int, width: int) -> bool:
     if segmentation.get("size") != [height, width]:
         return False
     if isinstance(counts, list):
-        plain = all(type(count) is int and count >= 0 for count in counts)
-        return plain and sum(counts) == height * width
+        whole = all(type(count) is int and count >= 0 for count in counts)
+        return whole and sum(counts) == height * width
     if not isinstance(counts, str):
         return False
-    plain = _uncompressed(np.frombuffer(counts.encode("latin-1", "replace"), np.uint8))
-    return plain is not None and plain.sum() == height * width
+    runs = _uncompressed(np.frombuffer(counts.encode("latin-1", "replace"), np.uint8))
+    return runs is not None and runs.sum() == height * width
 
 
 def _uncompressed(codes: np.ndarray) -> np.ndarray | None:
@@ -163,6 +163,7 @@ class RunLengths:
                 raise ValueError(f"is {width} x {height} pixels (width x height), and its masks are {there}")
             # down one column after another: a run of 0, one of 1, ...
             runs = _uncompressed(self.codes[self.starts[i] : self.starts[i + 1]])
+            assert runs is not None  # run_lengths has looked
             runs = runs[: len(runs) // 2 * 2]
             if len(runs):
                 # only the object's columns are drawn: it is a small part of the image

@@ -335,11 +335,12 @@ def _read_object(item: ElementTree.Element, where: str, rules: VocRules, problem
 def _outline_in(item: ElementTree.Element, first_pixel: int) -> list[float]:
     """x1, y1, x2, y2, ... of an object's `polygon`; empty: it has none that can be read."""
     points: list[float] = []
-    try:
-        for number in itertools.count(1):
-            texts = [item.findtext(f"polygon/{axis}{number}") for axis in "xy"]
-            if None in texts:
-                return points
-            points += [float(text) - first_pixel for text in texts]
-    except ValueError:
-        return []
+    for number in itertools.count(1):
+        x, y = (item.findtext(f"polygon/{axis}{number}") for axis in "xy")
+        if x is None or y is None:
+            break
+        try:
+            points += [float(x) - first_pixel, float(y) - first_pixel]
+        except ValueError:
+            return []
+    return points

@@ -144,7 +144,8 @@ class PanopticSet:
     def as_instances(self, *, only_things: bool = False) -> COCO:
         """The segments as COCO's annotations, without masks; `segment` is their id in the map."""
         categories = [one for one in self.categories if one["isthing"] or not only_things]
-        known, annotations = {category["id"] for category in categories}, []
+        known = {category["id"] for category in categories}
+        annotations: list[Entry] = []
         for image_id, annotation in self.annotations.items():
             for segment in annotation["segments_info"]:
                 if segment["category_id"] in known:
