@@ -7,6 +7,7 @@
     python benchmark.py evaluation --num_iters 50  # from the files to the metrics, by part
     python benchmark.py launches --size 320 320  # kernels of a training step, and waits of the host
     python benchmark.py sweep --size 320 320 --num_iters 3 --out costs.png  # against size, queries, ...
+    python benchmark.py export --num_iters 5  # an exported file in each runtime, against PyTorch
     python benchmark.py op  # the operator's backends, see op --help
 
 --amp bf16, --masks and, of a training step, --bf, --checkpoint_encoder and --compile are timed beside
@@ -39,6 +40,7 @@ MODES = {
     "evaluation": "evaluation:measure_evaluation",
     "launches": "launches:measure_launches",
     "sweep": "sweep:measure_sweep",
+    "export": "export:measure_export",
 }
 # flags that would have no effect in other modes
 OWN_MODES = {"against": ("inference", "train"), "out": ("sweep",)}

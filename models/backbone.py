@@ -202,8 +202,22 @@ class Backbone(nn.Module):
 
 def resize_mask(mask_BHW: Tensor, size: Sequence[int]) -> Tensor:
     """Nearest resize of a bool mask to (height, width)."""
+    if torch.compiler.is_exporting():
+        return _resize_mask_by_index(mask_BHW, size)
     # as bytes, which need no conversion
     return F.interpolate(mask_BHW[:, None].view(torch.uint8), size=tuple(size)).view(torch.bool)[:, 0]
+
+
+def _resize_mask_by_index(mask_BHW: Tensor, size: Sequence[int]) -> Tensor:
+    """The same to the bit, for exported graphs: runtimes round the places of a resize in other ways."""
+    for axis, side in enumerate(size, 1):
+        before, after = (
+            torch.scalar_tensor(length, dtype=torch.float32, device=mask_BHW.device)
+            for length in (mask_BHW.shape[axis], side)
+        )
+        places = torch.arange(side, dtype=torch.float32, device=mask_BHW.device) * (before / after)
+        mask_BHW = mask_BHW.index_select(axis, places.to(torch.int64).clamp(max=mask_BHW.shape[axis] - 1))
+    return mask_BHW
 
 
 def build_body(

@@ -169,7 +169,7 @@ class DeformableTransformer(nn.Module):
             queries = self._queries_of(proposals)
         else:
             assert query_embed is not None
-            queries = self._learned_queries(query_embed, len(memory.tokens))
+            queries = self._learned_queries(query_embed, memory.tokens.shape[0])
         contents, boxes = self.decoder(queries, memory, box_heads, with_box_refine)
         return Decoded(contents, boxes, proposals, memory)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from models.build import build_model
 from models.deformable_detr import DeformableDETR
+from models.export.runtime import is_exported
 from models.inference import prepare_for_inference
 from models.masks import ImageMasks
 from models.postprocess import PostProcess
@@ -132,7 +133,7 @@ class Detector:
     batch_size 1 the detections of an image do not depend on the others.
 
     Args:
-        model: the network, on its device.
+        model: the network in evaluation mode, on its device.
         config: how to resize (eval_size, max_size).
         classes: ids and names of the labels.
         amp: mixed precision, "off", "bf16" or "fp16".
@@ -157,12 +158,14 @@ class Detector:
             raise UserError(f"--batch_size {batch_size} must be at least 1")
         if not 0 <= score_threshold <= 1:
             raise UserError(f"--score_threshold {score_threshold:g} must be from 0 to 1")
-        self.model, self.config, self.classes = model.eval(), config, classes
+        self.model, self.config, self.classes = model, config, classes
         self.amp, self.batch_size, self.score_threshold = amp, batch_size, score_threshold
         self.max_image_megapixels = max_image_megapixels
-        self.device = next(model.parameters()).device
-        # without weights, so it has no device
-        self._postprocess = PostProcess()
+
+    @property
+    def device(self) -> torch.device:
+        """Where outputs are."""
+        return next(self.model.parameters()).device
 
     def __call__(
         self, images: ImageLike | list[ImageLike] | tuple[ImageLike, ...]
@@ -211,6 +214,9 @@ class Detector:
         pairs = zip(self._postprocess(outputs, sizes), batch, strict=True)
         return [self._named(found, item.size).above(self.score_threshold) for found, item in pairs]
 
+    def _postprocess(self, outputs: dict[str, Any], target_sizes: Tensor) -> list[dict[str, Any]]:
+        return PostProcess()(outputs, target_sizes)
+
     def _named(self, found: dict[str, Any], size: tuple[int, int]) -> Detections:
         # float32 on the host, whatever the model computed in
         labels = found["labels"].cpu()
@@ -239,14 +245,15 @@ def load_detector(
     batchformer: bool = False,
     **architecture: Any,
 ) -> Detector:
-    """The detector of a checkpoint: published, ours or Hugging Face's.
+    """The detector of a checkpoint: published, ours or Hugging Face's; or of an exported file.
 
     Nothing in the file is executed.
 
     Args:
         checkpoint: a path or an https address; for Hugging Face's that of the folder, its
-            safetensors file or the model's page.
-        device: "cuda", "cuda:1", "mps" or "cpu"; by default CUDA where there is one, else the CPU.
+            safetensors file or the model's page; the path of an .onnx or .pt2 of tools/export.py.
+        device: "cuda", "cuda:1", "mps" or "cpu"; by default CUDA where there is one, else the CPU. An
+            exported file runs on "cpu", its default, or "cuda".
         amp: mixed precision, "off", "bf16" or "fp16".
         batch_size: images that the network gets at once, of a list.
         score_threshold: leave out detections that score less, from 0 to 1.
@@ -268,6 +275,20 @@ def load_detector(
         raise UserError(f"--weights {weights!r} must be one of {', '.join(WEIGHTS)}")
     if amp not in ("off", *LOW_TYPES):
         raise UserError(f"--amp {amp!r} must be one of off, {', '.join(LOW_TYPES)}")
+    if is_exported(source):
+        from models.export.detector import load_exported  # which builds on this module
+
+        return load_exported(
+            source,
+            device=str(device),
+            amp=amp,
+            weights=weights,
+            batchformer=batchformer,
+            sizes=architecture,
+            batch_size=batch_size,
+            score_threshold=score_threshold,
+            max_image_megapixels=max_image_megapixels,
+        )
 
     # the weights, and what they say of the architecture
     where = choose_device(str(device))

@@ -59,7 +59,7 @@ class PositionEmbeddingLearned(nn.Module):
         """
         levels = [self._level(*mask.shape[1:]) for mask in masks]
         # the same for all images: padding does not shift them
-        return torch.cat(levels).expand(len(masks[0]), -1, -1)
+        return torch.cat(levels).expand(masks[0].shape[0], -1, -1)
 
     def _level(self, height: int, width: int) -> Tensor:
         """[H * W, C]."""

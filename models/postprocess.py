@@ -38,18 +38,8 @@ class PostProcess(nn.Module):
                 f"target_sizes must be [{len(logits)}, 2] (height, width), got {list(target_sizes.shape)}"
             )
 
-        # a query may be among the best with several classes
-        num_classes = logits.shape[-1]
-        scores, best = logits.sigmoid().flatten(1).topk(min(MAX_DETECTIONS, logits[0].numel()), dim=1)
-        query, labels = best // num_classes, best % num_classes
-
-        # their boxes in pixels
-        height, width = target_sizes.unbind(1)
-        scale = torch.stack([width, height, width, height], 1).to(boxes.dtype)
-        corners = box_convert(boxes, "cxcywh", "xyxy").gather(1, query[..., None].expand(-1, -1, 4))
-        corners = corners * scale[:, None]
-
-        results = {"scores": scores, "labels": labels, "boxes": corners, "queries": query}
+        results = best_detections(logits, boxes, target_sizes)
+        query = results["queries"]
         images: list[dict[str, Any]] = []
         for i in range(len(logits)):
             images.append({name: values[i] for name, values in results.items()})
@@ -59,3 +49,17 @@ class PostProcess(nn.Module):
             for image, of_image in zip(images, parts, strict=True):
                 image["masks"] = ImageMasks(*of_image)
         return images
+
+
+def best_detections(logits: Tensor, boxes: Tensor, target_sizes: Tensor) -> dict[str, Tensor]:
+    """What `PostProcess` gives, for all images at once: scores, labels, queries [B, n] and boxes [B, n, 4]."""
+    # a query may be among the best with several classes
+    num_classes = logits.shape[-1]
+    scores, best = logits.sigmoid().flatten(1).topk(min(MAX_DETECTIONS, logits[0].numel()), dim=1)
+    query, labels = best // num_classes, best % num_classes
+
+    # their boxes in pixels
+    height, width = target_sizes.unbind(1)
+    scale = torch.stack([width, height, width, height], 1).to(boxes.dtype)
+    corners = box_convert(boxes, "cxcywh", "xyxy").gather(1, query[..., None].expand(-1, -1, 4))
+    return {"scores": scores, "labels": labels, "boxes": corners * scale[:, None], "queries": query}

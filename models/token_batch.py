@@ -76,9 +76,9 @@ def pixel_centres(spatial_shapes: Shapes, device: torch.device) -> Tensor:
     """[S, 2]: x + 0.5, y + 0.5 of every pixel of every level, row after row."""
     centres = []
     for height, width in spatial_shapes:
-        # made on the device
-        y = torch.arange(0.5, height, device=device)
-        x = torch.arange(0.5, width, device=device)
+        # made on the device; in exported graphs ranges begin with an integer
+        y = torch.arange(height, dtype=torch.float32, device=device) + 0.5
+        x = torch.arange(width, dtype=torch.float32, device=device) + 0.5
         centres.append(torch.stack([x.expand(height, width), y[:, None].expand(height, width)], -1))
     return torch.cat([centre.flatten(0, 1) for centre in centres])
 

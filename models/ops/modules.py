@@ -22,6 +22,9 @@ class MSDeformAttn(nn.Module):
         n_points: P sampling points per head and level.
     """
 
+    # of a layer that is to be exported it is another (models/export/sampling.py)
+    operator = staticmethod(ms_deform_attn_fused)
+
     def __init__(self, d_model: int = 256, n_levels: int = 4, n_heads: int = 8, n_points: int = 4) -> None:
         super().__init__()
         if d_model % n_heads:
@@ -91,5 +94,5 @@ class MSDeformAttn(nn.Module):
         value_BSMD = value.unflatten(-1, (self.n_heads, -1))
         offsets = self.sampling_offsets(query).unflatten(-1, (self.n_heads, self.n_levels, self.n_points, 2))
         logits = self.attention_weights(query).unflatten(-1, (self.n_heads, self.n_levels, self.n_points))
-        out = ms_deform_attn_fused(value_BSMD, input_spatial_shapes, reference_points, offsets, logits)
+        out = self.operator(value_BSMD, input_spatial_shapes, reference_points, offsets, logits)
         return self.output_proj(out)

@@ -11,6 +11,7 @@ from PIL.Image import Image
 
 from models import load_detector
 from models.detector import Detector
+from models.export.runtime import is_exported
 from models.ops.reference import Shapes
 from util.config import DataConfig, detector_flags
 from util.errors import UserError
@@ -23,6 +24,10 @@ def detector_and_pictures(
     args: argparse.Namespace, paths: Sequence[Path], batchformer: bool = False
 ) -> tuple[Detector, list[Image]]:
     """What --resume names, and the pictures upright. Raises UserError."""
+    if is_exported(args.resume):
+        raise UserError(
+            f"--resume {args.resume} was exported, and shows nothing of its inside; use the checkpoint"
+        )
     detector = load_detector(
         args.resume, device=args.device, weights=args.weights, batchformer=batchformer, **detector_flags(args)
     )

@@ -49,7 +49,7 @@ def use_float32_matmul(precision: str, device: torch.device) -> None:
 def full_precision(device: torch.device) -> AbstractContextManager:
     """A block without autocast and, in the forward, without TF32. Its inputs are not cast: see `widened`."""
     without_autocast: AbstractContextManager = nullcontext()
-    if torch.amp.is_autocast_available(device.type):
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         without_autocast = torch.autocast(device.type, enabled=False)
     return _without_tf32(without_autocast) if _tf32 else without_autocast
 

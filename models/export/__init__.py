@@ -1,0 +1,1 @@
+"""Export of a detector to a file that runs without this project."""

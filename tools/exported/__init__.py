@@ -1,0 +1,1 @@
+"""What tools/export.py compares."""
