@@ -52,7 +52,7 @@ class PostProcess(nn.Module):
 
 
 def best_detections(logits: Tensor, boxes: Tensor, target_sizes: Tensor) -> dict[str, Tensor]:
-    """What `PostProcess` gives, for all images at once: scores, labels, queries [B, n] and boxes [B, n, 4]."""
+    """As `PostProcess`, for all images at once: scores, labels, queries [B, n] and boxes [B, n, 4]."""
     # a query may be among the best with several classes
     num_classes = logits.shape[-1]
     scores, best = logits.sigmoid().flatten(1).topk(min(MAX_DETECTIONS, logits[0].numel()), dim=1)

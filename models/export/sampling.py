@@ -9,6 +9,8 @@ P points.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,14 +26,21 @@ def attend_by_gathers(
     Locations, weights and sums are float32 whatever the types of values, offsets and logits. The sizes
     of `shapes` may be symbols of a trace.
     """
-    sizes_L2 = torch.stack([torch.stack([_scalar(w, reference), _scalar(h, reference)]) for h, w in shapes])
+    sides = [torch.scalar_tensor(side, dtype=torch.int64) for shape in shapes for side in reversed(shape)]
+    sizes_L2 = torch.stack(sides).view(-1, 2).to(reference.device)
     weights = logits_BQMLP.float().flatten(-2).softmax(-1).view_as(logits_BQMLP)
-    return _sample(
-        value_BSMD, shapes, sizes_L2, locations(sizes_L2, reference, offsets_BQMLP2.float()), weights
-    )
+    locations = locate(sizes_L2, reference, offsets_BQMLP2.float())
+    rows_BQMLK, shares_BQMLK = _neighbours(value_BSMD, sizes_L2, locations)
+    shares_BQMLK = shares_BQMLK * weights[..., None].expand(-1, -1, -1, -1, -1, 4).flatten(-2)
+
+    # all images and heads are one table; a level at a time, because what is gathered is the largest tensor
+    table = value_BSMD.float().flatten(0, 2)
+    levels = zip(rows_BQMLK.unbind(3), shares_BQMLK.unbind(3), strict=True)
+    sums = [shares[..., None, :] @ F.embedding(rows, table) for rows, shares in levels]
+    return functools.reduce(torch.add, sums).flatten(2).to(value_BSMD.dtype)
 
 
-def locations(sizes_L2: Tensor, reference: Tensor, offsets_BQMLP2: Tensor) -> Tensor:
+def locate(sizes_L2: Tensor, reference: Tensor, offsets_BQMLP2: Tensor) -> Tensor:
     """Sampling locations [B, Q, M, L, P, 2] in [0, 1] of the levels, from their widths and heights."""
     around = reference[:, :, None, :, None]
     if reference.shape[-1] == 2:
@@ -39,47 +48,33 @@ def locations(sizes_L2: Tensor, reference: Tensor, offsets_BQMLP2: Tensor) -> Te
     return around[..., :2] + offsets_BQMLP2 / offsets_BQMLP2.shape[4] * around[..., 2:] * 0.5
 
 
-def _sample(
-    value_BSMD: Tensor, shapes: Shapes, sizes_L2: Tensor, locations_BQMLP2: Tensor, weights_BQMLP: Tensor
-) -> Tensor:
-    """models.ops.reference.forward."""
-    (batch, _, heads, channels), device = value_BSMD.shape, value_BSMD.device
-    # all images and heads are one table
-    table = value_BSMD.float().reshape(-1, channels)
-    image_B = torch.arange(batch, device=device) * value_BSMD.shape[1]
-    head_M1 = torch.arange(heads, device=device)[:, None]
+def _neighbours(value_BSMD: Tensor, sizes_L2: Tensor, locations_BQMLP2: Tensor) -> tuple[Tensor, Tensor]:
+    """The four pixels around each location, of all points side by side: K = 4 P.
 
-    # a level at a time, because what is gathered is the largest tensor of all
-    start, out = 0, None
-    for level, (height, width) in enumerate(shapes):
-        pixels = locations_BQMLP2[:, :, :, level] * sizes_L2[level] - 0.5
-        # beyond the level, and where there is no number, the pixels around have no weight
-        inside = (pixels > -1) & (pixels < sizes_L2[level])
-        pixels = torch.where(inside, pixels, -1.0)
-        first = pixels.floor()
-        beyond = pixels - first
-        columns, column_shares = _neighbours(first[..., 0], beyond[..., 0], width)
-        rows, row_shares = _neighbours(first[..., 1], beyond[..., 1], height)
+    Returns:
+        rows [B, Q, M, L, K] of the table [B * S * M, D], and their shares in a bilinear sample. A pixel
+        outside of the level has none.
+    """
+    pixels = locations_BQMLP2 * sizes_L2[:, None] - 0.5
+    # farther away, and where there is no number, nothing has a share
+    inside = (pixels > -1) & (pixels < sizes_L2[:, None])
+    pixels = torch.where(inside, pixels, -1.0)
+    first = pixels.floor()
+    beyond = pixels - first
 
-        # the four pixels around a location, all points of a query side by side
-        tokens_BQMP4 = torch.stack([y * width + x for y in rows for x in columns], -1)
-        shares_BQMP4 = torch.stack([y * x for y in row_shares for x in column_shares], -1)
-        shares_BQMK = (shares_BQMP4 * weights_BQMLP[:, :, :, level, :, None]).flatten(-2)
-        tokens_BQMK = tokens_BQMP4.flatten(-2) + start + image_B[:, None, None, None]
-        sampled_BQMKD = F.embedding(tokens_BQMK * heads + head_M1, table)
-        summed = (shares_BQMK[..., None, :] @ sampled_BQMKD).flatten(2)
-        out = summed if out is None else out + summed
-        start = start + height * width
-    assert out is not None
-    return out.to(value_BSMD.dtype)
+    # along each axis the pixel before the location and the one behind it
+    last = sizes_L2[:, None, :, None] - 1
+    both = torch.stack([first, first + 1], -1).to(torch.int64)
+    shares = torch.stack([1 - beyond, beyond], -1) * ((both >= 0) & (both <= last))
+    x, y = both.clamp(min=0).minimum(last).unbind(-2)
+    share_x, share_y = shares.unbind(-2)
+    tokens = y[..., None] * sizes_L2[:, :1, None, None] + x[..., None, :]
+    shares_BQMLK = (share_y[..., None] * share_x[..., None, :]).flatten(-3)
 
-
-def _neighbours(first: Tensor, beyond: Tensor, side: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Along an axis: the two pixels around a location, and their shares; those outside have none."""
-    index = first.to(torch.int64)
-    shares = [(1 - beyond) * (first >= 0), beyond * (first < side - 1)]
-    return [index.clamp(min=0), (index + 1).clamp(max=side - 1)], shares
-
-
-def _scalar(size: int, like: Tensor) -> Tensor:
-    return torch.scalar_tensor(size, dtype=torch.float32, device=like.device)
+    # where in the table: levels, images and heads
+    areas_L = sizes_L2.prod(1)
+    starts_L1 = (areas_L.cumsum(0) - areas_L)[:, None]
+    batch, all_tokens, heads, _ = value_BSMD.shape
+    image_B1111 = torch.arange(batch, device=sizes_L2.device)[:, None, None, None, None] * all_tokens
+    head_M11 = torch.arange(heads, device=sizes_L2.device)[:, None, None]
+    return (tokens.flatten(-3) + starts_L1 + image_B1111) * heads + head_M11, shares_BQMLK

@@ -16,7 +16,7 @@ from datasets.coco_eval import coco_results, evaluate_results, iou_types_of
 from datasets.coco_format import restrict
 from models.detector import Detections, Detector
 from models.export.detector import ExportedDetector, load_exported
-from util.draw.curves import FIGURES
+from util.draw.curves import FIGURES, percent
 from util.errors import UserError
 from util.images import evenly_chosen
 from util.images.files import read_picture
@@ -143,8 +143,11 @@ def verify(reference: Detector, path: Path, images: Images, runtime: str = "") -
 
 def _print_table(kind: str, stats: Sequence[np.ndarray]) -> None:
     print(f"{kind:12}{'checkpoint':>12}{'file':>10}{'difference':>12}")
-    for name, ours, theirs in zip(FIGURES, *(100 * of_one for of_one in stats), strict=True):
-        print(f"{name:12}{ours:12.2f}{theirs:10.2f}{theirs - ours:+12.2f}")
+    for name, ours, theirs in zip(FIGURES, *stats, strict=True):
+        if min(ours, theirs) < 0:  # no such objects
+            print(f"{name:12}{percent(ours):>12}{percent(theirs):>10}")
+            continue
+        print(f"{name:12}{100 * ours:12.2f}{100 * theirs:10.2f}{100 * (theirs - ours):+12.2f}")
 
 
 def _detections(
