@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from models.build import build_model
-from models.deformable_detr import DeformableDETR
 from models.export.runtime import is_exported
 from models.inference import prepare_for_inference
 from models.masks import ImageMasks
@@ -133,7 +132,7 @@ class Detector:
     batch_size 1 the detections of an image do not depend on the others.
 
     Args:
-        model: the network in evaluation mode, on its device.
+        model: a DeformableDETR in evaluation mode, on its device; a subclass may have another.
         config: how to resize (eval_size, max_size).
         classes: ids and names of the labels.
         amp: mixed precision, "off", "bf16" or "fp16".
@@ -144,7 +143,7 @@ class Detector:
 
     def __init__(
         self,
-        model: DeformableDETR,
+        model: Any,
         config: Config,
         classes: ClassMap,
         *,

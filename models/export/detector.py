@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from models.detector import Detector, Prepared
-from models.export.runtime import ExportedFile, open_exported
+from models.export.runtime import open_exported
 from models.masks import ImageMasks
 from models.postprocess import PostProcess
 from models.weights.architecture import as_given
@@ -20,9 +20,7 @@ from util.nested_tensor import NestedTensor
 
 
 class ExportedDetector(Detector):
-    """A Detector whose network is an exported file. Outputs are on the CPU, wherever the file runs."""
-
-    model: ExportedFile
+    """A Detector whose `model` is an ExportedFile. Outputs are on the CPU, wherever the file runs."""
 
     @property
     def device(self) -> torch.device:

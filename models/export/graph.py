@@ -15,10 +15,9 @@ from models.export.sampling import attend_by_gathers
 from models.ops.modules import MSDeformAttn
 from models.postprocess import best_detections
 from util.nested_tensor import NestedTensor
-from util.step.precision import autocast, full_precision
+from util.step.precision import autocast
 
 INPUTS = ("images", "sizes")
-CPU = torch.device("cpu")
 # Any that two-stage can take its queries from: nothing is computed at this size.
 EXAMPLE = (2, 3, 1024, 1280)
 
@@ -29,11 +28,12 @@ class DetectorGraph(nn.Module):
     Args:
         model: on the CPU, as prepare_for_inference leaves it.
         raw: give what the network gives, instead of the best detections.
+        amp: precision of products, as of --amp.
     """
 
-    def __init__(self, model: DeformableDETR, raw: bool) -> None:
+    def __init__(self, model: DeformableDETR, raw: bool, amp: str) -> None:
         super().__init__()
-        self.model, self.raw = model, raw
+        self.model, self.raw, self.amp = model, raw, amp
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -60,7 +60,8 @@ class DetectorGraph(nn.Module):
         rows, columns = (torch.arange(side, device=images.device) for side in images.shape[2:])
         height, width = sizes[:, :, None, None].unbind(1)
         mask_BHW = (rows[:, None] >= height) | (columns >= width)
-        out = self.model(NestedTensor(images, mask_BHW))
+        with autocast(self.amp, images.device):
+            out = self.model(NestedTensor(images, mask_BHW))
         logits, boxes = out["pred_logits"].float(), out["pred_boxes"].float()
         masks = (
             [] if self.model.mask_head is None else [out["pixel_embed"].float(), out["mask_embed"].float()]
@@ -72,14 +73,13 @@ class DetectorGraph(nn.Module):
         if masks:
             pixels, queries = masks
             chosen = queries.gather(1, found["queries"][..., None].expand(-1, -1, queries.shape[-1]))
-            with full_precision(images.device):
-                found["masks"] = (chosen @ pixels.flatten(2)).unflatten(2, pixels.shape[2:])
+            found["masks"] = (chosen @ pixels.flatten(2)).unflatten(2, pixels.shape[2:])
         return tuple(found[name] for name in self.outputs)
 
 
 @torch.no_grad()
-def trace(graph: DetectorGraph, amp: str) -> ExportedProgram:
-    """The graph with any number of images, and of any height and width, in the precision of --amp `amp`.
+def trace(graph: DetectorGraph) -> ExportedProgram:
+    """The graph with any number of images, and of any height and width.
 
     Its layers have another operator meanwhile.
     """
@@ -91,15 +91,16 @@ def trace(graph: DetectorGraph, amp: str) -> ExportedProgram:
             layer.operator = attend_by_gathers
         # a fused operator of PyTorch's own, which other runtimes lack
         torch.backends.mha.set_fastpath_enabled(False)
-        with autocast(amp, CPU):
-            return torch.export.export(
-                graph.eval(),
-                example,
-                dynamic_shapes=({0: size, 2: size, 3: size}, {0: size}),
-                strict=False,
-                # such as that there are enough tokens for the queries of two-stage
-                prefer_deferred_runtime_asserts_over_guards=True,
-            )
+        program = torch.export.export(
+            graph.eval(),
+            example,
+            dynamic_shapes=({0: size, 2: size, 3: size}, {0: size}),
+            strict=False,
+            # such as that there are enough tokens for the queries of two-stage
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
+        # the conversions of autocast become a part of the graph
+        return program if graph.amp == "off" else program.run_decompositions({})
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for layer in layers:

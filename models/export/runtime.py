@@ -119,7 +119,10 @@ def _open_in_torch(_: Any, path: str, device: str) -> tuple[Run, Mapping[str, st
 
     @torch.no_grad()
     def run(images: Tensor, sizes: Tensor) -> dict[str, Tensor]:
-        found = module(images.to(device), sizes.to(device))
+        try:
+            found = module(images.to(device), sizes.to(device))
+        except AssertionError as error:  # a guard of torch.export
+            raise UserError(f"{path} can't take images of this size ({error}); raise --eval_size") from None
         return {name: values.cpu() for name, values in zip(names, found, strict=True)}
 
     return run, about

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.ops.reference import Shapes
+from util.step.precision import full_precision
 
 
 def attend_by_gathers(
@@ -36,7 +37,8 @@ def attend_by_gathers(
     # all images and heads are one table; a level at a time, because what is gathered is the largest tensor
     table = value_BSMD.float().flatten(0, 2)
     levels = zip(rows_BQMLK.unbind(3), shares_BQMLK.unbind(3), strict=True)
-    sums = [shares[..., None, :] @ F.embedding(rows, table) for rows, shares in levels]
+    with full_precision(table.device):
+        sums = [shares[..., None, :] @ F.embedding(rows, table) for rows, shares in levels]
     return functools.reduce(torch.add, sums).flatten(2).to(value_BSMD.dtype)
 
 

@@ -53,9 +53,9 @@ def write(detector: Detector, path: Path, *, raw: bool = False, opset: int = OPS
     Raises:
         UserError: the file can't be written, or is no valid ONNX.
     """
-    graph = DetectorGraph(detector.model, raw)
+    graph = DetectorGraph(detector.model, raw, detector.amp)
     about = _about(detector, graph)
-    program = trace(graph, detector.amp)
+    program = trace(graph)
     try:
         with written_aside(path) as aside:
             if path.suffix == ONNX:
