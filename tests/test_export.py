@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from models.ops import reference
 from tests.golden import recipe
 from tests.helpers import BATCHFORMER, ROOT, SMALL_IMAGES, SMALL_MODEL
 from tools import explain, export, predict
+from tools.benchmarks import export as benchmark_export
 from tools.exported.verify import compare, open_images, verify
 from util.class_map import Category, ClassMap
 from util.config import parse_config
@@ -203,6 +206,24 @@ def test_the_lines_of_the_docs_need_nothing_of_this_project(onnx_file, folder, t
     assert numbers == pytest.approx(best.box, abs=0.11)
 
 
+def test_the_benchmark_times_every_runtime(pt2, folder, monkeypatch, capsys):
+    """With files that are there already: making them takes most of the time."""
+
+    def copy(detector, path):
+        if not (folder / path.name).exists():
+            raise UserError("it was not made")
+        shutil.copy(folder / path.name, path)
+
+    monkeypatch.setattr(benchmark_export, "write", copy)
+    flags = [*FLAGS, "--resume", str(folder / "checkpoint.pth")]
+    args = Namespace(size=[96, 128], num_iters=1, warm_iters=0)
+    benchmark_export.measure_export(args, parse_config(flags))
+    text = capsys.readouterr().out
+    for batch in (1, 4):
+        assert f"batch {batch} of 96 x 128" in text
+    assert len(re.findall(r"torch \.pt2 +\d+\.\d ms +\d+\.\d\d times PyTorch", text)) == 2
+
+
 # ---- the gate
 
 
@@ -339,4 +360,4 @@ def test_what_does_not_fit_is_refused(folder, pt2, tmp_path):
     with pytest.raises(UserError, match=r"no\.pt2 does not exist"):
         runtime.open_exported(tmp_path / "no.pt2")
     with pytest.raises(UserError, match="use the checkpoint"):
-        explain.main(["--resume", str(pt2), "image.png", "--output_dir", str(tmp_path / "explained")])
+        explain.main(["attention", "--resume", str(pt2), "image.png", "--output_dir", str(tmp_path / "explained")])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.detector import Detector
 from models.export.runtime import ONNX, PT2, RUNTIMES, open_exported, runtime_of
-from models.export.write import check_output, write
+from models.export.write import OPSET, check_output, write
 from models.inference import prepare_for_inference
 from models.ops.benchmark import machine_name
 from models.postprocess import PostProcess
@@ -23,6 +23,7 @@ from util.class_map import COCO_CLASSES
 from util.config import Config, with_classes
 from util.errors import UserError
 from util.nested_tensor import NestedTensor
+from util.step.precision import autocast
 
 SIZES, BATCHES = [(800, 1066), (320, 320)], (1, 4)
 
@@ -43,7 +44,7 @@ def measure_export(args: argparse.Namespace, config: Config) -> None:
         for suffix in (ONNX, PT2):
             path = Path(folder, f"model{suffix}")
             try:
-                check_output(path, 18, amp)
+                check_output(path, OPSET, amp)
                 write(detector, path)
             except UserError as error:
                 print(f"left out: {error}")
@@ -69,7 +70,9 @@ def _in_pytorch(detector: Detector) -> Callable[[Tensor, Tensor], object]:
     @torch.no_grad()
     def run(images: Tensor, sizes: Tensor) -> object:
         mask = torch.zeros(images.shape[0], *images.shape[2:], dtype=torch.bool)
-        return postprocess(detector.model(NestedTensor(images, mask)), sizes)
+        with autocast(detector.amp, images.device):
+            outputs = detector.model(NestedTensor(images, mask))
+        return postprocess(outputs, sizes)
 
     return run
 
