@@ -38,7 +38,7 @@ FLAGS = [
     *SMALL_IMAGES,
     *SMALL_MODEL,
     *("--backbone_norm", "frozen_bn", "--enc_layers", "1", "--with_box_refine", "--two_stage", "--masks"),
-    *("--eval_size", "96", "--max_size", "160", *BATCHFORMER),
+    *("--eval_size", "192", "--max_size", "320", *BATCHFORMER),
 ]
 SIZES = [(320, 192), (110, 140), (200, 100), (96, 200)]  # width, height
 
@@ -151,7 +151,7 @@ def check_file(path: Path, folder: Path) -> None:
                 ).float()
                 assert wrong.mean() < 1e-3
     assert [one.id for one in file.classes.categories] == [3, 17, 1000]
-    assert (file.config.data.eval_size, file.config.data.max_size) == (96, 160)
+    assert (file.config.data.eval_size, file.config.data.max_size) == (192, 320)
 
 
 def test_a_torch_export_file_detects_the_same(pt2, folder):
@@ -360,4 +360,6 @@ def test_what_does_not_fit_is_refused(folder, pt2, tmp_path):
     with pytest.raises(UserError, match=r"no\.pt2 does not exist"):
         runtime.open_exported(tmp_path / "no.pt2")
     with pytest.raises(UserError, match="use the checkpoint"):
-        explain.main(["attention", "--resume", str(pt2), "image.png", "--output_dir", str(tmp_path / "explained")])
+        explain.main(
+            ["attention", "--resume", str(pt2), "image.png", "--output_dir", str(tmp_path / "explained")]
+        )

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.export.passes import move_to_device_pass
 
 from util.errors import UserError
 
@@ -113,7 +114,7 @@ def _open_in_torch(_: Any, path: str, device: str) -> tuple[Run, Mapping[str, st
     extra = {ABOUT: ""}
     program = torch.export.load(path, extra_files=extra)
     if device != "cpu":
-        program = torch.export.passes.move_to_device_pass(program, device)
+        program = move_to_device_pass(program, device)
     module, about = program.module(), json.loads(extra[ABOUT])
     names = list(json.loads(about["outputs"]))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class MSDeformAttn(nn.Module):
     """
 
     # of a layer that is to be exported it is another (models/export/sampling.py)
-    operator = staticmethod(ms_deform_attn_fused)
+    operator: Callable[..., Tensor] = staticmethod(ms_deform_attn_fused)
 
     def __init__(self, d_model: int = 256, n_levels: int = 4, n_heads: int = 8, n_points: int = 4) -> None:
         super().__init__()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -38,7 +39,7 @@ class Images:
 
 def open_images(folder: str, detector: Detector, count: int) -> Images:
     """`count` validation images of a data set in COCO's layout. Raises UserError if it does not fit."""
-    flags: dict = {"coco_path": folder}
+    flags: dict[str, Any] = {"coco_path": folder}
     known = detector.classes if detector.classes.categories else None
     if not known:  # ids are labels
         flags["num_classes"] = detector.classes.num_classes
@@ -167,7 +168,7 @@ def _detections(
 
 
 def _coco(image_id: int, found: Detections, dataset: DetectionData) -> list[dict]:
-    outputs = {"boxes": found.boxes, "scores": found.scores, "labels": found.labels}
+    outputs: dict[str, Any] = {"boxes": found.boxes, "scores": found.scores, "labels": found.labels}
     if found.embedded_masks is not None:
         outputs["masks"] = found.embedded_masks
     return coco_results([image_id], [outputs], dataset.classes)
