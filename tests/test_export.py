@@ -19,6 +19,7 @@ from PIL import Image
 
 from models import build_model, load_detector
 from models.backbone import _resize_mask_by_index, resize_mask
+from models.deformable_detr import MEAN
 from models.export import runtime
 from models.export.detector import load_exported
 from models.export.sampling import attend_by_gathers
@@ -253,23 +254,24 @@ def round_locations(model) -> None:
             model.graph.node.insert(at, onnx.helper.make_node("Cast", [source], [exact + end], to=type_))
 
 
-def transpose_a_weight(model) -> None:
+def change(model, wanted, changed) -> None:
+    """Change the first constant of which `wanted` is true; names are the exporter's."""
     import onnx
 
     for tensor in model.graph.initializer:
-        if tensor.name.endswith("decoder.layers.0.cross_attn.output_proj.weight"):
-            values = onnx.numpy_helper.to_array(tensor)
-            tensor.CopyFrom(onnx.numpy_helper.from_array(values.T.copy(), tensor.name))
+        values = onnx.numpy_helper.to_array(tensor)
+        if wanted(values):
+            tensor.CopyFrom(onnx.numpy_helper.from_array(changed(values).copy(), tensor.name))
             return
-    raise AssertionError([tensor.name for tensor in model.graph.initializer])
+    raise AssertionError("no such constant")
+
+
+def transpose_a_weight(model) -> None:
+    change(model, lambda values: values.shape == (64, 64), np.transpose)
 
 
 def forget_the_mean(model) -> None:
-    import onnx
-
-    (tensor,) = [tensor for tensor in model.graph.initializer if tensor.name.endswith("pixel_mean")]
-    zeros = np.zeros_like(onnx.numpy_helper.to_array(tensor))
-    tensor.CopyFrom(onnx.numpy_helper.from_array(zeros, tensor.name))
+    change(model, lambda values: values.size == 3 and np.allclose(values.ravel(), MEAN), np.zeros_like)
 
 
 @pytest.mark.parametrize("fault", [round_locations, transpose_a_weight, forget_the_mean])

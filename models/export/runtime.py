@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.export.passes import move_to_device_pass
 
 from util.errors import UserError
 
@@ -111,6 +110,8 @@ def _open_in_openvino(openvino: Any, path: str, device: str) -> tuple[Run, Mappi
 
 
 def _open_in_torch(_: Any, path: str, device: str) -> tuple[Run, Mapping[str, str]]:
+    from torch.export.passes import move_to_device_pass  # slow, and only a .pt2 needs it
+
     extra = {ABOUT: ""}
     program = torch.export.load(path, extra_files=extra)
     if device != "cpu":

@@ -132,7 +132,7 @@ def check(model) -> None:
 
 def _about(detector: Detector, graph: DetectorGraph) -> dict[str, str]:
     """What the file says of itself: JSON by key."""
-    data, flags = detector.config.data, detector.config.flags()
+    data, flags, classes = detector.config.data, detector.config.flags(), detector.classes
     known = {name: flags[name] for name, flag in FLAGS.items() if flag.of in ("architecture", "evaluation")}
     about = {
         "resize": {
@@ -145,8 +145,9 @@ def _about(detector: Detector, graph: DetectorGraph) -> dict[str, str]:
             "sizes": "height and width of each image without its padding",
         },
         "outputs": {name: _OUTPUTS[graph.raw, name] for name in graph.outputs},
-        "names": {str(label): name for label, name in detector.classes.names.items()},
-        "classes": detector.classes.to_plain(),
+        # of labels without a category too, which may be detected
+        "names": {label: classes.name_of(label) for label in range(classes.num_classes)},
+        "classes": classes.to_plain(),
         "flags": known,
         "precision": PRECISIONS[detector.amp],
     }
