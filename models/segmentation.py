@@ -99,7 +99,7 @@ def ellipses(boxes_BQ4: Tensor, sizes_B2: Tensor, shape: Sequence[int]) -> tuple
     """
     # the middles of the cells, in [0, 1] of the unpadded image, [B, h, w]
     height, width = (side[:, None] for side in sizes_B2.to(boxes_BQ4.dtype).unbind(1))
-    rows, columns = (torch.arange(0.5, count, device=width.device) for count in shape)
+    rows, columns = (torch.arange(count, device=width.device) + 0.5 for count in shape)
     y = (rows * STRIDE / height)[:, :, None].expand(-1, -1, shape[1])
     x = (columns * STRIDE / width)[:, None].expand(-1, shape[0], -1)
     pixels = torch.stack([x * x, x, y * y, y, torch.ones_like(x)], 1)

@@ -6,8 +6,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/dev/env.sh
 # shellcheck source=tools/dev/setup.sh
 source tools/dev/setup.sh
-python -c 'import onnx, onnxruntime, onnxscript' 2> /dev/null || pip install --quiet onnx onnxruntime onnxscript ||
-  echo "no ONNX Runtime: the tests of .onnx files are skipped"
 ruff check .
 ruff format --check --quiet . || { echo "run: ruff format ." >&2; exit 1; }
 mypy

@@ -1,0 +1,254 @@
+"""Exported detectors: the same detections in every runtime, and a gate that finds what is wrong.
+
+    ./tools/test.sh tests/faults/export_files.py
+
+It exports for minutes, so it is no part of the suite. What is quick is in tests/test_export.py.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models import load_detector
+from models.deformable_detr import MEAN
+from models.export import runtime
+from models.export.detector import load_exported
+from tests.helpers import ROOT
+from tests.test_export import FLAGS
+from tests.test_export import folder as folder
+from tools import explain, export, predict
+from tools.benchmarks import export as benchmark_export
+from tools.exported.verify import compare, open_images, verify
+from util.config import parse_config
+from util.errors import UserError
+
+
+def exported(folder: Path, suffix: str, *flags: str) -> Path:
+    """The checkpoint as a file, which has passed the gate."""
+    path = folder / f"model{suffix}"
+    export.main(
+        ["--resume", str(folder / "checkpoint.pth"), "--output", str(path)]
+        + ["--verify", str(folder), "--batch_size", "3", *flags]
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def pt2(folder) -> Path:
+    return exported(folder, ".pt2")
+
+
+@pytest.fixture(scope="module")
+def onnx_file(folder) -> Path:
+    for name in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(name)
+    return exported(folder, ".onnx")
+
+
+# ---- files
+
+
+def check_file(path: Path, folder: Path) -> None:
+    """Batches of 1 and 3 with several sizes in one; several sizes through one file."""
+    checkpoint = load_detector(folder / "checkpoint.pth", device="cpu")
+    file = load_detector(path)
+    pictures = [folder / "val2017" / f"{i}.png" for i in (1, 2, 3, 4)]
+    for names in ([pictures[0]], [pictures[1]], [pictures[3]], pictures[:3]):
+        prepared = [checkpoint.prepare(name) for name in names]
+        for ours, theirs in zip(checkpoint.detect(prepared), file.detect(prepared), strict=True):
+            assert compare(ours, theirs).unpaired == 0
+            assert ours.size == theirs.size
+            assert set(ours.queries.tolist()) == set(theirs.queries.tolist())
+            torch.testing.assert_close(ours.scores, theirs.scores, rtol=0, atol=1e-4)
+            if ours.queries.tolist() == theirs.queries.tolist():
+                wrong = (
+                    ours.above(ours.scores[4].item()).masks != theirs.above(theirs.scores[4].item()).masks
+                ).float()
+                assert wrong.mean() < 1e-3
+    assert [one.id for one in file.classes.categories] == [3, 17, 1000]
+    assert (file.config.data.eval_size, file.config.data.max_size) == (192, 320)
+
+
+def test_a_torch_export_file_detects_the_same(pt2, folder):
+    check_file(pt2, folder)
+
+
+def test_an_onnx_file_detects_the_same(onnx_file, folder, tmp_path):
+    import onnx
+
+    check_file(onnx_file, folder)
+    model = onnx.load(onnx_file)
+    onnx.checker.check_model(model, full_check=True)
+    assert {node.domain for node in model.graph.node} == {""}
+    assert "GridSample" not in {node.op_type for node in model.graph.node}
+    assert not any(".bf." in tensor.name for tensor in model.graph.initializer)
+    shapes = {
+        i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in model.graph.input
+    }
+    assert shapes == {"images": ["batch", 3, "height", "width"], "sizes": ["batch", 2]}
+
+    predict.main(
+        ["--resume", str(onnx_file), str(folder / "val2017"), "--output_dir", str(tmp_path / "file")]
+        + ["--score_threshold", "0"]
+    )
+    found = json.loads((tmp_path / "file" / "predictions.json").read_text())
+    assert len(found) == 4 * 48
+    assert all("segmentation" in entry for entry in found)
+
+
+def test_the_lines_of_the_docs_need_nothing_of_this_project(onnx_file, folder, tmp_path):
+    text = (ROOT / "docs" / "export.md").read_text()
+    lines = re.search(r"```python\n(import json.*?)```", text, re.DOTALL)[1]
+    (tmp_path / "model.onnx").symlink_to(onnx_file)
+    (tmp_path / "street.jpg").symlink_to(folder / "val2017" / "1.png")
+    blocked = "import sys\nfor name in ('torch', 'torchvision', 'models', 'util'): sys.modules[name] = None\n"
+    paths = f"sys.path[:] = {sys.path}\n"
+    lines = lines.replace("score >= 0.5", "score >= 0")
+    done = subprocess.run(
+        [sys.executable, "-c", blocked + paths + lines],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    ours = load_detector(folder / "checkpoint.pth", device="cpu")(folder / "val2017" / "1.png")
+    rows = done.stdout.splitlines()
+    assert len(rows) == len(ours)
+    best = next(iter(ours))
+    assert rows[0].startswith(f"{best.name} {best.score:.2f}".rstrip("0"))
+    numbers = [float(number) for number in re.findall(r"-?\d+\.\d+", rows[0].split("[")[1])]
+    assert numbers == pytest.approx(best.box, abs=0.11)
+
+
+def test_the_benchmark_times_every_runtime(pt2, folder, monkeypatch, capsys):
+    """With files that are there already: making them takes most of the time."""
+
+    def copy(detector, path):
+        if not (folder / path.name).exists():
+            raise UserError("it was not made")
+        shutil.copy(folder / path.name, path)
+
+    monkeypatch.setattr(benchmark_export, "write", copy)
+    flags = [*FLAGS, "--resume", str(folder / "checkpoint.pth")]
+    args = Namespace(size=[96, 128], num_iters=1, warm_iters=0)
+    benchmark_export.measure_export(args, parse_config(flags))
+    text = capsys.readouterr().out
+    for batch in (1, 4):
+        assert f"batch {batch} of 96 x 128" in text
+    assert len(re.findall(r"torch \.pt2 +\d+\.\d ms +\d+\.\d\d times PyTorch", text)) == 2
+
+
+# ---- the gate
+
+
+@pytest.fixture
+def gate(folder):
+    """Whether a file passes."""
+    checkpoint = load_detector(folder / "checkpoint.pth", device="cpu", batch_size=2)
+    images = open_images(str(folder), checkpoint, 4)
+    return lambda path: verify(checkpoint, path, images)
+
+
+def round_locations(model) -> None:
+    """Pixels of sampling locations to bfloat16 and back, before their floor is taken."""
+    import onnx
+
+    for floor in [node for node in model.graph.node if node.op_type == "Floor"]:
+        exact = floor.input[0]
+        rounded = f"{exact}_rounded"
+        for node in model.graph.node:
+            node.input[:] = [rounded if name == exact else name for name in node.input]
+        types = (
+            (onnx.TensorProto.BFLOAT16, exact, "_low"),
+            (onnx.TensorProto.FLOAT, f"{exact}_low", "_rounded"),
+        )
+        at = list(model.graph.node).index(floor)
+        for type_, source, end in reversed(types):
+            model.graph.node.insert(at, onnx.helper.make_node("Cast", [source], [exact + end], to=type_))
+
+
+def change(model, wanted, changed) -> None:
+    """Change the first constant of which `wanted` is true; names are the exporter's."""
+    import onnx
+
+    for tensor in model.graph.initializer:
+        values = onnx.numpy_helper.to_array(tensor)
+        if wanted(values):
+            tensor.CopyFrom(onnx.numpy_helper.from_array(changed(values).copy(), tensor.name))
+            return
+    raise AssertionError("no such constant")
+
+
+def transpose_a_weight(model) -> None:
+    change(model, lambda values: values.shape == (64, 64), np.transpose)
+
+
+def forget_the_mean(model) -> None:
+    change(model, lambda values: values.size == 3 and np.allclose(values.ravel(), MEAN), np.zeros_like)
+
+
+@pytest.mark.parametrize("fault", [round_locations, transpose_a_weight, forget_the_mean])
+def test_the_gate_finds_a_fault(onnx_file, gate, tmp_path, fault, capsys):
+    import onnx
+
+    model = onnx.load(onnx_file)
+    onnx.save(model, tmp_path / "same.onnx")
+    fault(model)
+    onnx.save(model, tmp_path / "wrong.onnx")
+    with pytest.raises(UserError, match="does not detect what --resume detects"):
+        gate(tmp_path / "wrong.onnx")
+    if fault is round_locations:
+        gate(tmp_path / "same.onnx")
+        assert re.search(r"AP +\d+\.\d\d +\d+\.\d\d +[+-]0\.0\d", capsys.readouterr().out)
+
+
+def test_a_refused_file_does_not_get_its_name(folder, tmp_path, monkeypatch):
+    """A fault of the export itself."""
+    from models.export import sampling
+
+    right = sampling.locate
+    monkeypatch.setattr(sampling, "locate", lambda *given: right(*given).bfloat16().float())
+    path = tmp_path / "model.pt2"
+    command = ["--resume", str(folder / "checkpoint.pth"), "--output", str(path), "--verify", str(folder)]
+    with pytest.raises(UserError, match=r"model\.unverified\.pt2 does not detect"):
+        export.main(command)
+    assert not path.exists()
+
+
+# ---- bad input
+
+
+def test_what_does_not_fit_is_refused(folder, pt2, tmp_path):
+    for flags, message in (
+        (["--output", "model.trt"], "must end with .onnx or .pt2"),
+        (["--output", str(tmp_path / "none" / "model.pt2")], "does not exist"),
+        (["--output", str(tmp_path / "model.pt2"), "--opset", "9"], "--opset 9 must be from 18"),
+        (["--output", str(tmp_path / "model.pt2"), "--verify", "x", "--runtime", "openvino"], "use torch"),
+    ):
+        with pytest.raises(UserError, match=message):
+            export.main(["--resume", str(folder / "checkpoint.pth"), *flags])
+    with pytest.raises(UserError, match="precision and weights can't be chosen"):
+        load_detector(pt2, amp="bf16")
+    with pytest.raises(UserError, match="--nheads can't be given"):
+        load_detector(pt2, nheads=4)
+    assert load_exported(str(pt2), sizes={"eval_size": 64}).config.data.eval_size == 64
+    (tmp_path / "broken.pt2").write_bytes(b"no archive")
+    with pytest.raises(UserError, match="broken.pt2"):
+        load_detector(tmp_path / "broken.pt2")
+    with pytest.raises(UserError, match=r"no\.pt2 does not exist"):
+        runtime.open_exported(tmp_path / "no.pt2")
+    with pytest.raises(UserError, match="use the checkpoint"):
+        explain.main(
+            ["attention", "--resume", str(pt2), "image.png", "--output_dir", str(tmp_path / "explained")]
+        )
