@@ -10,7 +10,11 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_HOMES = {"build_model": "models.build", "load_model": "models.build", "load_detector": "models.detector"}
+_HOMES = {
+    "build_model": "models.build",
+    "load_model": "models.build",
+    "load_detector": "models.loading",
+}
 
 __all__ = ["build_model", "load_detector", "load_model"]
 

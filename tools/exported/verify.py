@@ -52,7 +52,7 @@ def open_images(folder: str, detector: Detector, count: int) -> Images:
 
 
 @dataclass(frozen=True)
-class Difference:
+class Mismatch:
     """What two lists of detections of an image differ by.
 
     score, pixels: the largest of all pairs. unpaired: detections without a partner within SCORE and PIXELS.
@@ -63,13 +63,13 @@ class Difference:
     unpaired: int = 0
 
 
-def compare(ours: Detections, theirs: Detections) -> Difference:
+def compare(ours: Detections, theirs: Detections) -> Mismatch:
     """Pair the detections of an image one to one, within a class, as near as possible.
 
     The last of both may lack a partner: which is the hundredth of equal scores is chance.
     """
     if not len(ours) or not len(theirs):
-        return Difference(unpaired=len(ours) + len(theirs))
+        return Mismatch(unpaired=len(ours) + len(theirs))
     scores = np.abs(ours.scores.numpy()[:, None] - theirs.scores.numpy())
     pixels = np.abs(ours.boxes.numpy()[:, None] - theirs.boxes.numpy()).max(-1)
     same = ours.labels.numpy()[:, None] == theirs.labels.numpy()
@@ -87,7 +87,7 @@ def compare(ours: Detections, theirs: Detections) -> Difference:
         for found, partners in ((ours, near[0]), (theirs, near[1]))
     ]
     unpaired = sum(int((~(values <= last)).sum()) for values in alone)
-    return Difference(float(score), float(distance), unpaired)
+    return Mismatch(float(score), float(distance), unpaired)
 
 
 def verify(reference: Detector, path: Path, images: Images, runtime: str = "") -> None:
@@ -103,7 +103,7 @@ def verify(reference: Detector, path: Path, images: Images, runtime: str = "") -
     """
     exported = load_exported(str(path), runtime=runtime)
     exact = exported.model.about["precision"] == "float32"
-    differences: dict[int, Difference] = {}
+    differences: dict[int, Mismatch] = {}
     results: tuple[list, list] = ([], [])
     pairs = _detections(reference, exported, images)
     for image_id, ours, theirs in tqdm(pairs, total=len(images.ids), unit="image", disable=None):
