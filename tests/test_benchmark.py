@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from datasets import coco_eval
 from datasets.coco_eval import coco_results
 from models.ops.benchmark import peak_memory
 from models.ops.functions import ms_deform_attn
@@ -80,7 +81,7 @@ def test_inference_with_masks_and_the_one_beside_it_end_with_results(monkeypatch
         "inference to results --masks",
     ]
     made = []
-    monkeypatch.setattr(steps, "coco_results", lambda *call: made.extend(coco_results(*call)))
+    monkeypatch.setattr(coco_eval, "coco_results", lambda *call: made.extend(coco_results(*call)))
     (images, _), config = make_batch([64, 80], parse_config([*SMALL_MODEL, "--masks"]), CPU)
     steps.inference(config, CPU, images, to_results=True)()
     assert made[0]["segmentation"]["size"] == [64, 80]

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils.benchmark import timer  # synchronises with the GPU before it reads the clock
 
 from datasets import build_dataset
-from datasets.coco_eval import coco_results
 from datasets.loader import Batch, collate
 from models.build import build_model
 from models.criterion import SetCriterion
@@ -78,6 +77,9 @@ def inference(
     model, _, postprocessors = build(config, device)
     prepare_for_inference(model, config.run.amp)
     sizes = torch.tensor([images.tensors.shape[-2:]] * len(images), device=device)
+
+    if to_results:
+        from datasets.coco_eval import coco_results  # needs more packages than the rest
 
     def infer() -> None:
         with torch.no_grad(), autocast(config.run.amp, device):
