@@ -24,12 +24,12 @@ from models.deformable_detr import MEAN
 from models.export import runtime
 from models.export.detector import load_exported
 from tests.helpers import ROOT
-from tests.test_export import FLAGS
+from tests.test_export import CLASSES, FLAGS
 from tests.test_export import folder as folder
 from tools import explain, export, predict
 from tools.benchmarks import export as benchmark_export
 from tools.exported.verify import compare, open_images, verify
-from util.config import parse_config
+from util.config import parse_config, with_classes
 from util.errors import UserError
 
 
@@ -142,7 +142,7 @@ def test_the_benchmark_times_every_runtime(pt2, folder, monkeypatch, capsys):
     monkeypatch.setattr(benchmark_export, "write", copy)
     flags = [*FLAGS, "--resume", str(folder / "checkpoint.pth")]
     args = Namespace(size=[96, 128], num_iters=1, warm_iters=0)
-    benchmark_export.measure_export(args, parse_config(flags))
+    benchmark_export.measure_export(args, with_classes(parse_config(flags), CLASSES))
     text = capsys.readouterr().out
     for batch in (1, 4):
         assert f"batch {batch} of 96 x 128" in text

@@ -37,7 +37,7 @@ def measure_export(args: argparse.Namespace, config: Config) -> None:
     prepare_for_inference(model, amp)
     detector = Detector(model, config, classes, amp=amp)
     keep_freed_memory()
-    print(f"{machine_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}", flush=True)
+    print(f"{machine_name(device)}, torch {torch.__version__}", flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
         runs: dict[str, Callable[[Tensor, Tensor], object]] = {"PyTorch": _in_pytorch(detector)}
