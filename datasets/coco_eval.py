@@ -20,6 +20,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from torchvision.ops import box_convert
 
+from datasets.coco_format import indexed
 from datasets.coco_masks import coco_masks
 from util.class_map import ClassMap
 from util.draw.curves import FIGURES, percent
@@ -237,7 +238,7 @@ def _prepared(ground_truth: COCO, results: list[dict[str, Any]], iou_type: str) 
         content[name] = [{key: entry[key] for key in keys} for entry in ground_truth.dataset[name]]
     for number, annotation in enumerate(content["annotations"], 1):
         annotation["id"] = number
-    truth = _indexed(content)
+    truth = indexed(content)
 
     # copied, because loadRes adds entries to them
     known = [dict(r) for r in results if r["category_id"] in truth.cats]
@@ -247,11 +248,4 @@ def _prepared(ground_truth: COCO, results: list[dict[str, Any]], iou_type: str) 
     known.sort(key=lambda r: r["image_id"])  # stable: the order within an image stays
     if known:
         return truth, truth.loadRes(known)
-    return truth, _indexed(content | {"annotations": []})  # loadRes can't take an empty list
-
-
-def _indexed(content: dict[str, list[dict[str, Any]]]) -> COCO:
-    coco = COCO()
-    coco.dataset = content
-    coco.createIndex()
-    return coco
+    return truth, indexed(content | {"annotations": []})  # loadRes can't take an empty list

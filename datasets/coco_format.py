@@ -87,9 +87,19 @@ def read_annotations(path: Path) -> COCO:
         UserError: the file is missing, not JSON, or has a field that can't be right; the message
         names it.
     """
+    return parse_annotations(read_json(path), path)
+
+
+def parse_annotations(content: Any, path: Path) -> COCO:
+    """As `read_annotations`, of the content of the file `path`."""
+    _check(content, path)
+    return indexed(content)
+
+
+def indexed(content: dict[str, Any]) -> COCO:
+    """pycocotools' index of what an instances file has."""
     coco = COCO()
-    coco.dataset = read_json(path)
-    _check(coco.dataset, path)
+    coco.dataset = content
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
         coco.createIndex()
     return coco

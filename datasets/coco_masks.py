@@ -69,11 +69,17 @@ def _are_polygons(polygons: list[Any], height: int, width: int) -> bool:
     return bool(polygons) and all(_is_polygon(polygon, height, width) for polygon in polygons)
 
 
-def _is_polygon(numbers: Any, height: int, width: int) -> bool:
-    # four numbers would be a box to pycocotools
+def is_outline(numbers: Any) -> bool:
+    """Whether it is a list x, y, x, y, ... of three points and more; four numbers would be a box to
+    pycocotools.
+    """
     if not isinstance(numbers, list) or len(numbers) < 6 or len(numbers) % 2:
         return False
-    if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
+    return all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
+
+
+def _is_polygon(numbers: Any, height: int, width: int) -> bool:
+    if not is_outline(numbers):
         return False
     # it draws every pixel of an outline, and far ones would fill the memory
     inside = (-side <= min(xs) and max(xs) <= 2 * side for xs, side in _axes(numbers, height, width))

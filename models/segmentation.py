@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from models.heads import MLP
 from models.masks import STRIDE
-from models.token_batch import TokenBatch
+from models.token_batch import TokenBatch, pixel_centres
 from util.step.precision import widened
 
 GROUPS = 8  # of the norms: even a map of one pixel has several values in a group
@@ -97,12 +97,11 @@ def ellipses(boxes_BQ4: Tensor, sizes_B2: Tensor, shape: Sequence[int]) -> tuple
     Returns:
         of the pixels [B, 5, h, w] and of the boxes [B, Q, 5].
     """
-    # the middles of the cells, in [0, 1] of the unpadded image, [B, h, w]
+    # the middles of the cells, in [0, 1] of the unpadded image, [B, h * w]
     height, width = (side[:, None] for side in sizes_B2.to(boxes_BQ4.dtype).unbind(1))
-    rows, columns = (torch.arange(count, device=width.device) + 0.5 for count in shape)
-    y = (rows * STRIDE / height)[:, :, None].expand(-1, -1, shape[1])
-    x = (columns * STRIDE / width)[:, None].expand(-1, shape[0], -1)
-    pixels = torch.stack([x * x, x, y * y, y, torch.ones_like(x)], 1)
+    columns, rows = (pixel_centres([(shape[0], shape[1])], width.device) * STRIDE).unbind(1)
+    x, y = columns / width, rows / height
+    pixels = torch.stack([x * x, x, y * y, y, torch.ones_like(x)], 1).unflatten(2, tuple(shape))
 
     # 1 - ((x - cx) / a)^2 - ((y - cy) / b)^2; a box of no size would be none
     cx, cy, w, h = boxes_BQ4.unbind(-1)

@@ -96,6 +96,15 @@ def write_coco(
         (folder / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
 
 
+def keep_newest(folder: Path, pattern: str) -> Path:
+    """Delete all checkpoints but the last one of this pattern, as if the run had been killed after it."""
+    newest = sorted(folder.glob(pattern))[-1]
+    for path in folder.glob("*.pth"):
+        if path != newest:
+            path.unlink()
+    return newest
+
+
 def run_main(
     *flags: str, processes: int = 1, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess:

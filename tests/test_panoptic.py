@@ -36,7 +36,7 @@ from datasets.panoptic.truth import PanopticTruth
 from datasets.synthetic.stuff import FIRST_STUFF_ID, STUFF
 from datasets.synthetic.write import generate
 from models import load_detector
-from tests.helpers import SMALL_IMAGES, SMALL_MODEL, run, write_coco
+from tests.helpers import SMALL_IMAGES, SMALL_MODEL, keep_newest, run, write_coco
 from tests.processes import run_forked, run_main_forked, run_main_together
 from tools import panoptic_from_instances, predict, report
 from util.class_map import ClassMap
@@ -792,10 +792,7 @@ def test_evaluation_in_one_and_two_processes(trained, derived, tmp_path):
 def test_an_interrupted_panoptic_run_goes_on_exactly(trained, derived, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(trained, out)
-    newest = sorted(out.glob("resume_0005_*.pth"))[-1]
-    for path in out.glob("*.pth"):
-        if path != newest:
-            path.unlink()
+    newest = keep_newest(out, "resume_0005_*.pth")
     flags = (*flags_of(derived), "--output_dir", str(out), "--resume", "auto")
     result = run_main_forked(*PANOPTIC_RUN, *flags)
     assert (result.returncode, result.stderr) == (0, "")

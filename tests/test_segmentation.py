@@ -35,7 +35,7 @@ from models.inference import prepare_for_inference
 from models.masks import ImageMasks, cells_of, dice_loss, mask_losses
 from models.segmentation import ellipses
 from tests.golden import recipe
-from tests.helpers import BATCHFORMER, ROOT, SMALL_IMAGES, SMALL_MODEL, write_coco
+from tests.helpers import BATCHFORMER, ROOT, SMALL_IMAGES, SMALL_MODEL, keep_newest, write_coco
 from tests.processes import run_main_forked, run_main_together
 from tools import draw_detections, predict
 from util.checkpoint import read_checkpoint
@@ -683,10 +683,7 @@ def test_figures_do_not_depend_on_the_number_of_processes(with_masks, data, tmp_
 def test_an_interrupted_run_goes_on_exactly(with_masks, data, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(with_masks, out)
-    newest = sorted(out.glob("resume_0001_*.pth"))[-1]
-    for path in out.glob("*.pth"):
-        if path != newest:
-            path.unlink()
+    newest = keep_newest(out, "resume_0001_*.pth")
     flags = ("--coco_path", str(data), "--epochs", "2", "--output_dir", str(out), "--save_every", "2")
     result = run_main_forked(*RUN, *flags, *BATCHFORMER, "--masks", "--ema_decay", "0.9", "--resume", "auto")
     assert (result.returncode, result.stderr) == (0, "")

@@ -4,7 +4,6 @@ boxes train without masks. It is counted, and the check (datasets/preflight) say
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as mask_utils
 
-from datasets.coco_masks import run_lengths
+from datasets.coco_masks import is_outline, run_lengths
 from datasets.convert.problems import Problems, point_as_stored
 from util.errors import UserError
 from util.images.files import Header
@@ -22,9 +21,7 @@ _MENDED = "outlines mended: parts of fewer than three points left out, or the li
 
 def outline_as_stored(points: Any, header: Header) -> list[list[float]]:
     """COCO's polygons of an outline x, y, x, y, ... in the image as viewers show it; empty: it is none."""
-    if not isinstance(points, list) or len(points) < 6 or len(points) % 2:
-        return []
-    if not all(type(value) in (int, float) and math.isfinite(value) for value in points):
+    if not is_outline(points):
         return []
     turned = (point_as_stored(u, v, header) for u, v in zip(points[::2], points[1::2], strict=True))
     return [[round(value, 4) for point in turned for value in point]]

@@ -6,7 +6,6 @@ each id what the segment is. Whether a category is a thing or stuff is its `isth
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -19,12 +18,13 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from datasets.coco_format import (
+    indexed,
     is_area,
     is_file_name,
     is_flag,
     is_id,
     is_text,
-    read_annotations,
+    parse_annotations,
     read_json,
     shown,
 )
@@ -152,11 +152,7 @@ class PanopticSet:
                     names = {"id": len(annotations) + 1, "image_id": image_id, "segment": segment["id"]}
                     annotations.append({**segment, **names})
         images = list(self.images.values())
-        coco = COCO()
-        coco.dataset = {"images": images, "annotations": annotations, "categories": categories}
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
-            coco.createIndex()
-        return coco
+        return indexed({"images": images, "annotations": annotations, "categories": categories})
 
     def read(self, image_id: int, megapixels: float = DataConfig.max_image_megapixels) -> Panoptic:
         """The segments of an image.
@@ -226,7 +222,11 @@ def read_panoptic(path: Path, folder: Path | None = None) -> PanopticSet:
         UserError: the file is missing, not JSON, or has a field that can't be right; the message names
         it.
     """
-    content = read_json(path, kind="panoptic", flags="--coco_panoptic_path")
+    return parse_panoptic(read_json(path, kind="panoptic", flags="--coco_panoptic_path"), path, folder)
+
+
+def parse_panoptic(content: Any, path: Path, folder: Path | None = None) -> PanopticSet:
+    """As `read_panoptic`, of the content of the file `path`."""
     if not isinstance(content, dict):
         raise UserError(f"{path} is not in COCO's panoptic format: it must be an object")
     for section in ("images", "categories", "annotations"):
@@ -256,9 +256,10 @@ def read_boxes(path: Path) -> COCO:
 
     Raises UserError as `read_annotations` and `read_panoptic` do.
     """
-    if is_panoptic(read_json(path)):
-        return read_panoptic(path).as_instances(only_things=True)
-    return read_annotations(path)
+    content = read_json(path)
+    if is_panoptic(content):
+        return parse_panoptic(content, path).as_instances(only_things=True)
+    return parse_annotations(content, path)
 
 
 # ---- checks of the JSON file

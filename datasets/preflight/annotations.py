@@ -13,7 +13,7 @@ from pycocotools import mask as mask_utils
 
 from datasets.coco_format import Problem, format_problems, read_json, shown
 from datasets.coco_masks import run_lengths
-from datasets.panoptic.format import is_panoptic, read_panoptic
+from datasets.panoptic.format import is_panoptic, parse_panoptic
 from datasets.preflight.boxes import (
     BOX_TOLERANCE,
     box_problem,
@@ -87,7 +87,7 @@ def check_annotations(
         content = read_json(annotations, without=() if masks else ("segmentation",))
         if is_panoptic(content):
             # their masks are the maps
-            content, masks = read_panoptic(annotations).as_instances().dataset, False
+            content, masks = parse_panoptic(content, annotations).as_instances().dataset, False
         problems = list(format_problems(content, annotations))
     except UserError as error:
         problems = [Problem("unreadable_annotations", str(error))]
