@@ -1,27 +1,40 @@
-"""The parts of an export that are quick; whole files are exported in tests/faults/export_files.py."""
+"""Exported detectors: the same detections in every runtime, and a gate that finds what is wrong.
+
+tests/faults/export_published.py exports the published architectures at full size.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from models import build_model, load_detector
+from models import load_detector
 from models.backbone import _resize_mask_by_index, resize_mask
+from models.deformable_detr import MEAN
+from models.detector import Detector
+from models.export import runtime, write
+from models.export.detector import ExportedDetector, load_exported
+from models.export.graph import DetectorGraph
 from models.export.sampling import attend_by_gathers
 from models.ops import reference
-from tests.golden import recipe
-from tests.helpers import BATCHFORMER, SMALL_IMAGES, SMALL_MODEL
-from tools import export
-from tools.exported.verify import compare
+from tests.detected import write_checkpoint, write_detected
+from tests.helpers import BATCHFORMER, ROOT, SMALL_IMAGES, SMALL_MODEL
+from tools import explain, export, predict
+from tools.benchmarks import export as benchmark_export
+from tools.exported.verify import compare, open_images, verify
 from util.class_map import Category, ClassMap
-from util.config import parse_config
+from util.config import parse_config, with_classes
 from util.errors import UserError
 
 CLASSES = ClassMap(4, (Category(0, 3, "person"), Category(1, 17, "traffic light"), Category(2, 1000, "dog")))
@@ -39,35 +52,34 @@ SIZES = [(320, 192), (110, 140), (200, 100), (96, 200)]  # width, height
 def folder(tmp_path_factory) -> Path:
     """A checkpoint, and a data set whose objects are what it detects: AP is high, and sees a change."""
     folder = tmp_path_factory.mktemp("export")
-    config = parse_config(FLAGS)
-    model = build_model(config)[0]
-    recipe.fill(model)
-    content = {"model": model.state_dict(), "args": config.flags(), "classes": CLASSES.to_plain()}
-    torch.save(content, folder / "checkpoint.pth")
-
-    detector = load_detector(folder / "checkpoint.pth", device="cpu")
-    (folder / "val2017").mkdir()
-    (folder / "annotations").mkdir()
-    images, annotations = [], []
-    rng = np.random.default_rng(0)
-    for i, (width, height) in enumerate(SIZES, 1):
-        small = rng.integers(0, 255, (height // 16, width // 16, 3), dtype=np.uint8)
-        picture = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
-        picture.save(folder / "val2017" / f"{i}.png")
-        images.append({"id": i, "file_name": f"{i}.png", "width": width, "height": height})
-        for found in list(detector(picture))[:8]:
-            x, y, right, bottom = found.box
-            box = [x, y, right - x, bottom - y]
-            number, area = len(annotations) + 1, box[2] * box[3]
-            polygon = [[x, y, right, y, right, bottom, x, bottom]]
-            annotations.append(
-                {"id": number, "image_id": i, "category_id": found.category_id, "bbox": box, "area": area}
-                | {"iscrowd": 0, "segmentation": polygon}
-            )
-    categories = [{"id": one.id, "name": one.name} for one in CLASSES.categories]
-    truth = {"images": images, "annotations": annotations, "categories": categories}
-    (folder / "annotations" / "instances_val2017.json").write_text(json.dumps(truth))
+    write_checkpoint(folder / "checkpoint.pth", FLAGS, CLASSES)
+    write_detected(folder, folder / "checkpoint.pth", SIZES)
     return folder
+
+
+def exported(folder: Path, suffix: str, *flags: str) -> Path:
+    """The checkpoint as a file, which has passed the gate."""
+    path = folder / f"model{suffix}"
+    export.main(
+        ["--resume", str(folder / "checkpoint.pth"), "--output", str(path)]
+        + ["--verify", str(folder), "--batch_size", "3", *flags]
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def pt2(folder) -> Path:
+    return exported(folder, ".pt2")
+
+
+@pytest.fixture(scope="module")
+def onnx_file(folder) -> Path:
+    for name in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(name)
+    return exported(folder, ".onnx")
+
+
+# ---- the graph
 
 
 @pytest.mark.parametrize("coordinates", [2, 4])
@@ -97,6 +109,119 @@ def test_masks_are_resized_to_the_bit():
             assert torch.equal(found, resize_mask(mask, (1, smaller))), (side, smaller)
 
 
+# ---- files
+
+
+def check_file(file: Detector, folder: Path) -> None:
+    """Batches of 1 and 3 with several sizes in one; several sizes through one file."""
+    checkpoint = load_detector(folder / "checkpoint.pth", device="cpu")
+    pictures = [folder / "val2017" / f"{i}.png" for i in (1, 2, 3, 4)]
+    for names in ([pictures[0]], [pictures[1]], [pictures[3]], pictures[:3]):
+        prepared = [checkpoint.prepare(name) for name in names]
+        for ours, theirs in zip(checkpoint.detect(prepared), file.detect(prepared), strict=True):
+            assert compare(ours, theirs).unpaired == 0
+            assert ours.size == theirs.size
+            assert set(ours.queries.tolist()) == set(theirs.queries.tolist())
+            torch.testing.assert_close(ours.scores, theirs.scores, rtol=0, atol=1e-4)
+            if ours.queries.tolist() == theirs.queries.tolist():
+                wrong = (
+                    ours.above(ours.scores[4].item()).masks != theirs.above(theirs.scores[4].item()).masks
+                ).float()
+                assert wrong.mean() < 1e-3
+    assert [one.id for one in file.classes.categories] == [3, 17, 1000]
+    assert (file.config.data.eval_size, file.config.data.max_size) == (192, 320)
+
+
+def test_a_torch_export_file_detects_the_same(pt2, folder):
+    check_file(load_detector(pt2), folder)
+
+
+def test_an_onnx_file_detects_the_same(onnx_file, folder, tmp_path):
+    import onnx
+
+    check_file(load_detector(onnx_file), folder)
+    model = onnx.load(onnx_file)
+    onnx.checker.check_model(model, full_check=True)
+    assert {node.domain for node in model.graph.node} == {""}
+    assert "GridSample" not in {node.op_type for node in model.graph.node}
+    assert not any(".bf." in tensor.name for tensor in model.graph.initializer)
+    shapes = {
+        i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in model.graph.input
+    }
+    assert shapes == {"images": ["batch", 3, "height", "width"], "sizes": ["batch", 2]}
+
+    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph.value_info
+    assert max(len(value.type.tensor_type.shape.dim) for value in inferred) <= 6, "OpenVINO fails from 7 on"
+
+    predict.main(
+        ["--resume", str(onnx_file), str(folder / "val2017"), "--output_dir", str(tmp_path / "file")]
+        + ["--score_threshold", "0"]
+    )
+    found = json.loads((tmp_path / "file" / "predictions.json").read_text())
+    assert len(found) == 4 * 48
+    assert all("segmentation" in entry for entry in found)
+
+
+def test_openvino_detects_the_same(onnx_file, folder):
+    pytest.importorskip("openvino")
+    check_file(load_exported(str(onnx_file), runtime="openvino"), folder)
+
+
+def test_raw_outputs_give_the_same_detections(folder):
+    checkpoint = load_detector(folder / "checkpoint.pth", device="cpu")
+    graph = DetectorGraph(checkpoint.model, raw=True, amp="off")
+
+    @torch.no_grad()
+    def run(images, sizes):
+        return dict(zip(graph.outputs, graph(images, sizes), strict=True))
+
+    file = runtime.ExportedFile(run, {})
+    check_file(ExportedDetector(file, checkpoint.config, checkpoint.classes), folder)
+
+
+def test_the_lines_of_the_docs_need_nothing_of_this_project(onnx_file, folder, tmp_path):
+    text = (ROOT / "docs" / "export.md").read_text()
+    lines = re.search(r"```python\n(import json.*?)```", text, re.DOTALL)[1]
+    (tmp_path / "model.onnx").symlink_to(onnx_file)
+    (tmp_path / "street.jpg").symlink_to(folder / "val2017" / "1.png")
+    blocked = "import sys\nfor name in ('torch', 'torchvision', 'models', 'util'): sys.modules[name] = None\n"
+    paths = f"sys.path[:] = {sys.path}\n"
+    lines = lines.replace("score >= 0.5", "score >= 0")
+    done = subprocess.run(
+        [sys.executable, "-c", blocked + paths + lines],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    ours = load_detector(folder / "checkpoint.pth", device="cpu")(folder / "val2017" / "1.png")
+    rows = done.stdout.splitlines()
+    assert len(rows) == len(ours)
+    best = next(iter(ours))
+    assert rows[0].startswith(f"{best.name} {best.score:.2f}".rstrip("0"))
+    numbers = [float(number) for number in re.findall(r"-?\d+\.\d+", rows[0].split("[")[1])]
+    assert numbers == pytest.approx(best.box, abs=0.11)
+
+
+def test_the_benchmark_times_every_runtime(pt2, folder, monkeypatch, capsys):
+    """With files that are there already: making them takes most of the time."""
+
+    def copy(detector, path):
+        if not (folder / path.name).exists():
+            raise UserError("it was not made")
+        shutil.copy(folder / path.name, path)
+
+    monkeypatch.setattr(benchmark_export, "write", copy)
+    flags = [*FLAGS, "--resume", str(folder / "checkpoint.pth")]
+    args = Namespace(size=[96, 128], num_iters=1, warm_iters=0)
+    benchmark_export.measure_export(args, with_classes(parse_config(flags), CLASSES))
+    text = capsys.readouterr().out
+    for batch in (1, 4):
+        assert f"batch {batch} of 96 x 128" in text
+    assert len(re.findall(r"torch \.pt2 +\d+\.\d ms +\d+\.\d\d times PyTorch", text)) == 2
+
+
 # ---- the gate
 
 
@@ -124,7 +249,126 @@ def test_detections_are_paired_by_class_and_box(folder):
     assert (within.pixels, within.score) == pytest.approx((0.4, 9e-4), rel=1e-2)
 
 
+@pytest.fixture
+def gate(folder):
+    """Whether a file passes, with single images: padding changes what these weights detect."""
+    checkpoint = load_detector(folder / "checkpoint.pth", device="cpu")
+    images = open_images(str(folder), checkpoint, 4)
+    return lambda path: verify(checkpoint, path, images)
+
+
+def round_locations(model) -> None:
+    """Pixels of sampling locations to bfloat16 and back, before their floor is taken."""
+    import onnx
+
+    for floor in [node for node in model.graph.node if node.op_type == "Floor"]:
+        exact = floor.input[0]
+        rounded = f"{exact}_rounded"
+        for node in model.graph.node:
+            node.input[:] = [rounded if name == exact else name for name in node.input]
+        types = (
+            (onnx.TensorProto.BFLOAT16, exact, "_low"),
+            (onnx.TensorProto.FLOAT, f"{exact}_low", "_rounded"),
+        )
+        at = list(model.graph.node).index(floor)
+        for type_, source, end in reversed(types):
+            model.graph.node.insert(at, onnx.helper.make_node("Cast", [source], [exact + end], to=type_))
+
+
+def change(model, wanted, changed) -> None:
+    """Change the first constant of whose name and values `wanted` is true."""
+    import onnx
+
+    for tensor in model.graph.initializer:
+        values = onnx.numpy_helper.to_array(tensor)
+        if wanted(tensor.name, values):
+            tensor.CopyFrom(onnx.numpy_helper.from_array(changed(values).copy(), tensor.name))
+            return
+    raise AssertionError("no such constant")
+
+
+def transpose_a_weight(model) -> None:
+    change(model, lambda _, values: values.shape == (64, 64), np.transpose)
+
+
+def forget_the_mean(model) -> None:
+    change(model, lambda _, values: values.size == 3 and np.allclose(values.ravel(), MEAN), np.zeros_like)
+
+
+@pytest.mark.parametrize("fault", [round_locations, transpose_a_weight, forget_the_mean])
+def test_the_gate_finds_a_fault(onnx_file, gate, tmp_path, fault, capsys):
+    import onnx
+
+    model = onnx.load(onnx_file)
+    onnx.save(model, tmp_path / "same.onnx")
+    fault(model)
+    onnx.save(model, tmp_path / "wrong.onnx")
+    with pytest.raises(UserError, match="does not detect what --resume detects"):
+        gate(tmp_path / "wrong.onnx")
+    if fault is round_locations:
+        gate(tmp_path / "same.onnx")
+        assert re.search(r"AP +9\d\.\d\d +9\d\.\d\d +[+-]0\.0\d", capsys.readouterr().out)
+
+
+def raise_every_score(model) -> None:
+    last = "model.class_embed.1.bias"
+    change(model, lambda name, _: name == last, lambda values: values + np.float32(0.01))
+
+
+def test_a_file_of_lower_precision_is_judged_by_its_ap(onnx_file, gate, tmp_path, capsys):
+    import onnx
+
+    for fault in (raise_every_score, forget_the_mean):
+        model = onnx.load(onnx_file)
+        (precision,) = [entry for entry in model.metadata_props if entry.key == "precision"]
+        precision.value = '"float16"'
+        fault(model)
+        onnx.save(model, tmp_path / f"{fault.__name__}.onnx")
+    gate(tmp_path / "raise_every_score.onnx")
+    assert "4 images have detections without a partner" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"AP of bbox differs by \d+\.\d\d points \(at most 0\.3\)"):
+        gate(tmp_path / "forget_the_mean.onnx")
+
+
+def test_a_refused_file_does_not_get_its_name(onnx_file, folder, tmp_path, monkeypatch):
+    import onnx
+
+    wrong = onnx.load(onnx_file)
+    forget_the_mean(wrong)
+    monkeypatch.setattr(write, "write", lambda detector, path, **options: onnx.save(wrong, path))
+    path = tmp_path / "model.onnx"
+    command = ["--resume", str(folder / "checkpoint.pth"), "--output", str(path), "--verify", str(folder)]
+    with pytest.raises(UserError, match=r"model\.unverified\.onnx does not detect"):
+        export.main(command)
+    assert not path.exists()
+
+
 # ---- bad input
+
+
+def test_what_does_not_fit_is_refused(folder, pt2, tmp_path):
+    for flags, message in (
+        (["--output", "model.trt"], "must end with .onnx or .pt2"),
+        (["--output", str(tmp_path / "none" / "model.pt2")], "does not exist"),
+        (["--output", str(tmp_path / "model.pt2"), "--opset", "9"], "--opset 9 must be from 18"),
+        (["--output", str(tmp_path / "model.pt2"), "--verify", "x", "--runtime", "openvino"], "use torch"),
+    ):
+        with pytest.raises(UserError, match=message):
+            export.main(["--resume", str(folder / "checkpoint.pth"), *flags])
+    with pytest.raises(UserError, match="precision and weights can't be chosen"):
+        load_detector(pt2, amp="bf16")
+    with pytest.raises(UserError, match="--nheads can't be given"):
+        load_detector(pt2, nheads=4)
+    assert load_exported(str(pt2), sizes={"eval_size": 64}).config.data.eval_size == 64
+    (tmp_path / "broken.pt2").write_bytes(b"no archive")
+    with pytest.raises(UserError, match="broken.pt2"):
+        load_detector(tmp_path / "broken.pt2")
+    with pytest.raises(UserError, match=r"no\.pt2 does not exist"):
+        runtime.open_exported(tmp_path / "no.pt2")
+    with pytest.raises(UserError, match="use the checkpoint"):
+        explain.main(
+            ["attention", "--resume", str(pt2), "image.png", "--output_dir", str(tmp_path / "explained")]
+        )
 
 
 def test_missing_packages_are_named_first(folder, monkeypatch, tmp_path):

@@ -18,6 +18,8 @@ from util.class_map import ClassMap
 from util.errors import UserError
 from util.nested_tensor import NestedTensor
 
+RESIZING = ("eval_size", "max_size")  # flags
+
 
 class ExportedDetector(Detector):
     """A Detector whose `model` is an ExportedFile. Outputs are on the CPU, wherever the file runs."""
@@ -81,16 +83,16 @@ def load_exported(
             f"--resume {source} was exported: its precision and weights can't be chosen, and it has no "
             "BatchFormerV2; use the checkpoint"
         )
+    given = sizes or {}
+    if more := given.keys() - {*RESIZING}:
+        raise UserError(f"--resume {source} was exported: --{min(more)} can't be given; use the checkpoint")
     file = open_exported(source, runtime, device)
     try:
-        trained = {name: file.about["flags"][name] for name in ("eval_size", "max_size")}
+        trained = {name: file.about["flags"][name] for name in RESIZING}
         classes = ClassMap.from_plain(file.about["classes"])
     except (KeyError, TypeError, ValueError):
         raise UserError(
             f"{source} was not written by tools/export.py: it does not name its classes"
         ) from None
-    given = sizes or {}
-    if more := given.keys() - trained.keys():
-        raise UserError(f"--resume {source} was exported: --{min(more)} can't be given; use the checkpoint")
     config = as_given({**trained, **given}, resume=os.fspath(source), eval=True)
     return ExportedDetector(file, config, classes, **options)

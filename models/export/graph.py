@@ -6,16 +6,20 @@ E entries of an embedding.
 
 from __future__ import annotations
 
+import copy
+import itertools
+
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.nn.utils import fuse_conv_bn_eval
 
 from models.deformable_detr import DeformableDETR
 from models.export.sampling import attend_by_gathers
 from models.ops.modules import MSDeformAttn
 from models.postprocess import best_detections
 from util.nested_tensor import NestedTensor
-from util.step.precision import autocast
+from util.step.precision import LOW_TYPES, autocast
 
 INPUTS = ("images", "sizes")
 # Any that two-stage can take its queries from: nothing is computed at this size.
@@ -33,7 +37,7 @@ class DetectorGraph(nn.Module):
 
     def __init__(self, model: DeformableDETR, raw: bool, amp: str) -> None:
         super().__init__()
-        self.model, self.raw, self.amp = model, raw, amp
+        self.model, self.raw, self.amp = _with_norms_of_one_type(model, amp), raw, amp
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -75,6 +79,23 @@ class DetectorGraph(nn.Module):
             chosen = queries.gather(1, found["queries"][..., None].expand(-1, -1, queries.shape[-1]))
             found["masks"] = (chosen @ pixels.flatten(2)).unflatten(2, pixels.shape[2:])
         return tuple(found[name] for name in self.outputs)
+
+
+def _with_norms_of_one_type(model: DeformableDETR, amp: str) -> DeformableDETR:
+    """A copy whose norms compute in the type of the convolution before them.
+
+    Convolutions take over batch norms: ONNX's optimizer would, and mixes types. Group norms get
+    parameters of their input's type, as ONNX demands.
+    """
+    copied = copy.deepcopy(model)
+    for parent in copied.modules():
+        for (name, layer), (behind, norm) in itertools.pairwise(list(parent.named_children())):
+            if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(parent, name, fuse_conv_bn_eval(layer, norm))
+                setattr(parent, behind, nn.Identity())
+        if amp != "off" and isinstance(parent, nn.GroupNorm):
+            parent.to(LOW_TYPES[amp])
+    return copied
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ P points.
 from __future__ import annotations
 
 import functools
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,7 @@ def attend_by_gathers(
     weights = logits_BQMLP.float().flatten(-2).softmax(-1).view_as(logits_BQMLP)
     locations = locate(sizes_L2, reference, offsets_BQMLP2.float())
     rows_BQMLK, shares_BQMLK = _neighbours(value_BSMD, sizes_L2, locations)
-    shares_BQMLK = shares_BQMLK * weights[..., None].expand(-1, -1, -1, -1, -1, 4).flatten(-2)
+    shares_BQMLK = shares_BQMLK * weights.repeat(1, 1, 1, 1, 4)
 
     # all images and heads are one table; a level at a time, because what is gathered is the largest tensor
     table = value_BSMD.float().flatten(0, 2)
@@ -51,7 +52,9 @@ def locate(sizes_L2: Tensor, reference: Tensor, offsets_BQMLP2: Tensor) -> Tenso
 
 
 def _neighbours(value_BSMD: Tensor, sizes_L2: Tensor, locations_BQMLP2: Tensor) -> tuple[Tensor, Tensor]:
-    """The four pixels around each location, of all points side by side: K = 4 P.
+    """The four pixels around each location, one after the other for all points: K = 4 P.
+
+    No tensor has more than six dimensions: OpenVINO 2026.4 compares integers wrongly from seven on.
 
     Returns:
         rows [B, Q, M, L, K] of the table [B * S * M, D], and their shares in a bilinear sample. A pixel
@@ -64,14 +67,18 @@ def _neighbours(value_BSMD: Tensor, sizes_L2: Tensor, locations_BQMLP2: Tensor) 
     first = pixels.floor()
     beyond = pixels - first
 
-    # along each axis the pixel before the location and the one behind it
-    last = sizes_L2[:, None, :, None] - 1
-    both = torch.stack([first, first + 1], -1).to(torch.int64)
-    shares = torch.stack([1 - beyond, beyond], -1) * ((both >= 0) & (both <= last))
-    x, y = both.clamp(min=0).minimum(last).unbind(-2)
-    share_x, share_y = shares.unbind(-2)
-    tokens = y[..., None] * sizes_L2[:, :1, None, None] + x[..., None, :]
-    shares_BQMLK = (share_y[..., None] * share_x[..., None, :]).flatten(-3)
+    # along both axes the pixel before the location and the one behind it
+    last = sizes_L2[:, None] - 1
+    sides = []
+    for place, share in ((first, 1 - beyond), (first + 1, beyond)):
+        place = place.to(torch.int64)
+        within = (place >= 0) & (place <= last)
+        x, y = place.clamp(min=0).minimum(last).unbind(-1)
+        share_x, share_y = torch.where(within, share, 0.0).unbind(-1)
+        sides.append((x, y * sizes_L2[:, :1], share_x, share_y))
+    pairs = list(itertools.product(sides, sides))
+    tokens = torch.cat([row + x for (x, _, _, _), (_, row, _, _) in pairs], -1)
+    shares_BQMLK = torch.cat([share_x * share_y for (_, _, share_x, _), (_, _, _, share_y) in pairs], -1)
 
     # where in the table: levels, images and heads
     areas_L = sizes_L2.prod(1)
@@ -79,4 +86,4 @@ def _neighbours(value_BSMD: Tensor, sizes_L2: Tensor, locations_BQMLP2: Tensor) 
     batch, all_tokens, heads, _ = value_BSMD.shape
     image_B1111 = torch.arange(batch, device=sizes_L2.device)[:, None, None, None, None] * all_tokens
     head_M11 = torch.arange(heads, device=sizes_L2.device)[:, None, None]
-    return (tokens.flatten(-3) + starts_L1 + image_B1111) * heads + head_M11, shares_BQMLK
+    return (tokens + starts_L1 + image_B1111) * heads + head_M11, shares_BQMLK
