@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from models import load_detector
 from models.backbone import _resize_mask_by_index, resize_mask
@@ -67,6 +68,11 @@ def exported(folder: Path, suffix: str, *flags: str) -> Path:
     return path
 
 
+def need_onnx() -> None:
+    for name in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(name)
+
+
 @pytest.fixture(scope="module")
 def pt2(folder) -> Path:
     return exported(folder, ".pt2")
@@ -74,8 +80,7 @@ def pt2(folder) -> Path:
 
 @pytest.fixture(scope="module")
 def onnx_file(folder) -> Path:
-    for name in ("onnx", "onnxruntime", "onnxscript"):
-        pytest.importorskip(name)
+    need_onnx()
     return exported(folder, ".onnx")
 
 
@@ -162,6 +167,17 @@ def test_an_onnx_file_detects_the_same(onnx_file, folder, tmp_path):
     assert all("segmentation" in entry for entry in found)
 
 
+def test_float16_has_the_ap_of_the_checkpoint(tmp_path, capsys):
+    """With batch and group norms, whose parameters have other types than their inputs under autocast."""
+    need_onnx()
+    flags = ["--num_feature_levels", "1", "--enc_layers", "1", "--dec_layers", "1", "--backbone_norm", "bn"]
+    write_checkpoint(tmp_path / "checkpoint.pth", [*SMALL_IMAGES, *SMALL_MODEL, *flags], CLASSES)
+    write_detected(tmp_path, tmp_path / "checkpoint.pth", SIZES)
+    path = exported(tmp_path, ".onnx", "--precision", "float16", "--batch_size", "1")
+    assert load_exported(str(path)).model.about["precision"] == "float16"
+    assert "images; pairs differ by" in capsys.readouterr().out
+
+
 def test_openvino_detects_the_same(onnx_file, folder):
     pytest.importorskip("openvino")
     check_file(load_exported(str(onnx_file), runtime="openvino"), folder)
@@ -207,7 +223,7 @@ def test_the_lines_of_the_docs_need_nothing_of_this_project(onnx_file, folder, t
 def test_the_benchmark_times_every_runtime(pt2, folder, monkeypatch, capsys):
     """With files that are there already: making them takes most of the time."""
 
-    def copy(detector, path):
+    def copy(detector, path, amp):
         if not (folder / path.name).exists():
             raise UserError("it was not made")
         shutil.copy(folder / path.name, path)
@@ -359,7 +375,11 @@ def test_what_does_not_fit_is_refused(folder, pt2, tmp_path):
         load_detector(pt2, amp="bf16")
     with pytest.raises(UserError, match="--nheads can't be given"):
         load_detector(pt2, nheads=4)
-    assert load_exported(str(pt2), sizes={"eval_size": 64}).config.data.eval_size == 64
+    small = load_exported(str(pt2), sizes={"eval_size": 64})
+    with pytest.raises(
+        UserError, match=r"torch can't run .* on images of 64 x 64 pixels.* raise --eval_size"
+    ):
+        small(Image.new("RGB", (64, 64)))
     (tmp_path / "broken.pt2").write_bytes(b"no archive")
     with pytest.raises(UserError, match="broken.pt2"):
         load_detector(tmp_path / "broken.pt2")

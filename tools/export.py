@@ -60,18 +60,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_output(args.output, args.opset, amp)
     if args.verify:
         runtime_of(args.output, args.runtime)
-    options = {"device": "cpu", "weights": args.weights, **detector_flags(args)}
-    detector = load_detector(args.resume, amp=amp, **options)
+    detector = load_detector(
+        args.resume,
+        device="cpu",
+        weights=args.weights,
+        batch_size=args.batch_size,
+        **detector_flags(args),
+    )
     images = open_images(args.verify, detector, args.images) if args.verify else None
 
     # it gets its name when it has passed
     path = args.output
     if images:
         path = path.with_name(f"{path.stem}.unverified{path.suffix}")
-    write(detector, path, raw=args.raw, opset=args.opset)
+    write(detector, path, amp=amp, raw=args.raw, opset=args.opset)
     if images:
-        reference = load_detector(args.resume, batch_size=args.batch_size, **options)
-        verify(reference, path, images, args.runtime)
+        verify(detector, path, images, args.runtime)
         path.replace(args.output)
     print(f"{args.output}: {args.output.stat().st_size / 2**20:.1f} MiB in {args.precision}")
 

@@ -16,6 +16,7 @@ from torch.nn.utils import fuse_conv_bn_eval
 
 from models.deformable_detr import DeformableDETR
 from models.export.sampling import attend_by_gathers
+from models.inference import prepare_for_inference
 from models.ops.modules import MSDeformAttn
 from models.postprocess import best_detections
 from util.nested_tensor import NestedTensor
@@ -30,14 +31,14 @@ class DetectorGraph(nn.Module):
     """What is exported: bytes of padded images and their sizes to detections.
 
     Args:
-        model: on the CPU, as prepare_for_inference leaves it.
+        model: on the CPU, in evaluation mode; left as it is.
         raw: give what the network gives, instead of the best detections.
         amp: precision of products, as of --amp.
     """
 
     def __init__(self, model: DeformableDETR, raw: bool, amp: str) -> None:
         super().__init__()
-        self.model, self.raw, self.amp = _with_norms_of_one_type(model, amp), raw, amp
+        self.model, self.raw, self.amp = _prepared(model, amp), raw, amp
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -81,8 +82,8 @@ class DetectorGraph(nn.Module):
         return tuple(found[name] for name in self.outputs)
 
 
-def _with_norms_of_one_type(model: DeformableDETR, amp: str) -> DeformableDETR:
-    """A copy whose norms compute in the type of the convolution before them.
+def _prepared(model: DeformableDETR, amp: str) -> DeformableDETR:
+    """A copy for inference in this precision, whose norms compute in the type of the convolution before them.
 
     Convolutions take over batch norms: ONNX's optimizer would, and mixes types. Group norms get
     parameters of their input's type, as ONNX demands.
@@ -93,8 +94,11 @@ def _with_norms_of_one_type(model: DeformableDETR, amp: str) -> DeformableDETR:
             if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 setattr(parent, name, fuse_conv_bn_eval(layer, norm))
                 setattr(parent, behind, nn.Identity())
-        if amp != "off" and isinstance(parent, nn.GroupNorm):
-            parent.to(LOW_TYPES[amp])
+    prepare_for_inference(copied, amp)
+    if amp != "off":
+        for layer in copied.modules():
+            if isinstance(layer, nn.GroupNorm):
+                layer.to(LOW_TYPES[amp])
     return copied
 
 

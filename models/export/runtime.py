@@ -55,12 +55,25 @@ def open_exported(path: str | os.PathLike, runtime: str = "", device: str = "") 
     except UserError:
         raise
     except Exception as error:  # each runtime has its own
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{name} can't open {file}: {reason[0]}") from None
+        raise UserError(f"{name} can't open {file}: {_first_line(error)}") from None
     try:
-        return ExportedFile(run, {key: json.loads(text) for key, text in texts.items()})
+        about = {key: json.loads(text) for key, text in texts.items()}
     except ValueError:
         raise UserError(f"{file} was not written by tools/export.py: it does not say how to use it") from None
+
+    def run_file(images: Tensor, sizes: Tensor) -> dict[str, Tensor]:
+        try:
+            return run(images, sizes)
+        except Exception as error:
+            height, width = images.shape[2:]
+            what = f"{name} can't run {file} on images of {height} x {width} pixels: {_first_line(error)}"
+            raise UserError(f"{what}; if they are too small, raise --eval_size") from None
+
+    return ExportedFile(run_file, about)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def runtime_of(path: str | os.PathLike, runtime: str = "") -> str:
@@ -121,10 +134,7 @@ def _open_in_torch(_: Any, path: str, device: str) -> tuple[Run, Mapping[str, st
 
     @torch.no_grad()
     def run(images: Tensor, sizes: Tensor) -> dict[str, Tensor]:
-        try:
-            found = module(images.to(device), sizes.to(device))
-        except AssertionError as error:  # a guard of torch.export
-            raise UserError(f"{path} can't take images of this size ({error}); raise --eval_size") from None
+        found = module(images.to(device), sizes.to(device))
         return {name: values.cpu() for name, values in zip(names, found, strict=True)}
 
     return run, about

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -41,19 +43,20 @@ def check_output(path: Path, opset: int, amp: str) -> None:
         raise UserError(f"--output {path}: the folder {path.parent} does not exist")
 
 
-def write(detector: Detector, path: Path, *, raw: bool = False, opset: int = OPSET) -> None:
-    """Write the file, in the detector's precision.
+def write(detector: Detector, path: Path, *, amp: str = "off", raw: bool = False, opset: int = OPSET) -> None:
+    """Write the file.
 
     Args:
         detector: of `load_detector`, on the CPU.
         path: ends with .onnx or .pt2; replaced as a whole.
+        amp: precision of products, "off", "bf16" or "fp16".
         raw: give logits and boxes of all queries instead of the best detections.
         opset: of ONNX.
 
     Raises:
         UserError: the file can't be written, or is no valid ONNX.
     """
-    graph = DetectorGraph(detector.model, raw, detector.amp)
+    graph = DetectorGraph(detector.model, raw, amp)
     about = _about(detector, graph)
     program = trace(graph)
     try:
@@ -72,22 +75,15 @@ def _write_onnx(
 ) -> None:
     import onnx
 
-    quiet = logging.getLogger("torch.onnx")
-    level = quiet.level
-    try:
-        quiet.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            exported = torch.onnx.export(
-                program,
-                input_names=INPUTS,
-                output_names=graph.outputs,
-                opset_version=opset,
-                dynamo=True,
-                verbose=False,
-            )
-    finally:
-        quiet.setLevel(level)
+    with _quiet():
+        exported = torch.onnx.export(
+            program,
+            input_names=INPUTS,
+            output_names=graph.outputs,
+            opset_version=opset,
+            dynamo=True,
+            verbose=False,
+        )
     assert exported is not None
     model = exported.model_proto
     # paths and lines of this project, a tenth of the file's size without weights
@@ -98,6 +94,22 @@ def _write_onnx(
     _name_dimensions(model)
     check(model)
     onnx.save(model, str(path))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporters' remarks on their own progress."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _name_dimensions(model) -> None:
@@ -149,7 +161,7 @@ def _about(detector: Detector, graph: DetectorGraph) -> dict[str, str]:
         "names": {label: classes.name_of(label) for label in range(classes.num_classes)},
         "classes": classes.to_plain(),
         "flags": known,
-        "precision": PRECISIONS[detector.amp],
+        "precision": PRECISIONS[graph.amp],
     }
     return {key: json.dumps(value) for key, value in about.items()}
 

@@ -45,7 +45,7 @@ def measure_export(args: argparse.Namespace, config: Config) -> None:
             path = Path(folder, f"model{suffix}")
             try:
                 check_output(path, OPSET, amp)
-                write(detector, path)
+                write(detector, path, amp=amp)
             except UserError as error:
                 print(f"left out: {error}")
                 continue

@@ -203,7 +203,8 @@ def _compute_in_float32(operator: str) -> None:
 
     def run(x: Tensor, *others: Any, **options: Any) -> Tensor:
         low = used = torch.get_autocast_dtype("cpu")
-        if size(x) <= SMALL:
+        # an exported graph runs on other processors
+        if not torch.compiler.is_exporting() and size(x) <= SMALL:
             used = torch.float32
         arguments = [_cast(argument, used) for argument in (x, *others)]
         # without autocast: this function would call itself
