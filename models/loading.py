@@ -37,7 +37,7 @@ def load_detector(
 ) -> Detector:
     """The detector of a checkpoint: published, ours or Hugging Face's; or of an exported file.
 
-    Nothing in the file is executed.
+    Nothing in the file is executed, unless it is a .pt2: open only those that you trust.
 
     Args:
         checkpoint: a path or an https address; for Hugging Face's that of the folder, its
@@ -72,7 +72,7 @@ def load_detector(
             amp=amp,
             weights=weights,
             batchformer=batchformer,
-            sizes=architecture,
+            flags=architecture,
             batch_size=batch_size,
             score_threshold=score_threshold,
             max_image_megapixels=max_image_megapixels,

@@ -347,7 +347,9 @@ def unreadable(flag: str, path: Path) -> UserError:
         start = file.read(100).lstrip()
     what = "is damaged or no checkpoint (it may be truncated); take an earlier one, or --resume auto"
     # what is often saved under the name of a checkpoint
-    if start.startswith(b"version https://git-lfs"):
+    if path.suffix in (".onnx", ".pt2"):
+        what = "is an exported file, for tools/predict.py and load_detector alone; give the checkpoint"
+    elif start.startswith(b"version https://git-lfs"):
         what = "is a pointer of Git LFS; fetch the file itself with git lfs pull"
     elif start.startswith(b"<"):
         what = "is a web page, which a server sends to ask for a login or a confirmation; download it again"

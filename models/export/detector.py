@@ -15,10 +15,9 @@ from models.masks import ImageMasks
 from models.postprocess import PostProcess
 from models.weights.architecture import as_given
 from util.class_map import ClassMap
+from util.config import flags_of
 from util.errors import UserError
 from util.nested_tensor import NestedTensor
-
-RESIZING = ("eval_size", "max_size")  # flags
 
 
 class ExportedDetector(Detector):
@@ -63,7 +62,7 @@ def load_exported(
     amp: str = "off",
     weights: str = "auto",
     batchformer: bool = False,
-    sizes: dict[str, Any] | None = None,
+    flags: dict[str, Any] | None = None,
     **options: Any,
 ) -> ExportedDetector:
     """The detector in a file of tools/export.py.
@@ -72,7 +71,7 @@ def load_exported(
         source: the path.
         runtime, device: as for `open_exported`.
         amp, weights, batchformer: must be their defaults, because the export has decided.
-        sizes: eval_size and max_size, which go before those of the file.
+        flags: of evaluation, such as eval_size; they go before those of the file.
         options: of Detector.
 
     Raises:
@@ -83,16 +82,16 @@ def load_exported(
             f"--resume {source} was exported: its precision and weights can't be chosen, and it has no "
             "BatchFormerV2; use the checkpoint"
         )
-    given = sizes or {}
-    if more := given.keys() - {*RESIZING}:
+    given = flags or {}
+    if more := given.keys() - {*flags_of("evaluation")}:
         raise UserError(f"--resume {source} was exported: --{min(more)} can't be given; use the checkpoint")
     file = open_exported(source, runtime, device)
     try:
-        trained = {name: file.about["flags"][name] for name in RESIZING}
         classes = ClassMap.from_plain(file.about["classes"])
+        every = {**file.about["flags"], **given}
     except (KeyError, TypeError, ValueError):
         raise UserError(
             f"{source} was not written by tools/export.py: it does not name its classes"
         ) from None
-    config = as_given({**trained, **given}, resume=os.fspath(source), eval=True)
+    config = as_given(every, resume=os.fspath(source), eval=True)
     return ExportedDetector(file, config, classes, **options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,7 +46,7 @@ def open_exported(path: str | os.PathLike, runtime: str = "", device: str = "") 
     """
     file, name = Path(path), runtime_of(path, runtime)
     if not file.is_file():
-        raise UserError(f"{file} does not exist; tools/export.py writes it")
+        raise UserError(f"{path} is no file; tools/export.py writes such files")
     if device not in ("", "cpu", "cuda"):
         raise UserError(f"--device {device} can't be used with {file}; use cpu or cuda")
     _, package, opener = RUNTIMES[name]
@@ -67,7 +68,7 @@ def open_exported(path: str | os.PathLike, runtime: str = "", device: str = "") 
         except Exception as error:
             height, width = images.shape[2:]
             what = f"{name} can't run {file} on images of {height} x {width} pixels: {_first_line(error)}"
-            raise UserError(f"{what}; if they are too small, raise --eval_size") from None
+            raise UserError(f"{what}; if they are too small, raise --eval_size and --max_size") from None
 
     return ExportedFile(run_file, about)
 
@@ -97,6 +98,8 @@ def _open_in_onnx_runtime(onnxruntime: Any, path: str, device: str) -> tuple[Run
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options, providers=[provider])
+    if session.get_providers()[0] != provider:  # it has only said so in a warning
+        raise UserError(f"--device {device}: onnxruntime can't use {provider} here; use --device cpu")
     names = [output.name for output in session.get_outputs()]
 
     def run(images: Tensor, sizes: Tensor) -> dict[str, Tensor]:
@@ -125,10 +128,14 @@ def _open_in_openvino(openvino: Any, path: str, device: str) -> tuple[Run, Mappi
 def _open_in_torch(_: Any, path: str, device: str) -> tuple[Run, Mapping[str, str]]:
     from torch.export.passes import move_to_device_pass  # slow, and only a .pt2 needs it
 
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path} is damaged or no .pt2 file; write it again with tools/export.py")
     extra = {ABOUT: ""}
     program = torch.export.load(path, extra_files=extra)
     if device != "cpu":
         program = move_to_device_pass(program, device)
+    if not extra[ABOUT]:
+        raise UserError(f"{path} was not written by tools/export.py: it does not say how to use it")
     module, about = program.module(), json.loads(extra[ABOUT])
     names = list(json.loads(about["outputs"]))
 

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import json
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,15 +33,17 @@ def check_output(path: Path, opset: int, amp: str) -> None:
     """Raise UserError for what can't be written, before anything takes time."""
     if path.suffix not in PACKAGES:
         raise UserError(f"--output {path} must end with {ONNX} or {PT2}")
+    if path.suffix == ONNX and opset not in OPSETS:
+        raise UserError(f"--opset {opset} must be from {OPSETS[0]} to {OPSETS[-1]}")
     missing = [name for name in PACKAGES[path.suffix] if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"--output {path} needs more packages: pip install {' '.join(missing)}")
-    if opset not in OPSETS:
-        raise UserError(f"--opset {opset} must be from {OPSETS[0]} to {OPSETS[-1]}")
     if path.suffix == ONNX and amp == "bf16" and opset < BFLOAT16_OPSET:
         raise UserError(f"--precision bfloat16 needs --opset {BFLOAT16_OPSET} or later")
-    if not path.parent.is_dir():
-        raise UserError(f"--output {path}: the folder {path.parent} does not exist")
+    if path.is_dir():
+        raise UserError(f"--output {path} is a folder; name a file")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"--output {path}: the folder {path.parent} does not exist, or can't be written")
 
 
 def write(detector: Detector, path: Path, *, amp: str = "off", raw: bool = False, opset: int = OPSET) -> None:
@@ -64,6 +67,10 @@ def write(detector: Detector, path: Path, *, amp: str = "off", raw: bool = False
             if path.suffix == ONNX:
                 _write_onnx(program, aside, graph, about, opset)
             else:
+                # the images that it was traced with, and paths of this project
+                program.example_inputs = None
+                for node in program.graph.nodes:
+                    node.meta.pop("stack_trace", None)
                 with open(aside, "wb") as file:
                     torch.export.save(program, file, extra_files={ABOUT: json.dumps(about)})
     except OSError as error:

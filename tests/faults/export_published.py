@@ -1,6 +1,6 @@
 """Every architecture of configs/ as an exported file, at full width, compared with its checkpoint.
 
-    python -m tests.faults.export_published --output_dir exps/exported
+    python -m tests.faults.export_published
 
 Published weights can't be had everywhere, so these are generated (tests/detected.py). A file goes through
 the gate of tools/export.py twice, with single images and with three of different sizes in a batch.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+import tempfile
 import time
 from pathlib import Path
 
@@ -37,11 +38,9 @@ def architectures() -> dict[str, list[str]]:
     return {**found, f"{last}_masks": [*found[last], "--masks"]}
 
 
-def check(name: str, flags: list[str], args: argparse.Namespace) -> None:
+def check(name: str, flags: list[str], folder: Path, args: argparse.Namespace) -> None:
     """Export one, and compare twice."""
     print(f"\n== {name} {' '.join(flags)}", flush=True)
-    folder = args.output_dir / name
-    folder.mkdir(parents=True)
     checkpoint, path = folder / "checkpoint.pth", folder / f"model{args.suffix}"
     write_checkpoint(checkpoint, [*IMAGES, "--backbone_weights", "none", *flags], COCO_CLASSES)
     write_detected(folder, checkpoint, [SIZES[i % len(SIZES)] for i in range(args.images)], spread=0.05)
@@ -58,13 +57,13 @@ def main() -> None:
     every = architectures()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("names", nargs="*", default=list(every), help="default: all")
-    parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--suffix", default=".onnx", choices=(".onnx", ".pt2"))
     parser.add_argument("--precision", default="float32")
     args, args.flags = parser.parse_known_args()
     for name in args.names:
-        check(name, every[name], args)
+        with tempfile.TemporaryDirectory() as folder:
+            check(name, every[name], Path(folder), args)
 
 
 if __name__ == "__main__":

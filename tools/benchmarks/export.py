@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.detector import Detector
 from models.export.runtime import ONNX, PT2, RUNTIMES, open_exported, runtime_of
-from models.export.write import OPSET, check_output, write
+from models.export.write import BFLOAT16_OPSET, OPSET, check_output, write
 from models.inference import prepare_for_inference
 from models.ops.benchmark import machine_name
 from models.postprocess import PostProcess
@@ -31,6 +31,7 @@ SIZES, BATCHES = [(800, 1066), (320, 320)], (1, 4)
 def measure_export(args: argparse.Namespace, config: Config) -> None:
     """Export the detector of the flags or of --resume, and print a table of times on the CPU."""
     device, amp = torch.device("cpu"), config.run.amp
+    opset = BFLOAT16_OPSET if amp == "bf16" else OPSET
     classes = config.classes or COCO_CLASSES
     torch.manual_seed(config.run.seed)
     model = build(with_classes(config, classes), device)[0]
@@ -44,8 +45,8 @@ def measure_export(args: argparse.Namespace, config: Config) -> None:
         for suffix in (ONNX, PT2):
             path = Path(folder, f"model{suffix}")
             try:
-                check_output(path, OPSET, amp)
-                write(detector, path, amp=amp)
+                check_output(path, opset, amp)
+                write(detector, path, amp=amp, opset=opset)
             except UserError as error:
                 print(f"left out: {error}")
                 continue

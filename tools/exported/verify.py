@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from util.images.files import read_picture
 SCORE, PIXELS = 1e-3, 0.5
 # points of AP, by the file's precision; below float32 only AP is compared
 POINTS = {"float32": 0.05, "float16": 0.3, "bfloat16": 0.3}
+LOWEST_AP = 0.01  # of the checkpoint, from which on its AP shows a difference
 WORST = 5  # images that are named
 
 
@@ -43,23 +44,32 @@ def open_images(folder: str, detector: Detector, count: int) -> Images:
     known = detector.classes if detector.classes.categories else None
     if not known:  # ids are labels
         flags["num_classes"] = detector.classes.num_classes
-    dataset = build_dataset("val", detector.config.with_flags(flags), known)
-    if not dataset.coco.anns:
+    try:
+        dataset = build_dataset("val", detector.config.with_flags(flags), known)
+    except UserError as error:
+        raise UserError(f"--verify {folder}: {error}") from None
+    ids = evenly_chosen(sorted(dataset.image_ids), count)
+    if missing := [file for i in ids if not (file := dataset.file_of(i)).is_file()]:
+        raise UserError(f"--verify {folder}: {len(missing)} images are missing, such as {missing[0]}")
+    chosen = set(ids)
+    if not any(one["image_id"] in chosen and not one["iscrowd"] for one in dataset.coco.anns.values()):
         raise UserError(
-            f"--verify {folder}: {dataset.annotations} has no objects, so there is no AP to compare"
+            f"--verify {folder}: the {len(ids)} images have no objects, so there is no AP to compare"
         )
-    return Images(dataset, evenly_chosen(sorted(dataset.image_ids), count))
+    return Images(dataset, ids)
 
 
 @dataclass(frozen=True)
 class Mismatch:
     """What two lists of detections of an image differ by.
 
-    score, pixels: the largest of all pairs. unpaired: detections without a partner within SCORE and PIXELS.
+    score, pixels: the largest of all pairs. pairs: how many there are. unpaired: detections that lack a
+    partner within SCORE and PIXELS, though they are not at the end of their list.
     """
 
     score: float = 0.0
     pixels: float = 0.0
+    pairs: int = 0
     unpaired: int = 0
 
 
@@ -80,14 +90,12 @@ def compare(ours: Detections, theirs: Detections) -> Mismatch:
     near = rows[paired], columns[paired]
     score, distance = (values[near].max(initial=0.0) for values in (scores, pixels))
 
-    # what is at the end of its list is no difference
-    last = min(ours.scores[-1].item(), theirs.scores[-1].item()) + 2 * SCORE
-    alone = [
-        found.scores.numpy()[np.setdiff1d(np.arange(len(found)), partners)]
-        for found, partners in ((ours, near[0]), (theirs, near[1]))
-    ]
-    unpaired = sum(int((~(values <= last)).sum()) for values in alone)
-    return Mismatch(float(score), float(distance), unpaired)
+    # a partner may score SCORE less, and then be too low for the other list
+    unpaired = 0
+    for found, other, partners in ((ours, theirs, near[0]), (theirs, ours, near[1])):
+        alone = found.scores.numpy()[np.setdiff1d(np.arange(len(found)), partners)]
+        unpaired += int((~(alone <= other.scores[-1].item() + SCORE)).sum())
+    return Mismatch(float(score), float(distance), int(paired.sum()), unpaired)
 
 
 def verify(reference: Detector, path: Path, images: Images, runtime: str = "") -> None:
@@ -102,44 +110,61 @@ def verify(reference: Detector, path: Path, images: Images, runtime: str = "") -
         UserError: they differ by more than the bounds.
     """
     exported = load_exported(str(path), runtime=runtime)
-    exact = exported.model.about["precision"] == "float32"
+    precision = exported.model.about["precision"]
     differences: dict[int, Mismatch] = {}
     results: tuple[list, list] = ([], [])
-    pairs = _detections(reference, exported, images)
-    for image_id, ours, theirs in tqdm(pairs, total=len(images.ids), unit="image", disable=None):
+    detections = 0
+    both = _detections(reference, exported, images)
+    for image_id, ours, theirs in tqdm(both, total=len(images.ids), unit="image", disable=None):
         differences[image_id] = compare(ours, theirs)
+        detections += max(len(ours), len(theirs))
         for found, rows in zip((ours, theirs), results, strict=True):
             rows += _coco(image_id, found, images.dataset)
 
-    # the twelve figures of each kind
+    failures = _compare_figures(images, results, precision)
+    every = differences.values()
+    score, pixels = max(one.score for one in every), max(one.pixels for one in every)
+    pairs = sum(one.pairs for one in every)
+    print(
+        f"{len(images.ids)} images; {pairs} of {detections} detections are pairs, which differ by "
+        f"{score:.1e} in score and {pixels:.2g} pixels at most"
+    )
+    remarks = _worst_images(images, differences)
+    if 2 * pairs < detections:
+        remarks.append(f"only {pairs} of {detections} detections have a partner")
+    if precision == "float32":
+        failures += remarks
+    else:  # AP alone decides
+        for line in remarks:
+            print(line)
+    if failures:
+        raise UserError(f"{path} does not detect what --resume detects: {'; '.join(failures)}")
+
+
+def _compare_figures(images: Images, results: tuple[list, list], precision: str) -> list[str]:
+    """Print the twelve figures of each kind of both, and say which AP differs."""
     truth, failures = COCO(), []
     truth.dataset = restrict(images.dataset.coco.dataset, set(images.ids))
     for kind in iou_types_of(results[0]):
         stats = [evaluate_results(truth, rows, iou_type=kind).stats for rows in results]
         _print_table(kind, stats)
-        points = 100 * abs(stats[0][0] - stats[1][0])
-        bound = POINTS[exported.model.about["precision"]]
+        points, bound = 100 * abs(stats[0][0] - stats[1][0]), POINTS[precision]
         if points > bound:
             failures.append(f"AP of {kind} differs by {points:.2f} points (at most {bound})")
+        if precision != "float32" and stats[0][0] < LOWEST_AP:
+            failures.append(f"an AP of {kind} of {percent(stats[0][0])} is too low to show a difference")
+    return failures
 
-    every = differences.values()
-    score, pixels = max(one.score for one in every), max(one.pixels for one in every)
-    print(f"{len(images.ids)} images; pairs differ by {score:.1e} in score and {pixels:.2g} pixels at most")
-    # the worst images first
-    bad = sorted((i for i in differences if differences[i].unpaired), key=lambda i: -differences[i].unpaired)
-    if bad:
-        named = ", ".join(
-            f"{images.dataset.file_of(i).name} ({differences[i].unpaired})" for i in bad[:WORST]
-        )
-        line = (
-            f"{len(bad)} images have detections without a partner of score +-{SCORE} within {PIXELS} pixels: "
-        )
-        if exact:
-            failures.append(line + named)
-        else:
-            print(line + named)
-    if failures:
-        raise UserError(f"{path} does not detect what --resume detects: {'; '.join(failures)}")
+
+def _worst_images(images: Images, differences: Mapping[int, Mismatch]) -> list[str]:
+    """A line with the images that differ most, if any does."""
+    counts = {i: one.unpaired for i, one in differences.items() if one.unpaired}
+    if not counts:
+        return []
+    worst = sorted(counts, key=lambda i: -counts[i])[:WORST]
+    named = ", ".join(f"{images.dataset.file_of(i).name} ({counts[i]})" for i in worst)
+    bounds = f"score +-{SCORE} within {PIXELS} pixels"
+    return [f"{len(counts)} images have detections without a partner of {bounds}: {named}"]
 
 
 def _print_table(kind: str, stats: Sequence[np.ndarray]) -> None:
