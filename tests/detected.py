@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from pycocotools.mask import encode
 
 from models import build_model, load_detector
 from tests.golden import recipe
@@ -47,17 +48,21 @@ def write_detected(
         picture = Image.fromarray(blocks).resize((width, height), Image.Resampling.BICUBIC)
         picture.save(folder / "val2017" / f"{i}.png")
         images.append({"id": i, "file_name": f"{i}.png", "width": width, "height": height})
-        best = [found for found in detector(picture) if found.category_id in known][:OBJECTS]
-        for found in best:
-            x, y, right, bottom = found.box
-            moved = spread * rng.standard_normal(4) * np.tile([right - x, bottom - y], 2)
-            x, y, right, bottom = (np.array(found.box) + moved).tolist()
+        found = detector(picture)
+        ids, masks = found.category_ids.tolist(), found.masks
+        for place in [place for place, number in enumerate(ids) if number in known][:OBJECTS]:
+            sides = found.boxes[place].numpy()
+            moved = sides + spread * rng.standard_normal(4) * np.tile(sides[2:] - sides[:2], 2)
+            x, y, right, bottom = moved.tolist()
             box = [x, y, right - x, bottom - y]
             number, area = len(annotations) + 1, box[2] * box[3]
-            polygon = [[x, y, right, y, right, bottom, x, bottom]]
+            outline: object = [[x, y, right, y, right, bottom, x, bottom]]
+            if masks is not None and masks[place].any():
+                outline = encode(np.asfortranarray(masks[place].numpy(), np.uint8))
+                outline["counts"] = outline["counts"].decode()
             annotations.append(
-                {"id": number, "image_id": i, "category_id": found.category_id, "bbox": box, "area": area}
-                | {"iscrowd": 0, "segmentation": polygon}
+                {"id": number, "image_id": i, "category_id": ids[place], "bbox": box, "area": area}
+                | {"iscrowd": 0, "segmentation": outline}
             )
     categories = [{"id": number, "name": name} for number, name in known.items()]
     truth = {"images": images, "annotations": annotations, "categories": categories}
