@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = args.output
     if images:
         path = path.with_name(f"{path.stem}.unverified{path.suffix}")
-    print(f"{path}: this takes one to several minutes", flush=True)
+    print(f"exporting {args.resume}, which takes one to several minutes", flush=True)
     write(detector, path, amp=amp, raw=args.raw, opset=args.opset)
     if images:
         verify(detector, path, images, args.runtime)
