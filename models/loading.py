@@ -10,11 +10,10 @@ import torch
 from models.build import build_model
 from models.detector import Detector
 from models.export.detector import load_exported
-from models.export.runtime import is_exported
 from models.inference import prepare_for_inference
 from models.weights.architecture import config_of
 from models.weights.load import choose_weights, read_trained
-from util.checkpoint import load_state
+from util.checkpoint import is_exported, load_state
 from util.class_map import classes_of, unnamed_classes
 from util.config import WEIGHTS, DataConfig
 from util.distributed.processes import choose_device

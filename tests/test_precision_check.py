@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.export import Dim
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import build_model
@@ -247,6 +248,23 @@ def test_training_gives_the_same_bits_whatever_was_in_freed_memory(amp, counts):
     first, second = (train(amp, pairs, byte) for byte in GARBAGE)
     assert all(x.isfinite().all() for x in first)
     assert same_bits(first, second)
+
+
+def test_an_exported_graph_has_no_condition_of_this_processor():
+    class Low(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convolution = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            with autocast("bf16", CPU):
+                return self.convolution(x)
+
+    precision_check._compute_in_float32("conv2d")
+    free = {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+    image = torch.zeros(1, 3, 16, 16)
+    program = torch.export.export(Low(), (image,), dynamic_shapes=(free,), strict=False)
+    assert program.module()(image[..., :4, :4]).shape == (1, 4, 2, 2)
 
 
 def test_a_processor_that_reads_other_memory_gives_other_bits_unless_it_was_tried_before():

@@ -52,9 +52,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--images and --batch_size must be at least 1")
     # imported here so that --help needs no torch
     from models import load_detector
-    from models.export.runtime import is_exported, runtime_of
+    from models.export.runtime import runtime_of
     from models.export.write import check_output, write
     from tools.exported.verify import open_images, verify
+    from util.checkpoint import is_exported
 
     amp = AMP[args.precision]
     check_output(args.output, args.opset, amp)
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = args.output
     if images:
         path = path.with_name(f"{path.stem}.unverified{path.suffix}")
-    print(f"exporting {args.resume}, which takes one to several minutes", flush=True)
+    print(f"exporting {args.resume}, which takes a minute or two", flush=True)
     write(detector, path, amp=amp, raw=args.raw, opset=args.opset)
     if images:
         verify(detector, path, images, args.runtime)

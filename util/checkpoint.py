@@ -30,6 +30,7 @@ from util.atomic import written_aside
 from util.errors import NotSavedError, UserError
 from util.other_layouts import in_our_layout
 
+ONNX, PT2 = ".onnx", ".pt2"  # files of tools/export.py
 BATCHFORMER = "transformer.bf."  # its weights
 MASK_HEAD = "mask_head."
 # what published checkpoints have in the second name of a head, and of BatchFormerV2
@@ -340,6 +341,11 @@ def folder_given(flag: str, folder: Path) -> UserError:
     return UserError(f"{flag} {folder} is a folder; name a checkpoint in it{example}")
 
 
+def is_exported(source: str | os.PathLike) -> bool:
+    """Whether a name is that of an exported file, and not of a checkpoint."""
+    return Path(source).suffix in (ONNX, PT2)
+
+
 def unreadable(flag: str, path: Path) -> UserError:
     """The error for a file that is no checkpoint. It names what the file is, if that is known."""
     start = b""
@@ -347,7 +353,7 @@ def unreadable(flag: str, path: Path) -> UserError:
         start = file.read(100).lstrip()
     what = "is damaged or no checkpoint (it may be truncated); take an earlier one, or --resume auto"
     # what is often saved under the name of a checkpoint
-    if path.suffix in (".onnx", ".pt2"):
+    if is_exported(path):
         what = "is an exported file, for tools/predict.py and load_detector alone; give the checkpoint"
     elif start.startswith(b"version https://git-lfs"):
         what = "is a pointer of Git LFS; fetch the file itself with git lfs pull"

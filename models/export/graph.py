@@ -83,7 +83,7 @@ class DetectorGraph(nn.Module):
 
 
 def _prepared(model: DeformableDETR, amp: str) -> DeformableDETR:
-    """A copy for inference in this precision, whose norms compute in the type of the convolution before them.
+    """A copy for inference, whose norms compute in the type of the convolutions before them.
 
     Convolutions take over batch norms: ONNX's optimizer would, and mixes types. Group norms get
     parameters of their input's type, as ONNX demands.

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from util.checkpoint import ONNX, PT2
 from util.errors import UserError
 
-ONNX, PT2 = ".onnx", ".pt2"
 ABOUT = "about.json"  # in a .pt2
 # images [B, 3, H, W] uint8 and sizes [B, 2] int64 on the CPU to outputs on the CPU, by name
 Run = Callable[[Tensor, Tensor], dict[str, Tensor]]
@@ -26,11 +26,6 @@ class ExportedFile(NamedTuple):
 
     run: Run
     about: dict[str, Any]
-
-
-def is_exported(source: str) -> bool:
-    """Whether a name is that of an exported file, and not of a checkpoint."""
-    return Path(source).suffix in (ONNX, PT2)
 
 
 def open_exported(path: str | os.PathLike, runtime: str = "", device: str = "") -> ExportedFile:

@@ -16,8 +16,9 @@ from torch.export import ExportedProgram
 
 from models.detector import Detector
 from models.export.graph import INPUTS, DetectorGraph, trace
-from models.export.runtime import ABOUT, ONNX, PT2
+from models.export.runtime import ABOUT
 from util.atomic import written_aside
+from util.checkpoint import ONNX, PT2
 from util.config import FLAGS
 from util.errors import UserError
 

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from models.detector import Detector
-from models.export.runtime import ONNX, PT2, RUNTIMES, open_exported, runtime_of
+from models.export.runtime import RUNTIMES, open_exported, runtime_of
 from models.export.write import BFLOAT16_OPSET, OPSET, check_output, write
 from models.inference import prepare_for_inference
 from models.ops.benchmark import machine_name
 from models.postprocess import PostProcess
 from tools.benchmarks.steps import build, seconds_in_turns
 from util.allocator import keep_freed_memory
+from util.checkpoint import ONNX, PT2
 from util.class_map import COCO_CLASSES
 from util.config import Config, with_classes
 from util.errors import UserError

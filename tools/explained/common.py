@@ -11,8 +11,8 @@ from PIL.Image import Image
 
 from models import load_detector
 from models.detector import Detector
-from models.export.runtime import is_exported
 from models.ops.reference import Shapes
+from util.checkpoint import is_exported
 from util.config import DataConfig, detector_flags
 from util.errors import UserError
 from util.images.files import read_picture
